@@ -1,0 +1,1 @@
+"""Does the video stay the same? Metrics, comparison, report and speed benchmarks."""

@@ -1,0 +1,1 @@
+"""Attention forward passes: NumPy reference and GPU kernels."""

@@ -1,0 +1,1 @@
+"""Quantisers: NumPy reference and GPU kernels."""

@@ -1,0 +1,1 @@
+"""Low-bit attention for video diffusion transformers."""

@@ -1,0 +1,1 @@
+"""Where tensors live: one small runtime per framework, found from the tensor itself."""

@@ -1,0 +1,14 @@
+"""Maps the top-level folders into the `lowbit_video` package; everything else stands in pyproject.toml.
+
+`kernels`, `pipelines` and `eval` are folders of the checkout but not packages of their own: in an
+environment they are `lowbit_video.kernels`, `lowbit_video.pipelines` and `lowbit_video.eval`.
+"""
+from setuptools import find_packages, setup
+
+MAPPED = {"lowbit_video.kernels": "kernels", "lowbit_video.pipelines": "pipelines", "lowbit_video.eval": "eval"}
+
+packages = ["lowbit_video"] + [f"lowbit_video.{name}" for name in find_packages("lowbit_video")]
+for name, folder in MAPPED.items():
+    packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder)]
+
+setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED})
