@@ -1,0 +1,93 @@
+"""What a video is to the metrics: frames [F, H, W, 3], checked by name, as float64 in [0, 1]."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+UINT8_MAX = 255.0
+RANGE_SLACK = 1e-4  # how far past [0, 1] float rounding may carry a pixel before we call it a wrong range
+
+
+class BadVideoError(ValueError):
+    """A video a metric cannot read: its shape, dtype or range, the file it came from, or the pair it makes."""
+
+
+def as_video(video, name: str = "video") -> np.ndarray:
+    """Check one video and give it as float64 in [0, 1].
+
+    Args:
+        video: [F, H, W, 3]; uint8 in 0..255 or a float type in 0..1.
+        name: what the error message calls it.
+
+    Returns:
+        float64 [F, H, W, 3] in [0, 1]; uint8 is divided by 255.
+
+    Raises:
+        BadVideoError: not four axes, no frames or pixels, not three channels, another dtype, NaN or inf, values out of range.
+    """
+    array = np.asarray(video)
+    if array.ndim != 4 or array.shape[-1] != 3:
+        raise BadVideoError(
+            f"{name} has shape {tuple(array.shape)}; a video is [frames, height, width, 3]"
+            + (" (take one of the batch: video[0])" if array.ndim == 5 else "")
+        )
+    if 0 in array.shape:
+        raise BadVideoError(f"{name} is empty: shape {tuple(array.shape)}")
+    if array.dtype == np.uint8:
+        return array / UINT8_MAX
+    if not np.issubdtype(array.dtype, np.floating):
+        raise BadVideoError(f"{name} is {array.dtype}; give uint8 in 0..255 or a float type in 0..1")
+    array = array.astype(np.float64)
+    bad = int(array.size - np.isfinite(array).sum())
+    if bad:
+        raise BadVideoError(f"{name} holds {bad} values that are NaN or inf")
+    low, high = float(array.min()), float(array.max())
+    if low < -RANGE_SLACK or high > 1 + RANGE_SLACK:
+        hint = "divide by 255" if low >= 0 and high <= UINT8_MAX else "map [-1, 1] by x / 2 + 0.5"
+        raise BadVideoError(f"{name} is float in [{low:.4g}, {high:.4g}]; floats must lie in 0..1 ({hint}?)")
+    return array.clip(0.0, 1.0)
+
+
+def as_pair(video, reference) -> tuple[np.ndarray, np.ndarray]:
+    """Check a video and the reference it is compared with; both float64 [F, H, W, 3] in [0, 1] of one shape.
+
+    Raises:
+        BadVideoError: as `as_video`, or the shapes differ.
+    """
+    video, reference = as_video(video, "video"), as_video(reference, "reference")
+    if video.shape != reference.shape:
+        raise BadVideoError(f"video is {video.shape} but reference is {reference.shape}; a pair has one shape [F, H, W, 3]")
+    return video, reference
+
+
+def as_uint8(video, name: str = "video") -> np.ndarray:
+    """The video as uint8 [F, H, W, 3], rounded to nearest; what an encoder or a scorer takes."""
+    array = np.asarray(video)
+    if array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3 and array.size:
+        return array
+    return np.rint(as_video(video, name) * UINT8_MAX).astype(np.uint8)
+
+
+def luma(video: np.ndarray) -> np.ndarray:
+    """BT.601 luma [F, H, W] of a checked float video [F, H, W, 3]."""
+    return video @ np.array([0.299, 0.587, 0.114])
+
+
+def read_video(path) -> np.ndarray:
+    """Read a video file as uint8 [F, H, W, 3].
+
+    Raises:
+        BadVideoError: no such file, or no decoder can read it (says so with the decoder's words).
+    """
+    import imageio.v3 as iio
+
+    path = Path(path)
+    if not path.is_file():
+        raise BadVideoError(f"{path}: no such video file")
+    try:
+        frames = np.asarray(iio.imread(path, plugin="FFMPEG"))
+    except Exception as error:  # imageio raises whatever its plugin raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadVideoError(f"{path}: not a readable video ({reason})") from error
+    return as_uint8(frames, str(path))
