@@ -1,0 +1,78 @@
+"""`Precision`: the bit widths of one attention call, written "q[/k]+pv"."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lowbit_video.kernels.formats import QK_FORMATS
+
+PV_FORMATS = ("fp16", "fp8")
+EXACT_SPECS = ("fp16", "bf16", "fp32", "exact")
+MIXED_QK = (("int8", "int4"), ("int8", "int2"))
+GRANULARITIES = ("block", "token")
+
+
+def precision_specs() -> tuple[str, ...]:
+    """Every precision string there is, the exact ones first."""
+    pairs = [(name, name) for name in QK_FORMATS] + list(MIXED_QK)
+    return EXACT_SPECS + tuple(f"{q if q == k else f'{q}/{k}'}+{pv}" for q, k in pairs for pv in PV_FORMATS)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number formats of one attention call, and how they are scaled and smoothed.
+
+    spec: "q[/k]+pv" ("int8+fp16", "int8/int4+fp8", "int2+fp16", ...), or "fp16", "bf16", "fp32",
+        "exact" for full precision ("exact" computes in the tensors' own dtype).
+    granularity: "block" (one scale per 64 query and 128 key rows) or "token" (one per row).
+        Default: "block" for int8 and fp8, "token" as soon as int4 or int2 takes part.
+    smooth_k: subtract K's mean over the tokens, which softmax does not see. Default True.
+    smooth_q: subtract Q's mean and add its exact product with K back. Default: Q in int4 or int2.
+
+    "+fp16" means P and V in the tensors' own 16-bit type: bfloat16 tensors keep bfloat16's range.
+
+    Raises ValueError for a spec that does not exist, listing those that do.
+    Source: SageAttention (arXiv 2410.02367) for K smoothing, SageAttention2 (arXiv 2411.10958) for Q
+    smoothing; there Q's mean is per block, here per head, so its correction is one vector per head.
+    """
+
+    spec: str
+    granularity: str | None = None
+    smooth_k: bool | None = None
+    smooth_q: bool | None = None
+    q: str = field(init=False)
+    k: str = field(init=False)
+    pv: str = field(init=False)
+    exact: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.spec not in precision_specs():
+            raise ValueError(f"unknown precision {self.spec!r}; there are: {', '.join(precision_specs())}")
+        exact = self.spec in EXACT_SPECS
+        qk, _, pv = self.spec.partition("+")
+        q, _, k = qk.partition("/")
+        k = k or q
+        if exact:
+            pv = q
+            if self.granularity or self.smooth_k or self.smooth_q:
+                raise ValueError(f"precision {self.spec!r} is exact: it has no granularity and no smoothing")
+        coarse = {q, k} & {"int4", "int2"}
+        granularity = self.granularity or ("token" if coarse else "block")
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"unknown granularity {granularity!r}; there are: {', '.join(GRANULARITIES)}")
+        smooth_k = not exact if self.smooth_k is None else bool(self.smooth_k)
+        smooth_q = q in ("int4", "int2") if self.smooth_q is None else bool(self.smooth_q)
+        for name, value in dict(q=q, k=k, pv=pv, exact=exact, granularity=granularity,
+                                smooth_k=smooth_k, smooth_q=smooth_q).items():
+            object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+def as_precision(precision: Precision | str) -> Precision:
+    """A Precision from itself or from its string."""
+    if isinstance(precision, Precision):
+        return precision
+    if isinstance(precision, str):
+        return Precision(precision)
+    raise TypeError(f"precision is a string such as 'int8+fp16' or a Precision, not {type(precision).__name__}")
