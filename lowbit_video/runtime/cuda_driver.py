@@ -1,0 +1,101 @@
+"""The few calls to the CUDA driver that no framework answers for us, through ctypes.
+
+A Paddle custom device keeps its tensors in CUDA memory but has no `get_device_capability`; the
+driver itself does. The functions answer None, not an error, on a machine without a driver.
+"""
+from __future__ import annotations
+
+import ctypes
+import functools
+
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+MULTIPROCESSOR_COUNT = 16
+"""CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT."""
+POINTER_MEMORY_TYPE, POINTER_DEVICE_ORDINAL = 2, 9
+"""CU_POINTER_ATTRIBUTE_MEMORY_TYPE and CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL."""
+MEMORY_TYPE_DEVICE = 2
+"""CU_MEMORYTYPE_DEVICE."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for name in ("libcuda.so.1", "libcuda.so"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        return library if library.cuInit(0) == 0 else None
+    return None
+
+
+def _attribute(ordinal: int, attribute: int) -> int | None:
+    cuda = _library()
+    value = ctypes.c_int()
+    if cuda is None or cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, ordinal) != 0:
+        return None
+    return value.value
+
+
+@functools.cache
+def capability(ordinal: int) -> tuple[int, int] | None:
+    """Compute capability (major, minor) of a CUDA device by ordinal; None without a driver or such a device."""
+    major, minor = _attribute(ordinal, CAPABILITY_MAJOR), _attribute(ordinal, CAPABILITY_MINOR)
+    return None if major is None or minor is None else (major, minor)
+
+
+@functools.cache
+def multiprocessors(ordinal: int) -> int | None:
+    """Number of multiprocessors of a CUDA device; None without a driver or such a device."""
+    return _attribute(ordinal, MULTIPROCESSOR_COUNT)
+
+
+@functools.cache
+def device_name(ordinal: int) -> str | None:
+    """The device's marketing name, such as "NVIDIA H200"; None without a driver or such a device."""
+    cuda = _library()
+    name = ctypes.create_string_buffer(256)
+    if cuda is None or cuda.cuDeviceGetName(name, len(name), ordinal) != 0:
+        return None
+    return name.value.decode(errors="replace")
+
+
+def device_of_pointer(pointer: int) -> int | None:
+    """Ordinal of the CUDA device whose memory holds an address; None for host memory or without a driver."""
+    cuda = _library()
+    kind, ordinal = ctypes.c_uint(), ctypes.c_int()
+    address = ctypes.c_uint64(pointer)
+    if cuda is None or not pointer:
+        return None
+    if cuda.cuPointerGetAttribute(ctypes.byref(kind), POINTER_MEMORY_TYPE, address) != 0 or kind.value != MEMORY_TYPE_DEVICE:
+        return None
+    if cuda.cuPointerGetAttribute(ctypes.byref(ordinal), POINTER_DEVICE_ORDINAL, address) != 0:
+        return None
+    return ordinal.value
+
+
+@functools.cache
+def _primary_context(ordinal: int) -> int:
+    """Handle of the primary context, which every framework of this process shares; retained for good."""
+    context = ctypes.c_void_p()
+    error = _library().cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal)
+    if error:
+        raise RuntimeError(f"CUDA error {error}: no primary context on device {ordinal}")
+    return context.value
+
+
+def push_device(ordinal: int) -> bool:
+    """Makes a device's primary context current on this thread. Returns False, having done nothing, where it was already."""
+    cuda, current = _library(), ctypes.c_void_p()
+    context = _primary_context(ordinal)
+    if cuda.cuCtxGetCurrent(ctypes.byref(current)) == 0 and current.value == context:
+        return False
+    error = cuda.cuCtxPushCurrent_v2(ctypes.c_void_p(context))
+    if error:
+        raise RuntimeError(f"CUDA error {error}: cannot make device {ordinal} current")
+    return True
+
+
+def pop_device() -> None:
+    """Undoes one `push_device` that returned True."""
+    _library().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))

@@ -1,0 +1,152 @@
+"""What Triton needs to launch on Paddle's tensors: a driver without PyTorch, and tensors as kernels see them.
+
+Triton asks its active driver for the device, its capability and the stream; its own driver asks
+PyTorch. Ours answers for Paddle and is active only around a launch, so that Paddle and PyTorch
+(whose code may launch Triton kernels too) live in one process.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+
+from lowbit_video.runtime import cuda_driver
+
+_LAUNCH = threading.RLock()
+"""Triton's active driver is one per process: a launch holds this while the driver is ours."""
+
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "int32": 4, "int64": 8}
+
+
+class KernelDtype(str):
+    """A dtype as Triton wants it: its name as a string, and the bytes of an element."""
+
+    itemsize: int
+    is_floating_point: bool
+
+
+def _kernel_dtype(name: str) -> KernelDtype:
+    dtype = KernelDtype(name)
+    dtype.itemsize = ITEM_SIZES[name]
+    dtype.is_floating_point = "float" in name
+    return dtype
+
+
+KERNEL_DTYPES = {name: _kernel_dtype(name) for name in ITEM_SIZES}
+
+
+class KernelTensor:
+    """A tensor of either framework, as kernels, launchers and tensor descriptors take it.
+
+    Holds the tensor, so that its memory lives through the launch. The methods from
+    `untyped_storage` on are what Triton's CPU interpreter calls to bring a tensor to the host: it
+    is there, so they return the tensor and kernels work on its memory in place.
+
+    shape and strides are tuples, strides in elements.
+    """
+
+    __slots__ = ("tensor", "pointer", "dtype", "shape", "strides")
+
+    def __init__(self, tensor: object, pointer: int, dtype_name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self.tensor, self.pointer, self.shape, self.strides = tensor, pointer, shape, strides
+        self.dtype = KERNEL_DTYPES[dtype_name]
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+    def stride(self, dim: int | None = None):
+        return self.strides if dim is None else self.strides[dim]
+
+    def size(self, dim: int | None = None):
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def untyped_storage(self) -> KernelTensor:
+        return self
+
+    def cpu(self) -> KernelTensor:
+        return self
+
+    def new_empty(self, *_, **__) -> KernelTensor:
+        return self
+
+    def set_(self, *_) -> KernelTensor:
+        return self
+
+    def copy_(self, *_) -> KernelTensor:
+        return self
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _driver_class() -> type:
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    class DeviceDriver(CudaDriver):
+        """Triton's CUDA driver for one device; device, capability and stream come from the caller."""
+
+        launcher_cls = CudaLauncher
+
+        def __init__(self, ordinal: int, stream: Callable[[], int]) -> None:  # not super().__init__(): that imports PyTorch
+            self.ordinal = ordinal
+            self.get_current_device = lambda: ordinal
+            self.get_current_stream = lambda _device=None: stream()
+            self.get_device_capability = lambda device=None: cuda_driver.capability(ordinal if device is None else device)
+            self.set_current_device = lambda _device: None
+
+        @functools.cached_property
+        def utils(self) -> object:  # compiles a small C file the first time
+            return CudaUtils()
+
+    return DeviceDriver
+
+
+def device_driver(ordinal: int, stream: Callable[[], int]) -> object:
+    """A Triton driver for the CUDA device `ordinal`; `stream()` returns the raw handle of the stream to launch on."""
+    return _driver_class()(ordinal, stream)
+
+
+@contextlib.contextmanager
+def active(driver: object) -> Iterator[None]:
+    """Makes a `device_driver` Triton's active one, and its device current; both are put back afterwards."""
+    from triton.runtime.driver import driver as config
+
+    with _LAUNCH:
+        before = config._active  # reading `config.active` would create Triton's default driver, which needs PyTorch
+        pushed = cuda_driver.push_device(driver.ordinal)
+        config.set_active(driver)
+        try:
+            yield
+        finally:
+            config.set_active(before)
+            if pushed:
+                cuda_driver.pop_device()
+
+
+@contextlib.contextmanager
+def default() -> Iterator[None]:
+    """A launch through Triton's own driver: waits while another thread launches through ours."""
+    with _LAUNCH:
+        yield
