@@ -1,0 +1,213 @@
+"""Coverage: for every attention module of a model, which variant ran, how often, or why not.
+
+A record is kept per attention module, weakly, by the processor that served it; names are found when
+the report is made, by walking the model. The report is a table for a person and a dict for JSON.
+"""
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Record:
+    """What ran for one attention module.
+
+    calls: how often each (variant name, reason) ran; the reason is empty where the variant is the one
+    that was asked for, and says why it is not otherwise.
+    """
+
+    name: str = ""
+    calls: Counter = field(default_factory=Counter)
+
+    def note(self, variant: str, reason: str = "") -> None:
+        """Count one call."""
+        self.calls[(variant, reason)] += 1
+
+
+class Records:
+    """Records by attention module; a module that dies takes its record along."""
+
+    def __init__(self) -> None:
+        self._by_module: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def of(self, module: Any) -> Record:
+        """The module's record, made when first asked for."""
+        record = self._by_module.get(module)
+        if record is None:
+            record = self._by_module[module] = Record()
+        return record
+
+    def peek(self, module: Any) -> Record | None:
+        """The module's record, or None where nothing was recorded."""
+        return self._by_module.get(module)
+
+    def clear(self) -> None:
+        """Forget all counts; names stay."""
+        for record in self._by_module.values():
+            record.calls.clear()
+
+
+def named_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, module) of every module below `model`, a Paddle Layer or a torch Module."""
+    walk = getattr(model, "named_sublayers", None) or getattr(model, "named_modules", None)
+    if walk is None:
+        return
+    for name, module in walk():
+        if name:
+            yield name, module
+
+
+def attention_modules(model: Any) -> dict[str, Any]:
+    """The modules of `model` that take a processor, by name ("transformer_blocks.0.attn1")."""
+    return {name: module for name, module in named_modules(model)
+            if hasattr(module, "set_processor") and hasattr(module, "processor") and hasattr(module, "to_q")}
+
+
+def transformer_of(model_or_pipe: Any) -> Any:
+    """The denoising model of a pipeline, or the model itself."""
+    for name in ("transformer", "unet"):
+        part = getattr(model_or_pipe, name, None)
+        if part is not None and _is_model(part):
+            return part
+    if _is_model(model_or_pipe):
+        return model_or_pipe
+    raise TypeError(f"{type(model_or_pipe).__name__} is neither a pipeline with a transformer nor a model; "
+                    "give a CogVideoXPipeline, its transformer, or another Layer (Paddle) or Module (torch)")
+
+
+def _is_model(part: Any) -> bool:
+    return hasattr(part, "named_sublayers") or hasattr(part, "named_modules")
+
+
+@dataclass(frozen=True)
+class ModuleCoverage:
+    """One attention module in the report.
+
+    component: "transformer", "vae", ... ("" for a bare model). processor: its description.
+    runs: (variant, calls, reason) of each variant that ran; empty where nothing did, and then
+    `reason` says why. low_bit: True where every call ran at the asked-for low bit width.
+    """
+
+    component: str
+    name: str
+    processor: str
+    runs: tuple[tuple[str, int, str], ...] = ()
+    reason: str = ""
+    hooked: bool = False
+
+    @property
+    def calls(self) -> int:
+        """All calls together."""
+        return sum(count for _, count, _ in self.runs)
+
+    @property
+    def full_name(self) -> str:
+        """Component and name, joined."""
+        return f"{self.component}.{self.name}" if self.component else self.name
+
+    def as_dict(self) -> dict:
+        """The same as plain values."""
+        return {"module": self.full_name, "processor": self.processor, "hooked": self.hooked, "calls": self.calls,
+                "runs": [{"variant": v, "calls": n, "reason": r} for v, n, r in self.runs], "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The report: `str()` is a table, `as_dict()` is for JSON."""
+
+    modules: tuple[ModuleCoverage, ...]
+    untouched: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def fallbacks(self) -> tuple[ModuleCoverage, ...]:
+        """Hooked modules in which some call did not run as asked."""
+        return tuple(m for m in self.modules if m.hooked and any(reason for _, _, reason in m.runs))
+
+    def variants(self) -> dict[str, int]:
+        """Calls per variant over all modules."""
+        total: Counter = Counter()
+        for module in self.modules:
+            for variant, count, _ in module.runs:
+                total[variant] += count
+        return dict(total)
+
+    def as_dict(self) -> dict:
+        """The report as plain values."""
+        return {"modules": [m.as_dict() for m in self.modules], "variants": self.variants(),
+                "untouched": [{"component": name, "attention_modules": count} for name, count in self.untouched],
+                "summary": self.summary()}
+
+    def summary(self) -> str:
+        """One sentence."""
+        hooked = [m for m in self.modules if m.hooked]
+        ran = [m for m in hooked if m.calls]
+        whole = [m for m in ran if not any(reason for _, _, reason in m.runs)]
+        text = f"{len(whole)} of {len(self.modules)} attention modules ran at low bit in every call"
+        if len(whole) < len(self.modules):
+            parts = []
+            if len(ran) - len(whole):
+                parts.append(f"{len(ran) - len(whole)} fell back")
+            if len(hooked) - len(ran):
+                parts.append(f"{len(hooked) - len(ran)} hooked but not called")
+            if len(self.modules) - len(hooked):
+                parts.append(f"{len(self.modules) - len(hooked)} exact")
+            text += f" ({', '.join(parts)})"
+        return text
+
+    def __str__(self) -> str:
+        rows = [("attention module", "processor", "what ran", "calls", "why not as asked")]
+        for module in self.modules:
+            runs = module.runs or (("-", 0, module.reason),)
+            for index, (variant, count, reason) in enumerate(runs):
+                first = index == 0
+                rows.append((module.full_name if first else "", module.processor if first else "", variant, str(count), reason))
+        for name, count in self.untouched:
+            kind = f"{count} attention module{'s' if count != 1 else ''}" if count else "no attention modules"
+            rows.append((name, "untouched", kind, "", ""))
+        return f"{_table(rows)}\n{self.summary()}."
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) if column == 3 else cell.ljust(width)
+                       for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def coverage(model_or_pipe: Any) -> Coverage:
+    """Report on every attention module of a pipeline or model.
+
+    model_or_pipe: a pipeline (its VAE and text encoder are counted as untouched) or a model.
+    Counts are those of the processors that are set now: read the report before `remove()`.
+    Raises TypeError for something that holds no model.
+    """
+    model = transformer_of(model_or_pipe)
+    component = "" if model is model_or_pipe else "transformer"
+    rows = tuple(_module_coverage(component, name, module) for name, module in attention_modules(model).items())
+    untouched = ()
+    if component:
+        parts = ((name, getattr(model_or_pipe, name, None)) for name in ("vae", "text_encoder", "text_encoder_2"))
+        untouched = tuple((name, _count_attention(part)) for name, part in parts if part is not None and _is_model(part))
+    return Coverage(rows, untouched)
+
+
+def _module_coverage(component: str, name: str, module: Any) -> ModuleCoverage:
+    processor = module.processor
+    records = getattr(processor, "records", None)
+    if not isinstance(records, Records):
+        return ModuleCoverage(component, name, type(processor).__name__,
+                              reason="not hooked: the processor is not from lowbit_video, so its calls are not counted")
+    hooked = bool(getattr(processor, "low_bit", False))
+    record = records.peek(module)
+    runs = tuple((variant, count, reason) for (variant, reason), count in record.calls.items()) if record else ()
+    return ModuleCoverage(component, name, str(processor), runs, "" if runs else "not called yet", hooked)
+
+
+def _count_attention(part: Any) -> int:
+    """Attention modules of a part without hooks: class names with "Attention", innermost only."""
+    names = [name for name, module in named_modules(part) if "Attention" in type(module).__name__]
+    return sum(not any(other.startswith(f"{name}.") for other in names) for name in names)
