@@ -1,0 +1,125 @@
+"""Model configurations: read and written as diffusers does, unknown keys refused by name.
+
+A model's known keys are the parameters of its `__init__`, so that a key is declared once. `keep_config` records what a
+model was built with, defaults included.
+"""
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+CONFIG_NAME = "config.json"
+# The version whose behaviour and files this package reproduces.
+DIFFUSERS_VERSION = "0.42.0"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: wrong class, unknown key, unreadable JSON."""
+
+
+class Config(dict):
+    """A dict whose keys can also be read as attributes, as `model.config.patch_size`; it is not to be changed."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no config key {name!r}; known: {', '.join(sorted(self))}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError("a config is read-only: build a new model with the other value")
+
+
+def known_keys(model_class: type) -> tuple[str, ...]:
+    """Returns the config keys that a class declares: the parameters of its `__init__`."""
+    return tuple(inspect.signature(model_class.__init__).parameters)[1:]
+
+
+def keep_config(init: Callable) -> Callable:
+    """Decorates an `__init__` so that `self.config` holds every argument, defaults included, before the body runs."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def init_and_keep(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        values = dict(bound.arguments)
+        del values[next(iter(signature.parameters))]
+        # past nn.Layer's own __setattr__, which needs its __init__ to have run
+        object.__setattr__(self, "config", Config(values))
+        init(self, *args, **kwargs)
+
+    return init_and_keep
+
+
+def read_json(path: str) -> dict:
+    """Reads a JSON object.
+
+    Raises:
+        ConfigError: no such file, not JSON, or not an object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_json(path: str, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object under a temporary name, then renames, so that no half-written file is left."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write("\n")
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_config(
+    folder: str | os.PathLike,
+    class_name: str,
+    known: Iterable[str] | None = None,
+    ignored: Iterable[str] = (),
+    file_name: str = CONFIG_NAME,
+) -> dict[str, Any]:
+    """Reads `folder/config.json` for the class named `class_name`.
+
+    Args:
+        folder: a component's folder, as diffusers or transformers writes it.
+        class_name: what `_class_name` (diffusers) or `architectures` (transformers) must say.
+        known: the keys that the class takes; None: keys are not checked.
+        ignored: further keys that published configurations hold and that change nothing here; they are dropped.
+        file_name: another name for the file, such as "scheduler_config.json".
+    Returns:
+        the keys and values, without those that begin with "_" and without the ignored ones.
+    Raises:
+        ConfigError: no file, not JSON, another class, or keys that are neither known nor ignored (all are listed).
+    """
+    path = os.path.join(os.fspath(folder), file_name)
+    raw = read_json(path)
+    found = [raw["_class_name"]] if "_class_name" in raw else raw.get("architectures")
+    if found is not None and class_name not in found:
+        raise ConfigError(f"{path} describes a {' / '.join(map(str, found))}, expected a {class_name}")
+    ignored = set(ignored)
+    config = {key: value for key, value in raw.items() if not key.startswith("_") and key not in ignored}
+    if known is not None:
+        known = tuple(known)
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"{path} has keys that {class_name} does not know: {', '.join(unknown)}. Known: {', '.join(known)}. "
+                f"Remove them if they are not needed; they may ask for something that is not implemented."
+            )
+    return config
