@@ -1,0 +1,135 @@
+"""Q or K to int8, int4, int2 or FP8 codes, per block or per token, in one pass over the input.
+
+The mean over tokens (smoothing) is subtracted on the way, and what smoothing takes from the scores is
+written by the same pass: Q's pass gives the LSE shift, K's pass the score bias. Rounding is to the
+nearest, half to even (int4 and int2 are mid-rise: the cell a value falls in).
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from lowbit_video.kernels.buffers import as_buffer
+from lowbit_video.kernels.formats import INT2_STEP, MIN_MAGNITUDE, get_format
+from lowbit_video.kernels.quant.shapes import ceil_div
+
+TINY = tl.constexpr(MIN_MAGNITUDE)
+STEP_2 = tl.constexpr(INT2_STEP)
+ROUND_MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2**23: adding it rounds a small float32 half to even and leaves the integer in the low bits."""
+TOKEN_ROWS = 64
+"""Rows that one program quantises at token granularity."""
+
+
+@triton.jit
+def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_seqlens,
+                    stride_b, stride_h, stride_n, codes_stride_b, codes_stride_h, scale_stride_b, scale_stride_h,
+                    row_stride_b, row_stride_h, sm_scale, H, N, MAX_CODE: tl.constexpr,
+                    D: tl.constexpr, PAD_D: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, PER_TOKEN: tl.constexpr,
+                    GROUP: tl.constexpr, SMOOTH: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr, VARLEN: tl.constexpr):
+    """One tile of ROWS rows (at block granularity: one block) of one head."""
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, n, scale_start = 0, N, i_t
+    if VARLEN:
+        start = tl.load(cu_seqlens + i_b)
+        n = tl.load(cu_seqlens + i_b + 1) - start
+        scale_start = start // ROWS + i_b + i_t
+    if i_t * ROWS < n:
+        o_n = i_t * ROWS + tl.arange(0, ROWS)
+        o_row = (start + o_n).to(tl.int64)
+        o_d = tl.arange(0, PAD_D)
+        m_n = o_n < n
+        m_d = o_d < D
+        p_x = x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h + o_row[:, None] * stride_n + o_d[None, :]
+        # [ROWS, PAD_D]
+        b_x = tl.load(p_x, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        p_row = i_b.to(tl.int64) * row_stride_b + o_row
+        if SHIFT:
+            b_km = tl.load(k_mean + (i_b * (H // GROUP) + i_h // GROUP) * D + o_d, mask=m_d, other=0.0)
+            b_shift = tl.sum(b_x * b_km[None, :], 1) * sm_scale
+            tl.store(lse_shift + p_row + i_h.to(tl.int64) * row_stride_h, b_shift, mask=m_n)
+        if SMOOTH:
+            b_mean = tl.load(mean + (i_b * H + i_h) * D + o_d, mask=m_d, other=0.0)
+            b_x = tl.where(m_n[:, None], b_x - b_mean[None, :], 0.0)
+        if BIAS:
+            for i_g in tl.static_range(GROUP):
+                i_hq = i_h * GROUP + i_g
+                b_qm = tl.load(q_mean + (i_b * (H * GROUP) + i_hq) * D + o_d, mask=m_d, other=0.0)
+                tl.store(bias + p_row + i_hq.to(tl.int64) * row_stride_h, tl.sum(b_x * b_qm[None, :], 1), mask=m_n)
+
+        if FORMAT == "int2":
+            b_mag = tl.sum(b_x * b_x, 1)
+            if PER_TOKEN:
+                b_mag = tl.sqrt(b_mag / D)
+            else:
+                b_mag = tl.sqrt(tl.sum(b_mag, 0) / (tl.minimum(n - i_t * ROWS, ROWS) * D).to(tl.float32))
+            b_scale = tl.maximum(b_mag, TINY) * STEP_2
+        else:
+            b_mag = tl.max(tl.abs(b_x), 1)
+            if not PER_TOKEN:
+                b_mag = tl.max(b_mag, 0)
+            b_scale = tl.maximum(b_mag, TINY) / MAX_CODE
+        p_scale = scale + i_b.to(tl.int64) * scale_stride_b + i_h.to(tl.int64) * scale_stride_h
+        if PER_TOKEN:
+            tl.store(p_scale + o_row, b_scale, mask=m_n)
+            b_ratio = b_x * (1.0 / b_scale)[:, None]
+        else:
+            tl.store(p_scale + scale_start, b_scale)
+            b_ratio = b_x * (1.0 / b_scale)
+
+        p_codes = codes + i_b.to(tl.int64) * codes_stride_b + i_h.to(tl.int64) * codes_stride_h
+        if FORMAT == "int8":
+            b_codes = (b_ratio + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+            tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None] & m_d[None, :])
+        elif FORMAT == "fp8":
+            b_codes = tl.minimum(tl.maximum(b_ratio, -MAX_CODE), MAX_CODE).to(tl.float8e4nv)
+            tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None] & m_d[None, :])
+        elif FORMAT == "int4":
+            b_cell = tl.minimum(tl.maximum(tl.floor(b_ratio * 0.5), -8.0), 7.0).to(tl.int32) & 15
+            b_low, b_high = tl.split(tl.reshape(b_cell, [ROWS, PAD_D // 2, 2]))
+            o_p = tl.arange(0, PAD_D // 2)
+            tl.store(p_codes + o_row[:, None] * (D // 2) + o_p[None, :], (b_low | (b_high << 4)).to(tl.uint8),
+                     mask=m_n[:, None] & (o_p < D // 2)[None, :])
+        else:
+            b_cell = tl.minimum(tl.maximum(tl.floor(b_ratio * 0.5), -2.0), 1.0).to(tl.int32) & 3
+            b_even, b_odd = tl.split(tl.reshape(b_cell, [ROWS, PAD_D // 4, 2, 2]))
+            b_0, b_2 = tl.split(b_even)
+            b_1, b_3 = tl.split(b_odd)
+            o_p = tl.arange(0, PAD_D // 4)
+            tl.store(p_codes + o_row[:, None] * (D // 4) + o_p[None, :], (b_0 | (b_1 << 2) | (b_2 << 4) | (b_3 << 6)).to(tl.uint8),
+                     mask=m_n[:, None] & (o_p < D // 4)[None, :])
+
+
+def launch_quant_qk(x: Any, strides: tuple[int, int, int], codes: Any, scale: Any, *, shape: tuple[int, int, int, int],
+                    format: str, granularity: str, block: int, mean: Any = None, lse_shift: Any = None, k_mean: Any = None,
+                    sm_scale: float = 1.0, bias: Any = None, q_mean: Any = None, group: int = 1, cu_seqlens: Any = None,
+                    max_len: int | None = None) -> None:
+    """Codes and float32 scales of x [B, H, N, D], given by `strides` (batch, head, seq) in elements.
+
+    codes: [B, H, N, D / codes_per_byte] contiguous. scale: [B, H, ceil(N / block)], or [B, H, N] for granularity "token".
+    mean [B, H, D]: subtracted first. lse_shift [B, H, N] with k_mean [B, H / group, D], for Q: sm_scale * (x . k_mean) of the
+    unsmoothed rows. bias [B, H * group, N] with q_mean [B, H * group, D], for K: q_mean . (x - mean), unscaled.
+    With cu_seqlens int32 [S + 1]: shape (S, H, T, D); codes [H, T, ..], token scales, lse_shift and bias [.., T], block scales
+    [H, T // block + S] (sequence s from cu_seqlens[s] // block + s); max_len is the longest sequence.
+    """
+    batch, heads, tokens, head_dim = shape
+    fmt = get_format(format)
+    if head_dim % fmt.codes_per_byte:
+        raise ValueError(f"head_dim {head_dim} does not divide by {format}'s {fmt.codes_per_byte} codes a byte")
+    varlen = cu_seqlens is not None
+    per_token = granularity == "token"
+    rows = TOKEN_ROWS if per_token else block
+    packed = head_dim // fmt.codes_per_byte
+    scales = tokens if per_token else tokens // block + batch if varlen else ceil_div(tokens, block)
+    row_heads = heads * group if bias is not None else heads
+    quant_qk_kernel[(ceil_div(max_len if varlen else tokens, rows), heads, batch)](
+        as_buffer(x), as_buffer(codes, fmt.storage), as_buffer(scale), as_buffer(mean), as_buffer(lse_shift), as_buffer(k_mean),
+        as_buffer(bias), as_buffer(q_mean), as_buffer(cu_seqlens),
+        0 if varlen else strides[0], strides[1], strides[2],
+        0 if varlen else heads * tokens * packed, tokens * packed, 0 if varlen else heads * scales, scales,
+        0 if varlen else row_heads * tokens, tokens, sm_scale, heads, tokens, MAX_CODE=fmt.max_code,
+        D=head_dim, PAD_D=triton.next_power_of_2(head_dim), ROWS=rows, FORMAT=format, PER_TOKEN=per_token, GROUP=group,
+        SMOOTH=mean is not None, SHIFT=lse_shift is not None, BIAS=bias is not None, VARLEN=varlen,
+        num_warps=8 if rows * head_dim > 8192 else 4)

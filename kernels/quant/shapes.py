@@ -1,0 +1,45 @@
+"""Shapes of what the quantisers write, for padded batches and for variable-length ones.
+
+A variable-length batch is S sequences packed along T tokens. Where a sequence needs whole blocks (block
+scales, V's transposed copy), sequence s starts at block `cu_seqlens[s] // block + s`: room for every
+sequence's own last, partly filled block, found from cu_seqlens alone.
+"""
+from __future__ import annotations
+
+from lowbit_video.kernels.formats import BLOCK_K, get_format
+
+STATS_CHUNK = 256
+"""Tokens that one program of the first statistics pass reduces."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def code_shape(shape: tuple[int, int, int, int], format: str, varlen: bool = False) -> tuple[int, ...]:
+    """Shape of the packed codes of x of `shape` (B, H, N, D); varlen: (S, H, T, D), then without the batch."""
+    batch, heads, tokens, head_dim = shape
+    packed = head_dim // get_format(format).codes_per_byte
+    return (heads, tokens, packed) if varlen else (batch, heads, tokens, packed)
+
+
+def scale_shape(shape: tuple[int, int, int, int], granularity: str, block: int, varlen: bool = False) -> tuple[int, ...]:
+    """Shape of Q's or K's float32 scales."""
+    batch, heads, tokens, _ = shape
+    if granularity == "token":
+        return (heads, tokens) if varlen else (batch, heads, tokens)
+    return (heads, tokens // block + batch) if varlen else (batch, heads, ceil_div(tokens, block))
+
+
+def v_code_shape(shape: tuple[int, int, int, int], varlen: bool = False) -> tuple[int, ...]:
+    """Shape of V's transposed FP8 copy."""
+    batch, heads, tokens, head_dim = shape
+    if varlen:
+        return (heads, head_dim, (tokens // BLOCK_K + batch) * BLOCK_K)
+    return (batch, heads, head_dim, ceil_div(tokens, BLOCK_K) * BLOCK_K)
+
+
+def partial_shape(shape: tuple[int, int, int, int], max_len: int | None = None) -> tuple[int, int, int, int]:
+    """Shape of the float32 scratch of the statistics' first pass (twice the batch for `launch_kv_stats`)."""
+    batch, heads, tokens, head_dim = shape
+    return (batch, heads, ceil_div(max_len or tokens, STATS_CHUNK), head_dim)
