@@ -99,3 +99,43 @@ def push_device(ordinal: int) -> bool:
 def pop_device() -> None:
     """Undoes one `push_device` that returned True."""
     _library().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def _check(error: int, what: str) -> None:
+    if error:
+        raise RuntimeError(f"CUDA error {error}: {what}")
+
+
+class Event:
+    """A CUDA event with a time stamp, on raw streams, the same for both frameworks."""
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_void_p()
+        _check(_library().cuEventCreate(ctypes.byref(self._handle), 0), "cannot make an event")
+
+    def record(self, stream: int) -> None:
+        _check(_library().cuEventRecord(self._handle, ctypes.c_void_p(stream)), "cannot record an event")
+
+    def synchronize(self) -> None:
+        _check(_library().cuEventSynchronize(self._handle), "an earlier launch failed")
+
+    def elapsed_ms(self, later: Event) -> float:
+        """Milliseconds from this event to a later one; both must have happened."""
+        value = ctypes.c_float()
+        _check(_library().cuEventElapsedTime(ctypes.byref(value), self._handle, later._handle), "cannot read a time")
+        return value.value
+
+    def __del__(self) -> None:
+        if self._handle.value:
+            _library().cuEventDestroy_v2(self._handle)
+
+
+def fill_bytes(pointer: int, value: int, count: int, stream: int) -> None:
+    """Sets `count` bytes of device memory to one value, in stream order."""
+    _check(_library().cuMemsetD8Async(ctypes.c_uint64(pointer), ctypes.c_ubyte(value), ctypes.c_size_t(count),
+                                      ctypes.c_void_p(stream)), "cannot fill memory")
+
+
+def synchronize(stream: int) -> None:
+    """Waits for a raw stream."""
+    _check(_library().cuStreamSynchronize(ctypes.c_void_p(stream)), "a launch failed")

@@ -1,4 +1,4 @@
-"""What Triton needs to launch on Paddle's tensors: a driver without PyTorch, and tensors as kernels see them.
+"""What Triton needs to launch on Paddle's tensors: a driver that does without PyTorch.
 
 Triton asks its active driver for the device, its capability and the stream; its own driver asks
 PyTorch. Ours answers for Paddle and is active only around a launch, so that Paddle and PyTorch
@@ -15,82 +15,6 @@ from lowbit_video.runtime import cuda_driver
 
 _LAUNCH = threading.RLock()
 """Triton's active driver is one per process: a launch holds this while the driver is ours."""
-
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "int32": 4, "int64": 8}
-
-
-class KernelDtype(str):
-    """A dtype as Triton wants it: its name as a string, and the bytes of an element."""
-
-    itemsize: int
-    is_floating_point: bool
-
-
-def _kernel_dtype(name: str) -> KernelDtype:
-    dtype = KernelDtype(name)
-    dtype.itemsize = ITEM_SIZES[name]
-    dtype.is_floating_point = "float" in name
-    return dtype
-
-
-KERNEL_DTYPES = {name: _kernel_dtype(name) for name in ITEM_SIZES}
-
-
-class KernelTensor:
-    """A tensor of either framework, as kernels, launchers and tensor descriptors take it.
-
-    Holds the tensor, so that its memory lives through the launch. The methods from
-    `untyped_storage` on are what Triton's CPU interpreter calls to bring a tensor to the host: it
-    is there, so they return the tensor and kernels work on its memory in place.
-
-    shape and strides are tuples, strides in elements.
-    """
-
-    __slots__ = ("tensor", "pointer", "dtype", "shape", "strides")
-
-    def __init__(self, tensor: object, pointer: int, dtype_name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        self.tensor, self.pointer, self.shape, self.strides = tensor, pointer, shape, strides
-        self.dtype = KERNEL_DTYPES[dtype_name]
-
-    def data_ptr(self) -> int:
-        return self.pointer
-
-    def stride(self, dim: int | None = None):
-        return self.strides if dim is None else self.strides[dim]
-
-    def size(self, dim: int | None = None):
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def untyped_storage(self) -> KernelTensor:
-        return self
-
-    def cpu(self) -> KernelTensor:
-        return self
-
-    def new_empty(self, *_, **__) -> KernelTensor:
-        return self
-
-    def set_(self, *_) -> KernelTensor:
-        return self
-
-    def copy_(self, *_) -> KernelTensor:
-        return self
 
 
 def interpreted() -> bool:
