@@ -55,7 +55,8 @@ class AttnProcessor:
         image_rotary_emb: None or (cos, sin), each [N_video, D], for the video tokens.
         returns: video tokens and text tokens, in this order, shaped like the inputs.
         """
-        runtime = runtime_of(hidden_states)
+        slot = slot_of(attn, hidden_states)
+        runtime = slot.runtime
         text_tokens = encoder_hidden_states.shape[1]
         joint = runtime.concat([encoder_hidden_states, hidden_states], 1)
         batch, tokens = joint.shape[0], joint.shape[1]
@@ -69,7 +70,12 @@ class AttnProcessor:
         if image_rotary_emb is not None:
             q = _rotate_video(runtime, q, text_tokens, image_rotary_emb)
             k = _rotate_video(runtime, k, text_tokens, image_rotary_emb)
-        out = self.run(attn, q, k, v, attention_mask)
+        if slot.operator is None or attn.processor is not self:
+            out = self.run(attn, q, k, v, attention_mask)
+        elif attention_mask is None:
+            out = slot.operator(q, k, v, slot.key)
+        else:
+            out = slot.masked_operator(q, k, v, attention_mask, slot.key)
         out = attn.to_out[0](out.reshape([batch, tokens, -1]))
         out = attn.to_out[1](out)
         return out[:, text_tokens:], out[:, :text_tokens]
@@ -177,6 +183,46 @@ class LowBitAttnProcessor(AttnProcessor):
         return f"{type(self).__name__}({', '.join(options)})"
 
     __repr__ = __str__
+
+
+class Slot:
+    """What an attention module's processors find ready on it, so that a compiler can trace through them.
+
+    runtime: of the module's tensors. operator, masked_operator, key: with Paddle, the operators that
+    stand for the attention in a static graph and the number by which they know this module. They run
+    whichever processor the module has then.
+    """
+
+    def __init__(self, attn: Any, like: Any) -> None:
+        self.runtime = runtime_of(like)
+        self.operator = self.masked_operator = self.key = None
+        if self.runtime.name == "paddle":
+            from lowbit_video.runtime import paddle_op
+
+            reference = weakref.ref(attn)
+
+            def run(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+                module = reference()
+                if not isinstance(module.processor, AttnProcessor):
+                    raise TypeError(f"this graph was compiled with a lowbit_video processor and cannot run "
+                                    f"{type(module.processor).__name__}; compile the model again")
+                return module.processor.run(module, q, k, v, mask)
+
+            self._runner = paddle_op.Runner(run)
+            self.operator, self.masked_operator = paddle_op.attention_op, paddle_op.masked_attention_op
+            self.key = self._runner.key
+
+    def __reduce__(self) -> tuple:
+        # A copied module must not answer to the original's key: its copy of the slot is None, and it makes its own.
+        return type(None), ()
+
+
+def slot_of(attn: Any, like: Any) -> Slot:
+    """The module's slot, made for tensors of `like`'s framework when first asked for."""
+    slot = getattr(attn, "attention_slot", None)
+    if slot is None:
+        slot = attn.attention_slot = Slot(attn, like)
+    return slot
 
 
 def exact_attend(q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
@@ -299,6 +345,7 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
         handle._set(targets[name], processor)
         if isinstance(processor, AttnProcessor):
             processor.records.of(targets[name]).name = name
+            slot_of(targets[name], targets[name].to_q.weight)
     _applied.setdefault(model, []).append(handle)
     return handle
 
