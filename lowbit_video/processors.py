@@ -154,18 +154,19 @@ class LowBitAttnProcessor(AttnProcessor):
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False) -> Any:
         """Attention at this processor's precision, or exact attention where `fallback` allows."""
-        from lowbit_video import attention as api
+        from lowbit_video.attention import run
 
         try:
-            out = api.attention(q, k, v, self.precision, tensor_layout="NHD", is_causal=is_causal, scale=scale,
-                                return_lse=return_lse, backend=self.backend, check_finite=self.check_finite)
+            out, lse, variant = run(q, k, v, self.precision, tensor_layout="NHD", is_causal=is_causal, scale=scale,
+                                    return_lse=return_lse, backend=self.backend, check_finite=self.check_finite,
+                                    only_if_faster=self.fallback == "exact")
         except UnsupportedError as error:
             if self.fallback is None:
                 raise
             self.note("exact", str(error).splitlines()[0])
             return exact_attend(q, k, v, is_causal, scale, return_lse)
-        self.note(str(self.precision))
-        return out
+        self.note(f"{self.precision} ({variant.name})")
+        return (out, lse) if return_lse else out
 
     def attend_masked(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
         """No low-bit kernel takes a mask: exact attention if the caller asked for the fallback, else an error."""

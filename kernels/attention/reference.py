@@ -1,0 +1,145 @@
+"""NumPy attention forward: the oracle of every kernel, and the CPU backend.
+
+It mirrors the kernels' own numerics: scores from codes, exact in float32; dequantisation fused into the
+softmax scale; online softmax in base 2 over key tiles with float32 state; probabilities rounded as the
+kernel rounds them; each tile's P.V added in float32. Memory grows with N, not N**2.
+Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; SageAttention2 (arXiv 2411.10958) for FP8 P.V.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from ..formats import BLOCK_K, BLOCK_Q, LN_2, LOG2_E, MIN_SCORE, P_SHIFT
+from ..quant import reference as quant
+
+TILE_Q = 512
+"""Query rows handled at once: a [512, 128] float32 tile of scores stays in a core's cache."""
+
+ROUNDING = {"fp16": (11, -14), "bf16": (8, -126), "fp8": (4, -6)}
+"""Significant bits, and exponent of the smallest normal number, of each format that P is rounded to."""
+
+
+def round_significand(x: np.ndarray, bits: int, min_exponent: int) -> np.ndarray:
+    """x >= 0 (float32) rounded in place to `bits` significant bits, subnormals below 2**min_exponent included.
+
+    Nearest, half to even. Adding a number `bits` places up pushes the bits below out of float32's 24;
+    subnormals borrow the grid of the first normal binade.
+    """
+    lift = (x < np.float32(2.0**min_exponent)) * np.float32(2.0**min_exponent)
+    x += lift
+    carry = x * np.float32(2.0 ** (24 - bits) + 1)
+    np.subtract(carry, x, out=x)
+    np.subtract(carry, x, out=x)
+    x -= lift
+    return x
+
+
+def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_scale: np.ndarray | None = None,
+             k_scale: np.ndarray | None = None, v_scale: np.ndarray | None = None, bias: np.ndarray | None = None,
+             p_format: str = "fp32", causal: bool = False, block_n: int = BLOCK_K,
+             sum_rounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """softmax(q k^T) v over decoded codes.
+
+    q: [B, Hq, Nq, D] float32, k, v: [B, Hkv, Nkv, D] float32: values of the codes without their scales.
+    q_scale: [B, Hq, Nq], k_scale: [B, Hkv, Nkv], v_scale: [B, Hkv, D] float32, or None for 1.
+    bias: [B, Hq, Nkv] float32 added to every row of the unscaled scores (Q smoothing's correction).
+    scale: multiplies the scores. causal: key j is visible to query i if j <= i + Nkv - Nq.
+    p_format: what P is rounded to ("fp16", "bf16", "fp8", or "fp32" for not at all); fp8 carries 2**8.
+    block_n: keys per tile. sum_rounded: row sums of the rounded P, as kernels that sum by MMA do.
+    Returns out [B, Hq, Nq, D] float32 and the natural-log LSE [B, Hq, Nq] of the scores given (not corrected
+    for K smoothing). A row that sees no key gives zeros and -inf.
+    """
+    batch, heads, q_len, dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    out = np.empty((batch, heads, q_len, dim), np.float32)
+    lse = np.empty((batch, heads, q_len), np.float32)
+    shift = np.float32(P_SHIFT if p_format == "fp8" else 0.0)
+    rounding = ROUNDING.get(p_format)
+    factor = np.float32(scale * LOG2_E)
+    for i_b in range(batch):
+        for i_h in range(heads):
+            i_hk = i_h * kv_heads // heads
+            keys = np.ascontiguousarray(k[i_b, i_hk].T)  # [D, Nkv]
+            values = v[i_b, i_hk]
+            for start in range(0, q_len, TILE_Q):
+                rows = slice(start, min(start + TILE_Q, q_len))
+                count = rows.stop - start
+                queries = q[i_b, i_h, rows]
+                row_scale = np.full((count, 1), factor, np.float32)
+                if q_scale is not None:
+                    row_scale *= q_scale[i_b, i_h, rows, None]
+                last_key = start + np.arange(count)[:, None] + kv_len - q_len  # [rows, 1], inclusive
+                row_max = np.full((count, 1), MIN_SCORE, np.float32)
+                row_sum = np.zeros((count, 1), np.float32)
+                acc = np.zeros((count, dim), np.float32)
+                end = max(0, min(kv_len, int(last_key[-1, 0]) + 1)) if causal else kv_len
+                for first in range(0, end, block_n):
+                    columns = slice(first, min(first + block_n, kv_len))
+                    s = queries @ keys[:, columns]  # [rows, tile]
+                    if k_scale is not None:
+                        s *= k_scale[i_b, i_hk, columns]
+                    s *= row_scale
+                    if bias is not None:
+                        s += bias[i_b, i_h, columns] * factor
+                    if causal and columns.stop - 1 > last_key[0, 0]:
+                        s[np.arange(first, columns.stop) > last_key] = -np.inf
+                    new_max = np.maximum(row_max, s.max(axis=1, keepdims=True))
+                    s -= new_max - shift
+                    p = np.exp2(s, out=s)
+                    alpha = np.exp2(row_max - new_max)
+                    row_max = new_max
+                    if not sum_rounded:
+                        row_sum = row_sum * alpha + p.sum(axis=1, keepdims=True)
+                    if rounding is not None:
+                        p = round_significand(p, *rounding)
+                    if sum_rounded:
+                        row_sum = row_sum * alpha + p.sum(axis=1, keepdims=True)
+                    acc *= alpha
+                    acc += p @ values[columns]
+                empty = row_sum == 0.0
+                acc /= np.where(empty, np.float32(1.0), row_sum)
+                if v_scale is not None:
+                    acc *= v_scale[i_b, i_hk]
+                out[i_b, i_h, rows] = acc
+                with np.errstate(divide="ignore"):
+                    lse[i_b, i_h, rows] = ((row_max - shift + np.log2(row_sum)) * np.float32(LN_2))[:, 0]
+                lse[i_b, i_h, rows][empty[:, 0]] = -np.inf
+    return out, lse
+
+
+def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: str, k_format: str, pv_format: str,
+                     granularity: str = "block", smooth_k: bool = True, smooth_q: bool = False, scale: float,
+                     causal: bool = False, half: str = "fp16", block_n: int = BLOCK_K,
+                     sum_rounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise and attend, as the GPU backends do it in their separate kernels.
+
+    q: [B, Hq, Nq, D], k, v: [B, Hkv, Nkv, D] float32 holding the caller's (possibly 16-bit) values.
+    half: "fp16" or "bf16", the 16-bit type of V and P where pv_format is "fp16".
+    Returns out [B, Hq, Nq, D] float32 and LSE [B, Hq, Nq], corrected for smoothing.
+    """
+    block_q, block_k = (BLOCK_Q, BLOCK_K) if granularity == "block" else (None, None)
+    k_mean = quant.token_mean(k) if smooth_k else None
+    q_mean = quant.token_mean(q) if smooth_q else None
+    q_codes, q_scale = quant.quantize_rows(q, q_format, block_q, q_mean)
+    k_codes, k_scale = quant.quantize_rows(k, k_format, block_k, k_mean)
+    if pv_format == "fp8":
+        v_codes, v_scale = quant.quantize_v(v)
+        values, p_format = quant.decode_v(v_codes, v.shape[2]), "fp8"
+    else:
+        values, v_scale, p_format = v, None, half
+    out, lse = attn_fwd(
+        quant.decode(q_codes, q_format), quant.decode(k_codes, k_format), values, scale=scale,
+        q_scale=quant.expand_scale(q_scale, q.shape[2], block_q), k_scale=quant.expand_scale(k_scale, k.shape[2], block_k),
+        v_scale=v_scale, bias=quant.score_bias(q_mean, k, k_mean) if smooth_q else None, p_format=p_format,
+        causal=causal, block_n=block_n, sum_rounded=sum_rounded)
+    if smooth_k:
+        lse += lse_correction(q, k_mean, scale)
+    return out, lse
+
+
+def lse_correction(q: np.ndarray, k_mean: np.ndarray, scale: float) -> np.ndarray:
+    """What K smoothing took from every row's LSE: scale * (q . k_mean), [B, Hq, Nq]; q is not smoothed."""
+    b, heads, n, d = q.shape
+    kv_heads = k_mean.shape[1]
+    grouped = q.reshape(b, kv_heads, heads // kv_heads, n, d)
+    return np.float32(scale) * np.einsum("bhgnd,bhd->bhgn", grouped, k_mean).reshape(b, heads, n)

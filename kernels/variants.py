@@ -1,0 +1,182 @@
+"""`VARIANTS`: the single declaration of what exists. Selection, tests, benchmarks and tables read it.
+
+A Precision is one point a caller asks for; a KernelVariant covers a set of them. `why_not(request)`
+answers with a reason or None, and backend="auto" takes the first variant that has none, in table order.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Arch = tuple[int, int]
+"""Compute capability, (9, 0) for sm_90."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One attention call as selection sees it.
+
+    device: "cpu" or "cuda". arch: compute capability, None on a CPU. q, k, pv: format names.
+    dtype: of the tensors ("float16", "bfloat16", "float32"). only_if_faster: also refuse where exact
+    attention is measured to be faster. interpret: Triton's CPU interpreter is on.
+    """
+
+    device: str
+    arch: Arch | None
+    q: str
+    k: str
+    pv: str
+    granularity: str
+    dtype: str
+    head_dim: int
+    q_len: int
+    kv_len: int
+    heads: int = 1
+    kv_heads: int = 1
+    smooth_q: bool = False
+    causal: bool = False
+    lse: bool = False
+    varlen: bool = False
+    only_if_faster: bool = False
+    interpret: bool = False
+    op: str = "attention"
+
+    def __str__(self) -> str:
+        where = f"sm_{self.arch[0]}{self.arch[1]}" if self.arch else self.device
+        return f"{self.q}/{self.k}+{self.pv} ({self.dtype}, head_dim {self.head_dim}, {self.q_len}x{self.kv_len} tokens) on {where}"
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """One kernel and the requests it serves.
+
+    qk: pairs of Q and K format. pv: formats of P.V. min_arch, max_arch: inclusive compute capabilities, None
+    for a CPU kernel. head_dims: those served natively; padded: whether any multiple of 8 from 32 to the largest
+    is served by padding. launcher: "module:function", imported when used. note: a word for the tables.
+    """
+
+    name: str
+    backend: str
+    qk: tuple[tuple[str, str], ...]
+    pv: tuple[str, ...]
+    launcher: str
+    min_arch: Arch | None = None
+    max_arch: Arch | None = None
+    head_dims: tuple[int, ...] = (64, 128, 256)
+    padded: bool = True
+    granularities: tuple[str, ...] = ("block", "token")
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
+    features: frozenset[str] = field(default_factory=lambda: frozenset({"causal", "lse", "gqa", "varlen", "smooth_q"}))
+    op: str = "attention"
+    note: str = ""
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.min_arch is None else "cuda"
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """The precision strings it serves."""
+        return tuple(pv if q in ("fp16", "bf16", "fp32") else f"{q if q == k else f'{q}/{k}'}+{pv}"
+                     for q, k in self.qk for pv in self.pv if q not in ("fp16", "bf16", "fp32") or pv == q)
+
+    def why_not(self, request: Request) -> str | None:
+        """Why this kernel cannot serve the request, or None if it can."""
+        if request.op != self.op:
+            return f"it is a kernel for {self.op}, not {request.op}"
+        if (request.q, request.k) not in self.qk:
+            return f"Q.K in {request.q}/{request.k} is not among its formats ({_pairs(self.qk)})"
+        if request.pv not in self.pv:
+            return f"P.V in {request.pv} is not among its formats ({', '.join(self.pv)})"
+        reason = self._why_not_here(request)
+        if reason:
+            return reason
+        if request.granularity not in self.granularities:
+            return f"scales per {request.granularity} are not supported (it has: per {', '.join(self.granularities)})"
+        if request.dtype not in self.dtypes:
+            return f"dtype {request.dtype} is not supported (it takes {', '.join(self.dtypes)})"
+        if self.padded:
+            if not (32 <= request.head_dim <= max(self.head_dims) and request.head_dim % 8 == 0):
+                return f"head_dim {request.head_dim} is not a multiple of 8 from 32 to {max(self.head_dims)}"
+        elif request.head_dim not in self.head_dims:
+            return f"head_dim {request.head_dim} is not supported (it has {', '.join(map(str, self.head_dims))})"
+        used = {"causal": request.causal, "lse": request.lse, "varlen": request.varlen, "smooth_q": request.smooth_q,
+                "gqa": request.heads != request.kv_heads}
+        if request.q in _DTYPE_OF and self.device == "cuda" and request.dtype != _DTYPE_OF[request.q]:
+            return f"exact attention in {request.q} takes {_DTYPE_OF[request.q]} tensors, not {request.dtype} (try 'exact')"
+        missing = [name for name, wanted in used.items() if wanted and name not in self.features]
+        if missing:
+            return f"it does not support {', '.join(missing)}"
+        if request.only_if_faster and request.arch is not None:
+            from .tuning import faster_from
+
+            shortest = faster_from(self.name, request.pv, request.arch, request.head_dim)
+            if request.kv_len < shortest:
+                return f"exact attention is faster below {shortest} tokens ({request.kv_len} given)"
+        return None
+
+    def _why_not_here(self, request: Request) -> str | None:
+        if self.min_arch is None:
+            return None if request.device == "cpu" else "it runs on CPU tensors only"
+        if request.interpret and self.backend == "triton":
+            return None
+        if request.device != "cuda":
+            return "it needs an NVIDIA GPU"
+        if self.backend == "hopper":
+            from .attention.gluon_shim import why_not_gluon
+
+            reason = why_not_gluon()
+            if reason:
+                return reason
+        if request.arch < self.min_arch or (self.max_arch and request.arch > self.max_arch):
+            wanted = _sm(self.min_arch) + ("" if self.max_arch == self.min_arch else " or later")
+            return f"it needs {wanted}; this GPU is {_sm(request.arch)}"
+        return None
+
+
+_DTYPE_OF = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def _sm(arch: Arch) -> str:
+    return f"sm_{arch[0]}{arch[1]}"
+
+
+def _pairs(qk: tuple[tuple[str, str], ...]) -> str:
+    return ", ".join(q if q == k else f"{q}/{k}" for q, k in qk)
+
+
+_INTEGER_QK = (("int8", "int8"), ("int8", "int4"), ("int8", "int2"), ("int4", "int4"), ("int2", "int2"))
+_FP8_QK = (("fp8", "fp8"),)
+_EXACT_QK = (("fp16", "fp16"), ("bf16", "bf16"), ("fp32", "fp32"))
+
+VARIANTS: tuple[KernelVariant, ...] = (
+    KernelVariant(
+        "hopper-int8", "hopper", (("int8", "int8"),), ("fp16", "fp8"), "lowbit_video.kernels.attention.hopper:launch_attn_fwd",
+        min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False, granularities=("block",),
+        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), note="Gluon: TMA, warp specialisation"),
+    KernelVariant(
+        "hopper-fp8", "hopper", _FP8_QK, ("fp8",), "lowbit_video.kernels.attention.hopper:launch_attn_fwd",
+        min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False, granularities=("block",),
+        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), note="Gluon: TMA, warp specialisation"),
+    KernelVariant(
+        "triton-int-fp16", "triton", _INTEGER_QK, ("fp16",), "lowbit_video.kernels.attention.portable:launch_attn_fwd",
+        min_arch=(8, 0)),
+    KernelVariant(
+        "triton-int-fp8", "triton", _INTEGER_QK, ("fp8",), "lowbit_video.kernels.attention.portable:launch_attn_fwd",
+        min_arch=(8, 9)),
+    KernelVariant(
+        "triton-fp8", "triton", _FP8_QK, ("fp16", "fp8"), "lowbit_video.kernels.attention.portable:launch_attn_fwd",
+        min_arch=(8, 9)),
+    KernelVariant(
+        "triton-exact", "triton", _EXACT_QK, ("fp16", "bf16", "fp32"),
+        "lowbit_video.kernels.attention.portable:launch_attn_fwd", min_arch=(8, 0), note="full precision, the same kernel"),
+    KernelVariant(
+        "reference-lowbit", "reference", _INTEGER_QK + _FP8_QK, ("fp16", "fp8"),
+        "lowbit_video.kernels.attention.reference:lowbit_attention", note="NumPy, the oracle of the others"),
+    KernelVariant(
+        "reference-exact", "reference", _EXACT_QK, ("fp16", "bf16", "fp32"),
+        "lowbit_video.kernels.attention.reference:attn_fwd", note="NumPy, float32"),
+)
+"""Every kernel there is, the preferred one first."""
+
+BACKENDS = ("auto",) + tuple(dict.fromkeys(v.backend for v in VARIANTS))
+"""What `backend=` takes."""

@@ -1,0 +1,48 @@
+"""Which framework a tensor belongs to, found from the tensor itself: nothing is imported that is not there already."""
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def runtime_of(tensor: Any) -> Any:
+    """The runtime (a module of this package) of a Paddle or torch tensor.
+
+    Raises TypeError for anything else; a NumPy array is told how to become a tensor.
+    Source: the way einops finds its backend (sys.modules first, then the type).
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(tensor, getattr(torch, "Tensor", ())):
+        from . import torch_runtime
+
+        return torch_runtime
+    paddle = sys.modules.get("paddle")
+    if paddle is not None and (isinstance(tensor, getattr(paddle, "Tensor", ())) or _is_static(paddle, tensor)):
+        from . import paddle_runtime
+
+        return paddle_runtime
+    hint = "; wrap a NumPy array with paddle.to_tensor(array)" if type(tensor).__module__ == "numpy" else ""
+    raise TypeError(f"expected a Paddle or torch tensor, got {type(tensor).__module__}.{type(tensor).__qualname__}{hint}")
+
+
+def _is_static(paddle: Any, value: Any) -> bool:
+    """Whether it is a variable of a Paddle program being traced (to_static)."""
+    pir = getattr(paddle, "pir", None)
+    kinds = tuple(kind for kind in (getattr(pir, "Value", None), getattr(paddle.static, "Variable", None)) if isinstance(kind, type))
+    return isinstance(value, kinds)
+
+
+def same_runtime(**tensors: Any) -> Any:
+    """The runtime of all the named tensors; TypeError where they belong to different frameworks."""
+    found = {name: runtime_of(tensor) for name, tensor in tensors.items()}
+    if len({id(runtime) for runtime in found.values()}) > 1:
+        kinds = ", ".join(f"{name} is a {runtime.NAME} tensor" for name, runtime in found.items())
+        raise TypeError(f"all tensors must belong to one framework: {kinds}")
+    return next(iter(found.values()))
+
+
+def default_paddle_device() -> str:
+    """What device="auto" means for Paddle: "gpu:0" if there is one, else a CUDA-backed custom device, else "cpu"."""
+    from . import paddle_runtime
+
+    return paddle_runtime.default_device()

@@ -1,0 +1,108 @@
+"""Paddle tensors: where they are, what they hold, and how a kernel gets at them."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+NAME = "paddle"
+_DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16, "float32": paddle.float32, "int8": paddle.int8,
+           "uint8": paddle.uint8, "int32": paddle.int32, "float8_e4m3fn": paddle.float8_e4m3fn}
+
+
+def dtype_name(t: paddle.Tensor) -> str:
+    """"float16", "bfloat16", "float32", ..."""
+    return str(t.dtype).rpartition(".")[2]
+
+
+def shape(t: paddle.Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def strides(t: paddle.Tensor) -> tuple[int, ...]:
+    """In elements."""
+    return tuple(t.get_strides())
+
+
+def is_cpu(t: paddle.Tensor) -> bool:
+    return t.place.is_cpu_place()
+
+
+def arch(t: paddle.Tensor) -> tuple[int, int] | None:
+    """Compute capability of the GPU that holds the tensor; None on a CPU."""
+    if is_cpu(t):
+        return None
+    from . import cuda_driver
+
+    return cuda_driver.capability(device_index(t))
+
+
+def device_index(t: paddle.Tensor) -> int:
+    place = t.place
+    return place.custom_device_id() if place.is_custom_place() else place.gpu_device_id()
+
+
+def empty(shape: Sequence[int], dtype: str, like: paddle.Tensor) -> paddle.Tensor:
+    """Uninitialised, contiguous, where `like` is."""
+    return paddle.empty(list(shape), dtype=_DTYPES[dtype]) if is_cpu(like) else paddle.empty(
+        list(shape), dtype=_DTYPES[dtype], device=like.place)
+
+
+def to_numpy(t: paddle.Tensor) -> np.ndarray:
+    """A NumPy array; 16-bit floats become float32."""
+    if dtype_name(t) in ("float16", "bfloat16"):
+        t = t.astype("float32")
+    return t.numpy()
+
+
+def from_numpy(array: np.ndarray, like: paddle.Tensor, dtype: str) -> paddle.Tensor:
+    """A tensor of that dtype where `like` is; the values are cast."""
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return paddle.to_tensor(array.view(np.uint8), place=like.place).view(paddle.float8_e4m3fn)
+    tensor = paddle.to_tensor(np.ascontiguousarray(array), place=like.place)
+    return tensor if dtype_name(tensor) == dtype else tensor.astype(_DTYPES[dtype])
+
+
+def concat(tensors: Sequence[paddle.Tensor], axis: int) -> paddle.Tensor:
+    return paddle.concat(list(tensors), axis)
+
+
+def exact_attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, *, is_causal: bool = False,
+                    scale: float | None = None) -> paddle.Tensor:
+    """Paddle's own attention, [B, N, H, D] in and out; GQA by repeating heads."""
+    if scale is not None:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = (t.repeat_interleave(group, axis=2) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def masked_attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
+    """Paddle's own attention under a mask that broadcasts to [B, H, Nq, Nkv] (bool: True attends; else added)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask.dtype == paddle.bool else mask.astype(q.dtype))
+
+
+@contextlib.contextmanager
+def launch_guard(t: paddle.Tensor):
+    """Makes the tensor's device and Paddle's current stream the ones that Triton launches on."""
+    from . import triton_driver
+
+    with triton_driver.paddle_launch(t):
+        yield
+
+
+def default_device() -> str:
+    """"gpu:0", else "<custom device>:0" if it is backed by CUDA, else "cpu"."""
+    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
+        return "gpu:0"
+    from . import cuda_driver
+
+    for name in paddle.device.get_all_custom_device_type() or ():
+        if cuda_driver.device_count() > 0:
+            return f"{name}:0"
+    return "cpu"

@@ -1,0 +1,84 @@
+"""torch tensors: the same handful of calls as paddle_runtime."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+NAME = "torch"
+
+
+def dtype_name(t: torch.Tensor) -> str:
+    """"float16", "bfloat16", "float32", ..."""
+    return str(t.dtype).rpartition(".")[2]
+
+
+def shape(t: torch.Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def strides(t: torch.Tensor) -> tuple[int, ...]:
+    """In elements."""
+    return tuple(t.stride())
+
+
+def is_cpu(t: torch.Tensor) -> bool:
+    return t.device.type == "cpu"
+
+
+def arch(t: torch.Tensor) -> tuple[int, int] | None:
+    """Compute capability of the GPU that holds the tensor; None on a CPU."""
+    return torch.cuda.get_device_capability(t.device) if t.is_cuda else None
+
+
+def empty(shape: Sequence[int], dtype: str, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, contiguous, where `like` is."""
+    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
+
+
+def to_numpy(t: torch.Tensor) -> np.ndarray:
+    """A NumPy array; 16-bit floats become float32."""
+    t = t.detach()
+    if t.dtype in (torch.float16, torch.bfloat16):
+        t = t.float()
+    return t.cpu().numpy()
+
+
+def from_numpy(array: np.ndarray, like: torch.Tensor, dtype: str) -> torch.Tensor:
+    """A tensor of that dtype where `like` is; the values are cast."""
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(array.view(np.uint8)).to(like.device).view(torch.float8_e4m3fn)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device=like.device, dtype=getattr(torch, dtype))
+
+
+def concat(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    return torch.cat(list(tensors), axis)
+
+
+def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False,
+                    scale: float | None = None) -> torch.Tensor:
+    """torch's own attention, [B, N, H, D] in and out."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """torch's own attention under a mask that broadcasts to [B, H, Nq, Nkv] (bool: True attends; else added)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def launch_guard(t: torch.Tensor):
+    """Makes the tensor's device current; Triton asks torch for the stream."""
+    if not t.is_cuda:
+        yield
+        return
+    with torch.cuda.device(t.device):
+        yield
