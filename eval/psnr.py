@@ -8,7 +8,9 @@ from .video import as_pair
 NAME = "psnr"
 UNIT = "dB"
 HIGHER_IS_BETTER = True
-CEILING_DB = 100.0  # identical frames have no error; a finite ceiling keeps means and intervals finite
+KIND = "paired"
+CEILING_DB = 140.0  # identical frames have no error; a finite ceiling (float32 rounding) keeps means finite
+PERFECT = CEILING_DB
 
 
 def psnr(video, reference) -> np.ndarray:

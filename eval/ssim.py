@@ -8,6 +8,8 @@ from .video import BadVideoError, as_pair
 NAME = "ssim"
 UNIT = ""
 HIGHER_IS_BETTER = True
+KIND = "paired"
+PERFECT = 1.0
 WINDOW = 11  # pixels; Wang et al.'s Gaussian window
 SIGMA = 1.5  # pixels
 K1, K2 = 0.01, 0.03  # stabilisers for a peak of 1

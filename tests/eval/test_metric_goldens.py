@@ -1,0 +1,64 @@
+"""Figures against independent implementations, computed once (make_goldens.py), and against scipy live."""
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lowbit_video.eval import lpips as lpips_file
+from lowbit_video.eval.fvd import frechet_distance
+from lowbit_video.eval.ms_ssim import ms_ssim, scales_for
+from lowbit_video.eval.psnr import psnr
+from lowbit_video.eval.ssim import ssim
+from lowbit_video.eval.video import BadVideoError
+
+HERE = Path(__file__).parent
+GOLDENS = json.loads((HERE / "goldens.json").read_text())
+spec = importlib.util.spec_from_file_location("eval_make_goldens", HERE / "make_goldens.py")
+maker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(maker)
+
+
+@pytest.mark.parametrize("row", GOLDENS["paired"], ids=lambda r: f"{r['pair']}-{r['noise']}")
+def test_paired_metrics_agree_with_piq_and_torchmetrics(row):
+    video, reference = maker.seeded_pair(maker.PAIRS[row["pair"]], row["noise"])
+    for name, function in (("psnr", psnr), ("ssim", ssim), ("ms_ssim", ms_ssim)):
+        assert np.allclose(function(video, reference), row[name], atol=1e-4), name
+
+
+def test_ms_ssim_uses_the_scales_that_fit():
+    assert [scales_for(*size) for size in ((10, 99), (11, 11), (128, 192), (175, 175), (176, 176))] == [0, 1, 4, 4, 5]
+    with pytest.raises(BadVideoError, match="11x11"):
+        ms_ssim(np.zeros((1, 10, 99, 3)), np.zeros((1, 10, 99, 3)))
+
+
+def test_lpips_agrees_with_pytorch(tmp_path):
+    pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
+    np.savez(tmp_path / "weights.npz", **maker.seeded_alexnet())
+    weights = lpips_file.load_weights(tmp_path)
+    video, reference = maker.seeded_pair(maker.PAIRS["small"], 0.1)
+    assert np.allclose(lpips_file.lpips(video, reference, weights), GOLDENS["lpips"]["value"], atol=1e-4)
+    assert np.allclose(lpips_file.lpips(video, video, weights), 0)
+
+
+def test_lpips_names_the_array_that_is_not_there(tmp_path):
+    arrays = maker.seeded_alexnet()
+    del arrays["lin3.model.1.weight"]
+    np.savez(tmp_path / "weights.npz", **arrays)
+    with pytest.raises(FileNotFoundError, match="lin3.model.1.weight"):
+        lpips_file.load_weights(tmp_path)
+
+
+def test_frechet_distance_agrees_with_a_matrix_square_root():
+    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed")
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((40, 6)), 0.3 + rng.standard_normal((30, 6)) @ rng.standard_normal((6, 6))
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * linalg.sqrtm(cov_a @ cov_b).real)
+    assert np.isclose(frechet_distance(a, b), expected, atol=1e-4)
+    assert frechet_distance(a, a) < 1e-9
+    wide = rng.standard_normal((3, 400))  # fewer videos than features
+    assert frechet_distance(wide, wide) < 1e-9 < 1 < frechet_distance(wide, wide + 1)
+    for bad in (a[:1], a[:, :3]):
+        with pytest.raises(ValueError):
+            frechet_distance(bad, b)
