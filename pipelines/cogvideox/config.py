@@ -89,16 +89,16 @@ def write_json(path: str, value: Mapping[str, Any]) -> None:
 
 def load_config(
     folder: str | os.PathLike,
-    class_name: str,
+    class_name: str | tuple[str, ...],
     known: Iterable[str] | None = None,
     ignored: Iterable[str] = (),
     file_name: str = CONFIG_NAME,
 ) -> dict[str, Any]:
-    """Reads `folder/config.json` for the class named `class_name`.
+    """Reads `folder/config.json` for a class.
 
     Args:
         folder: a component's folder, as diffusers or transformers writes it.
-        class_name: what `_class_name` (diffusers) or `architectures` (transformers) must say.
+        class_name: what `_class_name` (diffusers) or `architectures` (transformers) must say; a tuple allows several.
         known: the keys that the class takes; None: keys are not checked.
         ignored: further keys that published configurations hold and that change nothing here; they are dropped.
         file_name: another name for the file, such as "scheduler_config.json".
@@ -110,8 +110,9 @@ def load_config(
     path = os.path.join(os.fspath(folder), file_name)
     raw = read_json(path)
     found = [raw["_class_name"]] if "_class_name" in raw else raw.get("architectures")
-    if found is not None and class_name not in found:
-        raise ConfigError(f"{path} describes a {' / '.join(map(str, found))}, expected a {class_name}")
+    allowed = (class_name,) if isinstance(class_name, str) else tuple(class_name)
+    if found is not None and not set(found) & set(allowed):
+        raise ConfigError(f"{path} describes a {' / '.join(map(str, found))}, expected a {' or '.join(allowed)}")
     ignored = set(ignored)
     config = {key: value for key, value in raw.items() if not key.startswith("_") and key not in ignored}
     if known is not None:
@@ -119,7 +120,7 @@ def load_config(
         unknown = sorted(set(config) - set(known))
         if unknown:
             raise ConfigError(
-                f"{path} has keys that {class_name} does not know: {', '.join(unknown)}. Known: {', '.join(known)}. "
+                f"{path} has keys that {allowed[0]} does not know: {', '.join(unknown)}. Known: {', '.join(known)}. "
                 f"Remove them if they are not needed; they may ask for something that is not implemented."
             )
     return config

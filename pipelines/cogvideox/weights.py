@@ -90,6 +90,7 @@ class Model(nn.Layer):
     """
 
     class_name: str = ""  # as `_class_name` in config.json; "" means the Python class's own name
+    also_reads: tuple[str, ...] = ()  # other classes whose folders hold what this one needs
     weights_stem: str = STEMS[0]
     ignored_keys: tuple[str, ...] = ()  # config keys accepted and dropped
     ignored_tensors: tuple[str, ...] = ()  # regular expressions: tensors on disk that are not used
@@ -120,7 +121,8 @@ class Model(nn.Layer):
             ConfigError: config.json is missing, is of another class, or has unknown keys.
             WeightsError: weight files missing or damaged, or not the ones for this configuration.
         """
-        config = load_config(folder, cls.class_name or cls.__name__, known_keys(cls), cls.ignored_keys)
+        names = (cls.class_name or cls.__name__, *cls.also_reads)
+        config = load_config(folder, names, known_keys(cls), cls.ignored_keys)
         model = cls.from_config(config)
         load_weights(model, folder, dtype, variant)
         return model
