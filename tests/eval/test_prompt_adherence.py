@@ -1,0 +1,112 @@
+"""The scorer must agree with true renders and must not be fooled by wrong ones."""
+import numpy as np
+import pytest
+from lowbit_video.eval import prompt_adherence, world
+
+FRAMES = 17
+
+
+def renders(count, seed, held=False):
+    """Captioned true clips, as (caption, uint8 frames), one at a time."""
+    meanings = world.draw_meanings(count, seed, held)
+    plan = world.plan(meanings, seed, FRAMES)
+    rng = np.random.default_rng(seed)
+    for i, meaning in enumerate(meanings):
+        frames = world.render(plan.take([i]))[0]
+        yield world.caption_of(meaning, rng), frames
+
+
+def as_uint8(frames):
+    return np.clip(np.round(frames), 0, 255).astype(np.uint8)
+
+
+def blurred(frames, rng):
+    """What a small autoencoder does: soft edges, a tint, some noise."""
+    for axis in (1, 2):
+        for _ in range(2):
+            frames = (np.roll(frames, 1, axis) + 2 * frames + np.roll(frames, -1, axis)) / 4
+    return frames + rng.normal(0, 6, frames.shape) + rng.normal(0, 6, 3)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["true", "blurred"])
+def test_agrees_with_true_renders(soft):
+    rng = np.random.default_rng(1)
+    count = 50
+    right = dict.fromkeys(prompt_adherence.PARTS, 0)
+    for caption, frames in renders(count, 40 + soft):
+        verdict = prompt_adherence.score(as_uint8(blurred(frames, rng) if soft else frames), caption)
+        for part in right:
+            right[part] += getattr(verdict, part)
+    assert all(n >= count - 1 for n in right.values()), right
+
+
+def clip(caption, seed=0):
+    return world.clip_of(caption, seed, FRAMES)
+
+
+def test_every_motion_is_told_from_every_other():
+    for motion, words in world._MOTION_WORDS.items():
+        caption = f"a red star {words[0].format(v='moves')} on a blue background"
+        frames = clip(caption)
+        assert prompt_adherence.look(frames).things[0].motion == motion
+        for other, other_words in world._MOTION_WORDS.items():
+            wanted = f"a red star {other_words[0].format(v='moves')} on a blue background"
+            if other != motion and other in ("left", "up-right", "still", "spin", "grow", "bounce-up-down"):
+                assert not prompt_adherence.score(frames, wanted).motion, (motion, other)
+
+
+@pytest.mark.parametrize("said, shown, part", [
+    ("a red circle moves left on a blue background", "a green circle moves left on a blue background", "colour"),
+    ("a red circle moves left on a blue background", "a red square moves left on a blue background", "shape"),
+    ("a red ring moves left on a blue background", "a red circle moves left on a blue background", "shape"),
+    ("a red circle moves left on a blue background", "a red circle moves up-left on a blue background", "motion"),
+    ("a red circle moves left on a blue background", "a red circle moves left on a green background", "background"),
+    ("a red circle moves left on a blue background", "a red circle moves left on a striped blue background", "background"),
+    ("a red circle moves left on a blue background",
+     "a red circle moves left and a white star stands still on a blue background", "colour"),
+    ("a red circle moves left and a white star stands still on a blue background",
+     "a red circle moves left on a blue background", "colour"),
+    ("a red circle moves left and a white star stands still on a blue background",
+     "a red circle stands still and a white star moves left on a blue background", "motion"),
+])
+def test_says_no_to_one_wrong_part(said, shown, part):
+    verdict = prompt_adherence.score(clip(shown), said)
+    assert not getattr(verdict, part), verdict.scene
+    assert prompt_adherence.score(clip(shown), shown).all
+
+
+@pytest.mark.parametrize("motion", ["moves left", "moves up", "moves down and to the right", "grows", "shrinks"])
+def test_says_no_to_the_reverse(motion):
+    caption = f"a large yellow cross {motion} over a checkered purple background".replace(
+        "large ", "" if motion in ("grows", "shrinks") else "large ")
+    frames = clip(caption)
+    assert prompt_adherence.score(frames, caption).all
+    backwards = prompt_adherence.score(frames[::-1], caption)
+    assert not backwards.motion and backwards.colour and backwards.shape and backwards.background
+
+
+def test_says_no_to_noise_and_to_nothing():
+    caption = "a red circle moves left on a blue background"
+    noise = np.random.default_rng(0).integers(0, 256, (FRAMES, 128, 192, 3), np.uint8)
+    for frames in (noise, np.zeros_like(noise), np.full_like(noise, 128)):
+        verdict = prompt_adherence.score(frames, caption)
+        assert not (verdict.colour or verdict.shape or verdict.motion or verdict.background), verdict.scene
+    empty = np.broadcast_to(np.array(world.COLOURS["blue"], np.uint8), noise.shape)
+    verdict = prompt_adherence.score(empty, caption)
+    assert verdict.background and not (verdict.colour or verdict.shape or verdict.motion)
+    frozen = np.repeat(clip(caption)[:1], FRAMES, 0)
+    assert not prompt_adherence.score(frozen, caption).motion
+    shuffled = clip(caption)[np.random.default_rng(0).permutation(FRAMES)]
+    assert not prompt_adherence.score(shuffled, caption).motion
+
+
+def test_what_the_caption_leaves_open_counts_as_met():
+    verdict = prompt_adherence.score(clip("a red circle moves left on a blue background"), "a circle")
+    assert verdict.shape and verdict.motion and verdict.background
+
+
+@pytest.mark.parametrize("frames", [np.zeros((9, 64, 64, 3)), np.zeros((64, 64, 3), np.uint8), np.zeros((2, 64, 64, 3), "u1")],
+                         ids=["float", "one image", "two frames"])
+def test_refuses_what_is_no_video(frames):
+    with pytest.raises(ValueError, match="frames are"):
+        prompt_adherence.score(frames, "a red circle")
