@@ -36,7 +36,8 @@ class Format:
     """One number format.
 
     name: what precision strings call it. bits: per code. max_code: scale is absmax / max_code (int2:
-    rms * INT2_STEP); int4's cells end at 16, its outermost level is 15. codes_per_byte: 1, 2 or 4 along head_dim, first element in the lowest bits.
+    rms * INT2_STEP); int4's cells end at 16, its outermost level is 15. codes_per_byte: 1, 2 or 4 along
+    head_dim, first element in the lowest bits.
     storage: dtype name of the stored array. scaled: False for the formats of exact attention.
     """
 

@@ -42,7 +42,8 @@ class Request:
 
     def __str__(self) -> str:
         where = f"sm_{self.arch[0]}{self.arch[1]}" if self.arch else self.device
-        return f"{self.q}/{self.k}+{self.pv} ({self.dtype}, head_dim {self.head_dim}, {self.q_len}x{self.kv_len} tokens) on {where}"
+        return (f"{self.q}/{self.k}+{self.pv} ({self.dtype}, head_dim {self.head_dim}, {self.q_len}x{self.kv_len} tokens) "
+                f"on {where}")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
     _one_of("operand", operand, OPERANDS)
     _one_of("tensor_layout", tensor_layout, LAYOUTS)
     if operand == "v" and (format != "fp8" or smooth):
-        raise ValueError(f"v is quantised to fp8 with one scale per channel and no smoothing; given: format={format!r}, smooth={smooth}")
+        raise ValueError("v is quantised to fp8 with one scale per channel and no smoothing; given: "
+                         f"format={format!r}, smooth={smooth}")
     smooth = operand == "k" if smooth is None else smooth
     runtime = detect.runtime_of(x)
     shape = runtime.shape(x)

@@ -27,9 +27,8 @@ def runtime_of(tensor: Any) -> Any:
 
 def _is_static(paddle: Any, value: Any) -> bool:
     """Whether it is a variable of a Paddle program being traced (to_static)."""
-    pir = getattr(paddle, "pir", None)
-    kinds = tuple(kind for kind in (getattr(pir, "Value", None), getattr(paddle.static, "Variable", None)) if isinstance(kind, type))
-    return isinstance(value, kinds)
+    kinds = (getattr(getattr(paddle, "pir", None), "Value", None), getattr(paddle.static, "Variable", None))
+    return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
 
 
 def same_runtime(**tensors: Any) -> Any:

@@ -1,0 +1,147 @@
+"""attention() on Paddle and torch tensors: layouts, dtypes, results and refusals."""
+import numpy as np
+import pytest
+from helpers import naive_attention, qkv, sqnr_db
+
+import lowbit_video as lv
+from lowbit_video.attention import make_request, run, select
+from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
+from lowbit_video.precision import precision_specs
+
+
+def tensors(framework, *arrays, dtype="float32"):
+    return [framework.tensor(a, dtype) for a in arrays]
+
+
+@pytest.mark.parametrize("spec", precision_specs())
+def test_every_precision_runs_in_both_layouts(framework, spec):
+    arrays = qkv(heads=4, kv_heads=2, q_len=70, kv_len=90)
+    expected, expected_lse = naive_attention(*arrays)
+    out, lse = lv.attention(*tensors(framework, *arrays), spec, return_lse=True)
+    assert list(out.shape) == [1, 70, 4, 64] and list(lse.shape) == [1, 4, 70]
+    floor = 6.0 if "int2" in spec else 14.0 if "int4" in spec else 24.0 if "+" in spec else 100.0
+    assert sqnr_db(framework.numpy(out), expected) > floor
+    assert np.abs(framework.numpy(lse) - expected_lse).max() < 0.5
+    swapped = lv.attention(*tensors(framework, *(a.transpose(0, 2, 1, 3) for a in arrays)), spec, tensor_layout="HND")
+    np.testing.assert_array_equal(framework.numpy(swapped).transpose(0, 2, 1, 3), framework.numpy(out))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtype_of_the_result_is_that_of_q(framework, dtype):
+    arrays = qkv(q_len=40)
+    out, lse = lv.attention(*tensors(framework, *arrays, dtype=dtype), "int8+fp16", return_lse=True)
+    assert str(out.dtype).endswith(dtype) and str(lse.dtype).endswith("float32")
+    assert sqnr_db(framework.numpy(out), naive_attention(*arrays)[0]) > 33.0
+
+
+def test_float32_v_beyond_float16_stays_finite(framework):
+    q, k, v = qkv(q_len=40)
+    v *= 1e5
+    out = framework.numpy(lv.attention(*tensors(framework, q, k, v), "int8+fp16"))
+    assert sqnr_db(out, naive_attention(q, k, v)[0]) > 33.0
+
+
+def test_the_callers_tensors_are_not_changed(framework):
+    arrays = qkv(q_len=50)
+    given = tensors(framework, *arrays)
+    lv.attention(*given, "int4+fp8", is_causal=True)
+    for array, tensor in zip(arrays, given):
+        np.testing.assert_array_equal(framework.numpy(tensor), array)
+
+
+def test_strided_views(framework):
+    q, k, v = qkv(q_len=50, heads=4)
+    wide = framework.tensor(np.concatenate([q, k, v], axis=3))
+    views = [wide[..., i * 64:(i + 1) * 64] for i in range(3)]
+    np.testing.assert_array_equal(framework.numpy(lv.attention(*views)),
+                                  framework.numpy(lv.attention(*tensors(framework, q, k, v))))
+
+
+def test_scale_and_causal_reach_the_kernel(framework):
+    arrays = qkv(q_len=60)
+    out = lv.attention(*tensors(framework, *arrays), "int8+fp16", is_causal=True, scale=0.5)
+    assert sqnr_db(framework.numpy(out), naive_attention(*arrays, scale=0.5, causal=True)[0]) > 25.0
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(tensor_layout="BHND"), "NHD.*HND"), (dict(backend="cuda"), "auto, hopper, triton, reference"),
+    (dict(precision="int5+fp16"), "int8/int4"), (dict(backend="hopper"), "needs an NVIDIA GPU")])
+def test_what_does_not_exist_is_an_error_that_lists_what_does(framework, change, message):
+    with pytest.raises(ValueError, match=message):
+        lv.attention(*tensors(framework, *qkv(q_len=8)), **change)
+
+
+@pytest.mark.parametrize("shapes, message", [
+    (((1, 0, 2, 64),) * 3, "at least one token"), (((1, 8, 2, 64), (1, 8, 2, 64), (1, 9, 2, 64)), "one shape"),
+    (((1, 8, 3, 64), (1, 8, 2, 64), (1, 8, 2, 64)), "multiple"), (((8, 2, 64),) * 3, "4 dimensions"),
+    (((1, 8, 2, 64), (2, 8, 2, 64), (2, 8, 2, 64)), "batch"), (((1, 8, 2, 36),) * 3, "head_dim 36"),
+    (((1, 8, 2, 24),) * 3, "head_dim 24"), (((1, 8, 2, 264),) * 3, "head_dim 264")])
+def test_bad_shapes(framework, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        lv.attention(*[framework.tensor(np.zeros(shape)) for shape in shapes])
+
+
+@pytest.mark.parametrize("name, value", [("q", np.nan), ("k", np.inf), ("v", -np.inf)])
+def test_nonfinite_input_is_named_and_counted(framework, name, value):
+    arrays = dict(zip("qkv", qkv(q_len=20)))
+    arrays[name][0, 3, 1, 5:8] = value
+    given = tensors(framework, *arrays.values())
+    with pytest.raises(lv.NonFiniteError, match=f"{name} has {'3 NaN and 0' if np.isnan(value) else '0 NaN and 3'} infinite"):
+        lv.attention(*given)
+    lv.attention(*given, check_finite=False)
+
+
+def test_mixed_dtypes_and_foreign_types_are_refused(framework):
+    q, k, v = tensors(framework, *qkv(q_len=8))
+    with pytest.raises(TypeError, match="one dtype"):
+        lv.attention(q, framework.tensor(framework.numpy(k), "float16"), v)
+    with pytest.raises(TypeError, match="paddle.to_tensor"):
+        lv.attention(*qkv(q_len=8))
+
+
+def test_frameworks_do_not_mix():
+    paddle, torch = pytest.importorskip("paddle"), pytest.importorskip("torch")
+    q, k, v = qkv(q_len=8)
+    with pytest.raises(TypeError, match="k is a torch tensor"):
+        lv.attention(paddle.to_tensor(q), torch.from_numpy(k), torch.from_numpy(v))
+
+
+def gpu_request(**change):
+    return Request(**(dict(device="cuda", arch=(9, 0), q="int8", k="int8", pv="fp8", granularity="block", dtype="float16",
+                           head_dim=64, q_len=1000, kv_len=1000) | change))
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(device="cpu", arch=None), "needs an NVIDIA GPU"), (dict(arch=(8, 0)), "needs sm_89 or later; this GPU is sm_80"),
+    (dict(head_dim=36), "head_dim 36"), (dict(dtype="float64"), "dtype float64"), (dict(q="int3"), "int3/int8"),
+    (dict(pv="int8"), "P.V in int8")])
+def test_why_not_gives_the_reason(change, reason):
+    portable = next(v for v in VARIANTS if v.name == "triton-int-fp8")
+    assert portable.why_not(gpu_request()) is None
+    assert reason in portable.why_not(gpu_request(**change))
+
+
+def test_selection_takes_the_first_fit_and_names_every_refusal():
+    a, b = (KernelVariant(name, "triton", (("int8", "int8"),), ("fp8",), "m:f", min_arch=arch)
+            for name, arch in (("new", (10, 0)), ("old", (8, 0))))
+    assert select(gpu_request(), variants=(a, b)) is b
+    assert select(gpu_request(arch=(10, 0)), variants=(a, b)) is a
+    with pytest.raises(lv.UnsupportedError, match="new: it needs sm_100(.|\n)*old: it needs sm_80"):
+        select(gpu_request(arch=(7, 5)), variants=(a, b))
+
+
+def test_features_a_variant_lacks_are_named():
+    plain = KernelVariant("plain", "triton", (("int8", "int8"),), ("fp8",), "m:f", min_arch=(8, 0), features=frozenset())
+    request = gpu_request(causal=True, lse=True, heads=4, kv_heads=2)
+    assert plain.why_not(request) == "it does not support causal, lse, gqa"
+
+
+def test_run_says_which_variant_ran(framework):
+    q, k, v = tensors(framework, *qkv(q_len=16))
+    assert run(q, k, v, "int8+fp16")[2].name == "reference-lowbit"
+    assert run(q, k, v, "exact")[2].name == "reference-exact"
+    from lowbit_video.runtime.detect import runtime_of
+
+    request = make_request(q, k, v, lv.Precision("int4+fp8"), tensor_layout="NHD", is_causal=True, return_lse=False,
+                           runtime=runtime_of(q))
+    assert (request.q_len, request.heads, request.head_dim, request.smooth_q, request.causal) == (16, 2, 64, True, True)

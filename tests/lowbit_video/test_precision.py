@@ -1,0 +1,46 @@
+"""Precision strings."""
+import pytest
+
+from lowbit_video import Precision
+from lowbit_video.precision import as_precision, precision_specs
+
+
+@pytest.mark.parametrize("spec, q, k, pv, granularity, smooth_q", [
+    ("int8+fp16", "int8", "int8", "fp16", "block", False),
+    ("int8+fp8", "int8", "int8", "fp8", "block", False),
+    ("int8/int4+fp8", "int8", "int4", "fp8", "token", False),
+    ("int4+fp16", "int4", "int4", "fp16", "token", True),
+    ("int2+fp16", "int2", "int2", "fp16", "token", True),
+    ("fp8+fp8", "fp8", "fp8", "fp8", "block", False)])
+def test_parts_and_defaults(spec, q, k, pv, granularity, smooth_q):
+    p = Precision(spec)
+    assert (p.q, p.k, p.pv, p.granularity, p.smooth_k, p.smooth_q, p.exact, str(p)) == \
+        (q, k, pv, granularity, True, smooth_q, False, spec)
+
+
+def test_choices_override_defaults():
+    p = Precision("int8+fp16", granularity="token", smooth_k=False, smooth_q=True)
+    assert (p.granularity, p.smooth_k, p.smooth_q) == ("token", False, True)
+    assert as_precision(p) is p
+
+
+@pytest.mark.parametrize("spec", ["fp16", "bf16", "fp32", "exact"])
+def test_exact(spec):
+    p = Precision(spec)
+    assert p.exact and not p.smooth_k and not p.smooth_q
+    with pytest.raises(ValueError, match="exact"):
+        Precision(spec, smooth_k=True)
+
+
+@pytest.mark.parametrize("spec", ["int3", "int8", "int8+int8", "int4/int8+fp16", "", "INT8+fp16", "int8+fp16+fp8"])
+def test_unknown_lists_what_exists(spec):
+    with pytest.raises(ValueError, match="there are: .*int8/int4"):
+        Precision(spec)
+
+
+def test_every_listed_precision_exists():
+    assert len({Precision(spec) for spec in precision_specs()}) == 16
+    with pytest.raises(TypeError, match="int"):
+        as_precision(8)
+    with pytest.raises(ValueError, match="granularity"):
+        Precision("int8+fp16", granularity="row")

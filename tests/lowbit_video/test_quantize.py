@@ -1,0 +1,47 @@
+"""quantize() and dequantize() on Paddle and torch tensors."""
+import numpy as np
+import pytest
+from helpers import qkv
+
+import lowbit_video as lv
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("granularity", ["block", "token"])
+@pytest.mark.parametrize("format, bound", [("int8", 0.012), ("int4", 0.16), ("int2", 0.36), ("fp8", 0.03)])
+def test_round_trip(framework, format, bound, granularity, layout):
+    _, k, _ = qkv(q_len=150)
+    hnd = k.transpose(0, 2, 1, 3)
+    z = lv.quantize(framework.tensor(k if layout == "NHD" else hnd), format, granularity, "k", tensor_layout=layout)
+    assert z.length == 150 and list(z.scale.shape) == [1, 2, 2 if granularity == "block" else 150]
+    assert list(z.mean.shape) == [1, 2, 64]
+    assert np.sqrt(np.mean((lv.dequantize(z) - hnd) ** 2)) < bound
+
+
+def test_v(framework):
+    _, _, v = qkv(q_len=150)
+    z = lv.quantize(framework.tensor(v), "fp8", operand="v")
+    assert list(z.codes.shape) == [1, 2, 64, 256] and z.mean is None
+    np.testing.assert_allclose(lv.dequantize(z), v.transpose(0, 2, 1, 3), rtol=2**-4, atol=0.01)
+
+
+def test_q_is_not_smoothed_by_default(framework):
+    q, _, _ = qkv(q_len=70)
+    assert lv.quantize(framework.tensor(q), operand="q").mean is None
+    assert list(lv.quantize(framework.tensor(q), operand="q").scale.shape) == [1, 2, 2]
+    assert lv.quantize(framework.tensor(q), operand="q", smooth=True).mean is not None
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(format="int3"), "int8, int4"), (dict(granularity="row"), "block, token"), (dict(operand="x"), "q, k, v"),
+    (dict(operand="v"), "fp8"), (dict(tensor_layout="N"), "NHD, HND")])
+def test_bad_choices_list_the_good_ones(framework, change, message):
+    with pytest.raises(ValueError, match=message):
+        lv.quantize(framework.tensor(qkv(q_len=8)[0]), **change)
+
+
+def test_nan_is_refused(framework):
+    q, _, _ = qkv(q_len=8)
+    q[0, 0, 0, 0] = np.nan
+    with pytest.raises(lv.NonFiniteError, match="1 NaN"):
+        lv.quantize(framework.tensor(q))
