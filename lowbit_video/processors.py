@@ -15,19 +15,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit_video.coverage import Record, Records, attention_modules, coverage, transformer_of
-from lowbit_video.errors import UnsupportedError
+from lowbit_video.errors import NonFiniteError, UnsupportedError
 from lowbit_video.precision import Precision, as_precision
+from lowbit_video.runtime.detect import runtime_of
 
 __all__ = ["Applied", "AttnProcessor", "ExactAttnProcessor", "LowBitAttnProcessor", "apply", "coverage", "remove"]
 
 _active = threading.local()
-
-
-def runtime_of(tensor: Any) -> Any:
-    """The runtime of the tensor's framework."""
-    from lowbit_video.runtime import detect
-
-    return detect.runtime_of(tensor)
+DTYPES = ("float16", "bfloat16", "float32")
+"""Tensor dtypes that low-bit attention takes."""
 
 
 class AttnProcessor:
@@ -87,8 +83,8 @@ class AttnProcessor:
             if mask is None:
                 return self.attend(q, k, v)
             return self.attend_masked(q, k, v, mask)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{_describe(attn, _active.record)}: {error}") from error
+        except (UnsupportedError, NonFiniteError) as error:
+            raise type(error)(f"{_describe(attn, _active.record)}: {error}") from error
         finally:
             _active.record = outer
 
@@ -134,7 +130,8 @@ class LowBitAttnProcessor(AttnProcessor):
 
     precision: a string such as "int8+fp16", or a Precision.
     fallback: None makes whatever no kernel variant serves (a mask, a dtype, a head dim) an
-        UnsupportedError; "exact" runs exact attention instead and records why.
+        UnsupportedError; "exact" runs exact attention instead and records why, also where exact
+        attention is measured to be faster.
     backend: "auto", "reference", "triton" or "hopper"; see `lowbit_video.attention`.
     check_finite: look for NaN and infinity in q, k, v first; None means on CPU tensors only.
     Raises ValueError for an unknown precision or fallback.
@@ -157,13 +154,17 @@ class LowBitAttnProcessor(AttnProcessor):
         from lowbit_video.attention import run
 
         try:
+            dtype = runtime_of(q).dtype_name(q)
+            if dtype not in DTYPES:
+                raise UnsupportedError(f"the tensors have dtype {dtype}; low-bit attention takes {', '.join(DTYPES)}; "
+                                       "cast the model, or use fallback='exact'")
             out, lse, variant = run(q, k, v, self.precision, tensor_layout="NHD", is_causal=is_causal, scale=scale,
                                     return_lse=return_lse, backend=self.backend, check_finite=self.check_finite,
                                     only_if_faster=self.fallback == "exact")
         except UnsupportedError as error:
             if self.fallback is None:
                 raise
-            self.note("exact", str(error).splitlines()[0])
+            self.note("exact", _reason(error))
             return exact_attend(q, k, v, is_causal, scale, return_lse)
         self.note(f"{self.precision} ({variant.name})")
         return (out, lse) if return_lse else out
@@ -197,7 +198,7 @@ class Slot:
     def __init__(self, attn: Any, like: Any) -> None:
         self.runtime = runtime_of(like)
         self.operator = self.masked_operator = self.key = None
-        if self.runtime.name == "paddle":
+        if self.runtime.NAME == "paddle":
             from lowbit_video.runtime import paddle_op
 
             reference = weakref.ref(attn)
@@ -264,6 +265,14 @@ def _rotate_video(runtime: Any, x: Any, text_tokens: int, rotary: tuple[Any, Any
     turned = runtime.concat([-pairs[..., 1:], pairs[..., :1]], -1).reshape(wide.shape)
     rotated = wide * cos.reshape([1, cos.shape[0], 1, cos.shape[1]]) + turned * sin.reshape([1, sin.shape[0], 1, sin.shape[1]])
     return runtime.concat([text, rotated.to(x.dtype)], 1)
+
+
+def _reason(error: UnsupportedError) -> str:
+    """One line of why no variant fits: the reasons of those that come nearest."""
+    title, *lines = str(error).splitlines()
+    reasons = dict.fromkeys(line.partition(": ")[2] for line in lines if line.startswith("  "))
+    near = [reason for reason in reasons if "needs an NVIDIA GPU" not in reason and "not among its formats" not in reason]
+    return "; ".join(near or reasons or [title])
 
 
 def _describe(attn: Any, record: Record) -> str:
