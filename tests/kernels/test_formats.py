@@ -2,11 +2,11 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import qkv
-
 from lowbit_video.kernels.attention.reference import round_significand
 from lowbit_video.kernels.formats import FORMATS, PERMUTATION_16, get_format
 from lowbit_video.kernels.quant import reference as quant
+
+from helpers import qkv
 
 
 def rows(n=200, d=64, seed=0):

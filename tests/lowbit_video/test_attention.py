@@ -1,11 +1,11 @@
 """attention() on Paddle and torch tensors: layouts, dtypes, results and refusals."""
 import numpy as np
 import pytest
-from helpers import naive_attention, qkv, sqnr_db
+from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 
 import lowbit_video as lv
+from helpers import naive_attention, qkv, sqnr_db
 from lowbit_video.attention import make_request, run, select
-from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import precision_specs
 
 

@@ -1,9 +1,9 @@
 """quantize() and dequantize() on Paddle and torch tensors."""
 import numpy as np
 import pytest
-from helpers import qkv
 
 import lowbit_video as lv
+from helpers import qkv
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])

@@ -1,0 +1,52 @@
+# Every target makes the virtual environment that it needs; only Python >= 3.10 and make must be there.
+PYTHON ?= python3
+VENV ?= .venv
+PARITY_VENV ?= .venv-parity
+# What the parity environment compares against. A CPU build of torch is enough: name another one here.
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test gpu-test parity lint wheel eval-demo clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.cpu: pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lowbit_video needs Python >= 3.10, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -e '.[cpu,eval]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.cpu
+	$(VENV)/bin/pip install -q -e '.[cpu,eval,test]'
+	touch $@
+
+$(PARITY_VENV)/.done: pyproject.toml setup.py
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/pip install -q '$(TORCH)'
+	$(PARITY_VENV)/bin/pip install -q -e '.[cpu,eval,test,train]'
+	touch $@
+
+demo: $(VENV)/.cpu  ## make a video with low-bit attention on the CPU: make demo ARGS='--prompt "..." --compare'
+	$(VENV)/bin/python examples/cogvideo.py $(ARGS)
+
+test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
+	$(VENV)/bin/python -m pytest --ignore=tests/parity $(ARGS)
+
+parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
+	$(PARITY_VENV)/bin/python -m pytest tests -m "torch or parity" $(ARGS)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+
+wheel: $(VENV)/.test  ## build the wheel, install it into an empty environment, import it there
+	rm -rf dist .venv-wheel
+	$(VENV)/bin/python -m build -q --wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install -q dist/*.whl
+	cd /tmp && $(CURDIR)/.venv-wheel/bin/python -c 'import lowbit_video, lowbit_video.kernels.variants as v; print("imported", lowbit_video.__version__, "with", len(v.VARIANTS), "kernel variants")'
+	cd /tmp && $(CURDIR)/.venv-wheel/bin/lowbit-video kernels
+	rm -rf .venv-wheel
+
+clean:
+	rm -rf .venv .venv-parity .venv-wheel build dist outputs *.egg-info

@@ -1,0 +1,91 @@
+"""Who may import whom, and what `import lowbit_video` may cost."""
+import ast
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDERS = {"kernels": "lowbit_video.kernels", "pipelines": "lowbit_video.pipelines", "eval": "lowbit_video.eval",
+           "lowbit_video": "lowbit_video", "examples": "examples"}
+ORDER = ["kernels", "lowbit_video", "pipelines", "eval", "examples"]
+"""Each layer may import itself and those before it."""
+COMPOSITION_ROOTS = {"lowbit_video/cli.py", "lowbit_video/doctor.py"}
+"""May import every layer, inside functions only."""
+FRAMEWORKS = {"paddle", "torch", "triton", "diffusers", "transformers"}
+
+
+def layer_of(module: str) -> str | None:
+    for layer in ("kernels", "pipelines", "eval"):
+        if module == FOLDERS[layer] or module.startswith(FOLDERS[layer] + "."):
+            return layer
+    top = module.split(".")[0]
+    return top if top in ("lowbit_video", "examples") else None
+
+
+def sources():
+    for folder in FOLDERS:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(path: pathlib.Path):
+    """(module, line, whether at module level) of each import, relative ones resolved."""
+    tree = ast.parse(path.read_text())
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = (FOLDERS[parts[0]].split(".") + list(parts[1:]))[: -1]
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            names = [module] + [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, node.lineno, id(node) in top
+
+
+@pytest.mark.parametrize("path", list(sources()), ids=lambda p: str(p.relative_to(ROOT)))
+def test_layers_import_downwards_only(path):
+    relative = str(path.relative_to(ROOT))
+    own = ORDER.index(relative.split("/")[0])
+    for module, line, top_level in imported(path):
+        layer = layer_of(module)
+        if layer is None or ORDER.index(layer) <= own:
+            continue
+        assert relative in COMPOSITION_ROOTS and not top_level, f"{relative}:{line} imports {module}, which lies above it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_know_no_framework(path):
+    for module, line, _ in imported(path):
+        assert module.split(".")[0] not in FRAMEWORKS - {"triton"}, f"{path.name}:{line} imports {module}"
+
+
+def test_the_attention_layers_below_the_processors():
+    for name in ("attention", "quantize", "precision", "errors"):
+        modules = {module for module, *_ in imported(ROOT / "lowbit_video" / f"{name}.py")}
+        assert not any(module.startswith("lowbit_video.processors") for module in modules)
+    for path in (ROOT / "lowbit_video" / "runtime").glob("*.py"):
+        for module, line, _ in imported(path):
+            assert not module.startswith(("lowbit_video.attention", "lowbit_video.processors")), f"{path.name}:{line}"
+
+
+def test_no_file_shadows_triton():
+    assert not [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.stem in ("triton", "paddle", "torch")]
+
+
+def test_importing_the_package_imports_no_framework():
+    code = "import sys, json, lowbit_video; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    loaded = set(json.loads(done.stdout))
+    assert not loaded & (FRAMEWORKS | {"matplotlib", "imageio", "skimage", "safetensors", "sentencepiece"})
+
+
+def test_the_folder_kernels_is_not_a_package_of_its_own():
+    done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and "lowbit_video.kernels" in done.stderr

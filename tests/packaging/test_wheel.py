@@ -1,0 +1,42 @@
+"""The wheel holds the package, all of it and nothing else."""
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "source"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+                           check=True)
+    for name in files.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "examples/")):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)],
+                   check=True, capture_output=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return set(wheel.namelist())
+
+
+def test_every_module_is_in(names):
+    for folder, package in (("lowbit_video", "lowbit_video"), ("kernels", "lowbit_video/kernels"),
+                            ("pipelines", "lowbit_video/pipelines"), ("eval", "lowbit_video/eval")):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"{package}/{path.relative_to(ROOT / folder)}" in names
+
+
+def test_nothing_else_is_in(names):
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"lowbit_video"}
+    assert not [name for name in names if "tests" in name or name.endswith((".npz", ".mp4", ".safetensors"))]
+
+
+def test_the_command_is_declared(names):
+    assert any(name.endswith("entry_points.txt") for name in names)
