@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -390,10 +391,10 @@ class CogVideoXTransformer3DModel(Model):
         if not isinstance(number, (int, float)):
             number = number.astype("float32").reshape([-1, 1])
         half = dim // 2
-        steps = paddle.arange(half, dtype="float32")
-        # in this order, as the original rounds: an angle is up to 999 times as wrong as its frequency
-        frequencies = paddle.exp(steps * -math.log(THETA) / (half - self.config.freq_shift))
-        angles = number * frequencies.unsqueeze(0)
+        # exactly rounded, not by the device's exp: an angle is up to 999 times as wrong as its frequency
+        exponents = np.float32(-math.log(THETA)) * np.arange(half, dtype=np.float32) / np.float32(half - self.config.freq_shift)
+        frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+        angles = number * paddle.to_tensor(frequencies).unsqueeze(0)
         parts = [paddle.sin(angles), paddle.cos(angles)]
         if self.config.flip_sin_to_cos:
             parts = parts[::-1]
