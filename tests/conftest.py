@@ -14,7 +14,7 @@ def _missing(package: str) -> bool:
     return importlib.util.find_spec(package) is None
 
 
-@pytest.fixture(params=["paddle", "torch"])
+@pytest.fixture(params=["paddle", pytest.param("torch", marks=pytest.mark.torch)])
 def framework(request):
     """A small adapter, so that one test body serves Paddle and torch tensors on the CPU."""
     if _missing(request.param):
