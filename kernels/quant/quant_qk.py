@@ -11,9 +11,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lowbit_video.kernels.buffers import as_buffer
-from lowbit_video.kernels.formats import INT2_STEP, MIN_MAGNITUDE, get_format
-from lowbit_video.kernels.quant.shapes import ceil_div
+from ..buffers import as_buffer
+from ..formats import INT2_STEP, MIN_MAGNITUDE, get_format
+from ..fp8 import to_fp8
+from .shapes import ceil_div
 
 TINY = tl.constexpr(MIN_MAGNITUDE)
 STEP_2 = tl.constexpr(INT2_STEP)
@@ -23,12 +24,13 @@ TOKEN_ROWS = 64
 """Rows that one program quantises at token granularity."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "N"])
 def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_seqlens,
                     stride_b, stride_h, stride_n, codes_stride_b, codes_stride_h, scale_stride_b, scale_stride_h,
                     row_stride_b, row_stride_h, sm_scale, H, N, MAX_CODE: tl.constexpr,
                     D: tl.constexpr, PAD_D: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, PER_TOKEN: tl.constexpr,
-                    GROUP: tl.constexpr, SMOOTH: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr, VARLEN: tl.constexpr):
+                    GROUP: tl.constexpr, SMOOTH: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr, VARLEN: tl.constexpr,
+                    INTERPRET: tl.constexpr):
     """One tile of ROWS rows (at block granularity: one block) of one head."""
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, n, scale_start = 0, N, i_t
@@ -84,7 +86,7 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
             b_codes = (b_ratio + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
             tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None] & m_d[None, :])
         elif FORMAT == "fp8":
-            b_codes = tl.minimum(tl.maximum(b_ratio, -MAX_CODE), MAX_CODE).to(tl.float8e4nv)
+            b_codes = to_fp8(tl.minimum(tl.maximum(b_ratio, -MAX_CODE), MAX_CODE), INTERPRET)
             tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None] & m_d[None, :])
         elif FORMAT == "int4":
             b_cell = tl.minimum(tl.maximum(tl.floor(b_ratio * 0.5), -8.0), 7.0).to(tl.int32) & 15
@@ -98,7 +100,8 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
             b_0, b_2 = tl.split(b_even)
             b_1, b_3 = tl.split(b_odd)
             o_p = tl.arange(0, PAD_D // 4)
-            tl.store(p_codes + o_row[:, None] * (D // 4) + o_p[None, :], (b_0 | (b_1 << 2) | (b_2 << 4) | (b_3 << 6)).to(tl.uint8),
+            b_byte = b_0 | (b_1 << 2) | (b_2 << 4) | (b_3 << 6)
+            tl.store(p_codes + o_row[:, None] * (D // 4) + o_p[None, :], b_byte.to(tl.uint8),
                      mask=m_n[:, None] & (o_p < D // 4)[None, :])
 
 
@@ -132,4 +135,4 @@ def launch_quant_qk(x: Any, strides: tuple[int, int, int], codes: Any, scale: An
         0 if varlen else row_heads * tokens, tokens, sm_scale, heads, tokens, MAX_CODE=fmt.max_code,
         D=head_dim, PAD_D=triton.next_power_of_2(head_dim), ROWS=rows, FORMAT=format, PER_TOKEN=per_token, GROUP=group,
         SMOOTH=mean is not None, SHIFT=lse_shift is not None, BIAS=bias is not None, VARLEN=varlen,
-        num_warps=8 if rows * head_dim > 8192 else 4)
+        INTERPRET=bool(triton.knobs.runtime.interpret),         num_warps=8 if rows * head_dim > 8192 else 4)

@@ -10,16 +10,18 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lowbit_video.kernels.buffers import as_buffer
-from lowbit_video.kernels.formats import BLOCK_K, get_format
-from lowbit_video.kernels.quant.shapes import ceil_div
+from ..buffers import as_buffer
+from ..formats import BLOCK_K, get_format
+from ..fp8 import to_fp8
+from .shapes import ceil_div
 
 FP8_MAX = tl.constexpr(get_format("fp8").max_code)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "N"])
 def quant_v_kernel(v, codes, v_scale, cu_seqlens, stride_b, stride_h, stride_n, codes_stride_b, codes_stride_h, codes_stride_d,
-                   H, N, D: tl.constexpr, PAD_D: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
+                   H, N, D: tl.constexpr, PAD_D: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
+                   INTERPRET: tl.constexpr):
     """One [BLOCK, D] tile of v to a [D, BLOCK] tile of codes; keys past the end become zero."""
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, n, code_start = 0, N, 0
@@ -38,7 +40,7 @@ def quant_v_kernel(v, codes, v_scale, cu_seqlens, stride_b, stride_h, stride_n, 
         b_v = tl.load(p_v + (start + o_row).to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=m_v, other=0.0).to(tl.float32)
         b_inv = 1.0 / tl.load(v_scale + (i_b * H + i_h) * D + o_d, mask=o_d < D, other=1.0)
         # the reciprocal's rounding must not lift the absmax past 448
-        b_c = tl.minimum(tl.maximum(b_v * b_inv[None, :], -FP8_MAX), FP8_MAX).to(tl.float8e4nv)
+        b_c = to_fp8(tl.minimum(tl.maximum(b_v * b_inv[None, :], -FP8_MAX), FP8_MAX), INTERPRET)
         p_c = codes + i_b.to(tl.int64) * codes_stride_b + i_h.to(tl.int64) * codes_stride_h + code_start + i_t * BLOCK
         tl.store(p_c + o_d[:, None].to(tl.int64) * codes_stride_d + o_n[None, :], tl.trans(b_c), mask=(o_d < D)[:, None])
 
@@ -59,4 +61,5 @@ def launch_quant_v(v: Any, strides: tuple[int, int, int], codes: Any, v_scale: A
         as_buffer(v), as_buffer(codes, "float8_e4m3fn"), as_buffer(v_scale), as_buffer(cu_seqlens),
         0 if varlen else strides[0], strides[1], strides[2],
         0 if varlen else heads * head_dim * padded, head_dim * padded, padded, heads, tokens,
-        D=head_dim, PAD_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK_K, VARLEN=varlen, num_warps=4 if head_dim <= 64 else 8)
+        D=head_dim, PAD_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK_K, VARLEN=varlen,
+        INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=4 if head_dim <= 64 else 8)

@@ -6,7 +6,7 @@ sequence's own last, partly filled block, found from cu_seqlens alone.
 """
 from __future__ import annotations
 
-from lowbit_video.kernels.formats import BLOCK_K, get_format
+from ..formats import BLOCK_K, get_format
 
 STATS_CHUNK = 256
 """Tokens that one program of the first statistics pass reduces."""

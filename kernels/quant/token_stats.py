@@ -10,9 +10,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from lowbit_video.kernels.buffers import as_buffer
-from lowbit_video.kernels.formats import MIN_MAGNITUDE, get_format
-from lowbit_video.kernels.quant.shapes import STATS_CHUNK, ceil_div
+from ..buffers import as_buffer
+from ..formats import MIN_MAGNITUDE, get_format
+from .shapes import STATS_CHUNK, ceil_div
 
 MEAN, ABSMAX = tl.constexpr(0), tl.constexpr(1)
 FP8_MAX = tl.constexpr(get_format("fp8").max_code)
@@ -35,9 +35,10 @@ def _chunk_stats(p_x, p_out, start, n, stride_n, D: tl.constexpr, PAD_D: tl.cons
     tl.store(p_out + o_d, b_out, mask=o_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "N"])
 def token_stats_kernel(x, y, partial, cu_seqlens, x_stride_b, x_stride_h, x_stride_n, y_stride_b, y_stride_h, y_stride_n,
-                       B, H, N, D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, OP: tl.constexpr, VARLEN: tl.constexpr):
+                       B, H, N, D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, OP: tl.constexpr,
+                       VARLEN: tl.constexpr):
     """Partials [B (or 2B), H, chunks, D] of x by OP; rows of the batch past B are y's, by ABSMAX."""
     i_c, i_h, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b = i_z % B
@@ -73,7 +74,7 @@ def _fold(p_partial, chunks, D: tl.constexpr, PAD_D: tl.constexpr, FOLD: tl.cons
     return b_out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "N", "chunks"])
 def fold_stats_kernel(partial, x_out, y_out, cu_seqlens, B, H, N, chunks,
                       D: tl.constexpr, PAD_D: tl.constexpr, FOLD: tl.constexpr, OP: tl.constexpr, VARLEN: tl.constexpr):
     """x_out [B, H, D] = mean (or absmax / 448) of the first B rows of partials, y_out the same of the others by ABSMAX."""
@@ -132,6 +133,7 @@ def launch_v_scale(v: Any, strides: tuple[int, int, int], partial: Any, v_scale:
 
 
 def launch_kv_stats(k: Any, k_strides: tuple[int, int, int], v: Any, v_strides: tuple[int, int, int], partial: Any, mean: Any,
-                    v_scale: Any, *, shape: tuple[int, int, int, int], cu_seqlens: Any = None, max_len: int | None = None) -> None:
+                    v_scale: Any, *, shape: tuple[int, int, int, int], cu_seqlens: Any = None,
+                    max_len: int | None = None) -> None:
     """K's mean and V's scale in one launch of each pass; partial has twice the batch of `shapes.partial_shape`."""
     _launch_token_stats(k, k_strides, v, v_strides, partial, mean, v_scale, MEAN.value, shape, cu_seqlens, max_len)

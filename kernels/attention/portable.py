@@ -1,0 +1,400 @@
+"""Portable attention forward in Triton: one source for every precision, from sm_80 on.
+
+int8, int4, int2 and FP8 scores, dequantised inside the softmax scale, P.V in 16 bits or in FP8, and exact
+attention with the same loop. Softmax is in base 2 with float32 state. What makes it fast: the row maximum
+of integer scores is an integer maximum, row sums stay in lanes until the end, only tiles that need a mask
+pay for one, FP8 V is stored so that P needs no shuffle, and K and V come through TMA where there is one.
+Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; SageAttention2 (arXiv 2411.10958), FP8 P.V with
+two-level accumulation; here P's scale is a constant 2**8 and V's keys are permuted in memory.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..buffers import Buffer, as_buffer
+from ..formats import BLOCK_K, BLOCK_Q, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, get_format
+from ..fp8 import to_fp8
+from ..quant.shapes import ceil_div
+from ..tuning import TileConfig, family, lookup
+
+SCALE_ROWS = tl.constexpr(BLOCK_Q)
+SCALE_KEYS = tl.constexpr(BLOCK_K)
+LN2 = tl.constexpr(LN_2)
+NEVER = tl.constexpr(MIN_SCORE)
+FP8_SHIFT = tl.constexpr(P_SHIFT)
+MASKED_INT = tl.constexpr(-(1 << 28))
+"""Below every int8 score, above int32's end."""
+P_DTYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32}
+DECODE_FACTOR = {"int8": 1.0, "int4": 1 / 8, "int2": 1 / 32, "fp8": 1.0}
+"""What a code unpacked in registers must be multiplied by: int4 unpacks to 8 * (2c + 1), int2 to 32 * (2c + 1)."""
+
+
+def _unpack_asm(shift: int, mask: int, odd: int) -> tl.constexpr:
+    """PTX that turns one field of four packed bytes into four int8: (x << shift) & mask | odd, in every byte."""
+    every, odds = f"0x{mask * 0x01010101:08X}", f"0x{odd * 0x01010101:08X}"
+    return tl.constexpr(f"{{ .reg .b32 t; shl.b32 t, $1, {shift}; lop3.b32 $0, t, {every}, {odds}, 0xEA; }}")
+
+
+INT4_LOW, INT4_HIGH = _unpack_asm(4, 0xF0, 0x08), _unpack_asm(0, 0xF0, 0x08)
+INT2_0, INT2_1, INT2_2, INT2_3 = (_unpack_asm(shift, 0xC0, 0x20) for shift in (6, 4, 2, 0))
+
+
+@triton.jit
+def _field(x, ASM: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr, ODD: tl.constexpr, INTERPRET: tl.constexpr):
+    if INTERPRET:
+        b_y = (((x << SHIFT) & MASK) | ODD).to(tl.int8, bitcast=True)
+    else:
+        b_y = tl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4)
+    return b_y
+
+
+@triton.jit
+def _unpack(x, FORMAT: tl.constexpr, ROWS: tl.constexpr, PAD_D: tl.constexpr, INTERPRET: tl.constexpr):
+    """int8 [ROWS, PAD_D] of packed bytes; four bytes of one field stay together, so that unpacking moves no registers.
+
+    int4: position 8g + 4e + j holds element 8g + 2j + e; int2: 16g + 4c + j holds 16g + 4j + c.
+    """
+    if FORMAT == "int4":
+        b_0 = tl.reshape(_field(x, INT4_LOW, 4, 0xF0, 0x08, INTERPRET), [ROWS, PAD_D // 8, 4])
+        b_1 = tl.reshape(_field(x, INT4_HIGH, 0, 0xF0, 0x08, INTERPRET), [ROWS, PAD_D // 8, 4])
+        b_y = tl.reshape(tl.permute(tl.join(b_0, b_1), (0, 1, 3, 2)), [ROWS, PAD_D])
+    else:
+        b_0 = tl.reshape(_field(x, INT2_0, 6, 0xC0, 0x20, INTERPRET), [ROWS, PAD_D // 16, 4])
+        b_1 = tl.reshape(_field(x, INT2_1, 4, 0xC0, 0x20, INTERPRET), [ROWS, PAD_D // 16, 4])
+        b_2 = tl.reshape(_field(x, INT2_2, 2, 0xC0, 0x20, INTERPRET), [ROWS, PAD_D // 16, 4])
+        b_3 = tl.reshape(_field(x, INT2_3, 0, 0xC0, 0x20, INTERPRET), [ROWS, PAD_D // 16, 4])
+        b_y = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
+        b_y = tl.reshape(tl.permute(b_y, (0, 1, 3, 4, 2)), [ROWS, PAD_D])
+    return b_y
+
+
+@triton.jit
+def _to_unpacked_order(x, FORMAT: tl.constexpr, ROWS: tl.constexpr, PAD_D: tl.constexpr):
+    """Columns of x [ROWS, PAD_D] in the order in which `_unpack` leaves FORMAT's elements."""
+    if FORMAT == "int4":
+        x = tl.reshape(tl.permute(tl.reshape(x, [ROWS, PAD_D // 8, 4, 2]), (0, 1, 3, 2)), [ROWS, PAD_D])
+    elif FORMAT == "int2":
+        x = tl.reshape(tl.permute(tl.reshape(x, [ROWS, PAD_D // 16, 4, 4]), (0, 1, 3, 2)), [ROWS, PAD_D])
+    return x
+
+
+@triton.jit
+def _load_q(p_q, o_m, m_m, stride_n, Q_FORMAT: tl.constexpr, K_FORMAT: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr,
+            BM: tl.constexpr, INTERPRET: tl.constexpr):
+    """Q's tile [BM, PAD_D], columns in K's unpacked order, those past D zero."""
+    if Q_FORMAT == "int4" or Q_FORMAT == "int2":
+        PACK: tl.constexpr = 2 if Q_FORMAT == "int4" else 4
+        o_p = tl.arange(0, PAD_D // PACK)
+        b_q = tl.load(p_q + o_m[:, None] * stride_n + o_p[None, :], mask=m_m[:, None] & (o_p < D // PACK)[None, :], other=0)
+        b_q = _unpack(b_q, Q_FORMAT, BM, PAD_D, INTERPRET)
+        if D < PAD_D:
+            o_d = tl.arange(0, PAD_D)
+            o_e = o_d // 8 * 8 + o_d % 4 * 2 + o_d // 4 % 2
+            if Q_FORMAT == "int2":
+                o_e = o_d // 16 * 16 + o_d % 4 * 4 + o_d // 4 % 4
+            b_q = tl.where((o_e < D)[None, :], b_q, 0)
+    else:
+        o_d = tl.arange(0, PAD_D)
+        b_q = tl.load(p_q + o_m[:, None] * stride_n + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
+        b_q = _to_unpacked_order(b_q, K_FORMAT, BM, PAD_D)
+    return b_q
+
+
+@triton.jit
+def _attn_tile(b_q, acc, b_m, b_l, i_n, n, o_last, k, v, p_k, p_v, i_b, i_h, start, v_start, p_ks, p_bias, b_qs, bias_factor,
+               k_stride_n, v_stride_n, D: tl.constexpr, PAD_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               K_FORMAT: tl.constexpr, PV_FP8: tl.constexpr, P_DTYPE: tl.constexpr, PER_TOKEN: tl.constexpr, BIAS: tl.constexpr,
+               CAUSAL: tl.constexpr, VARLEN: tl.constexpr, K_TMA: tl.constexpr, V_TMA: tl.constexpr, MASKED: tl.constexpr,
+               INTERPRET: tl.constexpr):
+    """One key tile: scores, online softmax, P.V. MASKED tiles hide keys past n and, if causal, past every row's o_last."""
+    EXACT: tl.constexpr = K_FORMAT == "exact"
+    PACK: tl.constexpr = 2 if K_FORMAT == "int4" else 4 if K_FORMAT == "int2" else 1
+    INT_MAX: tl.constexpr = not EXACT and K_FORMAT != "fp8" and not PER_TOKEN
+    SHIFT: tl.constexpr = FP8_SHIFT if PV_FP8 else 0.0
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_d = tl.arange(0, PAD_D)
+
+    # K [BN, PAD_D]
+    if K_TMA:
+        b_k = tl.reshape(k.load([i_b, i_h, start + i_n * BN, 0]), [BN, PAD_D // PACK])
+    else:
+        o_p = tl.arange(0, PAD_D // PACK)
+        m_k = (o_p < D // PACK)[None, :]
+        if MASKED:
+            m_k = m_k & (o_n < n)[:, None]
+        b_k = tl.load(p_k + o_n[:, None].to(tl.int64) * k_stride_n + o_p[None, :], mask=m_k, other=0.0)
+    if PACK > 1:
+        b_k = _unpack(b_k, K_FORMAT, BN, PAD_D, INTERPRET)
+    if PER_TOKEN:
+        b_ks = tl.load(p_ks + o_n, mask=o_n < n, other=0.0)
+    elif not EXACT:
+        b_ks = tl.load(p_ks + i_n * BN // SCALE_KEYS)
+
+    # scores [BM, BN], row maxima in units of the base 2 softmax
+    if EXACT and (INTERPRET or P_DTYPE == tl.float32):
+        b_s = tl.dot(b_q.to(tl.float32), tl.trans(b_k).to(tl.float32), input_precision="tf32x3")
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k))
+    if MASKED:
+        m_s = (o_n < n)[None, :]
+        if CAUSAL:
+            m_s = m_s & (o_n[None, :] <= o_last[:, None])
+    if INT_MAX:
+        if MASKED:
+            b_s = tl.where(m_s, b_s, MASKED_INT)
+        b_max = tl.max(b_s, 1).to(tl.float32)
+        b_s = b_s.to(tl.float32)
+        b_factor = b_qs * b_ks
+    else:
+        b_s = b_s.to(tl.float32)
+        b_factor = b_qs
+        if PER_TOKEN:
+            b_s = b_s * b_ks[None, :]
+        elif not EXACT:
+            b_factor = b_qs * b_ks
+        if BIAS:
+            b_bias = tl.load(p_bias + o_n, mask=o_n < n, other=0.0) * bias_factor
+            b_s = b_s * b_factor[:, None] + b_bias[None, :]
+        if MASKED:
+            b_s = tl.where(m_s, b_s, NEVER)
+        b_max = tl.max(b_s, 1)
+    if BIAS:
+        b_m_new = tl.maximum(b_m, b_max - SHIFT)
+        b_p = tl.exp2(b_s - b_m_new[:, None])
+    else:
+        b_m_new = tl.maximum(b_m, b_max * b_factor - SHIFT)
+        b_p = tl.exp2(b_s * b_factor[:, None] - b_m_new[:, None])
+    if MASKED:
+        b_p = tl.where(m_s, b_p, 0.0)
+    b_alpha = tl.exp2(b_m - b_m_new)
+    b_l = b_l * b_alpha[:, None] + tl.sum(tl.sum(tl.reshape(b_p, [BM, BN // 8, 4, 2]), 3), 1)
+    acc = acc * b_alpha[:, None]
+
+    if PV_FP8:
+        # V [PAD_D, BN], keys permuted within 16; P alike, then added in float32 (FP8 MMA accumulates in about 14 bits)
+        if V_TMA:
+            b_v = tl.reshape(v.load([i_b, i_h, 0, v_start + i_n * BN]), [PAD_D, BN])
+        else:
+            b_v = tl.load(p_v + o_d[:, None].to(tl.int64) * v_stride_n + o_n[None, :], mask=(o_d < D)[:, None], other=0.0)
+        b_p = to_fp8(b_p, INTERPRET)
+        b_p = tl.reshape(tl.permute(tl.reshape(b_p, [BM, BN // 16, 2, 4, 2]), (0, 1, 3, 2, 4)), [BM, BN])
+        acc = acc + tl.dot(b_p, tl.trans(b_v))
+    else:
+        # V [BN, PAD_D]
+        if V_TMA:
+            b_v = tl.reshape(v.load([i_b, i_h, start + i_n * BN, 0]), [BN, PAD_D])
+            if MASKED and VARLEN:
+                b_v = tl.where((o_n < n)[:, None], b_v, 0.0)
+        else:
+            m_v = (o_d < D)[None, :]
+            if MASKED:
+                m_v = m_v & (o_n < n)[:, None]
+            b_v = tl.load(p_v + o_n[:, None].to(tl.int64) * v_stride_n + o_d[None, :], mask=m_v, other=0.0)
+        if INTERPRET or P_DTYPE == tl.float32:
+            acc = tl.dot(b_p.to(P_DTYPE).to(tl.float32), b_v.to(P_DTYPE).to(tl.float32), acc, input_precision="tf32x3")
+        else:
+            acc = tl.dot(b_p.to(P_DTYPE), b_v.to(P_DTYPE), acc)
+    return acc, b_m_new, b_l
+
+
+@triton.jit(do_not_specialize=["Hq", "Nq", "Nk"])
+def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shift, cu_q, cu_k,
+                    q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+                    out_stride_b, out_stride_h, out_stride_n, qs_stride_b, qs_stride_h, ks_stride_b, ks_stride_h,
+                    bias_stride_b, lse_stride_b, bias_stride_h, lse_stride_h,
+                    sm_factor, bias_factor, Hq, Nq, Nk, GROUP: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, Q_FORMAT: tl.constexpr, K_FORMAT: tl.constexpr, PV_FP8: tl.constexpr,
+                    P_DTYPE: tl.constexpr, PER_TOKEN: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
+                    LSE: tl.constexpr, SHIFTED: tl.constexpr, VARLEN: tl.constexpr, K_TMA: tl.constexpr, V_TMA: tl.constexpr,
+                    WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr):
+    """One tile of BM query rows of one head against all its keys. k and v are descriptors where K_TMA and V_TMA say so."""
+    EXACT: tl.constexpr = K_FORMAT == "exact"
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if CAUSAL:
+        # the longest rows first, so that the last programs to start are short
+        i_m = tl.num_programs(0) - 1 - i_m
+    i_hk = i_h // GROUP
+    q_start, k_start, v_start, nq, nk = 0, 0, 0, Nq, Nk
+    q_block, k_block, k_first = 0, 0, 0
+    if VARLEN:
+        q_start = tl.load(cu_q + i_b)
+        k_start = tl.load(cu_k + i_b)
+        nq = tl.load(cu_q + i_b + 1) - q_start
+        nk = tl.load(cu_k + i_b + 1) - k_start
+        q_block = q_start // SCALE_ROWS + i_b
+        k_block = k_start // SCALE_KEYS + i_b
+        v_start = k_block * SCALE_KEYS
+        k_first = k_start.to(tl.int64)
+    if i_m * BM >= nq:
+        return
+    i_b64, i_h64, i_hk64 = i_b.to(tl.int64), i_h.to(tl.int64), i_hk.to(tl.int64)
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m = o_m < nq
+    o_row = (q_start + o_m).to(tl.int64)
+    o_last = o_m + (nk - nq)
+
+    p_q = q + i_b64 * q_stride_b + i_h64 * q_stride_h
+    b_q = _load_q(p_q, o_row, m_m, q_stride_n, Q_FORMAT, K_FORMAT, D, PAD_D, BM, INTERPRET)
+    b_qs = tl.full([BM], sm_factor, tl.float32)
+    p_ks = k_scale
+    if not EXACT:
+        p_qs = q_scale + i_b64 * qs_stride_b + i_h64 * qs_stride_h
+        p_ks = k_scale + i_b64 * ks_stride_b + i_hk64 * ks_stride_h
+        if PER_TOKEN:
+            b_qs *= tl.load(p_qs + o_row, mask=m_m, other=0.0)
+            p_ks += k_start
+        else:
+            b_qs *= tl.load(p_qs + q_block + o_m // SCALE_ROWS, mask=m_m, other=0.0)
+            p_ks += k_block
+    p_bias = bias
+    if BIAS:
+        p_bias = bias + i_b64 * bias_stride_b + i_h64 * bias_stride_h + k_start
+    p_k, p_v = k, v
+    if not K_TMA:
+        p_k = k + i_b64 * k_stride_b + i_hk64 * k_stride_h + k_first * k_stride_n
+    if not V_TMA:
+        if PV_FP8:
+            p_v = v + i_b64 * v_stride_b + i_hk64 * v_stride_h + v_start
+        else:
+            p_v = v + i_b64 * v_stride_b + i_hk64 * v_stride_h + k_first * v_stride_n
+    i_bd = i_b
+    if VARLEN:
+        i_bd = 0
+
+    full, tiles = nk // BN, tl.cdiv(nk, BN)
+    if CAUSAL:
+        # the first row of the tile sees keys up to i_m * BM + nk - nq, its last row the most
+        full = tl.minimum(full, tl.maximum(i_m * BM + nk - nq + 1, 0) // BN)
+        tiles = tl.minimum(tiles, tl.cdiv(tl.maximum(i_m * BM + BM + nk - nq, 0), BN))
+    b_m = tl.full([BM], NEVER, tl.float32)
+    b_l = tl.zeros([BM, 4], tl.float32)
+    acc = tl.zeros([BM, PAD_D], tl.float32)
+    for i_n in tl.range(0, full, warp_specialize=WARP_SPECIALIZE):
+        acc, b_m, b_l = _attn_tile(b_q, acc, b_m, b_l, i_n, nk, o_last, k, v, p_k, p_v, i_bd, i_hk, k_start, v_start,
+                                   p_ks, p_bias, b_qs, bias_factor, k_stride_n, v_stride_n, D, PAD_D, BM, BN, K_FORMAT, PV_FP8,
+                                   P_DTYPE, PER_TOKEN, BIAS, CAUSAL, VARLEN, K_TMA, V_TMA, False, INTERPRET)
+    for i_n in tl.range(full, tiles, num_stages=1):
+        acc, b_m, b_l = _attn_tile(b_q, acc, b_m, b_l, i_n, nk, o_last, k, v, p_k, p_v, i_bd, i_hk, k_start, v_start,
+                                   p_ks, p_bias, b_qs, bias_factor, k_stride_n, v_stride_n, D, PAD_D, BM, BN, K_FORMAT, PV_FP8,
+                                   P_DTYPE, PER_TOKEN, BIAS, CAUSAL, VARLEN, K_TMA, V_TMA, True, INTERPRET)
+
+    b_sum = tl.sum(b_l, 1)
+    b_inv = 1.0 / tl.where(b_sum > 0.0, b_sum, 1.0)
+    b_out = acc * b_inv[:, None]
+    o_d = tl.arange(0, PAD_D)
+    m_d = o_d < D
+    if PV_FP8:
+        i_vs = i_b * (Hq // GROUP) + i_hk
+        b_out *= tl.load(v_scale + i_vs.to(tl.int64) * D + o_d, mask=m_d, other=0.0)[None, :]
+    p_out = out + i_b64 * out_stride_b + i_h64 * out_stride_h + o_row[:, None] * out_stride_n + o_d[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+    if LSE:
+        b_lse = tl.where(b_sum > 0.0, (b_m + tl.log2(b_sum)) * LN2, float("-inf"))
+        p_row = i_b64 * lse_stride_b + i_h64 * lse_stride_h + o_row
+        if SHIFTED:
+            b_lse += tl.load(lse_shift + p_row, mask=m_m, other=0.0)
+        tl.store(lse + p_row, b_lse, mask=m_m)
+
+
+def _descriptor(buffer: Buffer, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+                ) -> TensorDescriptor | None:
+    """A TMA descriptor of a [B, H, rows, columns] view, or None if its base or strides are not multiples of 16 bytes."""
+    size = buffer.dtype.itemsize
+    # the stride of a dimension of one element is never used, and may be anything
+    strides = tuple(s if n > 1 else ceil_div(shape[-1] * size, 16) * 16 // size for n, s in zip(shape, strides))
+    if buffer.data_ptr() % 16 or any(s * size % 16 for s in strides):
+        return None
+    return TensorDescriptor(buffer, list(shape), [*strides, 1], [1, 1, *block])
+
+
+def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int, int, int],
+                    kv_shape: tuple[int, int, int, int], q_format: str, k_format: str, pv_format: str,
+                    granularity: str = "block", out_strides: tuple[int, int, int],
+                    v_strides: tuple[int, int, int] | None = None,
+                    q_strides: tuple[int, int, int] | None = None, k_strides: tuple[int, int, int] | None = None,
+                    q_scale: Any = None, k_scale: Any = None, v_scale: Any = None, bias: Any = None, lse: Any = None,
+                    lse_shift: Any = None, sm_scale: float, is_causal: bool = False, pv_dtype: str | None = None,
+                    cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_q: int | None = None, max_k: int | None = None,
+                    arch: tuple[int, int] = (9, 0), config: TileConfig | None = None) -> None:
+    """out = softmax(q k^T sm_scale) v, from codes and scales as the quantisers left them, or exact.
+
+    q_shape (B, Hq, Nq, D) and kv_shape (B, Hkv, Nkv, D) are the logical shapes; strides are (batch, head, seq) in elements.
+    q, k: contiguous HND codes for a scaled format; for exact attention ("fp16", "bf16", "fp32") any view, by q_strides and
+    k_strides. v: for pv_format "fp16" any 16-bit (or fp32) view by v_strides; for "fp8" the codes of `launch_quant_v`.
+    pv_dtype: "float16" or "bfloat16", what P (and a float32 V) is rounded to; by default V's own dtype. Exact attention in
+    float32 (pv_dtype "float32") multiplies by TF32 in three terms.
+    out: any dtype, by out_strides. lse [B, Hq, Nq] float32, natural log, plus lse_shift if that is given.
+    bias [B, Hq, Nkv]: Q smoothing's correction. is_causal: key j is visible to query i if j <= i + Nkv - Nq; a row without
+    a key gives 0 and -inf. With cu_seqlens (int32 [S + 1] each): packed batches, shapes (S, H, T, D), see
+    `kernels.quant.shapes`; max_q, max_k: the longest sequences. arch decides on TMA and the tile; config overrides
+    the tuning table.
+    """
+    batch, q_heads, q_len, head_dim = q_shape
+    _, kv_heads, kv_len, _ = kv_shape
+    varlen = cu_seqlens_q is not None
+    exact = k_format in ("fp16", "bf16", "fp32")
+    pv_fp8 = pv_format == "fp8"
+    per_token = granularity == "token" and not exact
+    if config is None:
+        config = lookup(family(q_format, k_format, pv_format), arch, head_dim)
+    arch = tuple(arch)
+    pad_d = max(64, triton.next_power_of_2(head_dim))
+    interpret = bool(triton.knobs.runtime.interpret)
+    tma = arch >= (9, 0)
+    rows = 1 if varlen else batch  # size of the batch dimension in memory
+
+    def contiguous(heads: int, tokens: int, columns: int) -> tuple[int, int, int]:
+        return (heads * tokens * columns, tokens * columns, columns)
+
+    if exact:
+        storage_q = storage_k = None
+        k_columns = head_dim
+        factor = 1.0
+    else:
+        q_code, k_code = get_format(q_format), get_format(k_format)
+        storage_q, storage_k = q_code.storage, k_code.storage
+        k_columns = head_dim // k_code.codes_per_byte
+        q_strides = contiguous(q_heads, q_len, head_dim // q_code.codes_per_byte)
+        k_strides = contiguous(kv_heads, kv_len, k_columns)
+        factor = DECODE_FACTOR[q_format] * DECODE_FACTOR[k_format]
+    q, k = as_buffer(q, storage_q), as_buffer(k, storage_k)
+    k_desc = v_desc = None
+    if tma:
+        k_desc = _descriptor(k, (rows, kv_heads, kv_len, k_columns), k_strides,
+                             (config.block_n, pad_d if exact else pad_d // k_code.codes_per_byte))
+    if pv_fp8:
+        padded = (kv_len // BLOCK_K + batch if varlen else ceil_div(kv_len, BLOCK_K)) * BLOCK_K
+        v = as_buffer(v, "float8_e4m3fn")
+        v_strides = contiguous(kv_heads, head_dim, padded)
+        v_shape, v_block, p_dtype = (rows, kv_heads, head_dim, padded), (pad_d, config.block_n), "float16"
+    else:
+        v = as_buffer(v)
+        v_shape, v_block = (rows, kv_heads, kv_len, head_dim), (config.block_n, pad_d)
+        p_dtype = pv_dtype or str(v.dtype)
+        if p_dtype not in P_DTYPES or (p_dtype == "float32" and not exact):
+            raise ValueError(f"P.V in {p_dtype} is not supported; pass pv_dtype='float16' or 'bfloat16'")
+    if tma:
+        v_desc = _descriptor(v, v_shape, v_strides, v_block)
+    if varlen:
+        q_strides, k_strides, v_strides, out_strides = ((0, *s[1:]) for s in (q_strides, k_strides, v_strides, out_strides))
+    q_scales = q_len if per_token else q_len // BLOCK_Q + batch if varlen else ceil_div(q_len, BLOCK_Q)
+    k_scales = kv_len if per_token else kv_len // BLOCK_K + batch if varlen else ceil_div(kv_len, BLOCK_K)
+    sm_factor = sm_scale * LOG2_E
+    # warp specialisation takes over the loads, so it needs both of them to be TMA's
+    warp_specialize = config.warp_specialize and k_desc is not None and v_desc is not None
+    attn_fwd_kernel[(ceil_div(max_q if varlen else q_len, config.block_m), q_heads, batch)](
+        q, k_desc or k, v_desc or v, as_buffer(out), as_buffer(lse), as_buffer(q_scale), as_buffer(k_scale), as_buffer(v_scale),
+        as_buffer(bias), as_buffer(lse_shift), as_buffer(cu_seqlens_q), as_buffer(cu_seqlens_k),
+        *q_strides, *k_strides, *v_strides, *out_strides,
+        0 if varlen else q_heads * q_scales, q_scales, 0 if varlen else kv_heads * k_scales, k_scales,
+        0 if varlen else q_heads * kv_len, 0 if varlen else q_heads * q_len, kv_len, q_len,
+        sm_factor * factor, sm_factor, q_heads, q_len, kv_len, GROUP=q_heads // kv_heads, D=head_dim, PAD_D=pad_d,
+        BM=config.block_m, BN=config.block_n, Q_FORMAT="exact" if exact else q_format, K_FORMAT="exact" if exact else k_format,
+        PV_FP8=pv_fp8, P_DTYPE=P_DTYPES[p_dtype], PER_TOKEN=per_token,
+        BIAS=bias is not None, CAUSAL=is_causal, LSE=lse is not None, SHIFTED=lse_shift is not None, VARLEN=varlen,
+        K_TMA=k_desc is not None, V_TMA=v_desc is not None, WARP_SPECIALIZE=warp_specialize, INTERPRET=interpret,
+        num_warps=config.num_warps, num_stages=config.num_stages)

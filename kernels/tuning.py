@@ -1,0 +1,107 @@
+"""Tile shapes of the portable attention kernel: data, found by measurement, overridable by a file.
+
+`lookup` takes the nearest row: same family and padded head dim, the newest arch not newer than the device.
+A JSON file in the same form, named by LOWBIT_VIDEO_TUNING or passed to `load`, goes first.
+"""
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+ENVIRONMENT = "LOWBIT_VIDEO_TUNING"
+"""Environment variable that names a JSON file of tuning rows."""
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Rows and keys of a tile, warps, pipeline stages; warp_specialize: a producer warp group loads (sm_90)."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    warp_specialize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_m not in (64, 128) or self.block_n not in (32, 64, 128):
+            raise ValueError(f"tile {self.block_m}x{self.block_n} is not supported: block_m 64 or 128, block_n 32, 64 or 128")
+
+
+def family(q: str, k: str, pv: str) -> str:
+    """Name of the tuning family of a kernel: its operand widths, such as "int8+fp16", "int4+fp8" or "fp16" (exact)."""
+    if k in ("fp16", "bf16", "fp32"):
+        return "fp16"
+    return f"{k}+{'fp8' if pv == 'fp8' else 'fp16'}"
+
+
+# (family, arch, padded head dim) -> tile. int4 and int2 pay for unpacking K once per query tile, so they like tall tiles.
+TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
+    ("int8+fp16", (8, 0), 64): TileConfig(128, 64, 4, 3),
+    ("int8+fp16", (8, 0), 128): TileConfig(128, 64, 8, 3),
+    ("int8+fp16", (8, 0), 256): TileConfig(64, 32, 4, 2),
+    ("int8+fp8", (8, 9), 64): TileConfig(128, 64, 4, 3),
+    ("int8+fp8", (8, 9), 128): TileConfig(128, 64, 8, 3),
+    ("int8+fp8", (8, 9), 256): TileConfig(64, 32, 4, 2),
+    ("fp16", (8, 0), 64): TileConfig(128, 64, 4, 3),
+    ("fp16", (8, 0), 128): TileConfig(128, 64, 8, 3),
+    ("fp16", (8, 0), 256): TileConfig(64, 32, 4, 2),
+    ("int8+fp16", (9, 0), 64): TileConfig(64, 128, 4, 3),
+    ("int8+fp16", (9, 0), 128): TileConfig(128, 128, 8, 2),
+    ("int8+fp16", (9, 0), 256): TileConfig(64, 64, 4, 2),
+    ("int8+fp8", (9, 0), 64): TileConfig(64, 128, 4, 3),
+    ("int8+fp8", (9, 0), 128): TileConfig(64, 128, 4, 2),
+    ("int8+fp8", (9, 0), 256): TileConfig(64, 64, 4, 2),
+    ("fp16", (9, 0), 64): TileConfig(128, 128, 8, 2),
+    ("fp16", (9, 0), 128): TileConfig(128, 128, 8, 2),
+    ("fp16", (9, 0), 256): TileConfig(64, 64, 4, 2),
+}
+"""Measured tiles; families without a row of their own use int8's."""
+
+
+def _as_rows(entries: list[dict]) -> dict[tuple[str, tuple[int, int], int], TileConfig]:
+    return {(e["family"], tuple(e["arch"]), e["head_dim"]): TileConfig(**e["config"]) for e in entries}
+
+
+def dump(rows: dict[tuple[str, tuple[int, int], int], TileConfig]) -> str:
+    """The rows as JSON text, what `load` reads."""
+    entries = [{"family": f, "arch": list(a), "head_dim": d, "config": asdict(c)} for (f, a, d), c in rows.items()]
+    return json.dumps(entries, indent=1)
+
+
+@cache
+def load(path: str) -> dict[tuple[str, tuple[int, int], int], TileConfig]:
+    """Rows of a JSON tuning file; ValueError if it is not one."""
+    try:
+        return _as_rows(json.loads(Path(path).read_text()))
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not a tuning file ({e}); write one with `lowbit-video bench tune`") from e
+
+
+def _nearest(rows: dict, name: str, arch: tuple[int, int], head_dim: int) -> TileConfig | None:
+    fits = [a for f, a, d in rows if f == name and d == head_dim and a <= arch]
+    return rows[name, max(fits), head_dim] if fits else None
+
+
+def lookup(name: str, arch: tuple[int, int], head_dim: int) -> TileConfig:
+    """The tile for a `family`, an arch such as (9, 0) and a head dim (padded up to 64, 128 or 256).
+
+    Raises ValueError if no row fits: the arch is older than any that the family runs on.
+    """
+    padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    arch = tuple(arch)
+    names = [name]
+    if name.startswith(("int4", "int2", "fp8")):
+        names.append("int8" + name[name.index("+"):])
+    tables = [TABLE]
+    if os.environ.get(ENVIRONMENT):
+        tables.insert(0, load(os.environ[ENVIRONMENT]))
+    for rows in tables:
+        for candidate in names:
+            config = _nearest(rows, candidate, arch, padded)
+            if config is not None:
+                return config
+    raise ValueError(f"no tile for {name} on sm_{arch[0]}{arch[1]} at head dim {head_dim}; "
+                     f"families: {', '.join(sorted({f for f, _, _ in TABLE}))}; int8+fp16 needs sm_80, FP8 sm_89")
