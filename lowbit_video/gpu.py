@@ -18,6 +18,8 @@ from lowbit_video.precision import Precision
 
 ALIGNMENT = 256
 """Bytes between the beginnings of the workspace's parts; TMA needs 16, whole cache lines are faster."""
+INTERPRETED_ARCH = (9, 0)
+"""What Triton's CPU interpreter plays: an arch that has every format."""
 FP16_MAX = get_format("fp16").max_code
 
 
@@ -109,12 +111,15 @@ class Call:
                  is_causal: bool = False, scale: float, return_lse: bool = False, sequences: Sequences | None = None,
                  config: Any = None) -> None:
         q, k, v = (_rows_contiguous(x, runtime) for x in (q, k, v))
+        self.tensors = (q, k, v)  # keeps their memory, which the buffers only point at
         self.variant, self.precision, self.runtime, self.sequences = variant, precision, runtime, sequences
-        self.q, self.k, self.v, self.scale, self.is_causal, self.config = q, k, v, scale, is_causal, config
+        self.scale, self.is_causal, self.config = scale, is_causal, config
+        self.arch = runtime.arch(q) or INTERPRETED_ARCH
         self.q_shape, self.q_strides = _geometry(q, runtime, tensor_layout, sequences)
         self.kv_shape, self.k_strides = _geometry(k, runtime, tensor_layout, sequences)
         self.v_strides = _geometry(v, runtime, tensor_layout, sequences)[1]
         self.dtype = runtime.dtype_name(q)
+        self.q, self.k, self.v = (Buffer(x.data_ptr(), self.dtype) for x in (q, k, v))
         shape = runtime.shape(q)
         self.out = runtime.empty(shape, self.dtype, q)
         self.out_strides = _geometry(self.out, runtime, tensor_layout, sequences)[1]
@@ -130,7 +135,7 @@ class Call:
 
     def run(self) -> Any:
         """Launches everything; returns out, or (out, lse)."""
-        with self.runtime.launch_guard(self.q):
+        with self.runtime.launch_guard(self.tensors[0]):
             self.quantise()
             self.attend()
         return self.out if self.lse is None else (self.out, self.lse)
@@ -192,8 +197,8 @@ class Call:
         if self.config is not None:
             extra["config"] = self.config
         load_launcher(self.variant.launcher)(
-            q, k, v, self.out, q_shape=self.q_shape, kv_shape=self.kv_shape, **formats, out_strides=self.out_strides,
-            lse=self.lse, sm_scale=self.scale, is_causal=self.is_causal, arch=self.runtime.arch(self.q) or (8, 0), **extra)
+            q, k, v, Buffer(self.out.data_ptr(), self.dtype), q_shape=self.q_shape, kv_shape=self.kv_shape, **formats,
+            out_strides=self.out_strides, lse=self.lse, sm_scale=self.scale, is_causal=self.is_causal, arch=self.arch, **extra)
 
     def _pv_dtype(self) -> str | None:
         """The 16-bit type of P and V: V's own; for float32 bfloat16, whose range holds any V, unless V is on the CPU.
@@ -202,9 +207,10 @@ class Call:
         """
         if self.dtype != "float32":
             return None
-        if not self.runtime.is_cpu(self.v):
+        v = self.tensors[2]
+        if not self.runtime.is_cpu(v):
             return "bfloat16"
-        return "float16" if float(abs(self.runtime.to_numpy(self.v)).max(initial=0.0)) <= FP16_MAX else "bfloat16"
+        return "float16" if float(abs(self.runtime.to_numpy(v)).max(initial=0.0)) <= FP16_MAX else "bfloat16"
 
 
 def _rows_contiguous(x: Any, runtime: Any) -> Any:

@@ -37,6 +37,12 @@ def _attribute(ordinal: int, attribute: int) -> int | None:
     return value.value
 
 
+def device_count() -> int:
+    """Number of CUDA devices that this process may see; 0 without a driver."""
+    cuda, count = _library(), ctypes.c_int()
+    return count.value if cuda is not None and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
 @functools.cache
 def capability(ordinal: int) -> tuple[int, int] | None:
     """Compute capability (major, minor) of a CUDA device by ordinal; None without a driver or such a device."""
@@ -139,3 +145,11 @@ def fill_bytes(pointer: int, value: int, count: int, stream: int) -> None:
 def synchronize(stream: int) -> None:
     """Waits for a raw stream."""
     _check(_library().cuStreamSynchronize(ctypes.c_void_p(stream)), "a launch failed")
+
+
+def driver_version() -> str | None:
+    """The CUDA version of the driver, such as "13.0"; None without a driver."""
+    cuda, value = _library(), ctypes.c_int()
+    if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(value)) != 0:
+        return None
+    return f"{value.value // 1000}.{value.value % 1000 // 10}"

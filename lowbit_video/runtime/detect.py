@@ -1,6 +1,8 @@
 """Which framework a tensor belongs to, found from the tensor itself: nothing is imported that is not there already."""
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from typing import Any
 
@@ -45,3 +47,28 @@ def default_paddle_device() -> str:
     from . import paddle_runtime
 
     return paddle_runtime.default_device()
+
+
+def default_framework() -> str:
+    """"paddle" or "torch": the one already imported (Paddle first), else the one installed (Paddle first).
+
+    Raises ImportError where neither is.
+    """
+    for found in (lambda name: name in sys.modules, importlib.util.find_spec):
+        for name in ("paddle", "torch"):
+            if found(name):
+                return name
+    raise ImportError("neither Paddle nor PyTorch is installed; pip install 'lowbit_video[cpu]', or paddlepaddle-gpu from "
+                      "Paddle's own index")
+
+
+def runtime_named(framework: str) -> Any:
+    """The runtime of "paddle" or "torch"; imports the framework."""
+    if framework not in ("paddle", "torch"):
+        raise ValueError(f"unknown framework {framework!r}; there are: paddle, torch")
+    return importlib.import_module(f"lowbit_video.runtime.{framework}_runtime")
+
+
+def anchor(framework: str | None = None, device: str = "auto") -> Any:
+    """A small tensor of a framework on a device, to stand for that place: where `runtime.empty(..., like=anchor)` allocates."""
+    return runtime_named(framework or default_framework()).anchor(device)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -9,14 +10,17 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from lowbit_video.runtime import cuda_driver, triton_driver
+
 NAME = "paddle"
 _DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16, "float32": paddle.float32, "int8": paddle.int8,
            "uint8": paddle.uint8, "int32": paddle.int32, "float8_e4m3fn": paddle.float8_e4m3fn}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def dtype_name(t: paddle.Tensor) -> str:
     """"float16", "bfloat16", "float32", ..."""
-    return str(t.dtype).rpartition(".")[2]
+    return _NAMES.get(t.dtype) or str(t.dtype).rpartition(".")[2]
 
 
 def shape(t: paddle.Tensor) -> tuple[int, ...]:
@@ -34,16 +38,32 @@ def is_cpu(t: paddle.Tensor) -> bool:
 
 def arch(t: paddle.Tensor) -> tuple[int, int] | None:
     """Compute capability of the GPU that holds the tensor; None on a CPU."""
-    if is_cpu(t):
-        return None
-    from . import cuda_driver
-
-    return cuda_driver.capability(device_index(t))
+    return None if is_cpu(t) else cuda_driver.capability(device_index(t))
 
 
 def device_index(t: paddle.Tensor) -> int:
+    """The CUDA ordinal of the device that holds the tensor; -1 on a CPU."""
     place = t.place
-    return place.custom_device_id() if place.is_custom_place() else place.gpu_device_id()
+    if place.is_gpu_place():
+        return place.gpu_device_id()
+    if place.is_custom_place():
+        return place.custom_device_id()
+    return -1
+
+
+def stream(t: paddle.Tensor) -> int:
+    """Handle of Paddle's current stream on the tensor's device."""
+    return _raw_stream(device_index(t))
+
+
+def _raw_stream(ordinal: int) -> int:
+    from paddle._C import _cuda_getCurrentRawStream
+
+    return _cuda_getCurrentRawStream(ordinal)
+
+
+def contiguous(t: paddle.Tensor) -> paddle.Tensor:
+    return t.contiguous()
 
 
 def empty(shape: Sequence[int], dtype: str, like: paddle.Tensor) -> paddle.Tensor:
@@ -87,22 +107,35 @@ def masked_attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask.dtype == paddle.bool else mask.astype(q.dtype))
 
 
-@contextlib.contextmanager
-def launch_guard(t: paddle.Tensor):
-    """Makes the tensor's device and Paddle's current stream the ones that Triton launches on."""
-    from . import triton_driver
+@functools.cache
+def _driver(ordinal: int) -> object:
+    return triton_driver.device_driver(ordinal, lambda: _raw_stream(ordinal))
 
-    with triton_driver.paddle_launch(t):
-        yield
+
+def launch_guard(t: paddle.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device and Paddle's current stream the ones that Triton launches on."""
+    ordinal = device_index(t)
+    return contextlib.nullcontext() if ordinal < 0 else triton_driver.active(_driver(ordinal))
 
 
 def default_device() -> str:
-    """"gpu:0", else "<custom device>:0" if it is backed by CUDA, else "cpu"."""
+    """"gpu:0", else the first custom device whose memory is CUDA's, such as "cudev:0", else "cpu"."""
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
         return "gpu:0"
-    from . import cuda_driver
-
-    for name in paddle.device.get_all_custom_device_type() or ():
-        if cuda_driver.device_count() > 0:
-            return f"{name}:0"
+    seen = set()
+    for name in paddle.device.get_available_custom_device() or ():
+        kind, _, index = name.partition(":")
+        if kind not in seen:
+            seen.add(kind)
+            probe = paddle.empty([1], dtype="float32", device=paddle.CustomPlace(kind, int(index or 0)))
+            if cuda_driver.device_of_pointer(probe.data_ptr()) is not None:
+                return f"{kind}:{index or 0}"
     return "cpu"
+
+
+def anchor(device: str = "auto") -> paddle.Tensor:
+    """A small float32 tensor on a device ("auto", "cpu", "gpu:0", "cudev:0"), to stand for that place."""
+    name = default_device() if device == "auto" else device
+    kind, _, index = name.partition(":")
+    custom = kind in (paddle.device.get_all_custom_device_type() or ())
+    return paddle.zeros([64], dtype="float32", device=paddle.CustomPlace(kind, int(index or 0)) if custom else name)

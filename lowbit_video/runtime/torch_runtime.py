@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -9,12 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lowbit_video.runtime import triton_driver
+
 NAME = "torch"
+_NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "int8", "uint8", "int32", "float8_e4m3fn")}
 
 
 def dtype_name(t: torch.Tensor) -> str:
     """"float16", "bfloat16", "float32", ..."""
-    return str(t.dtype).rpartition(".")[2]
+    return _NAMES.get(t.dtype) or str(t.dtype).rpartition(".")[2]
 
 
 def shape(t: torch.Tensor) -> tuple[int, ...]:
@@ -32,7 +36,21 @@ def is_cpu(t: torch.Tensor) -> bool:
 
 def arch(t: torch.Tensor) -> tuple[int, int] | None:
     """Compute capability of the GPU that holds the tensor; None on a CPU."""
-    return torch.cuda.get_device_capability(t.device) if t.is_cuda else None
+    return _capability(t.device.index) if t.is_cuda else None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def stream(t: torch.Tensor) -> int:
+    """Handle of torch's current stream on the tensor's device."""
+    return torch.cuda.current_stream(t.device).cuda_stream
+
+
+def contiguous(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous()
 
 
 def empty(shape: Sequence[int], dtype: str, like: torch.Tensor) -> torch.Tensor:
@@ -76,9 +94,18 @@ def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
 
 @contextlib.contextmanager
 def launch_guard(t: torch.Tensor):
-    """Makes the tensor's device current; Triton asks torch for the stream."""
+    """Makes the tensor's device current; Triton's own driver asks torch for the stream."""
     if not t.is_cuda:
         yield
         return
-    with torch.cuda.device(t.device):
-        yield
+    with triton_driver.default():
+        if torch.cuda.current_device() == t.device.index:
+            yield
+        else:
+            with torch.cuda.device(t.device):
+                yield
+
+
+def anchor(device: str = "auto") -> torch.Tensor:
+    """A small float32 tensor on a device ("auto", "cpu", "cuda:0"), to stand for that place."""
+    return torch.zeros(64, device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

@@ -17,13 +17,6 @@ _LAUNCH = threading.RLock()
 """Triton's active driver is one per process: a launch holds this while the driver is ours."""
 
 
-def interpreted() -> bool:
-    """Whether Triton kernels run in its CPU interpreter (TRITON_INTERPRET=1 when they were imported)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
 @functools.cache
 def _driver_class() -> type:
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
@@ -69,8 +62,6 @@ def active(driver: object) -> Iterator[None]:
                 cuda_driver.pop_device()
 
 
-@contextlib.contextmanager
-def default() -> Iterator[None]:
+def default() -> contextlib.AbstractContextManager:
     """A launch through Triton's own driver: waits while another thread launches through ours."""
-    with _LAUNCH:
-        yield
+    return _LAUNCH
