@@ -1,0 +1,127 @@
+"""Attention under paddle.jit.to_static: one operator in the graph, the same result, calls still counted."""
+import numpy as np
+import pytest
+
+paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+import toy_model  # noqa: E402
+from lowbit_video.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
+from lowbit_video.runtime import paddle_op  # noqa: E402
+
+MODES = pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
+INNARDS = {"pd_op.softmax", "pd_op.flash_attn", "pd_op.scaled_dot_product_attention", "pd_op.round"}
+
+
+def run(model, given):
+    with paddle.no_grad():
+        return [part.numpy() for part in model(given["video"], given["text"], None, given["rotary"])]
+
+
+def operators(compiled):
+    return [op.name() for op in compiled.forward.concrete_program.main_program.global_block().ops]
+
+
+def pair(precision="int8+fp16", **sizes):
+    """The same model twice, hooked: one to compile, one to run eagerly."""
+    models = [toy_model.model(**sizes) for _ in range(2)]
+    for model in models:
+        apply(model, precision)
+    return models
+
+
+@MODES
+@pytest.mark.parametrize("precision", ["int8+fp16", "int4+fp8", "exact"])
+def test_compiled_equals_eager_and_is_counted(precision, full_graph):
+    model, eager = pair(precision)
+    compiled = paddle.jit.to_static(model, full_graph=full_graph)
+    for _ in range(2):
+        for a, b in zip(run(compiled, toy_model.inputs()), run(eager, toy_model.inputs())):
+            assert np.abs(a - b).max() <= 1e-5
+    assert [m.calls for m in coverage(model).modules] == [2, 2]
+
+
+@MODES
+def test_shapes_may_change(full_graph):
+    model, eager = pair()
+    compiled = paddle.jit.to_static(model, full_graph=full_graph)
+    for sizes in (dict(video_tokens=40), dict(video_tokens=65), dict(video_tokens=129, text_tokens=3), dict(batch=1),
+                  dict(video_tokens=40)):
+        given = toy_model.inputs(**sizes)
+        for a, b in zip(run(compiled, given), run(eager, given)):
+            assert a.shape == b.shape and np.abs(a - b).max() <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [dict(heads=2, head_dim=32), dict(heads=1, head_dim=64), dict(heads=3, head_dim=40)],
+                         ids=lambda sizes: "x".join(map(str, sizes.values())))
+def test_the_graph_holds_one_operator_a_module_and_none_of_its_innards(sizes):
+    model, _ = pair(**sizes)
+    compiled = paddle.jit.to_static(model, full_graph=True)
+    run(compiled, toy_model.inputs(width=sizes["heads"] * sizes["head_dim"], rotary_dim=sizes["head_dim"]))
+    names = operators(compiled)
+    assert sum("lowbit_attention" in name for name in names) == 2
+    assert not INNARDS & set(names)
+
+
+def test_one_graph_serves_every_length_if_its_inputs_are_declared_dynamic():
+    model, eager = pair()
+    spec = paddle.static.InputSpec([None, None, 64], "float32")
+    compiled = paddle.jit.to_static(model, full_graph=True, input_spec=[spec, spec])
+    for video_tokens, text_tokens, batch in ((40, 7, 2), (65, 3, 1), (1, 1, 1)):
+        given = toy_model.inputs(video_tokens, text_tokens, batch)
+        with paddle.no_grad():
+            got, expected = compiled(given["video"], given["text"]), eager(given["video"], given["text"])
+        for a, b in zip(got, expected):
+            assert a.shape == b.shape and float((a - b).abs().max()) <= 1e-5
+    assert len(compiled.forward.program_cache) == 1
+
+
+@MODES
+def test_a_compiled_model_runs_the_processors_it_has_now(full_graph):
+    model, eager = toy_model.model(), toy_model.model()
+    given = toy_model.inputs()
+    compiled = paddle.jit.to_static(model, full_graph=full_graph)
+    exact = run(compiled, given)
+    assert np.abs(exact[0] - run(eager, given)[0]).max() <= 1e-5
+    for twin in (model, eager):
+        apply(twin, "int4+fp16")
+    low = run(compiled, given)
+    assert np.abs(low[0] - run(eager, given)[0]).max() <= 1e-5 and not np.array_equal(low[0], exact[0])
+    remove(model)
+    assert np.array_equal(run(compiled, given)[0], exact[0])
+
+
+@MODES
+def test_masks_reach_the_exact_fallback(full_graph):
+    model, eager = toy_model.model(), toy_model.model()
+    given, mask = toy_model.inputs(), paddle.zeros([2, 47])
+    mask[:, 5:20] = -1e4
+    for twin in (model, eager):
+        apply(twin, "int8+fp16", fallback="exact")
+    compiled = paddle.jit.to_static(model, full_graph=full_graph)
+    with paddle.no_grad():
+        a, b = compiled(given["video"], given["text"], mask)[0], eager(given["video"], given["text"], mask)[0]
+    assert float((a - b).abs().max()) <= 1e-5
+    assert "takes a mask" in coverage(model).modules[0].runs[0][2]
+
+
+def test_an_output_that_is_not_contiguous_is_taken_as_it_is():
+    class Strided(ExactAttnProcessor):
+        def attend(self, q, k, v, is_causal=False, scale=None, return_lse=False):
+            out = super().attend(q, k, v, is_causal, scale, return_lse)
+            strided = out.transpose([0, 2, 1, 3]).contiguous().transpose([0, 2, 1, 3])
+            assert not strided.is_contiguous()
+            return strided
+
+    model, eager = toy_model.model(), toy_model.model()
+    apply(model, Strided())
+    compiled = paddle.jit.to_static(model, full_graph=True)
+    assert np.abs(run(compiled, toy_model.inputs())[0] - run(eager, toy_model.inputs())[0]).max() <= 1e-5
+
+
+def test_an_error_inside_the_graph_can_be_read():
+    model = toy_model.model(heads=4, head_dim=16)
+    apply(model, LowBitAttnProcessor("int8+fp16"))
+    paddle_op.take_failure()
+    with pytest.raises(Exception):  # noqa: B017 - Paddle's executor makes a bare SystemError of it
+        run(paddle.jit.to_static(model, full_graph=True), toy_model.inputs(rotary_dim=16))
+    assert "head_dim 16" in str(paddle_op.take_failure())
+    assert paddle_op.take_failure() is None
