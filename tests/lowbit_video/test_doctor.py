@@ -1,0 +1,78 @@
+"""`lowbit-video doctor`: complete, true, and never failing."""
+import json
+import subprocess
+
+import pytest
+from lowbit_video.kernels.variants import VARIANTS
+
+from lowbit_video import cli, doctor
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Frameworks take seconds to import; one test looks at them for real."""
+    monkeypatch.setattr(doctor, "frameworks", lambda: {"paddle": "cpu (this build has no CUDA)"})
+
+
+def test_the_report_covers_machine_packages_and_every_kernel(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("Python 3", "numpy", "triton", "matplotlib", *(variant.name for variant in VARIANTS)):
+        assert word in out
+
+
+def test_json(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"machine", "packages", "frameworks", "gpus", "kernels", "advice"} == set(report)
+    assert {entry["kernel"] for entry in report["kernels"]} == {variant.name for variant in VARIANTS}
+
+
+def test_the_cpu_runs_the_reference_and_names_why_not_the_others():
+    by_name = {entry["kernel"]: entry for entry in doctor.kernels([])}
+    assert by_name["reference-lowbit"]["why_not"] is None
+    assert by_name["triton-int-fp16"]["why_not"] == "it needs an NVIDIA GPU"
+
+
+def test_an_ampere_gpu_is_told_what_its_arch_lacks():
+    entries = {entry["kernel"]: entry["why_not"] for entry in doctor.kernels([(8, 0)]) if entry["place"] == "sm_80"}
+    assert entries["triton-int-fp16"] is None and entries["triton-exact"] is None
+    assert "sm_89" in entries["triton-int-fp8"]
+    assert entries["reference-lowbit"] == "it runs on CPU tensors only"
+
+
+def fake_smi(monkeypatch, stdout, code=0):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, code, stdout, ""))
+
+
+def test_gpus_are_read_from_the_driver(monkeypatch):
+    fake_smi(monkeypatch, "NVIDIA H200, 9.0, 143771\nNVIDIA A100, 8.0, 81920\n")
+    assert [gpu["arch"] for gpu in doctor.gpus()] == [(9, 0), (8, 0)]
+    report = doctor.render(doctor.examine())
+    assert "NVIDIA H200, sm_90, 140.4 GiB" in report and "this Paddle cannot use it" in report
+
+
+@pytest.mark.parametrize("stdout, code", [("", 9), ("NVIDIA-SMI has failed, because it could not talk\n", 9), ("a, b, c\n", 0),
+                                          ("NVIDIA H200, [N/A], 1\n", 0)])
+def test_a_broken_driver_is_no_failure(monkeypatch, capsys, stdout, code):
+    fake_smi(monkeypatch, stdout, code)
+    assert doctor.gpus() == []
+    assert cli.main(["doctor"]) == 0
+
+
+def test_a_probe_that_raises_is_reported(monkeypatch, capsys):
+    def broken(*args):
+        raise OSError("the disk is on fire")
+
+    for name in ("gpus", "packages", "frameworks", "kernels", "advice"):
+        monkeypatch.setattr(doctor, name, broken)
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out.count("OSError: the disk is on fire") == 5
+
+
+def test_missing_packages_say_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    entries = {entry["package"]: entry["version"] for entry in doctor.packages()}
+    assert "pip install 'lowbit_video[eval]'" in entries["matplotlib"]
+    assert any("Pipelines need Paddle" in line for line in doctor.advice([]))
