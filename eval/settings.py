@@ -1,0 +1,100 @@
+"""What is asked of the pipeline for every video of an evaluation, and the machine it ran on."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+DEFAULT_FPS = 8
+GENERATION_FILE = "generation.json"  # a model folder's own defaults
+ALIASES = {"steps": ("steps", "num_inference_steps"), "guidance": ("guidance", "guidance_scale"),
+           "frames": ("frames", "num_frames"), "height": ("height",), "width": ("width",), "fps": ("fps",)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The pipeline's arguments; None leaves one to the pipeline.
+
+    model: folder or name, for the record. steps: denoising steps. guidance: classifier-free guidance scale.
+    frames, height, width: of the video. fps: frames a second of the clips.
+    """
+
+    model: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float = DEFAULT_FPS
+
+    def arguments(self) -> dict:
+        """The pipeline's keyword arguments."""
+        named = {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "num_frames": self.frames,
+                 "height": self.height, "width": self.width}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def as_dict(self) -> dict:
+        """Plain values, for the record."""
+        return asdict(self)
+
+
+def for_model(folder, **asked) -> Settings:
+    """Settings for a model folder: what was asked for, else the folder's generation.json, else the pipeline's own.
+
+    Raises:
+        ValueError: a generation.json that is not a JSON object.
+    """
+    path = Path(folder) / GENERATION_FILE
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    values = {}
+    for name, keys in ALIASES.items():
+        found = [asked.get(name)] + [stored.get(key) for key in keys]
+        values[name] = next((value for value in found if value is not None), None)
+    values["fps"] = values["fps"] or DEFAULT_FPS
+    return Settings(model=str(folder), **values)
+
+
+def environment() -> dict:
+    """Machine, versions and commit, as far as they can be read without asking a device."""
+    versions = {"python": platform.python_version()}
+    for package in ("lowbit-video", "paddlepaddle", "paddlepaddle-gpu", "torch", "numpy", "triton", "scikit-image"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"machine": processor_name(), "cores": os.cpu_count(), "device": device_name(), "versions": versions,
+            "commit": commit()}
+
+
+def processor_name() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name() -> str:
+    """Where Paddle computes, if it is loaded; its current device otherwise unnamed."""
+    paddle = sys.modules.get("paddle")
+    return str(paddle.device.get_device()) if paddle else "cpu"
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a "+" if files were changed; None outside a checkout."""
+    try:
+        folder = Path(__file__).resolve().parent
+        run = lambda *words: subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10)
+        head = run("rev-parse", "--short", "HEAD")
+        if head.returncode:
+            return None
+        return head.stdout.strip() + ("+" if run("status", "--porcelain", "-uno").stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

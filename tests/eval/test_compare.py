@@ -1,0 +1,189 @@
+"""A whole evaluation on a toy pipeline: pairs, floor, planted defects, resuming after a kill -9, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from lowbit_video.eval.candidates import Candidate, as_candidate  # noqa: E402
+from lowbit_video.eval.compare import Progress, clock, compare, read_prompts  # noqa: E402
+from lowbit_video.eval.settings import Settings, for_model  # noqa: E402
+from lowbit_video.eval.store import Store  # noqa: E402
+from lowbit_video.eval.summary import CLEARLY_ABOVE, FAILED, summarise  # noqa: E402
+from lowbit_video.eval.video import read_video  # noqa: E402
+from planted import Noise, NotANumber, SwapHeads, ZeroTail  # noqa: E402
+from toy_pipeline import ToyPipeline  # noqa: E402
+
+PROMPTS = ["a red ball", "two blue squares", "a green star"]
+SETTINGS = Settings("toy", steps=2)
+FAST = ["psnr", "ssim", "flicker"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ToyPipeline()
+
+
+@pytest.fixture(scope="module")
+def finished(pipe, tmp_path_factory):
+    """One evaluation with every planted defect; (folder, lines that it said)."""
+    folder, said = tmp_path_factory.mktemp("eval"), []
+    planted = [Candidate(c.__name__, c) for c in (Noise, SwapHeads, ZeroTail, NotANumber)]
+    compare(pipe, PROMPTS, ["int8+fp16", *planted], folder, settings=SETTINGS, metrics=FAST, say=said.append)
+    return folder, said
+
+
+def read(folder):
+    store = Store(folder, write=False)
+    return store.videos()
+
+
+def test_every_planted_defect_is_clearly_above_the_floor(finished):
+    summary = summarise(read(finished[0]))
+    for run in ("Noise", "SwapHeads", "ZeroTail"):
+        row = summary.row(run)
+        assert row.verdict == CLEARLY_ABOVE
+        assert row.cells["psnr"].times_floor.low > 100 and row.cells["ssim"].times_floor.low > 100
+    assert summary.row("NotANumber").verdict == FAILED
+    psnr = {run: summary.row(run).cells["psnr"].value for run in ("floor", "int8+fp16", "SwapHeads")}
+    assert psnr["floor"].low > 100 > psnr["int8+fp16"].low > psnr["SwapHeads"].high
+
+
+def test_the_floor_differs_but_hardly(finished):
+    values = [v["figures"]["psnr"] for v in read(finished[0]) if v["run"] == "floor"]
+    assert all(100 < value < 160 for value in values)  # 160 would be the very same bits: then nothing was reordered
+
+
+def test_pairs_share_their_noise_and_the_record_is_whole(finished):
+    folder, said = finished
+    videos = read(folder)
+    assert len(videos) == len({(v["prompt"], v["seed"], v["run"]) for v in videos}) == 21
+    line = next(v for v in videos if v["run"] == "int8+fp16")
+    assert line["attention"] == {"int8+fp16": 6} and line["fallbacks"] == 0
+    assert len(line["frames"]["psnr"]) == 5
+    assert line["figures"]["psnr"] == pytest.approx(np.mean(line["frames"]["psnr"]), abs=1e-4)
+    exact = next(v for v in videos if v["run"] == "exact" and v["prompt"] == line["prompt"])
+    assert "psnr" not in exact["figures"]
+    a, b = (read_video(folder / v["clip"]) for v in (exact, line))
+    assert a.shape == b.shape == (5, 48, 72, 3) and 0 < np.abs(a.astype(int) - b).mean() < 3
+    assert said[-1].startswith("[21/21]") and "left" in said[-2] and any("FAILED" in s for s in said)
+    assert not list((folder / "work").iterdir()) and not list(folder.glob("clips/.part*"))
+
+
+def test_a_second_start_repeats_nothing_and_a_new_candidate_is_added(finished, pipe):
+    folder, _ = finished
+    before = (folder / "results.jsonl").read_bytes()
+    planted = [Candidate(c.__name__, c) for c in (Noise, SwapHeads, ZeroTail, NotANumber)]
+    said = []
+    compare(pipe, PROMPTS, ["int8+fp16", *planted], folder, settings=SETTINGS, metrics=FAST, say=said.append)
+    assert (folder / "results.jsonl").read_bytes() == before
+    assert said[-1] == "21 of 21 videos are finished already; 0 to make"
+    with pytest.raises(ValueError, match="steps 2 -> 9"):
+        compare(pipe, PROMPTS, ["int4+fp16"], folder, settings=Settings("toy", steps=9), metrics=FAST)
+    compare(pipe, PROMPTS, ["int4+fp16"], folder, settings=SETTINGS, metrics=FAST, limit=1, say=said.append)
+    assert (folder / "results.jsonl").read_bytes().startswith(before)
+    added = read(folder)[21:]
+    assert [(v["run"], v["prompt"]) for v in added] == [("int4+fp16", PROMPTS[0])]
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {here!r})
+from toy_pipeline import ToyPipeline
+from lowbit_video.eval.compare import compare
+from lowbit_video.eval.settings import Settings
+compare(ToyPipeline(), {prompts!r}, ["int8+fp16", "planted:Noise"], {out!r}, settings=Settings("toy", steps=2), metrics=["psnr"])
+"""
+
+
+def test_kill_9_half_way_then_again_finishes_without_a_repeat(tmp_path):
+    script = KILLED.format(here=str(HERE), prompts=PROMPTS, out=str(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    results = tmp_path / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not (results.exists() and results.read_bytes().count(b'"kind": "video"') >= 4) and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
+    with open(results, "ab") as file:
+        file.write(b'{"kind": "video", "prompt": "a red b')  # as a kill inside the write would leave it
+    before = [json.loads(line) for line in results.read_bytes().splitlines()[:-1]]
+    finished = [(v["prompt"], v["seed"], v["run"]) for v in before if v["kind"] == "video"]
+    assert 4 <= len(finished) < 12
+    again = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"{len(finished)} of 12 videos are finished already" in again.stdout
+    after = [json.loads(line) for line in results.read_bytes().splitlines()]
+    assert after[: len(before)] == before
+    keys = [(v["prompt"], v["seed"], v["run"]) for v in after if v["kind"] == "video"]
+    assert len(keys) == len(set(keys)) == 12
+    assert all((tmp_path / v["clip"]).is_file() for v in after if v["kind"] == "video")
+
+
+def test_two_writers_are_refused_and_a_foreign_file_is_named(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="another evaluation writes here"):
+        Store(tmp_path)
+    store.close()
+    (tmp_path / "results.jsonl").write_text("hello\n")
+    with pytest.raises(ValueError, match="results.jsonl:1: not a line of results"):
+        Store(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no results here"):
+        Store(tmp_path / "nowhere", write=False)
+
+
+def test_bad_requests_are_named(pipe, tmp_path):
+    for arguments, words in (
+        (([], ["int8+fp16"]), "no prompts"),
+        ((PROMPTS, []), "no candidates"),
+        ((PROMPTS, ["int8+fp16", "int8+fp16"]), "named twice"),
+        ((PROMPTS, ["int9+fp16"]), "int9"),
+        ((PROMPTS, ["exact"]), "always runs"),
+        ((PROMPTS, ["nosuchmodule:Thing"]), "cannot load the processor"),
+        ((PROMPTS, ["planted:nosuch"]), "cannot load the processor"),
+        ((PROMPTS, ["os:sep"]), "name a class"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare(pipe, *arguments, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert as_candidate("planted:Noise").make().__class__.__name__ == "Noise"
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# a comment\n\n a red ball \nb\n")
+    assert read_prompts(path) == ["a red ball", "b"]
+    path.write_text("x\nx\n")
+    with pytest.raises(ValueError, match="'x' stands there more than once"):
+        read_prompts(path)
+    path.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="no prompt in it"):
+        read_prompts(path)
+
+
+def test_settings_come_from_the_model_folder_unless_asked(tmp_path):
+    (tmp_path / "generation.json").write_text(json.dumps({"num_inference_steps": 25, "guidance_scale": 4.0, "fps": 10}))
+    settings = for_model(tmp_path, steps=5)
+    assert (settings.steps, settings.guidance, settings.fps, settings.height) == (5, 4.0, 10, None)
+    assert settings.arguments() == {"num_inference_steps": 5, "guidance_scale": 4.0}
+
+
+def test_progress_foretells_by_the_median_of_each_run():
+    said = []
+    progress = Progress(["exact", "a", "a", "b"], said.append)
+    progress.done("exact", 2.0, "x")
+    progress.done("a", 10.0, "x")
+    assert "[2/4]" in said[1] and "about 16 s left" in said[1]  # ten for the other a, the median of all for b
+    assert [clock(s) for s in (5, 89, 600, 12000)] == ["5 s", "89 s", "10 min", "3 h 20 min"]

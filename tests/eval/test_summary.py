@@ -1,0 +1,78 @@
+"""Bootstrap and summary: intervals that cover, ratios to the floor, verdicts, failures, unfinished prompts."""
+import numpy as np
+import pytest
+from lowbit_video.eval.bootstrap import bootstrap, mean, ratio_of_means
+from lowbit_video.eval.summary import CLEARLY_ABOVE, FAILED, UNKNOWN, WITHIN, summarise
+
+
+def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    samples = rng.exponential(1.0, (100, 20))
+    covered = [(i := bootstrap(mean, s)).low <= 1 <= i.high for s in samples]
+    assert 0.84 <= np.mean(covered) <= 0.99  # percentile intervals of 20 skewed values fall a little short of 95 %
+
+
+def test_bootstrap_is_reproducible_and_honest_about_one_prompt():
+    values = np.arange(8.0)
+    assert bootstrap(mean, values) == bootstrap(mean, values)
+    assert bootstrap(mean, values).value == 3.5
+    assert np.isnan(bootstrap(mean, [1.0]).low)
+    for bad in ([], [[1.0, 2.0]]):
+        with pytest.raises(ValueError, match="bootstrap needs"):
+            bootstrap(mean, bad)
+    with pytest.raises(ValueError, match="bootstrap needs"):
+        bootstrap(ratio_of_means, [1.0, 2.0], [1.0])
+
+
+def lines(psnr_by_run, prompts=6, flicker=2.0, seeds=(0,)):
+    out = []
+    for i in range(prompts):
+        for seed in seeds:
+            for run, psnr in psnr_by_run.items():
+                figures = {"flicker": flicker + 0.01 * i + (0 if run == "exact" else 0.001)}
+                if run != "exact":
+                    figures["psnr"] = psnr + 0.3 * i
+                out.append({"kind": "video", "prompt": f"p{i}", "seed": seed, "run": run, "seconds": 2.0, "figures": figures})
+    return out
+
+
+def test_times_the_floor_is_a_ratio_of_errors():
+    summary = summarise(lines({"exact": None, "floor": 80.0, "same": 80.0, "worse": 60.0}), ["worse", "same"])
+    assert [row.run for row in summary.rows] == ["exact", "floor", "worse", "same"]
+    assert summary.figures[0] == "psnr"
+    worse, same = summary.row("worse"), summary.row("same")
+    assert worse.cells["psnr"].times_floor.value == pytest.approx(10.0)  # 20 dB are ten times the error
+    assert worse.verdict == CLEARLY_ABOVE and same.verdict == WITHIN
+    assert same.cells["psnr"].value.low < same.cells["psnr"].value.value < same.cells["psnr"].value.high
+    assert same.cells["flicker"].change.value == pytest.approx(0.001)
+    assert same.cells["flicker"].times_floor.value == pytest.approx(1.0)
+    assert "psnr" not in summary.row("exact").cells
+
+
+def test_seeds_of_a_prompt_are_one_sample():
+    one, two = (summarise(lines({"exact": None, "floor": 80.0, "x": 60.0}, seeds=s)) for s in ((0,), (0, 1)))
+    assert two.row("x").cells["psnr"].value == one.row("x").cells["psnr"].value
+
+
+def test_an_unfinished_prompt_stays_out_and_a_failure_is_told():
+    data = lines({"exact": None, "floor": 80.0, "x": 60.0})
+    assert summarise(data[:-1]).prompts == [f"p{i}" for i in range(5)]
+    del data[-1]["figures"]
+    data[-1]["error"] = "video holds 3 values that are NaN or inf"
+    row = summarise(data).row("x")
+    assert row.verdict == FAILED and row.failed == 1 and row.cells["psnr"].value.prompts == 5
+    with pytest.raises(ValueError, match="no prompt has all its videos"):
+        summarise(data[:2] + data[5:6])
+
+
+def test_one_prompt_claims_nothing():
+    assert summarise(lines({"exact": None, "floor": 80.0, "x": 30.0}, prompts=1)).row("x").verdict == UNKNOWN
+
+
+def test_sets_are_compared_by_their_features():
+    data = lines({"exact": None, "floor": 80.0, "x": 60.0})
+    rng = np.random.default_rng(0)
+    for line in data:
+        line["features"] = {"fvd": list(rng.standard_normal(5) + (3 if line["run"] == "x" else 0))}
+    summary = summarise(data)
+    assert summary.row("x").cells["fvd"].value.value > summary.row("floor").cells["fvd"].value.value > 0
