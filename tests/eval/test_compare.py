@@ -68,7 +68,8 @@ def test_pairs_share_their_noise_and_the_record_is_whole(finished):
     videos = read(folder)
     assert len(videos) == len({(v["prompt"], v["seed"], v["run"]) for v in videos}) == 21
     line = next(v for v in videos if v["run"] == "int8+fp16")
-    assert line["attention"] == {"int8+fp16": 6} and line["fallbacks"] == 0
+    [(variant, calls)] = line["attention"].items()
+    assert variant.startswith("int8+fp16") and calls == 6 and line["fallbacks"] == 0
     assert len(line["frames"]["psnr"]) == 5
     assert line["figures"]["psnr"] == pytest.approx(np.mean(line["frames"]["psnr"]), abs=1e-4)
     exact = next(v for v in videos if v["run"] == "exact" and v["prompt"] == line["prompt"])
@@ -101,15 +102,16 @@ sys.path.insert(0, {here!r})
 from toy_pipeline import ToyPipeline
 from lowbit_video.eval.compare import compare
 from lowbit_video.eval.settings import Settings
-compare(ToyPipeline(), {prompts!r}, ["int8+fp16", "planted:Noise"], {out!r}, settings=Settings("toy", steps=2), metrics=["psnr"])
+settings = Settings("toy", steps=2)
+compare(ToyPipeline(), {prompts!r}, ["int8+fp16", "planted:Noise"], {out!r}, settings=settings, metrics=["psnr"])
 """
 
 
 def test_kill_9_half_way_then_again_finishes_without_a_repeat(tmp_path):
     script = KILLED.format(here=str(HERE), prompts=PROMPTS, out=str(tmp_path))
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, **quiet)
     results = tmp_path / "results.jsonl"
     deadline = time.monotonic() + 120
     while not (results.exists() and results.read_bytes().count(b'"kind": "video"') >= 4) and time.monotonic() < deadline:
