@@ -17,13 +17,17 @@ ENVIRONMENT = "LOWBIT_VIDEO_TUNING"
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Rows and keys of a tile, warps, pipeline stages; warp_specialize: a producer warp group loads (sm_90)."""
+    """Rows and keys of a tile, warps, pipeline stages.
+
+    warp_specialize: a producer warp group loads (sm_90). max_registers: cap per thread, so that more programs share an SM.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     warp_specialize: bool = False
+    max_registers: int | None = None
 
     def __post_init__(self) -> None:
         if self.block_m not in (64, 128) or self.block_n not in (32, 64, 128):
@@ -61,8 +65,14 @@ TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
 """Measured tiles; families without a row of their own use int8's."""
 
 
+# (variant, P.V format, arch, padded head dim) -> tokens. Below, quantisation and launches cost more than they save.
+FASTER_FROM: dict[tuple[str, str, tuple[int, int], int], int] = {}
+"""Shortest K and V from which a variant beats exact attention; without a row, DEFAULT_FASTER_FROM."""
+DEFAULT_FASTER_FROM = 1024
+
+
 def _as_rows(entries: list[dict]) -> dict[tuple[str, tuple[int, int], int], TileConfig]:
-    return {(e["family"], tuple(e["arch"]), e["head_dim"]): TileConfig(**e["config"]) for e in entries}
+    return {(e["family"], tuple(e["arch"]), e["head_dim"]): TileConfig(**e["config"]) for e in entries if "config" in e}
 
 
 def dump(rows: dict[tuple[str, tuple[int, int], int], TileConfig]) -> str:
@@ -105,3 +115,22 @@ def lookup(name: str, arch: tuple[int, int], head_dim: int) -> TileConfig:
                 return config
     raise ValueError(f"no tile for {name} on sm_{arch[0]}{arch[1]} at head dim {head_dim}; "
                      f"families: {', '.join(sorted({f for f, _, _ in TABLE}))}; int8+fp16 needs sm_80, FP8 sm_89")
+
+
+@cache
+def load_lengths(path: str) -> dict[tuple[str, str, tuple[int, int], int], int]:
+    """The shortest useful lengths of a JSON tuning file, in the form of FASTER_FROM."""
+    load(path)  # says what is wrong with the file
+    entries = json.loads(Path(path).read_text())
+    return {(e["variant"], e["pv"], tuple(e["arch"]), e["head_dim"]): e["faster_from"] for e in entries if "faster_from" in e}
+
+
+def faster_from(variant: str, pv: str, arch: tuple[int, int], head_dim: int) -> int:
+    """Tokens of K and V from which a variant is measured to be faster than exact attention on an arch (or the next older)."""
+    padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    path = os.environ.get(ENVIRONMENT)
+    for table in (load_lengths(path) if path else {}, FASTER_FROM):
+        fits = [a for v, p, a, d in table if (v, p, d) == (variant, pv, padded) and a <= tuple(arch)]
+        if fits:
+            return table[variant, pv, max(fits), padded]
+    return DEFAULT_FASTER_FROM
