@@ -27,6 +27,10 @@ CONFIG_NAME = "tokenizer_config.json"
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 DEFAULT_EXTRA_IDS = 100
+# Unicode's White_Space without U+000B, which T5's normalization deletes
+SPACES = dict.fromkeys(
+    [9, 10, 12, 13, 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000], " "
+)
 # kinds of pieces in a sentencepiece model
 NORMAL, UNKNOWN, CONTROL = 1, 2, 3
 
@@ -116,8 +120,9 @@ class T5Tokenizer:
         """Returns the ids of one text, the end token last; special tokens in the text become their ids."""
         if not isinstance(text, str):
             raise TypeError(f"a prompt must be a string, got {type(text).__name__}")
-        # U+0085 is a space to T5Tokenizer and unknown to sentencepiece; a lone surrogate (a badly decoded byte) becomes "?"
-        text = text.replace("\x85", " ").encode("utf-8", "replace").decode("utf-8")
+        # T5Tokenizer splits at all of Unicode's spaces, sentencepiece at those that its model's normalization makes spaces;
+        # a lone surrogate (a badly decoded byte) becomes "?"
+        text = text.translate(SPACES).encode("utf-8", "replace").decode("utf-8")
         ids: list[int] = []
         for part in self._special.split(text):
             if part in self.special_ids:

@@ -1,0 +1,223 @@
+"""The transformer against goldens written by diffusers, its hooks, and what it says to bad input."""
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from lowbit_video.pipelines.cogvideox import transformer as module
+from lowbit_video.pipelines.cogvideox.rotary import get_3d_rotary_pos_embed, get_resize_crop_region_for_grid
+from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
+
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+KINDS = ("transformer_2b", "transformer_5b", "transformer_5b_learned", "transformer_15")
+TOLERANCE = 1e-4
+
+
+def load(kind):
+    return CogVideoXTransformer3DModel.from_pretrained(GOLDENS / kind), np.load(GOLDENS / kind / "io.npz")
+
+
+def inputs(arrays, case=0):
+    """The golden's inputs as keyword arguments of the model."""
+    tensor = lambda name: paddle.to_tensor(arrays[f"{name}_{case}"])
+    found = dict(hidden_states=tensor("latents"), encoder_hidden_states=tensor("text"), timestep=tensor("timestep"))
+    if f"cos_{case}" in arrays:
+        found["image_rotary_emb"] = (tensor("cos"), tensor("sin"))
+    return found
+
+
+def extras(model):
+    return dict(ofs=paddle.to_tensor([2.0])) if model.config.ofs_embed_dim else {}
+
+
+@pytest.mark.parametrize("case", [0, 1], ids=["trained size", "other size"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden(kind, case):
+    model, arrays = load(kind)
+    with paddle.no_grad():
+        out = model(**inputs(arrays, case), **extras(model)).numpy()
+    want = arrays[f"out_{case}"]
+    assert out.shape == want.shape
+    assert np.abs(want).max() > 0.5, "a golden near zero would prove nothing"
+    assert np.abs(out - want).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotary_tables(kind, case):
+    model, arrays = load(kind)
+    frames, _, height, width = arrays[f"latents_{case}"].shape[1:]
+    tables = model.rotary_tables(frames, height, width)
+    if f"cos_{case}" not in arrays:
+        assert tables is None
+        return
+    for table, name in zip(tables, ("cos", "sin")):
+        np.testing.assert_allclose(table.numpy(), arrays[f"{name}_{case}"], atol=2e-6)
+
+
+def test_positions_matter():
+    """The goldens would not match without positions."""
+    model, arrays = load("transformer_5b")
+    given = inputs(arrays)
+    given.pop("image_rotary_emb")
+    assert np.abs(model(**given).numpy() - arrays["out_0"]).max() > 100 * TOLERANCE
+
+
+def test_one_timestep_for_all():
+    model, arrays = load("transformer_2b")
+    given = inputs(arrays)
+    given["timestep"] = paddle.to_tensor([17, 17])
+    want = model(**given).numpy()
+    for number in (17, 17.0, paddle.to_tensor(17), paddle.to_tensor([17])):
+        given["timestep"] = number
+        np.testing.assert_allclose(model(**given).numpy(), want, atol=1e-6)
+
+
+def test_shorter_text():
+    """A text shorter than max_text_seq_length runs with sine-cosine positions; each sample is independent of the batch."""
+    model, arrays = load("transformer_2b")
+    given = inputs(arrays)
+    given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :3]
+    both = model(**given).numpy()
+    one = model(given["hidden_states"][:1], given["encoder_hidden_states"][:1], given["timestep"][:1]).numpy()
+    np.testing.assert_allclose(both[:1], one, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["transformer_2b", "transformer_5b", "transformer_15"])
+def test_compiled(kind):
+    model, arrays = load(kind)
+    given = {**inputs(arrays), **extras(model)}
+    with paddle.no_grad():
+        want = model(**given).numpy()
+        compiled = paddle.jit.to_static(model.forward, full_graph=True)
+        got = compiled(**given).numpy()
+    assert np.abs(got - want).max() <= 1e-5
+
+
+class Recorder:
+    """Calls another processor and counts."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.inner(*args, **kwargs)
+
+
+def test_processors_by_name_and_for_all():
+    model, arrays = load("transformer_5b")
+    names = [f"transformer_blocks.{i}.attn1.processor" for i in range(2)]
+    before = model.attn_processors
+    assert list(before) == names
+    recorders = {name: Recorder(processor) for name, processor in before.items()}
+    model.set_attn_processor(recorders)
+    assert model.attn_processors == recorders
+    out = model(**inputs(arrays)).numpy()
+    assert [recorder.calls for recorder in recorders.values()] == [1, 1]
+    assert np.abs(out - arrays["out_0"]).max() <= TOLERANCE
+
+    one = Recorder(before[names[0]])
+    model.set_attn_processor(one)
+    model(**inputs(arrays))
+    assert one.calls == 2
+    model.set_attn_processor(before)
+    assert all(model.attn_processors[name] is before[name] for name in names)
+
+
+def test_a_layer_as_processor_is_no_part_of_the_model():
+    model, _ = load("transformer_2b")
+    keys = list(model.state_dict())
+
+    class Processor(paddle.nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.linear = paddle.nn.Linear(2, 2)
+
+    model.set_attn_processor(Processor())
+    assert list(model.state_dict()) == keys
+    model.set_attn_processor(lambda *args: None)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda p: p.pop("transformer_blocks.0.attn1.processor"), "missing: transformer_blocks.0.attn1.processor"),
+    (lambda p: p.update({"transformer_blocks.9.attn1.processor": print}), "unknown: transformer_blocks.9.attn1.processor"),
+])
+def test_wrong_processor_names(change, words):
+    model, _ = load("transformer_2b")
+    processors = model.attn_processors
+    before = dict(processors)
+    change(processors)
+    with pytest.raises(ValueError, match=words):
+        model.set_attn_processor(processors)
+    assert model.attn_processors == before
+
+
+def test_a_processor_must_be_callable():
+    model, _ = load("transformer_2b")
+    with pytest.raises(TypeError, match="callable, got str"):
+        model.set_attn_processor("int8+fp16")
+    before = model.attn_processors
+    with pytest.raises(TypeError, match="callable, got str"):
+        model.set_attn_processor({name: "int8" for name in before})
+    assert model.attn_processors == before
+
+
+@pytest.mark.parametrize("kind, change, words", [
+    ("transformer_2b", dict(hidden_states=paddle.zeros([2, 3, 4, 9, 12])), "do not divide into patches"),
+    ("transformer_15", dict(hidden_states=paddle.zeros([2, 3, 4, 8, 12])), "frames that are a multiple of 2"),
+    ("transformer_2b", dict(hidden_states=paddle.zeros([2, 3, 5, 8, 12])), r"\[batch, frames, 4, height, width\], got"),
+    ("transformer_2b", dict(encoder_hidden_states=paddle.zeros([2, 5, 13])), r"\[batch, tokens, 12\], got \[2, 5, 13\]"),
+    ("transformer_2b", dict(encoder_hidden_states=paddle.zeros([1, 5, 12])), "the batch must agree"),
+    ("transformer_2b", dict(timestep_cond=paddle.zeros([2, 8])), "timestep_cond"),
+    ("transformer_2b", dict(ofs=paddle.zeros([1])), "this one has none"),
+    ("transformer_15", dict(ofs=None), "this one needs it"),
+    ("transformer_5b", dict(image_rotary_emb=(paddle.zeros([9, 16]),) * 2), r"cos is \[9, 16\], these latents need \[72, 16\]"),
+    ("transformer_5b_learned", dict(hidden_states=paddle.zeros([2, 3, 4, 8, 10]), image_rotary_emb=None),
+     "latents of 8 x 12 only, got 8 x 10"),
+    ("transformer_5b_learned", dict(encoder_hidden_states=paddle.zeros([2, 4, 12])), "5 text tokens only"),
+])
+def test_bad_input(kind, change, words):
+    model, arrays = load(kind)
+    with pytest.raises(ValueError, match=words):
+        model(**{**inputs(arrays), **extras(model), **change})
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(use_learned_positional_embeddings=True), "needs use_rotary_positional_embeddings"),
+    (dict(patch_size_t=2), "needs rotary positions"),
+    (dict(activation_fn="geglu"), "activation_fn 'geglu' is not supported"),
+    (dict(timestep_activation_fn="tanhshrink"), "timestep_activation_fn 'tanhshrink' is not supported"),
+])
+def test_bad_configuration(change, words):
+    config = dict(num_attention_heads=2, attention_head_dim=16, num_layers=1, text_embed_dim=12)
+    with pytest.raises(ValueError, match=words):
+        CogVideoXTransformer3DModel(**{**config, **change})
+
+
+def test_rotary_errors():
+    with pytest.raises(ValueError, match="larger than the 4 x 6"):
+        get_3d_rotary_pos_embed(16, None, (5, 6), 2, grid_type="slice", max_size=(4, 6))
+    with pytest.raises(ValueError, match="multiple of 16, not 24"):
+        get_3d_rotary_pos_embed(24, ((0, 0), (2, 2)), (2, 2), 2)
+    with pytest.raises(ValueError, match="'spline' is not known"):
+        get_3d_rotary_pos_embed(16, None, (2, 2), 2, grid_type="spline")
+
+
+def test_crop_of_a_square_in_a_wide_grid():
+    assert get_resize_crop_region_for_grid((20, 20), 45, 30) == ((0, 8), (30, 38))
+    assert get_resize_crop_region_for_grid((30, 45), 45, 30) == ((0, 0), (30, 45))
+
+
+def test_published_sizes_have_the_published_token_counts():
+    """2b: 226 + 17550 tokens; 1.5 at 768 x 1360, 81 frames: 44880 video tokens."""
+    config = dict(num_attention_heads=1, attention_head_dim=64, num_layers=0, text_embed_dim=4, time_embed_dim=4)
+    model = CogVideoXTransformer3DModel(**config, use_rotary_positional_embeddings=True)
+    assert model.rotary_tables(13, 60, 90)[0].shape == [17550, 64]
+    newer = dict(patch_size_t=2, sample_height=300, sample_width=300, use_rotary_positional_embeddings=True)
+    model = CogVideoXTransformer3DModel(**config, **newer)
+    assert model.rotary_tables(22, 96, 170)[0].shape == [44880, 64]
+
+
+def test_importing_needs_no_processors():
+    assert not hasattr(module, "ExactAttnProcessor")
