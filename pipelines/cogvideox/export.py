@@ -1,0 +1,158 @@
+"""Videos as mp4 files: written under a temporary name and renamed when complete, so that no half-written file is left."""
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+CODEC = "libx264"
+QUALITY = 8  # imageio's scale, 0 (smallest file) to 10 (best)
+LABEL_HEIGHT = 20  # pixels of the strip above each video of `side_by_side`
+GAP_WIDTH = 4  # pixels between two videos
+GREY = 24
+
+
+def check_writable(path: str | os.PathLike) -> str:
+    """Makes sure that a file can be written at `path`, before the work whose result it will hold.
+
+    Args:
+        path: of the file to come; its folder is made if need be.
+    Returns:
+        the path, absolute.
+    Raises:
+        OSError: the folder cannot be made or written, or the path is a folder.
+    """
+    path = os.path.abspath(os.fspath(path))
+    folder = os.path.dirname(path)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; give the name of a file in it")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(f"cannot write into {folder}: {error.strerror or error}; choose another output folder") from error
+    return path
+
+
+def export_to_video(frames: Any, path: str | os.PathLike, fps: float = 8) -> str:
+    """Writes one video as H.264 mp4.
+
+    Args:
+        frames: [F, H, W, 3], uint8, or floating point in [0, 1]; an array or a sequence of frames.
+        path: ends in ".mp4"; its folder is made if need be; an existing file is replaced when the new one is complete.
+        fps: frames a second.
+    Returns:
+        the path, absolute.
+    Raises:
+        ValueError: frames that are no video.
+        OSError: a folder that cannot be written.
+    """
+    import imageio.v2 as imageio
+
+    frames = as_uint8(frames)
+    if fps <= 0:
+        raise ValueError(f"fps is {fps}; it must be above 0")
+    path = check_writable(path)
+    stem, extension = os.path.splitext(path)
+    if extension.lower() != ".mp4":
+        raise ValueError(f"cannot write {path}: only .mp4 is supported")
+    # ffmpeg tells the format by the ending, so the temporary name keeps it.
+    temporary = f"{stem}.tmp{os.getpid()}{extension}"
+    height, width = frames.shape[1:3]
+    # Colour at half resolution, which every player takes, needs even sides.
+    pixel_format = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
+    try:
+        with imageio.get_writer(
+            temporary, format="FFMPEG", fps=fps, codec=CODEC, quality=QUALITY, macro_block_size=1, pixelformat=pixel_format
+        ) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return path
+
+
+def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
+    """Reads a video file: frames [F, H, W, 3] uint8, and frames a second.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a video.
+    """
+    import imageio.v2 as imageio
+
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such video: {path}")
+    try:
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            fps = float(reader.get_meta_data()["fps"])
+            frames = [np.asarray(frame) for frame in reader]
+    except (OSError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+    return np.stack(frames), fps
+
+
+def side_by_side(videos: Iterable[Any], labels: Sequence[str] | None = None) -> np.ndarray:
+    """Joins videos of the same size from left to right, each under its label.
+
+    Args:
+        videos: each [F, H, W, 3], as in `export_to_video`; the shortest one sets the length.
+        labels: one for each video.
+    Returns:
+        [F, H', W', 3] uint8, sides even.
+    Raises:
+        ValueError: sizes that differ, or as many labels as there are videos not given.
+    """
+    videos = [as_uint8(video) for video in videos]
+    if not videos or len({video.shape[1:] for video in videos}) != 1:
+        raise ValueError(f"side_by_side needs videos of one size, got {[list(video.shape) for video in videos]}")
+    if labels is not None and len(labels) != len(videos):
+        raise ValueError(f"{len(labels)} labels for {len(videos)} videos; give one each")
+    frames = min(len(video) for video in videos)
+    _, height, width, _ = videos[0].shape
+    parts = []
+    for i, video in enumerate(videos):
+        part = np.full((frames, height + (LABEL_HEIGHT if labels else 0), width, 3), GREY, np.uint8)
+        if labels:
+            part[:, :LABEL_HEIGHT] = _label(labels[i], width)
+        part[:, -height:] = video[:frames]
+        if i:
+            parts.append(np.full((frames, part.shape[1], GAP_WIDTH, 3), GREY, np.uint8))
+        parts.append(part)
+    joined = np.concatenate(parts, axis=2)
+    return np.pad(joined, [(0, 0), (0, joined.shape[1] % 2), (0, joined.shape[2] % 2), (0, 0)], constant_values=GREY)
+
+
+def as_uint8(frames: Any) -> np.ndarray:
+    """Frames as [F, H, W, 3] uint8; floating point counts as [0, 1] and is clipped.
+
+    Raises:
+        ValueError: another shape or type, no frames, or values that are not finite.
+    """
+    array = np.asarray(frames)
+    if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+        hint = "; a call's `frames` holds one such array per video: take frames[0]" if array.ndim == 5 else ""
+        raise ValueError(f"frames have shape {list(array.shape)}; expected [frames, height, width, 3]{hint}")
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"frames have type {array.dtype}; expected uint8, or floating point in [0, 1]")
+    if not np.isfinite(array).all():
+        raise ValueError(f"frames have {int((~np.isfinite(array)).sum())} values that are NaN or infinite")
+    return (np.clip(array, 0.0, 1.0) * 255).round().astype(np.uint8)
+
+
+def _label(text: str, width: int) -> np.ndarray:
+    """A strip [LABEL_HEIGHT, width, 3] uint8 with a text."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (width, LABEL_HEIGHT), (GREY, GREY, GREY))
+    ImageDraw.Draw(strip).text((4, 4), text, fill=(235, 235, 235))
+    return np.asarray(strip)
