@@ -1,0 +1,102 @@
+"""The layer table: it points at the planted layer and heads, its shares add up, it survives saving, it can choose."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lowbit_video.eval.candidates import Candidate  # noqa: E402
+from lowbit_video.eval.layers import LayerTable, as_text, fit_shares, measure_layers, step_groups  # noqa: E402
+from lowbit_video.eval.settings import Settings  # noqa: E402
+from planted import ZeroTail, only_in_layer_1  # noqa: E402
+from toy_pipeline import ToyPipeline  # noqa: E402
+
+PLANTED = "transformer_blocks.1.attn1"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ToyPipeline()
+
+
+@pytest.fixture(scope="module")
+def table(pipe):
+    candidates = ["int8+fp16", "int2+fp16", Candidate("swap", only_in_layer_1), Candidate("tail", ZeroTail)]
+    return measure_layers(pipe, "a red ball", candidates, settings=Settings("toy", steps=STEPS), say=lambda line: None)
+
+
+def test_the_table_points_at_the_planted_layer_and_heads(table):
+    shares = table.by_layer("swap")
+    assert shares[PLANTED] == pytest.approx(1.0) and set(shares) == {f"transformer_blocks.{i}.attn1" for i in range(3)}
+    layer, _, head, _ = table.worst("swap", 1)[0]
+    assert layer == PLANTED and head in (0, 1)
+    sqnr = table.of("swap", "sqnr")
+    assert (sqnr[1] < 10).all() and (sqnr[[0, 2]] == 200).all()  # exact elsewhere, to the bit
+    assert (table.layer_error[2] > 1e-3).tolist() == [False, True, False]
+
+
+def test_errors_rank_as_they_should(table):
+    assert (table.of("int8+fp16", "sqnr") > 30).all()
+    assert (table.of("int2+fp16", "sqnr") < table.of("int8+fp16", "sqnr") - 10).all()
+    assert (table.of("tail", "max_error") > table.of("int8+fp16", "max_error")).all()
+    assert table.floor_error < 1e-5 < table.latent_error[0] < table.latent_error[1]
+    for name in ("cosine", "relative_l1", "rmse"):
+        assert table.of("int2+fp16", name).shape == (3, STEPS, 2)
+
+
+def test_shares_sum_to_one_and_to_what_was_measured(table):
+    for c, candidate in enumerate(table.candidates):
+        share = table.of(candidate)
+        assert share.sum() == pytest.approx(1.0, abs=1e-5) and (share >= 0).all()
+        measured = np.square(table.layer_error[c])
+        assert np.allclose(share.sum(axis=(1, 2)), measured / measured.sum(), atol=0.02)
+
+
+def test_the_pipeline_is_left_as_it_was(pipe, table):
+    assert {type(m.attn1.processor).__name__ for m in pipe.transformer.transformer_blocks} == {"ExactAttnProcessor"}
+
+
+def test_saved_and_read_again(table, tmp_path):
+    table.save(tmp_path / "layers.npz")
+    again = LayerTable.load(tmp_path / "layers.npz")
+    assert (again.candidates, again.layers, again.about) == (table.candidates, table.layers, table.about)
+    assert np.allclose(again.share, table.share) and np.allclose(again.of("tail", "rmse"), table.of("tail", "rmse"))
+    assert again.by_layer("swap") == pytest.approx(table.by_layer("swap"))
+    np.savez(tmp_path / "other.npz", x=1)
+    with pytest.raises(ValueError, match="not a layer table"):
+        LayerTable.load(tmp_path / "other.npz")
+    with pytest.raises(KeyError, match="there are: int8"):
+        table.of("int3+fp16")
+    with pytest.raises(KeyError, match="there are: share"):
+        table.of("tail", "psnr")
+
+
+def test_a_bit_width_per_layer_can_be_chosen(table):
+    loose = table.choose(1e9, order=["int2+fp16", "int8+fp16"])
+    assert set(loose.values()) == {"int2+fp16"} and set(loose) == set(table.layers)
+    tight = table.choose(35.0, "sqnr", order=["int2+fp16", "int8+fp16"])
+    assert set(tight.values()) <= {"int8+fp16"}
+    assert table.choose(0.0, order=["int2+fp16"]) == {}
+
+
+def test_the_text_names_the_culprit(table):
+    text = as_text(table)
+    assert "swap: the largest share" in text and PLANTED in text and "final latent error" in text
+
+
+def test_fit_shares_by_hand():
+    share = fit_shares(np.ones((2, 2, 1)), np.array([3.0, 4.0]), np.array([1.0, 1.0]), [range(0, 1), range(1, 2)])
+    assert np.allclose(share[:, :, 0], [[9 / 50, 9 / 50], [16 / 50, 16 / 50]])
+    assert not fit_shares(np.zeros((2, 2, 1)), np.zeros(2), np.zeros(2), step_groups(2)).any()
+
+
+def test_local_shares_need_one_run_only(pipe):
+    said = []
+    table = measure_layers(pipe, "x", ["int4+fp16"], settings=Settings("toy", steps=2), measured_shares=False, say=said.append)
+    assert len(said) == 2 and table.share.sum() == pytest.approx(1.0) and np.isnan(table.latent_error).all()
+    with pytest.raises(ValueError, match="no candidates"):
+        measure_layers(pipe, "x", [])
