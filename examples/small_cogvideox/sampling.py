@@ -1,0 +1,111 @@
+"""Videos from captions, in batches, and what the scorer says of them."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import numpy as np
+import torch
+from clips import as_uint8
+from lowbit_video.eval import prompt_adherence, world
+
+
+def noise_of(count: int, shape, seed: int) -> torch.Tensor:
+    """Seeded start noise `[count, *shape]`, the same on every device."""
+    return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def held_out_captions(count: int, seed: int) -> list[str]:
+    """Captions of combinations that training never sees."""
+    rng = np.random.default_rng(seed + 1)
+    return [world.caption_of(meaning, rng) for meaning in world.draw_meanings(count, seed, held=True)]
+
+
+@torch.no_grad()
+def sample_quickly(text_encoder, transformer, vae, scheduler, ids, noise, guidance: float, steps: int, autocast) -> np.ndarray:
+    """DDIM with guidance on prepared token ids `[B, L]` (an empty caption is </s>, pad, ...): uint8 `[B, F, H, W, 3]`.
+
+    `autocast` makes the context that each model call runs in."""
+    empty = torch.zeros_like(ids)
+    empty[:, 0] = 1
+    scheduler.set_timesteps(steps, device=ids.device)
+    latents = noise.to(ids.device)
+    with autocast():
+        text = text_encoder(torch.cat([empty, ids]))[0]
+    for step in scheduler.timesteps:
+        with autocast():
+            velocity = transformer(torch.cat([latents, latents]), text, step.expand(2 * len(ids)), return_dict=False)[0]
+        free, led = velocity.float().chunk(2)
+        latents = scheduler.step(free + guidance * (led - free), step, latents, return_dict=False)[0].to(noise.dtype)
+    frames = []
+    for part in (latents / vae.config.scaling_factor).permute(0, 2, 1, 3, 4).split(16):
+        with autocast():
+            frames.append(as_uint8(vae.decode(part).sample))
+    return np.concatenate(frames)
+
+
+def sample_with_pipeline(pipe, captions: list[str], noise: torch.Tensor, generation: dict, batch: int = 50) -> np.ndarray:
+    """The same through diffusers' own pipeline: uint8 `[B, F, H, W, 3]`."""
+    videos = []
+    for start in range(0, len(captions), batch):
+        part = slice(start, start + batch)
+        frames = pipe(
+            prompt=captions[part], latents=noise[part].to(pipe.device, pipe.transformer.dtype),
+            guidance_scale=generation["guidance_scale"], num_inference_steps=generation["num_inference_steps"],
+            num_frames=generation["num_frames"], height=generation["height"], width=generation["width"],
+            max_sequence_length=generation["max_sequence_length"], output_type="np").frames
+        videos.append(np.clip(np.round(np.asarray(frames, np.float32) * 255), 0, 255).astype(np.uint8))
+    return np.concatenate(videos)
+
+
+class Judges:
+    """Worker processes that score videos; start them before the first use of the GPU, since they are forked."""
+
+    def __init__(self, workers: int | None = None):
+        workers = workers or min(16, os.cpu_count() or 1)
+        self.pool = multiprocessing.get_context("fork").Pool(workers) if workers > 1 else None
+
+    def __call__(self, videos, captions: list[str]) -> list[prompt_adherence.Adherence]:
+        pairs = list(zip(videos, captions))
+        return self.pool.starmap(prompt_adherence.score, pairs, chunksize=2) if self.pool else [
+            prompt_adherence.score(*pair) for pair in pairs]
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.terminate()
+
+
+def shares(verdicts) -> dict[str, float]:
+    """Share of the videos that meet each part, and all of them."""
+    return {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in (*prompt_adherence.PARTS, "all")}
+
+
+def percent(figures: dict[str, float]) -> str:
+    return "  ".join(f"{part} {100 * share:.1f} %" for part, share in figures.items())
+
+
+def contact_sheet(videos, captions, verdicts, path, columns: int = 6, rows: int = 24) -> None:
+    """Frames of the first `rows` videos, one video a row, its caption and what the scorer saw beside it, as a PNG."""
+    from PIL import Image, ImageDraw
+
+    height, width = videos.shape[2] // 2, videos.shape[3] // 2
+    rows = min(rows, len(videos))
+    sheet = Image.new("RGB", (columns * (width + 2) + 560, rows * (height + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row in range(rows):
+        for column, frame in enumerate(np.linspace(0, videos.shape[1] - 1, columns).astype(int)):
+            tile = Image.fromarray(videos[row, frame]).resize((width, height), Image.BILINEAR)
+            sheet.paste(tile, (column * (width + 2), row * (height + 2)))
+        left = columns * (width + 2) + 4
+        missed = [part for part in prompt_adherence.PARTS if not getattr(verdicts[row], part)]
+        lines = [captions[row][i:i + 90] for i in range(0, len(captions[row]), 90)][:2]
+        lines += [f"seen: {verdicts[row].scene}"[:92], f"missed: {', '.join(missed)}" if missed else "as asked"]
+        draw.multiline_text((left, row * (height + 2) + 2), "\n".join(lines), fill="red" if missed else "black", spacing=1)
+    sheet.save(path, optimize=True)
+
+
+def save_gif(frames: np.ndarray, path, fps: int = world.FPS) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(frame).quantize(64) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)

@@ -1,0 +1,696 @@
+"""Train the small CogVideoX on captioned clips of the procedural world: VAE, latents, diffusion, evaluation.
+
+    python examples/small_cogvideox/train.py --minutes 9 --state /tmp/small --out outputs/small
+
+Each run keeps to its `--minutes` of wall clock and goes on from what `--state` holds, so that several short runs make one
+training. `--tiny` runs every stage at toy sizes on a CPU, to see that it works.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import json
+import math
+import os
+import sys
+import tarfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from clips import ClipPool, as_uint8
+from models import (
+    SIZES,
+    TINY,
+    TextToVelocity,
+    Tokens,
+    build_scheduler,
+    build_text_encoder,
+    build_transformer,
+    build_vae,
+    build_vocabulary,
+    describe,
+    generation_defaults,
+    initialise,
+    load_pipeline,
+    rescale_latents,
+    save,
+    write_generation,
+)
+from sampling import (
+    Judges,
+    contact_sheet,
+    held_out_captions,
+    noise_of,
+    percent,
+    sample_quickly,
+    sample_with_pipeline,
+    save_gif,
+    shares,
+)
+
+STAGES = ("vae", "latents", "diffusion", "evaluate")
+TRAIN_SEED, CHECK_SEED, SWEEP_SEED, TEST_SEED = 1000, 2000, 3000, 4000
+CAPTION_DROPOUT = 0.1
+WORDINGS = 4  # captions a clip
+PART_BYTES = 15_500_000
+
+
+class Log:
+    """Prints, and appends rows to `log.csv`, so that a run that breaks leaves its trace."""
+
+    def __init__(self, state: Path):
+        self.start = time.time()
+        self.path = state / "log.csv"
+        fresh = not self.path.exists()
+        self.file = open(self.path, "a", newline="")
+        self.rows = csv.writer(self.file)
+        if fresh:
+            self.rows.writerow(["stage", "step", "minutes", "name", "value"])
+
+    def say(self, text: str) -> None:
+        print(f"[{time.time() - self.start:6.1f} s] {text}", flush=True)
+
+    def row(self, stage: str, step: int, minutes: float, **values: float) -> None:
+        for name, value in values.items():
+            self.rows.writerow([stage, step, f"{minutes:.3f}", name, f"{value:.6g}"])
+        self.file.flush()
+
+
+class Run:
+    """What every stage needs: arguments, sizes, device, deadline, log."""
+
+    def __init__(self, args):
+        self.args = args
+        self.state = Path(args.state)
+        self.out = Path(args.out)
+        for folder in (self.state, self.out):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.log = Log(self.state)
+        self.sizes = TINY if args.tiny else SIZES
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.deadline = time.time() + 60 * args.minutes
+        self.judges = None
+        self.accelerator = None
+        self.vae = None
+        self.latents = None
+
+    def left(self) -> float:
+        return self.deadline - time.time()
+
+    def autocast(self):
+        """bf16 on the GPU, float32 on the CPU."""
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+def save_state(path: Path, content: dict) -> None:
+    """All or nothing: a run killed while writing keeps the state before."""
+    torch.save(content, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+# --- the autoencoder --------------------------------------------------------------------------------------------------
+
+
+def vae_batch(run: Run, pool: ClipPool, rng, batch: int, frames: int, whole: bool):
+    """Clips for one step: windows of `frames`; whole frames, or a quarter of each near its first shape."""
+    height, width = run.sizes.height, run.sizes.width
+    first = int(rng.integers(0, run.sizes.frames - frames + 1))
+    index = rng.integers(0, len(pool), batch)
+    video, mask = pool.paint(index, first, frames, height)
+    if whole:
+        return video, mask
+    rows = np.searchsorted(pool.plan.clip, index)
+    unit = height / 128
+    middle = first + frames // 2
+    tops = pool.plan.y[rows, middle] * unit - height / 4 + rng.uniform(-height / 4, height / 4, batch)
+    lefts = pool.plan.x[rows, middle] * unit - width / 4 + rng.uniform(-width / 4, width / 4, batch)
+    tops = np.clip(tops / 8, 0, height / 16).astype(int) * 8
+    lefts = np.clip(lefts / 8, 0, width / 16).astype(int) * 8
+
+    def cut(tensor):
+        return torch.stack([tensor[i, :, :, t:t + height // 2, l:l + width // 2]
+                            for i, (t, l) in enumerate(zip(tops, lefts))])
+
+    return cut(video), cut(mask)
+
+
+def vae_loss(vae, video, mask, kl_weight: float):
+    """Absolute and squared error, three times as heavy where a shape is, and a little KL: (loss, mean squared error)."""
+    posterior = vae.encode(video).latent_dist
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+    error = vae.decode(latents.to(video.dtype)).sample.float() - video
+    weight = 1 + 2 * mask
+    square = error.square()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return (weight * (error.abs() + 2 * square)).mean() + kl_weight * kl, square.detach().mean()
+
+
+def psnr_db(mean_square: float) -> float:
+    return 10 * math.log10(4.0 / max(mean_square, 1e-12))  # frames lie in -1..1
+
+
+@torch.no_grad()
+def vae_psnr(run: Run, vae, count: int = 48) -> float:
+    """Mean PSNR in dB over held-out clips, as 8-bit frames, full length."""
+    pool = ClipPool(count, CHECK_SEED, run.device, held=True)
+    found = []
+    for part in np.array_split(np.arange(count), max(1, count // 8)):
+        video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
+        with run.autocast():
+            again = vae.decode(vae.encode(video).latent_dist.mode()).sample
+        error = as_uint8(again).astype(np.float32) - as_uint8(video).astype(np.float32)
+        found += [10 * math.log10(255.0**2 / max(e, 1e-9)) for e in np.square(error).mean((1, 2, 3, 4))]
+    return float(np.mean(found))
+
+
+def fastest_layout(run: Run, vae, pool, rng, batch: int, frames: int):
+    """Try convolution layouts and precisions on a real step and keep the fastest: (autocast, memory format)."""
+    if run.device.type != "cuda":
+        return contextlib.nullcontext, torch.contiguous_format
+    video, mask = vae_batch(run, pool, rng, batch, frames, whole=False)
+    choices = {}
+    for name, dtype, layout in (("bf16 planes", torch.bfloat16, torch.contiguous_format),
+                                ("bf16 channels last", torch.bfloat16, torch.channels_last_3d),
+                                ("tf32 planes", None, torch.contiguous_format)):
+        def casting(dtype=dtype):
+            return torch.autocast("cuda", dtype) if dtype else contextlib.nullcontext()
+        try:
+            vae.to(memory_format=layout)
+            placed = video.to(memory_format=layout)
+            for i in range(5):
+                if i == 2:
+                    torch.cuda.synchronize()
+                    start = time.time()
+                with casting():
+                    loss, _ = vae_loss(vae, placed, mask, 1e-4)
+                loss.backward()
+            torch.cuda.synchronize()
+            seconds = (time.time() - start) / 3
+            if math.isfinite(loss.item()):
+                choices[name] = (seconds, casting, layout)
+            run.log.say(f"vae step as {name}: {1000 * seconds:.0f} ms")
+        except Exception as error:  # a layout that this GPU's libraries refuse is only a slower choice lost
+            run.log.say(f"vae step as {name} failed: {str(error)[:200]}")
+            torch.cuda.empty_cache()
+        vae.zero_grad(set_to_none=True)
+    if not choices:
+        raise RuntimeError("no convolution layout works on this GPU")
+    name = min(choices, key=lambda n: choices[n][0])
+    run.log.say(f"vae trains as {name}")
+    vae.to(memory_format=choices[name][2])
+    return choices[name][1:]
+
+
+def train_vae(run: Run) -> None:
+    """Fill `run.vae`; `vae.pt` in the state folder says whether it is finished."""
+    args, log = run.args, run.log
+    path = run.state / "vae.pt"
+    vae = build_vae(run.sizes).to(run.device)
+    total = 60 * args.vae_minutes
+    spent, step = 0.0, 0
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.95), weight_decay=1e-4,
+                                  fused=run.device.type == "cuda")
+    if args.init and not path.exists():
+        vae = type(vae).from_pretrained(args.init, subfolder="vae", torch_dtype=torch.float32).to(run.device)
+        log.say(f"vae from {args.init}")
+        run.vae = vae.eval().requires_grad_(False)
+        return
+    if path.exists():
+        held = torch.load(path, map_location=run.device, weights_only=True)
+        vae.load_state_dict(held["model"])
+        if held["finished"]:
+            log.say("vae is trained already")
+            run.vae = vae.eval().requires_grad_(False)
+            return
+        optimiser.load_state_dict(held["optimiser"])
+        spent, step = held["seconds"], held["step"]
+    rng = np.random.default_rng(step)
+    pool = ClipPool(64 if args.tiny else 8000, TRAIN_SEED, run.device)
+    small, large = (4, 2) if args.tiny else (args.vae_batch, args.vae_batch // 4)
+    short, long = 9, 17
+    casting, layout = fastest_layout(run, vae, pool, rng, small, short)
+    start = saved = shown = time.time()
+    log.say(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {total - spent:.0f} s to go")
+    backup = copy.deepcopy(vae.state_dict())
+    rate, squares = args.vae_lr, []
+
+    def keep(finished: bool) -> None:
+        save_state(path, {"model": vae.state_dict(), "optimiser": optimiser.state_dict(), "finished": finished,
+                          "seconds": spent + time.time() - start, "step": step})
+
+    while True:
+        progress = (spent + time.time() - start) / total
+        if progress >= 1 or run.left() < 45 or (args.max_steps and step >= args.max_steps):
+            break
+        whole = progress > 0.55
+        lr = rate * min(1, (step + 1) / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        try:
+            video, mask = vae_batch(run, pool, rng, large if whole else small, long if whole else short, whole)
+            with casting():
+                loss, square = vae_loss(vae, video.contiguous(memory_format=layout), mask, args.kl_weight)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimiser.step()
+        except torch.cuda.OutOfMemoryError:
+            small, large = max(1, small // 2), max(1, large // 2)
+            log.say(f"vae: out of memory, batches now {small} and {large}")
+            torch.cuda.empty_cache()
+        optimiser.zero_grad(set_to_none=True)
+        step += 1
+        squares.append(square)
+        if step % 50 == 0 or args.tiny:
+            mean = torch.stack(squares).mean().item()
+            squares.clear()
+            minutes = (spent + time.time() - start) / 60
+            if math.isfinite(mean):
+                if step % 200 == 0:
+                    backup = copy.deepcopy(vae.state_dict())
+                log.row("vae", step, minutes, psnr_db=psnr_db(mean), lr=lr)
+            else:
+                rate /= 2
+                vae.load_state_dict(backup)
+                optimiser.state.clear()
+                log.say(f"vae: not finite at step {step}; back to the last good weights, learning rate {rate:g}")
+            if time.time() - shown > 10:
+                shown = time.time()
+                log.say(f"vae step {step}: {psnr_db(mean) if math.isfinite(mean) else math.nan:.2f} dB, "
+                        f"{'whole frames' if whole else 'quarters'}, lr {lr:.1e}, {100 * progress:.0f} %")
+        if time.time() - saved > 120:
+            saved = time.time()
+            keep(False)
+    vae.eval().requires_grad_(False)
+    vae.to(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        video, _ = pool.paint(np.arange(min(len(pool), 64)), 0, run.sizes.frames, run.sizes.height)
+        with run.autocast():
+            latents = torch.cat([vae.encode(part).latent_dist.mode().float() for part in video.split(16)])
+    spread = latents.std((0, 2, 3, 4)).clamp_min(0.05)
+    rescale_latents(vae, spread)
+    psnr = vae_psnr(run, vae)
+    log.say(f"vae done after {step} steps: held-out clips {psnr:.2f} dB; latent spread was "
+            f"{spread.min():.3f}..{spread.max():.3f}")
+    log.row("vae", step, total / 60, held_out_psnr_db=psnr)
+    save_state(path, {"model": vae.state_dict(), "optimiser": {}, "finished": True, "seconds": total, "step": step})
+    run.vae = vae
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def make_latents(run: Run) -> None:
+    """Encode as many clips as the time allows into `run.latents` `[N, F, C, h, w]` fp16, with token ids `[N, K, L]`."""
+    args, log = run.args, run.log
+    folder = run.state / "model" / "tokenizer"
+    build_vocabulary(folder)
+    tokens = Tokens(folder)
+    seed = TRAIN_SEED + 1 + (int(time.time()) % 100_000 if args.fresh_clips else 0)
+    start = time.time()
+    pool = ClipPool(args.clips, seed, run.device)
+    ids = torch.from_numpy(tokens(pool.captions(WORDINGS))).view(len(pool), WORDINGS, -1)
+    log.say(f"{len(pool)} clips planned and put into words in {time.time() - start:.1f} s")
+    start, done, latents, batch = time.time(), 0, [], 8 if args.tiny else 32
+    while done < len(pool) and (time.time() - start < args.latent_seconds or done < 64):
+        part = np.arange(done, min(done + batch, len(pool)))
+        try:
+            video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
+            with run.autocast():
+                found = run.vae.encode(video).latent_dist.mode()
+        except torch.cuda.OutOfMemoryError:
+            batch = max(1, batch // 2)
+            torch.cuda.empty_cache()
+            continue
+        latents.append((found.float() * run.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half())
+        done = int(part[-1]) + 1
+    run.latents = torch.cat(latents)
+    run.ids = ids[:done].to(run.device)
+    run.vocabulary = len(tokens)
+    log.say(f"{done} clips encoded in {time.time() - start:.1f} s; latents {tuple(run.latents.shape)}, mean "
+            f"{run.latents.float().mean():.3f}, spread {run.latents.float().std():.3f}")
+
+
+# --- text encoder and transformer -------------------------------------------------------------------------------------
+
+
+def parameter_groups(model) -> list[dict]:
+    matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and "shared" not in n and "relative" not in n]
+    chosen = {id(p) for p in matrices}
+    return [{"params": matrices, "weight_decay": 0.01},
+            {"params": [p for p in model.parameters() if id(p) not in chosen], "weight_decay": 0.0}]
+
+
+def train_diffusion(run: Run) -> None:
+    """Train text encoder and transformer on v-prediction until the time is up; the averaged weights go to `model/`."""
+    args, log, sizes = run.args, run.log, run.sizes
+    path = run.state / "diffusion.pt"
+    accelerator = run.accelerator
+    torch.manual_seed(int(time.time()))
+    model = TextToVelocity(build_text_encoder(sizes, run.vocabulary), build_transformer(sizes))
+    initialise(model)
+    model.to(run.device)
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    optimiser = torch.optim.AdamW(parameter_groups(model), lr=args.lr, betas=(0.9, 0.95), fused=run.device.type == "cuda")
+    scheduler = build_scheduler(sizes)
+    alphas = scheduler.alphas_cumprod.to(run.device, torch.float32)
+    spent, step, restarted = 0.0, 0, 0
+    if path.exists():
+        held = torch.load(path, map_location=run.device, weights_only=True)
+        model.load_state_dict(held["model"])
+        averaged.load_state_dict(held["averaged"])
+        optimiser.load_state_dict(held["optimiser"])
+        spent, step = held["seconds"], held["step"]
+        log.say(f"diffusion goes on from step {step}, {spent:.0f} s")
+        del held
+    elif args.init:
+        for name, part in (("text_encoder", model.text_encoder), ("transformer", model.transformer)):
+            part.load_state_dict(type(part).from_pretrained(args.init, subfolder=name, torch_dtype=torch.float32).state_dict())
+        averaged.load_state_dict(model.state_dict())
+        progress_file = Path(args.init) / "training.json"
+        if progress_file.exists():
+            before = json.loads(progress_file.read_text())
+            spent, step = before["seconds"], before["steps"]
+        restarted = step
+        log.say(f"diffusion goes on from the weights in {args.init}: step {step}, {spent:.0f} s")
+    eager = model
+    if args.compile and run.device.type == "cuda":
+        for block in model.transformer.transformer_blocks:
+            block.compile()
+    model, optimiser = accelerator.prepare(model, optimiser)
+    pairs = [(a, b) for a, b in zip(averaged.parameters(), eager.parameters())]
+    averages, sources = [a for a, _ in pairs], [b for _, b in pairs]
+    total = 60 * args.diffusion_minutes
+    batch = 8 if args.tiny else args.batch
+    count = len(run.latents)
+    empty = torch.zeros(run.ids.shape[-1], dtype=run.ids.dtype, device=run.device)
+    empty[0] = 1
+    start = saved = checked = shown = time.time()
+    first_step, rate, losses = step, args.lr, []
+    reserve = args.evaluate_seconds + 15
+    log.say(f"diffusion: {sum(p.numel() for p in eager.parameters()) / 1e6:.2f} M parameters, batch {batch}, "
+            f"{min(total - spent, run.left() - reserve):.0f} s to go in this run, {total - spent:.0f} s in all")
+
+    def keep() -> None:
+        save_state(path, {"model": eager.state_dict(), "averaged": averaged.state_dict(), "optimiser": optimiser.state_dict(),
+                          "seconds": spent + time.time() - start, "step": step})
+
+    def export() -> None:
+        save(run.state / "model", copy.deepcopy(run.vae), copy.deepcopy(averaged.text_encoder),
+             copy.deepcopy(averaged.transformer), sizes, generation_defaults(sizes))
+        (run.state / "model" / "training.json").write_text(json.dumps(
+            {"seconds": spent + time.time() - start, "steps": step, "batch": batch, "sizes": describe(sizes)}, indent=2) + "\n")
+
+    def one_step():
+        chosen = torch.randint(count, (batch,), device=run.device)
+        clean = run.latents[chosen].float()
+        ids = run.ids[chosen, torch.randint(WORDINGS, (batch,), device=run.device)]
+        dropped = torch.rand(batch, 1, device=run.device) < CAPTION_DROPOUT
+        ids = torch.where(dropped, empty, ids)
+        times = torch.randint(scheduler.config.num_train_timesteps, (batch,), device=run.device)
+        signal = alphas[times].sqrt()[:, None, None, None, None]
+        strength = (1 - alphas[times]).sqrt()[:, None, None, None, None]
+        noise = torch.randn_like(clean)
+        velocity = model(ids, signal * clean + strength * noise, times)
+        loss = F.mse_loss(velocity.float(), signal * noise - strength * clean)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(eager.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    try:
+        while True:
+            progress = (spent + time.time() - start) / total
+            if progress >= 1 or run.left() < reserve or (args.max_steps and step - first_step >= args.max_steps):
+                break
+            warm = min(1.0, (step - restarted + 1) / args.warmup)
+            lr = rate * warm * max(0.03, 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.15) / 0.85))))
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            try:
+                losses.append(one_step())
+            except torch.cuda.OutOfMemoryError:
+                batch = max(8, batch // 2)
+                log.say(f"diffusion: out of memory, batch now {batch}")
+                optimiser.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                continue
+            except Exception as error:
+                compiled = any(b._compiled_call_impl is not None for b in eager.transformer.transformer_blocks)
+                if not compiled:
+                    raise
+                log.say(f"compiled blocks failed, going on without: {type(error).__name__}: {str(error)[:300]}")
+                for block in eager.transformer.transformer_blocks:
+                    block._compiled_call_impl = None
+                optimiser.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                continue
+            step += 1
+            decay = min(args.average, (1 + step) / (10 + step))
+            torch._foreach_lerp_(averages, sources, 1 - decay)
+            if step - first_step == 1:
+                log.say(f"first step took {time.time() - start:.1f} s")
+            if step % 50 == 0 or args.tiny:
+                mean = torch.stack(losses).mean().item()
+                losses.clear()
+                minutes = (spent + time.time() - start) / 60
+                if not math.isfinite(mean):
+                    rate /= 2
+                    if path.exists():
+                        held = torch.load(path, map_location=run.device, weights_only=True)
+                        eager.load_state_dict(held["averaged"])
+                        averaged.load_state_dict(held["averaged"])
+                    else:
+                        initialise(eager)
+                        raise RuntimeError("the loss was not finite before the first checkpoint: lower --lr")
+                    optimiser.optimizer.state.clear()
+                    restarted = step
+                    log.say(f"diffusion: not finite at step {step}; back to the last checkpoint, learning rate {rate:g}")
+                    continue
+                log.row("diffusion", step, minutes, loss=mean, lr=lr)
+                if time.time() - shown > 10:
+                    per_second = (step - first_step) / (time.time() - start)
+                    shown = time.time()
+                    log.say(f"diffusion step {step}: loss {mean:.4f}, lr {lr:.1e}, {per_second:.1f} steps/s "
+                            f"({per_second * batch:.0f} clips/s), {100 * progress:.0f} %")
+            if time.time() - saved > args.save_seconds:
+                saved = time.time()
+                keep()
+            if time.time() - checked > args.check_seconds and run.left() > reserve + 30:
+                checked = time.time()
+                try:
+                    check(run, averaged, step, (spent + time.time() - start) / 60)
+                except Exception as error:
+                    log.say(f"check failed: {type(error).__name__}: {str(error)[:300]}")
+                    torch.cuda.empty_cache()
+                log.say(f"check took {time.time() - checked:.1f} s")
+                checked = time.time()
+    finally:
+        keep()
+        export()
+        log.say(f"diffusion stops at step {step}, {(spent + time.time() - start) / 60:.2f} minutes in all; model saved")
+
+
+def check(run: Run, averaged, step: int, minutes: float, count: int = 64) -> None:
+    """A quick look in the middle: held-out captions, the averaged weights, guidance 4."""
+    count = 4 if run.args.tiny else count
+    captions = held_out_captions(count, CHECK_SEED)
+    ids = torch.from_numpy(Tokens(run.state / "model" / "tokenizer")(captions)).to(run.device)
+    videos = sample_quickly(averaged.text_encoder, averaged.transformer, run.vae, build_scheduler(run.sizes), ids,
+                            noise_of(count, run.sizes.latent_shape, CHECK_SEED), 4.0, 3 if run.args.tiny else 25, run.autocast)
+    verdicts = run.judges(videos, captions)
+    figures = shares(verdicts)
+    run.log.say(f"check at step {step}: {percent(figures)}")
+    run.log.row("check", step, minutes, **figures)
+    contact_sheet(videos, captions, verdicts, run.out / "check.png", rows=12)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run) -> None:
+    """The saved folder through diffusers' pipeline in fp32: sweep the guidance on other held-out captions, then 200."""
+    args, log = run.args, run.log
+    folder = run.state / "model"
+    pipe = load_pipeline(folder, run.device)
+    sweep, test = (4, 6) if args.tiny else (args.sweep_captions, args.test_captions)
+    generation = json.loads((folder / "generation.json").read_text())
+    if args.tiny:
+        generation["num_inference_steps"] = 2
+    shape = run.sizes.latent_shape
+    started = time.time()
+    captions, noise, results = held_out_captions(sweep, SWEEP_SEED), noise_of(sweep, shape, SWEEP_SEED), {}
+    for guidance in args.guidance:
+        verdicts = run.judges(sample_with_pipeline(pipe, captions, noise, {**generation, "guidance_scale": guidance}), captions)
+        results[guidance] = shares(verdicts)
+        log.say(f"guidance {guidance:g}, {sweep} captions: {percent(results[guidance])}")
+        if run.left() < 40 and len(results) > 1:
+            break
+    best = max(results, key=lambda g: (sum(results[g][p] for p in ("colour", "shape", "motion", "background")), -g))
+    generation["guidance_scale"] = best
+    captions = held_out_captions(test, TEST_SEED)
+    videos = sample_with_pipeline(pipe, captions, noise_of(test, shape, TEST_SEED), generation)
+    verdicts = run.judges(videos, captions)
+    figures = shares(verdicts)
+    log.say(f"TEST, {test} held-out captions, {generation['num_inference_steps']} steps, guidance {best:g}: {percent(figures)}")
+    psnr = vae_psnr(run, pipe.vae, 8 if args.tiny else 48)
+    log.say(f"vae as saved: {psnr:.2f} dB on held-out clips; evaluation took {time.time() - started:.0f} s")
+    if not args.tiny:
+        write_generation(folder, generation)
+    contact_sheet(videos, captions, verdicts, run.out / "contact_sheet.png")
+    for i in range(min(6, test)):
+        save_gif(videos[i], run.out / f"sample_{i}.gif")
+    record = {
+        "captions": test, "generation": generation, "adherence": figures, "vae_psnr_db": psnr,
+        "guidance_sweep": {str(g): r for g, r in results.items()}, "device": device_name(run.device),
+        "torch": torch.__version__, "dtype": "float32",
+        "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in ("colour", "shape", "motion", "background")
+                                                                  if not getattr(v, p)]}
+                   for c, v in zip(captions, verdicts) if not v.all]}
+    (run.out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def device_name(device) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
+
+
+def plot(run: Run) -> None:
+    """Loss, autoencoder PSNR and adherence over the minutes, from the log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves: dict[tuple[str, str], list] = {}
+    with open(run.log.path, newline="") as file:
+        for row in csv.DictReader(file):
+            curves.setdefault((row["stage"], row["name"]), []).append((float(row["minutes"]), float(row["value"])))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    panels = ((axes[0], "autoencoder, PSNR of training batches (dB)", [("vae", "psnr_db")]),
+              (axes[1], "v-prediction loss", [("diffusion", "loss")]),
+              (axes[2], "64 held-out captions, share met", [("check", p) for p in ("colour", "shape", "motion", "background")]))
+    for axis, title, names in panels:
+        for name in names:
+            if name in curves:
+                x, y = zip(*curves[name])
+                axis.plot(x, y, label=name[1], marker="o" if name[0] == "check" else None, linewidth=1)
+        axis.set(title=title, xlabel="minutes")
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    if axes[2].lines:
+        axes[2].legend()
+    figure.savefig(run.out / "training.png", dpi=100)
+    (run.out / "training_log.csv").write_text(run.log.path.read_text())
+
+
+def pack(run: Run) -> None:
+    """Put the model folder into `model.tar.NN` parts and every small result into `results.tar`, in the out folder."""
+    folder = run.state / "model"
+    if folder.exists():
+        whole = run.state / "model.tar"
+        with tarfile.open(whole, "w") as archive:
+            archive.add(folder, "model")
+        data = whole.read_bytes()
+        for old in run.out.glob("model.tar.*"):
+            old.unlink()
+        for number, start in enumerate(range(0, len(data), PART_BYTES)):
+            (run.out / f"model.tar.{number:02d}").write_bytes(data[start:start + PART_BYTES])
+    small = [p for p in run.out.iterdir() if p.suffix in (".png", ".gif", ".json", ".csv", ".txt", ".md")]
+    with tarfile.open(run.out / "results.tar", "w") as archive:
+        for path in small:
+            archive.add(path, path.name)
+    for path in small:
+        path.unlink()
+    left = ", ".join(f"{p.name} {p.stat().st_size / 1e6:.1f} MB" for p in sorted(run.out.iterdir()))
+    run.log.say(f"in the out folder: {left}")
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", default=",".join(STAGES), help="which to run, of " + ",".join(STAGES))
+    parser.add_argument("--minutes", type=float, default=9.0, help="wall clock of this run")
+    parser.add_argument("--vae-minutes", type=float, default=3.0, help="of the autoencoder, over all runs")
+    parser.add_argument("--diffusion-minutes", type=float, default=11.0, help="of text encoder and transformer, over all runs")
+    parser.add_argument("--evaluate-seconds", type=float, default=60.0, help="kept back at the end of the run")
+    parser.add_argument("--latent-seconds", type=float, default=50.0, help="at most, for encoding clips")
+    parser.add_argument("--state", default="outputs/small_state", help="folder of checkpoints")
+    parser.add_argument("--out", default="outputs/small", help="folder of results")
+    parser.add_argument("--init", help="model folder to go on from where the state folder is empty")
+    parser.add_argument("--clips", type=int, default=40_000)
+    parser.add_argument("--fresh-clips", action="store_true", help="encode other clips than the run before")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--warmup", type=int, default=300)
+    parser.add_argument("--average", type=float, default=0.999, help="decay of the weight average")
+    parser.add_argument("--vae-batch", type=int, default=32)
+    parser.add_argument("--vae-lr", type=float, default=1.5e-3)
+    parser.add_argument("--kl-weight", type=float, default=2e-4)
+    parser.add_argument("--check-seconds", type=float, default=110.0)
+    parser.add_argument("--save-seconds", type=float, default=120.0)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0, 4.0, 6.0])
+    parser.add_argument("--sweep-captions", type=int, default=100)
+    parser.add_argument("--test-captions", type=int, default=200)
+    parser.add_argument("--max-steps", type=int, default=0, help="of each training stage in this run (0: time decides)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--pack", action="store_true", help="leave the results as a few files of under 16 MB")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that everything runs")
+    args = parser.parse_args(argv)
+    args.stages = args.stages.split(",")
+    if unknown := set(args.stages) - set(STAGES):
+        parser.error(f"unknown stages {sorted(unknown)}; there are {', '.join(STAGES)}")
+    if args.tiny:
+        args.clips = min(args.clips, 96)
+    return args
+
+
+def main(argv=None) -> int:
+    args = arguments(argv)
+    judges = Judges(1 if args.tiny else None)  # forked before CUDA starts
+    run = Run(args)
+    run.judges = judges
+    run.accelerator = Accelerator(mixed_precision="bf16" if run.device.type == "cuda" else "no")
+    run.log.say(f"{device_name(run.device)}, torch {torch.__version__}, {args.minutes:g} minutes")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    code = 0
+    try:
+        if {"vae", "latents", "diffusion"} & set(args.stages):
+            train_vae(run)
+        if {"latents", "diffusion"} & set(args.stages):
+            make_latents(run)
+        if "diffusion" in args.stages:
+            train_diffusion(run)
+            run.latents = None
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if "evaluate" in args.stages:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            evaluate(run)
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        code = 1
+    finally:
+        for last in (plot, pack) if args.pack else (plot,):
+            try:
+                last(run)
+            except Exception:
+                traceback.print_exc()
+                code = code or 1
+        judges.close()
+    run.log.say(f"finished with {code}")
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
