@@ -1,0 +1,99 @@
+"""`lowbit-video bench ...`: kernels (speed and error beside exact attention) and tune (tile shapes for this GPU)."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parsers(subparsers) -> None:
+    """Registers `kernels` and `tune`."""
+    kernels = subparsers.add_parser(
+        "kernels", help="time every attention kernel on this GPU beside exact attention",
+        description="Times every attention kernel on this GPU beside FlashAttention-2, cuDNN, exact attention and "
+                    "SageAttention (where installed), each checked against float32 first. Totals count quantisation.")
+    _common(kernels)
+    kernels.add_argument("--variants", nargs="+", metavar="NAME",
+                         help="precisions (int8+fp8), variants (triton-int-fp8) or backends (triton, hopper); default: all")
+    kernels.add_argument("--quick", action="store_true", help="three shapes and int8+fp16, int8+fp8 only")
+    kernels.add_argument("--no-baselines", action="store_true", help="leave the other libraries' attention out")
+    kernels.add_argument("--budget-ms", type=float, default=300.0, metavar="MS",
+                         help="device time for the runs of one method on one shape (default: 300)")
+    kernels.add_argument("--jobs", type=int, default=0, metavar="N",
+                         help="compile the kernels in N processes first (default: 0, as they are met)")
+    kernels.add_argument("--out", type=Path, default=Path("outputs/bench"), metavar="FOLDER", help="default: outputs/bench")
+    kernels.add_argument("--name", default="kernels", metavar="STEM", help="name of the files written (default: kernels)")
+    kernels.set_defaults(run=run_kernels)
+
+    tune = subparsers.add_parser(
+        "tune", help="measure tile shapes and shortest useful lengths for this GPU, and write them as data",
+        description="Times the portable kernel over tile shapes, warps and stages, and finds from how many tokens on each "
+                    "precision beats exact attention. Writes a JSON file that LOWBIT_VIDEO_TUNING names to use it.")
+    _common(tune)
+    tune.add_argument("--variants", nargs="+", metavar="PRECISION", help="precisions to tune; default: one per family")
+    tune.add_argument("--jobs", type=int, default=0, metavar="N", help="compile the candidates in N processes first")
+    tune.add_argument("--no-lengths", action="store_true", help="leave the shortest useful lengths out")
+    tune.add_argument("--out", type=Path, default=Path("outputs/tuning.json"), metavar="FILE",
+                      help="default: outputs/tuning.json")
+    tune.set_defaults(run=run_tune)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", metavar="LIST",
+                        help='";"-separated groups (models, anchors, sweep), model names or B,H,N,D[,causal]')
+    parser.add_argument("--framework", choices=("auto", "paddle", "torch"), default="auto",
+                        help="whose tensors to use (default: auto, the first of torch and paddle that has a GPU)")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+
+
+def pick_framework(name: str) -> str:
+    """The framework to run on; ValueError where it, or with "auto" any, has no NVIDIA GPU."""
+    import importlib.util
+
+    from lowbit_video.runtime import detect
+
+    candidates = ("torch", "paddle") if name == "auto" else (name,)
+    for candidate in candidates:
+        if importlib.util.find_spec(candidate) is None:
+            continue
+        like = detect.anchor(candidate)
+        if not detect.runtime_of(like).is_cpu(like):
+            return candidate
+    raise ValueError(f"this needs an NVIDIA GPU, and {' and '.join(candidates)} found none: on a machine with one install "
+                     "paddlepaddle-gpu (or torch with CUDA); `lowbit-video doctor` says what this machine has")
+
+
+def run_kernels(args: argparse.Namespace) -> int:
+    from lowbit_video.eval.speed import shapes
+
+    chosen_shapes = shapes.parse_shapes(args.shapes, args.quick)
+    framework = pick_framework(args.framework)
+    from lowbit_video.eval.speed import bench
+
+    specs = bench.QUICK_SPECS if args.quick and not args.variants else bench.specs_for(args.variants)
+    wanted = bench.chosen(args.variants)
+    if args.jobs:
+        print(f"compiled in {bench.precompile(chosen_shapes, framework, args.dtype, specs, args.jobs):.0f} s", flush=True)
+    rows = []
+    for shape in chosen_shapes:
+        print(f"{shape} {shape.name}", flush=True)
+        rows += bench.bench_shape(shape, framework=framework, dtype=args.dtype, specs=specs, wanted=wanted,
+                                  with_baselines=not args.no_baselines, budget_ms=args.budget_ms,
+                                  log=lambda text: print(text, flush=True))
+        about = bench.environment(framework)
+        bench.save(rows, about, args.out, args.name, plots=False)  # what is measured so far outlives an interruption
+    print(bench.markdown(rows, about))
+    print("written:", *bench.save(rows, about, args.out, args.name))
+    return 1 if any(row.error for row in rows) else 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    from lowbit_video.eval.speed import shapes
+
+    chosen_shapes = shapes.parse_shapes(args.shapes or "2,30,17776,64;1,24,32768,128")
+    framework = pick_framework(args.framework)
+    from lowbit_video.eval.speed import tune
+
+    path = tune.tune(chosen_shapes, framework=framework, dtype=args.dtype, specs=args.variants, out=args.out, jobs=args.jobs,
+                     lengths=not args.no_lengths, log=lambda text: print(text, flush=True))
+    print(f"written: {path}; use it with LOWBIT_VIDEO_TUNING={path}")
+    return 0

@@ -1,0 +1,160 @@
+"""Measures the tuning data of this GPU: tile shapes of the portable kernel, and shortest useful lengths.
+
+Writes a JSON file of the form that `kernels/tuning.py` reads; the rows of its own table were made by this.
+"""
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowbit_video.eval.speed import accuracy, bench, inputs, timing
+from lowbit_video.eval.speed.shapes import Shape
+from lowbit_video.kernels import tuning
+from lowbit_video.kernels.tuning import TileConfig
+from lowbit_video.kernels.variants import KernelVariant
+
+from lowbit_video.gpu import Call
+from lowbit_video.precision import Precision
+from lowbit_video.runtime import cuda_driver, detect
+
+SPECS = ("int8+fp16", "int8+fp8", "fp8+fp8", "int4+fp16", "int4+fp8", "int2+fp16", "exact")
+"""One precision for each tuning family."""
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+"""Tokens at which the crossover with exact attention is looked for."""
+TILES = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 128, 4))
+"""Rows, keys and warps of the tiles to try up to head dim 128."""
+CANDIDATES = tuple(TileConfig(block_m, block_n, num_warps, num_stages) for block_m, block_n, num_warps in TILES
+                   for num_stages in (2, 3, 4))
+SMALL_CANDIDATES = tuple(TileConfig(64, block_n, 4, num_stages) for block_n in (32, 64) for num_stages in (1, 2, 3))
+"""Beyond head dim 128."""
+
+
+def candidates(head_dim: int) -> tuple[TileConfig, ...]:
+    """The tiles to try at a head dim."""
+    return CANDIDATES if head_dim <= 128 else SMALL_CANDIDATES
+
+
+def _portable(spec: str, dtype: str, arch: tuple[int, int], shape: Shape) -> KernelVariant | None:
+    return next((v for v in bench.fitting(shape, Precision(spec), dtype, arch) if v.backend == "triton"), None)
+
+
+def _calls(shape: Shape, spec: str, framework: str, dtype: str) -> tuple[Any, list[tuple[TileConfig, Call]], Any]:
+    like = detect.anchor(framework)
+    runtime = detect.runtime_of(like)
+    variant = _portable(spec, dtype, runtime.arch(like), shape)
+    if variant is None:
+        return runtime, [], None
+    q, k, v = inputs.make_inputs(runtime, shape.dims, dtype, like, v_offset=0.5)
+    scale = shape.head_dim**-0.5
+    calls = [(config, Call(variant, Precision(spec), q, k, v, runtime=runtime, tensor_layout="HND", is_causal=shape.causal,
+                           scale=scale, config=config)) for config in candidates(shape.head_dim)]
+    return runtime, calls, (q, k, v)
+
+
+def _compile(job: tuple[Shape, str, str, str, int]) -> None:
+    shape, spec, framework, dtype, index = job
+    runtime, calls, tensors = _calls(shape, spec, framework, dtype)
+    if index < len(calls):
+        try:
+            calls[index][1].run()
+            cuda_driver.synchronize(runtime.stream(tensors[0]))
+        except Exception:  # noqa: S110  a tile that does not compile or fit is reported when it is timed
+            pass
+
+
+def tune_tiles(shape: Shape, spec: str, framework: str, dtype: str, log: Callable[[str], None]) -> TileConfig | None:
+    """The fastest tile for a precision at a shape, kernel only, among those that compute the right thing."""
+    runtime, calls, tensors = _calls(shape, spec, framework, dtype)
+    if not calls:
+        return None
+    q, k, v = tensors
+    timer = timing.Timer(runtime, q)
+    want = accuracy.reference(runtime, q, k, v, scale=shape.head_dim**-0.5, causal=shape.causal)
+    precision = Precision(spec)
+    limit = bench.EXACT_L1 if precision.exact else max(bench.SANE_L1[precision.q], bench.SANE_L1[precision.k]) + bench.PV_L1
+    good: dict[str, tuple[TileConfig, Callable[[], None]]] = {}
+    for config, call in calls:
+        name = f"{config.block_m}x{config.block_n} warps {config.num_warps} stages {config.num_stages}"
+        try:
+            error = accuracy.errors(runtime, call.run(), want)[0]
+        except Exception as failure:
+            log(f"  {spec} {name}: {type(failure).__name__} {str(failure)[:120]}")
+            continue
+        if not error < limit:
+            log(f"  {spec} {name}: wrong, relative L1 {error:.4f}")
+            continue
+        good[name] = (config, bench._guarded(runtime, q, call.attend))
+    times = timing.time_together(timer, {name: attend for name, (_, attend) in good.items()}, budget_ms=60.0, max_runs=15)
+    ranked = sorted(times, key=lambda name: times[name].median_ms)
+    for name in ranked[:4]:
+        log(f"  {spec} {shape} {name}: {times[name].median_ms:.3f} ms, {shape.flops / times[name].median_ms / 1e9:.0f} TFLOP/s")
+    return good[ranked[0]][0] if ranked else None
+
+
+def shortest_useful(spec: str, variant: KernelVariant, head_dim: int, framework: str, dtype: str) -> int:
+    """The smallest of LENGTHS from which the variant, quantisation counted, beats exact attention, there and at longer ones.
+
+    Exact attention is PyTorch's own on torch tensors, this project's exact kernel on Paddle's. Twice the longest length if
+    it never does.
+    """
+    from lowbit_video.eval.speed import baselines
+
+    from lowbit_video.attention import attention
+
+    like = detect.anchor(framework)
+    runtime = detect.runtime_of(like)
+    answer = 2 * LENGTHS[-1]
+    for tokens in reversed(LENGTHS):
+        shape = Shape("", 2, 24, tokens, head_dim)
+        q, k, v = inputs.make_inputs(runtime, shape.dims, dtype, like)
+        flash = baselines.BASELINES[0]
+        exact = (flash.make(q, k, v, False) if runtime.NAME == "torch" and flash.why_not() is None
+                 else lambda q=q, k=k, v=v: attention(q, k, v, "exact", tensor_layout="HND"))
+        low = lambda q=q, k=k, v=v: attention(q, k, v, spec, tensor_layout="HND", backend=variant.backend)
+        exact(), low()
+        # wall clock of the host counts here: a short call's launches are what makes it slow
+        times = timing.time_together(timing.Timer(runtime, q), {"exact": exact, "low": low}, budget_ms=20.0)
+        cost = {name: max(t.median_ms, t.host_us / 1e3) for name, t in times.items()}
+        if cost["low"] >= cost["exact"]:
+            break
+        answer = tokens
+    return answer
+
+
+def tune(shapes: Iterable[Shape], *, framework: str, dtype: str, specs: Sequence[str] | None, out: Path, jobs: int = 0,
+         lengths: bool = True, log: Callable[[str], None] = print) -> Path:
+    """Measures and writes the tuning file; returns its path."""
+    shapes, specs = tuple(shapes), tuple(specs or SPECS)
+    if jobs:
+        work = [(shape, spec, framework, dtype, index) for shape in shapes for spec in specs
+                for index in range(len(candidates(shape.head_dim)))]
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            pool.map(_compile, work, chunksize=4)
+    like = detect.anchor(framework)
+    runtime = detect.runtime_of(like)
+    arch = tuple(runtime.arch(like))
+    entries: list[dict[str, Any]] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for shape in shapes:
+        padded = 64 if shape.head_dim <= 64 else 128 if shape.head_dim <= 128 else 256
+        for spec in specs:
+            precision = Precision(spec)
+            best = tune_tiles(shape, spec, framework, dtype, log)
+            if best is not None:
+                name = "fp16" if precision.exact else tuning.family(precision.q, precision.k, precision.pv)
+                entries = [e for e in entries if (e.get("family"), e["head_dim"]) != (name, padded)]
+                entries.append(dict(family=name, arch=list(arch), head_dim=padded, config=asdict(best)))
+            if lengths and not precision.exact:
+                for variant in bench.fitting(shape, precision, dtype, arch):
+                    key = dict(variant=variant.name, pv=precision.pv, arch=list(arch), head_dim=padded)
+                    if any(all(entry.get(name) == value for name, value in key.items()) for entry in entries):
+                        continue  # the variant's first precision stands for its others
+                    tokens = shortest_useful(spec, variant, shape.head_dim, framework, dtype)
+                    log(f"  {spec} {variant.name}, head dim {shape.head_dim}: beats exact attention from {tokens} tokens on")
+                    entries.append(key | dict(faster_from=tokens))
+            out.write_text(json.dumps(entries, indent=1) + "\n")
+    return out
