@@ -5,6 +5,7 @@ variant that does not fit says why, and nothing falls back silently.
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,11 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
         ValueError or TypeError for shapes, layouts, precisions and dtypes that do not fit.
     Source: SageAttention2 (arXiv 2411.10958); accumulation and packing differ, see kernels/.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        from lowbit_video.runtime import torch_op
+
+        return torch_op.attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)
     out, lse, _ = run(q, k, v, precision, tensor_layout=tensor_layout, is_causal=is_causal, scale=scale,
                       return_lse=return_lse, backend=backend, check_finite=check_finite)
     return (out, lse) if return_lse else out
