@@ -1,0 +1,34 @@
+"""The Gluon names that the Hopper kernel uses, wherever the installed Triton keeps them.
+
+Gluon is experimental: names move between minor versions of Triton. Every such name is met here and nowhere else, and
+`why_not_gluon` says in words what is missing, so that selection can ask without a traceback.
+"""
+from __future__ import annotations
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # Triton 3.9 renames tma.async_copy_global_to_shared to tma.async_load; arguments and meaning stay.
+    async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    _MISSING = None
+except (ImportError, AttributeError) as error:
+    _MISSING = str(error)
+
+__all__ = ["TensorDescriptor", "async_load", "fence_async_shared", "gl", "gluon", "mbarrier", "warpgroup_mma",
+           "warpgroup_mma_wait", "why_not_gluon"]
+
+
+def why_not_gluon() -> str | None:
+    """What keeps the installed Triton from compiling the Hopper kernel, or None if nothing does."""
+    if _MISSING is None:
+        return None
+    return f"it needs Triton 3.6 with Gluon ({_MISSING}); install triton>=3.6,<3.7"
