@@ -262,7 +262,7 @@ def load_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float
         if entry.shape != wanted:
             mismatched.append(f"{name} is {list(entry.shape)}, the configuration needs {list(wanted)}")
     problems = [
-        f"{len(names)} tensor{'s'[: len(names) > 1]} {what}: {_listed(names)}"
+        f"{len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {_listed(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched))
         if names
     ]
