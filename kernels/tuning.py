@@ -19,15 +19,16 @@ ENVIRONMENT = "LOWBIT_VIDEO_TUNING"
 class TileConfig:
     """Rows and keys of a tile, warps, pipeline stages.
 
-    warp_specialize: a producer warp group loads (sm_90). max_registers: cap per thread, so that more programs share an SM.
+    max_registers: cap per thread, so that more programs share an SM. sum_mma: row sums of the 16-bit P by tensor cores
+    (a product with ones) instead of float32 adds.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    warp_specialize: bool = False
     max_registers: int | None = None
+    sum_mma: bool = False
 
     def __post_init__(self) -> None:
         if self.block_m not in (64, 128) or self.block_n not in (32, 64, 128):

@@ -29,6 +29,8 @@ FP8_SHIFT = tl.constexpr(P_SHIFT)
 MASKED_INT = tl.constexpr(-(1 << 28))
 """Below every int8 score, above int32's end."""
 P_DTYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32}
+SUM_COLUMNS = tl.constexpr(8)
+"""Columns of ones that P is multiplied by for its row sums: the narrowest product there is."""
 DECODE_FACTOR = {"int8": 1.0, "int4": 1 / 8, "int2": 1 / 32, "fp8": 1.0}
 """What a code unpacked in registers must be multiplied by: int4 unpacks to 8 * (2c + 1), int2 to 32 * (2c + 1)."""
 
@@ -109,11 +111,11 @@ def _attn_tile(b_q, acc, b_m, b_l, i_n, n, o_last, k, v, p_k, p_v, i_b, i_h, sta
                k_stride_n, v_stride_n, D: tl.constexpr, PAD_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                K_FORMAT: tl.constexpr, PV_FP8: tl.constexpr, P_DTYPE: tl.constexpr, PER_TOKEN: tl.constexpr, BIAS: tl.constexpr,
                CAUSAL: tl.constexpr, VARLEN: tl.constexpr, K_TMA: tl.constexpr, V_TMA: tl.constexpr, MASKED: tl.constexpr,
-               INTERPRET: tl.constexpr):
+               SUM_MMA: tl.constexpr, INTERPRET: tl.constexpr):
     """One key tile: scores, online softmax, P.V. MASKED tiles hide keys past n and, if causal, past every row's o_last."""
     EXACT: tl.constexpr = K_FORMAT == "exact"
     PACK: tl.constexpr = 2 if K_FORMAT == "int4" else 4 if K_FORMAT == "int2" else 1
-    INT_MAX: tl.constexpr = not EXACT and K_FORMAT != "fp8" and not PER_TOKEN
+    INT_MAX: tl.constexpr = not EXACT and K_FORMAT != "fp8" and not PER_TOKEN and not BIAS
     SHIFT: tl.constexpr = FP8_SHIFT if PV_FP8 else 0.0
     o_n = i_n * BN + tl.arange(0, BN)
     o_d = tl.arange(0, PAD_D)
@@ -171,7 +173,9 @@ def _attn_tile(b_q, acc, b_m, b_l, i_n, n, o_last, k, v, p_k, p_v, i_b, i_h, sta
     if MASKED:
         b_p = tl.where(m_s, b_p, 0.0)
     b_alpha = tl.exp2(b_m - b_m_new)
-    b_l = b_l * b_alpha[:, None] + tl.sum(tl.sum(tl.reshape(b_p, [BM, BN // 8, 4, 2]), 3), 1)
+    b_l = b_l * b_alpha[:, None]
+    if not SUM_MMA:
+        b_l += tl.sum(tl.sum(tl.reshape(b_p, [BM, BN // 8, 4, 2]), 3), 1)
     acc = acc * b_alpha[:, None]
 
     if PV_FP8:
@@ -180,6 +184,8 @@ def _attn_tile(b_q, acc, b_m, b_l, i_n, n, o_last, k, v, p_k, p_v, i_b, i_h, sta
             b_v = tl.reshape(v.load([i_b, i_h, 0, v_start + i_n * BN]), [PAD_D, BN])
         else:
             b_v = tl.load(p_v + o_d[:, None].to(tl.int64) * v_stride_n + o_n[None, :], mask=(o_d < D)[:, None], other=0.0)
+        if SUM_MMA:
+            b_l = tl.dot(b_p.to(tl.float16), tl.full([BN, SUM_COLUMNS], 1.0, tl.float16), b_l)
         b_p = to_fp8(b_p, INTERPRET)
         b_p = tl.reshape(tl.permute(tl.reshape(b_p, [BM, BN // 16, 2, 4, 2]), (0, 1, 3, 2, 4)), [BM, BN])
         acc = acc + tl.dot(b_p, tl.trans(b_v))
@@ -194,14 +200,19 @@ def _attn_tile(b_q, acc, b_m, b_l, i_n, n, o_last, k, v, p_k, p_v, i_b, i_h, sta
             if MASKED:
                 m_v = m_v & (o_n < n)[:, None]
             b_v = tl.load(p_v + o_n[:, None].to(tl.int64) * v_stride_n + o_d[None, :], mask=m_v, other=0.0)
-        if INTERPRET or P_DTYPE == tl.float32:
-            acc = tl.dot(b_p.to(P_DTYPE).to(tl.float32), b_v.to(P_DTYPE).to(tl.float32), acc, input_precision="tf32x3")
-        else:
-            acc = tl.dot(b_p.to(P_DTYPE), b_v.to(P_DTYPE), acc)
+        b_p = b_p.to(P_DTYPE)
+        b_v = b_v.to(P_DTYPE)
+        b_ones = tl.full([BN, SUM_COLUMNS], 1.0, P_DTYPE)
+        if INTERPRET:
+            b_p, b_v, b_ones = b_p.to(tl.float32), b_v.to(tl.float32), b_ones.to(tl.float32)
+        if SUM_MMA:
+            b_l = tl.dot(b_p, b_ones, b_l)
+        acc = tl.dot(b_p, b_v, acc, input_precision="tf32x3")
     return acc, b_m_new, b_l
 
 
-@triton.jit(do_not_specialize=["Hq", "Nq", "Nk"])
+@triton.jit(do_not_specialize=["Hq", "Nq", "Nk", "qs_stride_b", "qs_stride_h", "ks_stride_b", "ks_stride_h",
+                               "bias_stride_b", "bias_stride_h", "lse_stride_b", "lse_stride_h"])
 def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shift, cu_q, cu_k,
                     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
                     out_stride_b, out_stride_h, out_stride_n, qs_stride_b, qs_stride_h, ks_stride_b, ks_stride_h,
@@ -210,7 +221,7 @@ def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shif
                     BM: tl.constexpr, BN: tl.constexpr, Q_FORMAT: tl.constexpr, K_FORMAT: tl.constexpr, PV_FP8: tl.constexpr,
                     P_DTYPE: tl.constexpr, PER_TOKEN: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
                     LSE: tl.constexpr, SHIFTED: tl.constexpr, VARLEN: tl.constexpr, K_TMA: tl.constexpr, V_TMA: tl.constexpr,
-                    WARP_SPECIALIZE: tl.constexpr, INTERPRET: tl.constexpr):
+                    SUM_MMA: tl.constexpr, INTERPRET: tl.constexpr):
     """One tile of BM query rows of one head against all its keys. k and v are descriptors where K_TMA and V_TMA say so."""
     EXACT: tl.constexpr = K_FORMAT == "exact"
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -229,8 +240,8 @@ def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shif
         k_block = k_start // SCALE_KEYS + i_b
         v_start = k_block * SCALE_KEYS
         k_first = k_start.to(tl.int64)
-    if i_m * BM >= nq:
-        return
+        if i_m * BM >= nq:
+            return
     i_b64, i_h64, i_hk64 = i_b.to(tl.int64), i_h.to(tl.int64), i_hk.to(tl.int64)
     o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < nq
@@ -271,18 +282,22 @@ def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shif
         full = tl.minimum(full, tl.maximum(i_m * BM + nk - nq + 1, 0) // BN)
         tiles = tl.minimum(tiles, tl.cdiv(tl.maximum(i_m * BM + BM + nk - nq, 0), BN))
     b_m = tl.full([BM], NEVER, tl.float32)
-    b_l = tl.zeros([BM, 4], tl.float32)
+    # row sums: one partial sum per lane that holds a part of the row, or equal columns of a product with ones
+    b_l = tl.zeros([BM, SUM_COLUMNS if SUM_MMA else 4], tl.float32)
     acc = tl.zeros([BM, PAD_D], tl.float32)
-    for i_n in tl.range(0, full, warp_specialize=WARP_SPECIALIZE):
+    for i_n in tl.range(0, full):
         acc, b_m, b_l = _attn_tile(b_q, acc, b_m, b_l, i_n, nk, o_last, k, v, p_k, p_v, i_bd, i_hk, k_start, v_start,
                                    p_ks, p_bias, b_qs, bias_factor, k_stride_n, v_stride_n, D, PAD_D, BM, BN, K_FORMAT, PV_FP8,
-                                   P_DTYPE, PER_TOKEN, BIAS, CAUSAL, VARLEN, K_TMA, V_TMA, False, INTERPRET)
+                                   P_DTYPE, PER_TOKEN, BIAS, CAUSAL, VARLEN, K_TMA, V_TMA, False, SUM_MMA, INTERPRET)
     for i_n in tl.range(full, tiles, num_stages=1):
         acc, b_m, b_l = _attn_tile(b_q, acc, b_m, b_l, i_n, nk, o_last, k, v, p_k, p_v, i_bd, i_hk, k_start, v_start,
                                    p_ks, p_bias, b_qs, bias_factor, k_stride_n, v_stride_n, D, PAD_D, BM, BN, K_FORMAT, PV_FP8,
-                                   P_DTYPE, PER_TOKEN, BIAS, CAUSAL, VARLEN, K_TMA, V_TMA, True, INTERPRET)
+                                   P_DTYPE, PER_TOKEN, BIAS, CAUSAL, VARLEN, K_TMA, V_TMA, True, SUM_MMA, INTERPRET)
 
-    b_sum = tl.sum(b_l, 1)
+    if SUM_MMA:
+        b_sum = tl.max(b_l, 1)
+    else:
+        b_sum = tl.sum(b_l, 1)
     b_inv = 1.0 / tl.where(b_sum > 0.0, b_sum, 1.0)
     b_out = acc * b_inv[:, None]
     o_d = tl.arange(0, PAD_D)
@@ -384,8 +399,6 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
     q_scales = q_len if per_token else q_len // BLOCK_Q + batch if varlen else ceil_div(q_len, BLOCK_Q)
     k_scales = kv_len if per_token else kv_len // BLOCK_K + batch if varlen else ceil_div(kv_len, BLOCK_K)
     sm_factor = sm_scale * LOG2_E
-    # warp specialisation takes over the loads, so it needs both of them to be TMA's
-    warp_specialize = config.warp_specialize and k_desc is not None and v_desc is not None
     attn_fwd_kernel[(ceil_div(max_q if varlen else q_len, config.block_m), q_heads, batch)](
         q, k_desc or k, v_desc or v, as_buffer(out), as_buffer(lse), as_buffer(q_scale), as_buffer(k_scale), as_buffer(v_scale),
         as_buffer(bias), as_buffer(lse_shift), as_buffer(cu_seqlens_q), as_buffer(cu_seqlens_k),
@@ -396,5 +409,5 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
         BM=config.block_m, BN=config.block_n, Q_FORMAT="exact" if exact else q_format, K_FORMAT="exact" if exact else k_format,
         PV_FP8=pv_fp8, P_DTYPE=P_DTYPES[p_dtype], PER_TOKEN=per_token,
         BIAS=bias is not None, CAUSAL=is_causal, LSE=lse is not None, SHIFTED=lse_shift is not None, VARLEN=varlen,
-        K_TMA=k_desc is not None, V_TMA=v_desc is not None, WARP_SPECIALIZE=warp_specialize, INTERPRET=interpret,
-        num_warps=config.num_warps, num_stages=config.num_stages)
+        K_TMA=k_desc is not None, V_TMA=v_desc is not None, SUM_MMA=config.sum_mma, INTERPRET=interpret,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers)

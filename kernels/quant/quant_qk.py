@@ -24,7 +24,7 @@ TOKEN_ROWS = 64
 """Rows that one program quantises at token granularity."""
 
 
-@triton.jit(do_not_specialize=["H", "N"])
+@triton.jit(do_not_specialize=["H", "N", "scale_stride_b", "scale_stride_h", "row_stride_b", "row_stride_h"])
 def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_seqlens,
                     stride_b, stride_h, stride_n, codes_stride_b, codes_stride_h, scale_stride_b, scale_stride_h,
                     row_stride_b, row_stride_h, sm_scale, H, N, MAX_CODE: tl.constexpr,
