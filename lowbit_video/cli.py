@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 COMMANDS = {
-    "generate": ("lowbit_video.pipelines.cogvideox.generate", "make a video, optionally beside its full-precision twin"),
+    "generate": ("lowbit_video.generate", "make a video, optionally beside its full-precision twin"),
     "kernels": ("lowbit_video.kernel_table", "the table of kernels that exist"),
     "doctor": ("lowbit_video.doctor", "what this machine can run, and why not"),
 }
@@ -65,21 +65,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 for a caller's mistake, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
+    return guarded(lambda: _run(argv, chosen), "lowbit-video")
+
+
+def _run(argv: list[str], chosen: str | None) -> int:
+    parser = build_parser(chosen)
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0 if chosen is None else 2
+    return args.run(args) or 0
+
+
+def guarded(work: Callable[[], int], name: str) -> int:
+    """Runs the work; a caller's mistake and Ctrl-C become one line on stderr and an exit status."""
     try:
-        parser = build_parser(chosen)
-        args = parser.parse_args(argv)
-        if not hasattr(args, "run"):
-            parser.print_help()
-            return 0 if chosen is None else 2
-        return args.run(args) or 0
+        return work()
     except KeyboardInterrupt:
-        print("\nlowbit-video: interrupted; unfinished files were removed", file=sys.stderr)
+        print(f"\n{name}: interrupted; no unfinished file was left", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 141
     except (ValueError, OSError, ImportError) as error:
-        print(f"lowbit-video: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
 
 

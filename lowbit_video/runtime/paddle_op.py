@@ -15,7 +15,7 @@ import paddle
 
 _keys = itertools.count(1)
 _runners: weakref.WeakValueDictionary[str, Runner] = weakref.WeakValueDictionary()
-_failure: list[Exception] = []
+_failure: list[BaseException] = []
 
 
 class Runner:
@@ -37,12 +37,12 @@ def _run(key: str, *tensors: paddle.Tensor) -> paddle.Tensor:
     try:
         # The executor takes the output's memory and drops its strides: it must be contiguous.
         return runner.run(*tensors).contiguous()
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C as well: the executor swallows it
         _failure[:] = [error]
         raise
 
 
-def take_failure() -> Exception | None:
+def take_failure() -> BaseException | None:
     """The last error raised inside the operator, once: Paddle's executor shows it as a bare SystemError."""
     return _failure.pop() if _failure else None
 

@@ -12,7 +12,7 @@ FOLDERS = {"kernels": "lowbit_video.kernels", "pipelines": "lowbit_video.pipelin
            "lowbit_video": "lowbit_video", "examples": "examples"}
 ORDER = ["kernels", "lowbit_video", "pipelines", "eval", "examples"]
 """Each layer may import itself and those before it."""
-COMPOSITION_ROOTS = {"lowbit_video/cli.py", "lowbit_video/doctor.py"}
+COMPOSITION_ROOTS = {"lowbit_video/cli.py", "lowbit_video/doctor.py", "lowbit_video/generate.py"}
 """May import every layer, inside functions only."""
 FRAMEWORKS = {"paddle", "torch", "triton", "diffusers", "transformers"}
 
