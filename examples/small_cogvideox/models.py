@@ -47,7 +47,7 @@ class Sizes:
 SIZES = Sizes()
 # For a quick look that everything runs; too small to learn.
 TINY = Sizes(height=32, width=48, frames=17, vae_channels=(8, 8, 8, 16), vae_groups=4, latent_channels=4, layers=2, heads=2,
-             head_dim=16, time_dim=32, text_dim=32, text_layers=1, text_heads=2, text_ff=64)
+             head_dim=32, time_dim=32, text_dim=32, text_layers=1, text_heads=2, text_ff=64)
 
 
 def build_vae(sizes: Sizes) -> AutoencoderKLCogVideoX:
