@@ -74,6 +74,21 @@ def test_buckets(num_buckets, max_distance):
     np.testing.assert_array_equal(relative_position_buckets(600, num_buckets, max_distance), want.numpy())
 
 
+def test_published_size_without_its_memory():
+    """T5 v1.1 XXL, the text encoder of every CogVideoX, has transformers' tensors by name and shape."""
+    import torch
+
+    config = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    with torch.device("meta"):
+        theirs = transformers.T5EncoderModel(transformers.T5Config(**config))
+    ours = T5EncoderModel.from_config(config)
+    want = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items() if key not in ours.tied_tensors}
+    linear = {f"{key}.weight" for key, layer in ours.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
+    got = {key: tuple(tensor.shape)[:: -1 if key in linear else 1] for key, tensor in ours.state_dict().items()}
+    assert got == want
+    assert sum(parameter.numel() for parameter in theirs.parameters()) / 1e9 == pytest.approx(4.76, abs=0.01)
+
+
 # ----------------------------------------------------------------------------------------------------------------- tokenizer
 
 

@@ -137,3 +137,34 @@ def test_half_asked_for_on_a_cpu(goldens, tmp_path):
         ours = CogVideoXTransformer3DModel.from_pretrained(tmp_path, dtype="bfloat16")
     half = dict(arrays, latents=arrays["latents"].astype(np.float16))
     assert np.abs(run(ours, half) - arrays["out"]).max() < 0.1
+
+
+PUBLISHED = {
+    "CogVideoX-2b": {},
+    "CogVideoX-5b": dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
+    "CogVideoX-5b-I2V": dict(
+        num_attention_heads=48, num_layers=42, in_channels=32, use_rotary_positional_embeddings=True,
+        use_learned_positional_embeddings=True,
+    ),
+    "CogVideoX1.5-5B": dict(
+        num_attention_heads=48, num_layers=42, patch_size_t=2, patch_bias=False, sample_frames=81, sample_height=300,
+        sample_width=300, max_text_seq_length=224, use_rotary_positional_embeddings=True,
+    ),
+}
+BILLIONS = {"CogVideoX-2b": 1.69, "CogVideoX-5b": 5.57, "CogVideoX-5b-I2V": 5.57, "CogVideoX1.5-5B": 5.57}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_without_their_memory(name):
+    """The full-size models have diffusers' tensors, by name and shape; neither side holds any weight."""
+    import torch
+
+    config = PUBLISHED[name] | dict(sample_frames=9, sample_height=4, sample_width=4)  # small position tables
+    with torch.device("meta"):
+        theirs = diffusers.CogVideoXTransformer3DModel(**config)
+    ours = CogVideoXTransformer3DModel.from_config(config)
+    want = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
+    linear = {f"{key}.weight" for key, layer in ours.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
+    got = {key: tuple(tensor.shape)[:: -1 if key in linear else 1] for key, tensor in ours.state_dict().items()}
+    assert got == want
+    assert sum(parameter.numel() for parameter in theirs.parameters()) / 1e9 == pytest.approx(BILLIONS[name], abs=0.01)
