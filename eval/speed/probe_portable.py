@@ -18,14 +18,15 @@ ANCHORS = ((2, 30, 17776, 64), (1, 24, 32768, 128), (4, 32, 8192, 128))
 SMALL = {64: (1, 2, 1104, 64), 128: (1, 2, 1104, 128)}
 # rows x keys, warps, stages, register cap (0: none), row sums by tensor cores (1); by (Q and K format, P.V format, head dim)
 TILES = {
-    ("int8", "fp16", 64): "64x128 4 2 0 0, 64x128 4 2 0 1, 64x128 4 3 0 1, 128x128 8 2 0 1, 128x64 4 3 0 1, 64x64 4 3 0 1, "
-                          "128x64 8 3 0 1, 64x128 4 2 128 1, 64x128 4 2 128 0",
-    ("int8", "fp16", 128): "64x128 4 2 0 0, 64x128 4 2 0 1, 128x128 8 2 0 1, 128x128 8 2 0 0, 128x128 8 3 0 1, 64x64 4 3 0 1, "
-                           "64x64 4 3 168 0, 128x64 8 3 0 1, 128x64 8 3 128 1, 128x64 4 3 0 0, 128x64 4 3 0 1, 64x128 4 2 168 1",
-    ("int8", "fp8", 64): "64x128 4 3 0 0, 64x128 4 3 128 0, 64x128 4 2 128 0, 64x128 4 3 168 0, 64x128 4 3 168 1, 64x128 4 3 128 1, "
-                         "128x128 8 3 0 0, 64x64 4 3 0 0",
-    ("int8", "fp8", 128): "64x128 4 2 0 0, 64x128 4 2 168 0, 64x128 4 2 168 1, 64x128 4 3 0 0, 128x128 8 3 0 0, 128x128 8 2 0 1, "
-                          "64x64 4 3 168 0, 128x64 8 3 0 0",
+    ("int8", "fp16", 64): "64x128 4 2 0 0, 64x128 4 2 0 1, 64x128 4 3 0 1, 128x128 8 2 0 1, 128x64 4 3 0 1, "
+                          "64x64 4 3 0 1, 128x64 8 3 0 1, 64x128 4 2 128 1, 64x128 4 2 128 0",
+    ("int8", "fp16", 128): "64x128 4 2 0 0, 64x128 4 2 0 1, 128x128 8 2 0 1, 128x128 8 2 0 0, 128x128 8 3 0 1, "
+                           "64x64 4 3 0 1, 64x64 4 3 168 0, 128x64 8 3 0 1, 128x64 8 3 128 1, 128x64 4 3 0 0, 128x64 4 3 0 1, "
+                           "64x128 4 2 168 1",
+    ("int8", "fp8", 64): "64x128 4 3 0 0, 64x128 4 3 128 0, 64x128 4 2 128 0, 64x128 4 3 168 0, 64x128 4 3 168 1, "
+                         "64x128 4 3 128 1, 128x128 8 3 0 0, 64x64 4 3 0 0",
+    ("int8", "fp8", 128): "64x128 4 2 0 0, 64x128 4 2 168 0, 64x128 4 2 168 1, 64x128 4 3 0 0, 128x128 8 3 0 0, "
+                          "128x128 8 2 0 1, 64x64 4 3 168 0, 128x64 8 3 0 0",
     ("fp8", "fp8", 64): "64x128 4 3 0 0, 64x128 4 3 128 0",
     ("fp8", "fp8", 128): "64x128 4 2 0 0, 64x128 4 2 168 0",
     ("int4", "fp16", 64): "64x128 4 2 0 0, 128x64 8 3 0 1, 64x128 4 2 0 1",
@@ -49,7 +50,6 @@ def parse_tiles(text: str) -> list[tuple]:
 
 LIMITS = {"int8+fp16": 0.013, "int8+fp8": 0.042, "fp8+fp8": 0.055, "int4+fp16": 0.15, "int4+fp8": 0.16, "fp16+fp16": 0.001}
 """Largest accepted relative L1 against float32 on the anchors' input."""
-
 
 
 def make_inputs(shape, shift=0.0, dtype=None):
@@ -123,15 +123,15 @@ class Case:
         from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 
         launch_quant_qk(self.q, self.q.stride()[:3], self.qc, self.qs, shape=self.q_shape, format=self.qf,
-                        granularity=self.gran, block=64, mean=self.q_mean, lse_shift=self.lse_shift, k_mean=self.k_mean, sm_scale=self.scale,
-                        group=self.group, cu_seqlens=self.cu_q, max_len=self.max_q)
+                        granularity=self.gran, block=64, mean=self.q_mean, lse_shift=self.lse_shift,
+                        k_mean=self.k_mean, sm_scale=self.scale, group=self.group, cu_seqlens=self.cu_q, max_len=self.max_q)
 
     def quant_k(self):
         from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 
         launch_quant_qk(self.k, self.k.stride()[:3], self.kc, self.ks, shape=self.kv_shape, format=self.kf,
-                        granularity=self.gran, block=128, mean=self.k_mean, bias=self.bias, q_mean=self.q_mean, group=self.group, cu_seqlens=self.cu_k,
-                        max_len=self.max_k)
+                        granularity=self.gran, block=128, mean=self.k_mean, bias=self.bias, q_mean=self.q_mean,
+                        group=self.group, cu_seqlens=self.cu_k, max_len=self.max_k)
 
     def quant_v(self):
         from lowbit_video.kernels.quant.quant_v import launch_quant_v
@@ -224,7 +224,8 @@ def warm(job):
 
 
 CHECKS = [  # name, (B, Hq, Hkv, Nq, Nk, D), formats, options, limit
-    (f"{qf}/{kf}+{pv} {gran}", (1, 4, 2, 333, 417, d), (qf, kf, pv), dict(token=gran == "token", lse=True, causal=causal), limit)
+    (f"{qf}/{kf}+{pv} {gran}", (1, 4, 2, 333, 417, d), (qf, kf, pv), dict(token=gran == "token", lse=True, causal=causal),
+     limit)
     for qf, kf, pv, limit in (("int8", "int8", "fp16", .02), ("int8", "int8", "fp8", .05), ("fp8", "fp8", "fp8", .07),
                               ("fp8", "fp8", "fp16", .06), ("int4", "int4", "fp16", .25), ("int4", "int4", "fp8", .26),
                               ("int8", "int4", "fp16", .2), ("int8", "int2", "fp16", .5), ("int2", "int2", "fp8", .7),

@@ -202,7 +202,7 @@ def _attn_tile(b_q, acc, b_m, b_l, i_n, n, o_last, k, v, p_k, p_v, i_b, i_h, sta
             b_v = tl.load(p_v + o_n[:, None].to(tl.int64) * v_stride_n + o_d[None, :], mask=m_v, other=0.0)
         b_p = b_p.to(P_DTYPE)
         b_v = b_v.to(P_DTYPE)
-        b_ones = tl.full([BN, SUM_COLUMNS], 1.0, P_DTYPE)
+        b_ones = tl.full([BN, SUM_COLUMNS], 1.0, tl.float32).to(P_DTYPE)
         if INTERPRET:
             b_p, b_v, b_ones = b_p.to(tl.float32), b_v.to(tl.float32), b_ones.to(tl.float32)
         if SUM_MMA:
