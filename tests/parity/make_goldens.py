@@ -8,6 +8,7 @@ and reading them tests the conversion. Zero and one are not left where training 
 """
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import random
@@ -237,6 +238,250 @@ def tokenizer_json(folder: Path) -> None:
         made.save_pretrained(folder)
     texts = [text for text in tokenizer_texts(20) if text.isascii() and "\x00" not in text]
     (folder / "expected.json").write_text(json.dumps(_expected(made, texts), separators=(",", ":")) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------------------------- VAE
+
+VAE = dict(
+    block_out_channels=(4, 8, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=4, sample_height=64,
+    sample_width=96,
+)
+VAE_DECODED_FRAMES = (1, 2, 3, 4, 5)  # latent frames; more than 3 are worked on in pieces
+VAE_ENCODED_FRAMES = (1, 7, 8, 9, 10, 17)
+# pixels; a sixth of the height and a fifth of the width, the overlap, are whole latents
+VAE_TILE = (48, 40)
+# Every fifth row and column, which meets all positions in an 8 x 8 cell, is kept of a video.
+VAE_STRIDE = 5
+
+
+def vae_inputs() -> dict[str, np.ndarray]:
+    """The inputs of all cases, by name; made again by the tests instead of stored."""
+    source = np.random.RandomState(3)
+    inputs = {f"decode_{n}": source.standard_normal((1, 4, n, 4, 6)) for n in VAE_DECODED_FRAMES}
+    inputs["decode_tiled"] = source.standard_normal((1, 4, 3, 11, 8))
+    inputs.update({f"encode_{n}": source.uniform(-1, 1, (1, 3, n, 32, 48)) for n in VAE_ENCODED_FRAMES})
+    inputs["encode_tiled"] = source.uniform(-1, 1, (1, 3, 9, 88, 64))
+    return {name: array.astype(np.float32) for name, array in inputs.items()}
+
+
+@golden
+def vae_small(folder: Path) -> None:
+    """A VAE: decoded videos (strided) and the means and logvars of encoded ones."""
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
+
+    torch.manual_seed(0)
+    model = randomized(AutoencoderKLCogVideoX(**VAE), seed=1)
+    save_half(model, folder)
+    outputs = {}
+    for name, array in vae_inputs().items():
+        if name.endswith("tiled"):
+            model.enable_tiling(*VAE_TILE)
+        with torch.no_grad():
+            if name.startswith("decode"):
+                out = model.decode(torch.from_numpy(array)).sample[..., ::VAE_STRIDE, ::VAE_STRIDE]
+            else:
+                posterior = model.encode(torch.from_numpy(array)).latent_dist
+                out = torch.cat([posterior.mean, posterior.logvar], dim=1)
+        model.disable_tiling()
+        outputs[name] = out.numpy()
+    np.savez_compressed(folder / "io.npz", **outputs)
+
+
+# -------------------------------------------------------------------------------------------------------------- schedulers
+
+SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+PUBLISHED_SCHEDULE = dict(
+    clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+)
+# name -> (what differs from the published schedule, steps)
+SCHEDULES = {
+    "2b": (dict(snr_shift_scale=3.0), 50),
+    "5b": (dict(snr_shift_scale=1.0), 50),
+    "few": (dict(snr_shift_scale=1.0), 7),
+    "linspace": (dict(timestep_spacing="linspace"), 10),
+    "leading": (dict(timestep_spacing="leading", steps_offset=1), 10),
+    "end_at_first_alpha": (dict(set_alpha_to_one=False), 8),
+    "no_rescale": (dict(rescale_betas_zero_snr=False), 8),
+    "epsilon": (dict(rescale_betas_zero_snr=False, prediction_type="epsilon"), 8),
+    "sample": (dict(prediction_type="sample"), 8),
+    "linear": (dict(beta_schedule="linear", beta_end=0.02), 8),
+    "cosine": (dict(beta_schedule="squaredcos_cap_v2"), 8),
+}
+SCHEDULER_SHAPE = (2, 3, 4)
+
+
+def scheduler_inputs(steps: int) -> dict[str, np.ndarray]:
+    """Starting noise, what a model might say at each step, and the noise of each step."""
+    source = np.random.RandomState(5)
+    inputs = {
+        "start": source.standard_normal(SCHEDULER_SHAPE),
+        "predicted": source.standard_normal((steps, *SCHEDULER_SHAPE)),
+        "noise": source.standard_normal((steps, *SCHEDULER_SHAPE)),
+    }
+    return {name: array.astype(np.float32) for name, array in inputs.items()}
+
+
+class one_noise_a_step:
+    """While active, diffusers' DPM scheduler takes its noise from a list: one array for each step, however often it draws."""
+
+    def __init__(self, scheduler, arrays):
+        self.scheduler, self.arrays, self.count = scheduler, arrays, -1
+
+    def __enter__(self):
+        import torch
+        from diffusers.schedulers import scheduling_dpm_cogvideox
+
+        def step(*args, **kwargs):
+            self.count += 1
+            return self.step(*args, **kwargs)
+
+        self.module, self.draw, self.step = scheduling_dpm_cogvideox, scheduling_dpm_cogvideox.randn_tensor, self.scheduler.step
+        step.__signature__ = inspect.signature(self.step)  # the pipeline looks at its parameters
+        self.scheduler.step = step
+        self.module.randn_tensor = lambda *args, **kwargs: torch.from_numpy(self.arrays[self.count])
+
+    def __exit__(self, *error):
+        self.module.randn_tensor = self.draw
+        del self.scheduler.step
+
+
+def run_scheduler(name: str, changes: dict, steps: int) -> dict[str, np.ndarray]:
+    """A trajectory of diffusers' scheduler, its timesteps and its table."""
+    import diffusers
+    import torch
+
+    scheduler = getattr(diffusers, SCHEDULERS[name])(**{**PUBLISHED_SCHEDULE, **changes})
+    scheduler.set_timesteps(steps)
+    inputs = scheduler_inputs(steps)
+    sample, clean, path = torch.from_numpy(inputs["start"]), None, []
+    with one_noise_a_step(scheduler, inputs["noise"]):
+        for i, timestep in enumerate(scheduler.timesteps):
+            predicted = torch.from_numpy(inputs["predicted"][i])
+            if name == "ddim":
+                sample = scheduler.step(predicted, timestep, sample, return_dict=False)[0]
+            else:
+                back = scheduler.timesteps[i - 1] if i else None
+                sample, clean = scheduler.step(predicted, clean, timestep, back, sample, return_dict=False)
+            path.append(sample.numpy())
+    timesteps = torch.tensor([3, 750])
+    start, noise = torch.from_numpy(inputs["start"]), torch.from_numpy(inputs["noise"][0])
+    return {
+        "path": np.stack(path),
+        "timesteps": scheduler.timesteps.numpy(),
+        "alphas_cumprod": scheduler.alphas_cumprod.double().numpy()[::37],
+        "noisy": scheduler.add_noise(start, noise, timesteps).numpy(),
+        "velocity": scheduler.get_velocity(start, noise, timesteps).numpy(),
+    }
+
+
+@golden
+def scheduler_paths(folder: Path) -> None:
+    """Trajectories of both schedulers under every schedule, and the published files."""
+    import diffusers
+
+    arrays = {}
+    for name in SCHEDULERS:
+        for schedule, (changes, steps) in SCHEDULES.items():
+            arrays.update({f"{name}.{schedule}.{key}": a for key, a in run_scheduler(name, changes, steps).items()})
+        made = getattr(diffusers, SCHEDULERS[name])(**PUBLISHED_SCHEDULE, snr_shift_scale=1.0)
+        made.save_pretrained(folder / name)
+    np.savez_compressed(folder / "io.npz", **arrays)
+
+
+# --------------------------------------------------------------------------------------------------------------- pipelines
+
+PIPELINES = {
+    "pipeline_2b": ("ddim", 3.0, {}, 1.15258426),
+    "pipeline_5b": ("dpm", 1.0, dict(use_rotary_positional_embeddings=True), 0.7),
+    "pipeline_15": ("dpm", 1.0, dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False), 0.7),
+}
+PROMPTS = ["a red panda plays the guitar", "snow"]
+NEGATIVE = "dark rain"
+# name of a case -> arguments of the call
+PIPELINE_CASES = {
+    "guided": dict(prompt=PROMPTS[0], guidance_scale=6.0),
+    "dynamic": dict(prompt=PROMPTS[0], guidance_scale=6.0, use_dynamic_cfg=True),
+    "negative": dict(prompt=PROMPTS, negative_prompt=[NEGATIVE, NEGATIVE], guidance_scale=4.0),
+    "unguided": dict(prompt=PROMPTS[0], guidance_scale=1.0),
+}
+PIPELINE_SIZE = dict(height=32, width=48, num_frames=9, num_inference_steps=4)
+VIDEO_STRIDE = 3  # of the rows and columns that are kept
+OTHER_SCHEDULER = {"ddim": "dpm", "dpm": "ddim"}
+
+
+def start_noise(shape) -> np.ndarray:
+    return np.random.RandomState(11).standard_normal(shape).astype(np.float32)
+
+
+def step_noise():
+    """The source of the noise of the steps: standard_normal(shape), one call a step."""
+    return np.random.RandomState(12)
+
+
+def run_pipeline(pipe, arguments: dict, output_type: str = "np") -> np.ndarray:
+    """Videos [B, F, H, W, 3] of a diffusers pipeline from the noise above."""
+    import torch
+
+    size = {**PIPELINE_SIZE, **arguments}
+    ratio, patch_t = pipe.vae_scale_factor_spatial, pipe.transformer.config.patch_size_t or 1
+    frames = (size["num_frames"] - 1) // 4 + 1
+    batch = 1 if isinstance(size["prompt"], str) else len(size["prompt"])
+    shape = (batch, frames + -frames % patch_t, pipe.transformer.config.in_channels, size["height"] // ratio,
+             size["width"] // ratio)
+    source = step_noise()
+    noises = [source.standard_normal(shape).astype(np.float32) for _ in range(size["num_inference_steps"])]
+    pipe.set_progress_bar_config(disable=True)
+    size["max_sequence_length"] = pipe.transformer.config.max_text_seq_length
+    with one_noise_a_step(pipe.scheduler, noises):
+        return pipe(latents=torch.from_numpy(start_noise(shape)), output_type=output_type, **size).frames
+
+
+def with_other_scheduler(pipe):
+    """Gives a diffusers pipeline the other scheduler, with the same schedule."""
+    import diffusers
+
+    kind = next(name for name, class_name in SCHEDULERS.items() if class_name == type(pipe.scheduler).__name__)
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[OTHER_SCHEDULER[kind]]).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def _pipeline(folder: Path) -> None:
+    import copy
+    import tempfile
+
+    import diffusers
+    import torch
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    scheduler, shift, changes, scaling_factor = PIPELINES[folder.name]
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "spiece.model").write_bytes(sentencepiece_model("identity", vocab_size=80))
+        tokens = T5Tokenizer.from_pretrained(temporary)
+    text = T5EncoderModel(T5Config(**{**T5, "vocab_size": 192, "d_model": 12}, feed_forward_proj="gated-gelu"))
+    vae = diffusers.AutoencoderKLCogVideoX(**{**VAE, "block_out_channels": (2, 4, 4, 4)}, scaling_factor=scaling_factor)
+    transformer = diffusers.CogVideoXTransformer3DModel(**{**TRANSFORMER, "max_text_seq_length": 16, **changes})
+    pipe = diffusers.CogVideoXPipeline(
+        tokens,
+        randomized(text, seed=1),
+        randomized(vae, seed=2),
+        randomized(transformer, seed=3),
+        getattr(diffusers, SCHEDULERS[scheduler])(**PUBLISHED_SCHEDULE, snr_shift_scale=shift),
+    )
+    with torch.no_grad():  # most pixels between black and white
+        weight = pipe.vae.decoder.conv_out.conv.weight
+        weight.copy_((weight * 0.2).half().float())
+    copy.deepcopy(pipe).to(torch.float16).save_pretrained(folder)
+    videos = {name: run_pipeline(pipe, case) for name, case in PIPELINE_CASES.items()}
+    videos["other_scheduler"] = run_pipeline(with_other_scheduler(pipe), PIPELINE_CASES["guided"])
+    inside = np.mean([np.mean((v > 0) & (v < 1)) for v in videos.values()])
+    print(f"{folder.name}: {inside:.0%} of the pixels between black and white")
+    kept = {name: video[:, :, ::VIDEO_STRIDE, ::VIDEO_STRIDE] for name, video in videos.items()}
+    np.savez_compressed(folder / "io.npz", **{name: (video * 255).round().astype(np.uint8) for name, video in kept.items()})
+
+
+MAKERS.update(dict.fromkeys(PIPELINES, _pipeline))
 
 
 def main(names: list[str]) -> None:
