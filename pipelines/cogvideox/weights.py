@@ -12,6 +12,7 @@ for float16 or bfloat16 gives float32 weights and one warning.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -191,7 +192,10 @@ def read_header(path: str) -> dict[str, TensorEntry]:
 
 
 def _find_files(folder: str, stem: str, variant: str | None) -> list[str]:
-    """Returns the paths of the weight files in a folder: the shards that an index names, or the single file."""
+    """Returns the paths of the weight files in a folder: the shards that an index names, or the single file.
+
+    A folder without the variant is read without it, with a warning: in published pipelines not every component has each.
+    """
     infix = f".{variant}" if variant else ""
     tried = []
     for name in dict.fromkeys((stem, *STEMS)):
@@ -214,6 +218,11 @@ def _find_files(folder: str, stem: str, variant: str | None) -> list[str]:
             return [single]
     if not os.path.isdir(folder):
         raise WeightsError(f"no such folder: {folder}")
+    if variant:
+        with contextlib.suppress(WeightsError):
+            plain = _find_files(folder, stem, None)
+            warnings.warn(f"{folder} has no weights of variant {variant!r}; reading {os.path.basename(plain[0])}", stacklevel=4)
+            return plain
     there = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".pdparams")))
     advice = ""
     if any(name.endswith(".safetensors") for name in there):

@@ -151,6 +151,11 @@ def test_variant(model, tmp_path):
     assert_same(Small.from_pretrained(tmp_path, variant="fp16"), model, 2**-11)
     with pytest.raises(WeightsError, match="Is a `variant` needed"):
         Small.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="no weights in .*int8.safetensors"):
+        Small.from_pretrained(tmp_path, variant="int8")
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no weights of variant 'bf16'; reading diffusion_pytorch_model.safetensors"):
+        assert_same(Small.from_pretrained(tmp_path, variant="bf16"), model)
 
 
 def test_ignored_and_tied_tensors(model, tmp_path):
