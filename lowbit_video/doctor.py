@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from typing import Any
 
 PACKAGES = (
@@ -77,7 +78,9 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def _paddle_devices() -> str:
-    paddle = importlib.import_module("paddle")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paddle = importlib.import_module("paddle")
     parts = ["cpu"]
     if paddle.device.is_compiled_with_cuda():
         parts.append(f"{paddle.device.cuda.device_count()} CUDA GPUs")

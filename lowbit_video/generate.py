@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -358,6 +359,7 @@ def plot_quality(path: Path, figures: dict[str, list[float]], title: str) -> Non
     lower.set_xlabel("frame")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="y", useOffset=False)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)
@@ -432,6 +434,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the job that the arguments describe."""
+    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's notes would run through the progress bar; errors still show
     values = {name: getattr(args, name) for name in Job.__dataclass_fields__}
     values["modules"] = parse_modules(args.modules)
     make(Job(**values))

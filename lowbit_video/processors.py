@@ -126,7 +126,7 @@ class ExactAttnProcessor(AttnProcessor):
 
 
 class LowBitAttnProcessor(AttnProcessor):
-    """Attention at low bit.
+    """Attention at low bit, for inference: nothing is differentiated through it.
 
     precision: a string such as "int8+fp16", or a Precision.
     fallback: None makes whatever no kernel variant serves (a mask, a dtype, a head dim) an

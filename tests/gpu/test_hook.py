@@ -1,0 +1,53 @@
+"""The hook on a real GPU: a small random pipeline in Paddle, eager and compiled."""
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.gpu
+CALL = dict(num_inference_steps=2, num_frames=9, height=48, width=80, seed=3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def pipe(gpu, tmp_path_factory):
+    if gpu.name != "paddle":
+        pytest.skip("the pipeline runs on Paddle; set LOWBIT_TEST_FRAMEWORK=paddle")
+    from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline
+    from lowbit_video.runtime.detect import default_paddle_device
+
+    folder = make_random_pipeline(tmp_path_factory.mktemp("model") / "random", seed=0)
+    made = CogVideoXPipeline.from_pretrained(folder, dtype="float16", device=default_paddle_device())
+    yield made
+
+
+def video(pipe):
+    frames = pipe("a cat", **CALL).frames[0]
+    assert np.isfinite(frames).all()
+    return frames
+
+
+@pytest.mark.parametrize("precision", ["int8+fp16", "int8+fp8", "int8/int4+fp16", "int4+fp8", "fp8+fp8"])
+def test_a_gpu_kernel_runs_in_every_module_and_remove_restores(pipe, precision):
+    from lowbit_video.eval.psnr import psnr
+    from lowbit_video.processors import apply, coverage, remove
+
+    exact = video(pipe)
+    apply(pipe, precision)
+    low, report = video(pipe), coverage(pipe)
+    remove(pipe)
+    for module in report.modules:
+        (name, calls, reason), = module.runs
+        assert calls == 2 and not reason and ("triton" in name or "hopper" in name)
+    assert not np.array_equal(low, exact) and psnr(low, exact).min() > 25
+    assert psnr(video(pipe), exact).min() > 60
+
+
+def test_a_compiled_transformer_equals_the_eager_one(pipe):
+    from lowbit_video import generate
+    from lowbit_video.processors import apply, coverage, remove
+
+    apply(pipe, "int8+fp16")
+    eager = video(pipe)
+    generate.compile_transformer(pipe)
+    compiled = video(pipe)
+    assert all(module.calls == 4 for module in coverage(pipe).modules)
+    remove(pipe)
+    assert np.abs(eager - compiled).max() <= 4 / 255
