@@ -66,11 +66,14 @@ def export_to_video(frames: Any, path: str | os.PathLike, fps: float = 8) -> str
     # Colour at half resolution, which every player takes, needs even sides.
     pixel_format = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
     try:
-        with imageio.get_writer(
+        writer = imageio.get_writer(
             temporary, format="FFMPEG", fps=fps, codec=CODEC, quality=QUALITY, macro_block_size=1, pixelformat=pixel_format
-        ) as writer:
+        )
+        try:
             for frame in frames:
                 writer.append_data(frame)
+        finally:
+            writer.close()  # by hand: after an error `with` leaves the encoder running, and its file would come back
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -1,0 +1,112 @@
+"""Videos written and read back, and nothing half-written left behind."""
+import os
+
+import numpy as np
+import pytest
+from lowbit_video.pipelines import check_writable, export_to_video, read_video, side_by_side
+from lowbit_video.pipelines.cogvideox import export as module
+
+
+def video(frames=9, height=48, width=64):
+    """Smooth colours that move, [F, H, W, 3] in [0, 1]."""
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    return np.stack([0.5 + 0.4 * np.sin((t + x) / 9), y / height, x / width], axis=-1).astype(np.float32)
+
+
+@pytest.mark.parametrize("frames, height, width, fps", [(9, 48, 64, 8), (1, 96, 160, 16), (17, 30, 46, 24), (49, 64, 96, 12.5)])
+def test_round_trip(tmp_path, frames, height, width, fps):
+    source = video(frames, height, width)
+    path = export_to_video(source, tmp_path / "new" / "a.mp4", fps)
+    assert path == str(tmp_path / "new" / "a.mp4")
+    assert os.listdir(tmp_path / "new") == ["a.mp4"]
+    got, got_fps = read_video(path)
+    assert got.shape == (frames, height, width, 3) and got.dtype == np.uint8
+    assert got_fps == pytest.approx(fps, abs=0.01)
+    assert abs(got / 255.0 - source).mean() < 0.02
+
+
+def test_odd_sides(tmp_path):
+    got, _ = read_video(export_to_video(video(3, 33, 47), tmp_path / "a.mp4"))
+    assert got.shape == (3, 33, 47, 3)
+
+
+def test_uint8_and_lists_are_taken(tmp_path):
+    frames = [(frame * 255).astype(np.uint8) for frame in video(4)]
+    got, _ = read_video(export_to_video(frames, tmp_path / "a.mp4"))
+    assert abs(got.astype(int) - np.stack(frames)).mean() < 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_half_written(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"what was there")
+
+    class Frames:
+        shape = (3, 16, 16, 3)
+
+        def __iter__(self):
+            yield np.zeros((16, 16, 3), np.uint8)
+            raise error
+
+    monkeypatch.setattr(module, "as_uint8", lambda frames: frames)
+    with pytest.raises(error):
+        export_to_video(Frames(), path)
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert path.read_bytes() == b"what was there"
+
+
+def test_check_writable(tmp_path):
+    assert check_writable(tmp_path / "new" / "a.mp4") == str(tmp_path / "new" / "a.mp4")
+    assert os.listdir(tmp_path / "new") == []
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        check_writable(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write into .*choose another"):
+        check_writable(tmp_path / "file" / "a.mp4")
+    with pytest.raises(OSError, match="cannot write into /proc/nowhere"):
+        check_writable("/proc/nowhere/a.mp4")
+
+
+@pytest.mark.parametrize(
+    "frames, message",
+    [
+        (np.zeros((1, 2, 8, 8, 3)), r"take frames\[0\]"),
+        (np.zeros((2, 8, 8)), r"expected \[frames, height, width, 3\]"),
+        (np.zeros((0, 8, 8, 3)), "expected"),
+        (np.zeros((2, 8, 8, 3), np.int64), "int64"),
+        (np.full((1, 8, 8, 3), np.nan), "192 values that are NaN"),
+    ],
+)
+def test_bad_frames(tmp_path, frames, message):
+    with pytest.raises(ValueError, match=message):
+        export_to_video(frames, tmp_path / "a.mp4")
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_names(tmp_path):
+    with pytest.raises(ValueError, match="only .mp4"):
+        export_to_video(video(2), tmp_path / "a.gif")
+    with pytest.raises(ValueError, match="fps is 0"):
+        export_to_video(video(2), tmp_path / "a.mp4", 0)
+    with pytest.raises(FileNotFoundError, match="no such video"):
+        read_video(tmp_path / "none.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_video(tmp_path / "bad.mp4")
+
+
+def test_side_by_side(tmp_path):
+    a, b = video(5), 1 - video(7)
+    joined = side_by_side([a, b], ["exact", "int8+fp8"])
+    assert joined.shape == (5, 48 + module.LABEL_HEIGHT, 64 * 2 + module.GAP_WIDTH, 3)
+    np.testing.assert_array_equal(joined[:, -48:, :64], module.as_uint8(a))
+    np.testing.assert_array_equal(joined[:, -48:, -64:], module.as_uint8(b)[:5])
+    strip = joined[0, : module.LABEL_HEIGHT]
+    assert (strip[:, :64] != module.GREY).any() and (strip[:, -64:] != module.GREY).any()
+    plain = side_by_side([a, b])
+    assert plain.shape == (5, 48, 132, 3)
+    assert read_video(export_to_video(joined, tmp_path / "a.mp4"))[0].shape == joined.shape
+    with pytest.raises(ValueError, match="one size"):
+        side_by_side([a, video(5, 32, 32)])
+    with pytest.raises(ValueError, match="1 labels for 2"):
+        side_by_side([a, b], ["one"])

@@ -1,0 +1,331 @@
+"""The whole pipeline against videos of diffusers, its options, and what it says to bad input."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, make_random_pipeline
+from lowbit_video.pipelines.cogvideox import pipeline as module
+from lowbit_video.pipelines.cogvideox.config import ConfigError
+
+from golden_cases import GOLDENS, cases
+
+KINDS = list(cases.PIPELINES)
+OTHER = {CogVideoXDDIMScheduler: CogVideoXDPMScheduler, CogVideoXDPMScheduler: CogVideoXDDIMScheduler}
+LEVELS = 2  # of 255, the bound on the difference of a pixel
+QUICK = dict(num_inference_steps=2, progress=False, height=32, width=48, num_frames=9)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return {kind: CogVideoXPipeline.from_pretrained(GOLDENS / kind, device="cpu") for kind in KINDS}
+
+
+@pytest.fixture
+def pipe(loaded):
+    return loaded["pipeline_2b"]
+
+
+def start_latents(pipe, videos, frames=9):
+    shape, _ = pipe._latent_shape(videos, frames, 32, 48)
+    return paddle.to_tensor(cases.start_noise(shape))
+
+
+def run(pipe, arguments, **more):
+    videos = 1 if isinstance(arguments["prompt"], str) else len(arguments["prompt"])
+    return pipe(
+        latents=start_latents(pipe, videos), generator=cases.step_noise(), progress=False, **cases.PIPELINE_SIZE,
+        **arguments, **more,
+    )
+
+
+@pytest.mark.parametrize("case", [*cases.PIPELINE_CASES, "other_scheduler"])
+def test_golden(loaded, kind, case):
+    pipe = loaded[kind]
+    own = pipe.scheduler
+    if case == "other_scheduler":
+        pipe.scheduler = OTHER[type(own)].from_config(own.config)
+    try:
+        output = run(pipe, cases.PIPELINE_CASES["guided" if case == "other_scheduler" else case])
+    finally:
+        pipe.scheduler = own
+    got = output.frames[:, :, :: cases.VIDEO_STRIDE, :: cases.VIDEO_STRIDE] * 255
+    want = np.load(GOLDENS / kind / "io.npz")[case].astype(np.float32)
+    assert got.shape == want.shape
+    assert want.std() > 10
+    assert abs(got - want).max() <= LEVELS
+    assert set(output.timings) == {"text_encode", "denoise", "decode"}
+    assert all(seconds > 0 for seconds in output.timings.values())
+
+
+def test_guidance_matters(loaded, kind):
+    videos = np.load(GOLDENS / kind / "io.npz")
+    assert abs(videos["guided"].astype(int) - videos["unguided"]).max() > 3 * LEVELS
+    assert abs(videos["guided"].astype(int) - videos["other_scheduler"]).max() > 3 * LEVELS
+
+
+def test_seeds(loaded, kind):
+    pipe = loaded[kind]
+    make = lambda **arguments: pipe("snow", output_type="latent", **QUICK, **arguments)
+    one = make(seed=5)
+    again = make(seed=5)
+    assert one.seeds == [5]
+    assert (one.frames == again.frames).all()
+    assert (make(seed=6).frames != one.frames).any()
+    anew = make()
+    assert (make(seed=anew.seeds).frames == anew.frames).all()
+    assert make().seeds != anew.seeds
+    generator = make(generator=np.random.default_rng(5))
+    assert generator.seeds is None
+    assert (generator.frames == one.frames).all()
+
+
+def test_videos_of_a_batch_can_be_made_alone(loaded, kind):
+    pipe = loaded[kind]
+    together = pipe(["snow", "a red ball"], num_videos_per_prompt=2, seed=3, output_type="latent", **QUICK)
+    assert together.frames.shape[0] == 4 and together.seeds == [3, 4, 5, 6]
+    for i, prompt in enumerate(["snow", "snow", "a red ball", "a red ball"]):
+        alone = pipe(prompt, seed=3 + i, output_type="latent", **QUICK).frames
+        np.testing.assert_allclose(together.frames[i].numpy(), alone[0].numpy(), atol=1e-4)
+    assert abs(together.frames[0] - together.frames[1]).max() > 0.1
+    listed = pipe(["snow"], num_videos_per_prompt=2, seed=[9, 4], output_type="latent", **QUICK).frames
+    np.testing.assert_allclose(listed[1].numpy(), together.frames[1].numpy(), atol=1e-4)
+
+
+def test_negative_prompt_and_embeddings(pipe):
+    make = lambda *prompts, **arguments: pipe(*prompts, seed=1, output_type="latent", **QUICK, **arguments).frames
+    plain, negative = make("snow"), make("snow", "dark rain")
+    assert abs(plain - negative).max() > 1e-3
+    assert (make("snow", "") == plain).all()
+    given = make(prompt_embeds=pipe.encode_prompt("snow"), negative_prompt_embeds=pipe.encode_prompt("dark rain"))
+    np.testing.assert_allclose(given.numpy(), negative.numpy(), atol=1e-5)
+    both = make(["snow", "snow"], ["", "dark rain"])
+    np.testing.assert_allclose(both[:1].numpy(), plain.numpy(), atol=1e-4)
+    # a negative prompt without guidance has nothing to do
+    assert (make("snow", "dark rain", guidance_scale=1.0) == make("snow", guidance_scale=1.0)).all()
+
+
+def test_output_types(pipe):
+    make = lambda kind: pipe(["snow", "snow"], seed=1, output_type=kind, **QUICK).frames
+    array, frames, tensor, latents = make("np"), make("frames"), make("pd"), make("latent")
+    assert array.shape == (2, 9, 32, 48, 3) and array.dtype == np.float32
+    assert 0 <= array.min() and array.max() <= 1
+    assert len(frames) == 2 and len(frames[0]) == 9
+    assert frames[1][8].dtype == np.uint8 and frames[1][8].shape == (32, 48, 3)
+    np.testing.assert_array_equal(frames[1][8], (array[1, 8] * 255).round())
+    assert tensor.shape == [2, 9, 3, 32, 48]
+    np.testing.assert_array_equal(tensor.numpy().transpose(0, 1, 3, 4, 2), array)
+    assert latents.shape == [2, 3, 4, 4, 6]
+
+
+def test_callback(pipe):
+    seen = []
+
+    def keep(pipeline, step, timestep, tensors):
+        seen.append((pipeline, step, timestep, sorted(tensors), tensors["latents"].numpy()))
+
+    names = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    keeping = dict(callback_on_step_end=keep, callback_on_step_end_tensor_inputs=names)
+    out = pipe("snow", seed=1, output_type="latent", **keeping, **QUICK)
+    assert [(s[1], s[2]) for s in seen] == [(0, 999), (1, 499)]
+    assert seen[0][0] is pipe and seen[0][3] == sorted(names)
+    np.testing.assert_array_equal(seen[-1][4], out.frames.numpy())
+
+    replaced = pipe(
+        "snow", seed=1, output_type="latent", callback_on_step_end=lambda *a: {"latents": a[3]["latents"] * 0 + 7.0}, **QUICK
+    )
+    assert (replaced.frames == 7.0).all()
+
+    def stop(pipeline, step, timestep, tensors):
+        pipeline.interrupt = True
+
+    stopped = pipe("snow", seed=1, output_type="latent", callback_on_step_end=stop, **QUICK)
+    np.testing.assert_array_equal(stopped.frames.numpy(), seen[0][4])
+
+
+def test_progress_bar(pipe, capfd):
+    pipe("snow", seed=1, output_type="latent", **{**QUICK, "progress": True})
+    assert "denoise: 100%" in capfd.readouterr().err
+    pipe("snow", seed=1, output_type="latent", **QUICK)
+    assert "denoise" not in capfd.readouterr().err
+
+
+def test_dynamic_guidance_is_the_published_one():
+    assert module.dynamic_guidance(6.0, 0, 50) == pytest.approx(7.0)  # (1 - cos(pi)) / 2 is 1
+    assert module.dynamic_guidance(6.0, 50, 50) == pytest.approx(1.0)
+
+
+def test_long_prompt_is_cut_with_a_warning(pipe):
+    with pytest.warns(UserWarning, match="cut off: .*guitar"):
+        embeds = pipe.encode_prompt("snow " * 20 + "guitar")
+    assert embeds.shape[1] == pipe.transformer.config.max_text_seq_length
+    assert pipe.encode_prompt("snow", max_sequence_length=4).shape[1] == 4
+
+
+def test_padding_frames_of_15_are_dropped(loaded):
+    pipe = loaded["pipeline_15"]
+    assert pipe("snow", seed=1, output_type="latent", **QUICK).frames.shape[1] == 4  # 3, filled up to patches of 2
+    assert pipe("snow", seed=1, **QUICK).frames.shape[1] == 9
+
+
+def test_processors_reach_the_transformer(pipe):
+    before = pipe.attn_processors
+    calls = []
+
+    class Counting:
+        def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+            calls.append(attn)
+            return before[next(iter(before))](attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    plain = pipe("snow", seed=1, output_type="latent", **QUICK).frames
+    pipe.set_attn_processor(Counting())
+    try:
+        counted = pipe("snow", seed=1, output_type="latent", **QUICK).frames
+    finally:
+        pipe.set_attn_processor(before)
+    assert len(calls) == 2 * len(before)
+    assert (counted == plain).all()
+    assert pipe.attn_processors == before
+
+
+@pytest.mark.parametrize("what", module.COMPONENTS)
+def test_save_and_load(loaded, kind, what, tmp_path):
+    if what != "vae":  # one full round trip for each kind, and each part replaced once
+        part = object()
+        assert getattr(CogVideoXPipeline.from_pretrained(GOLDENS / kind, device="cpu", **{what: part}), what) is part
+        return
+    pipe = loaded[kind]
+    pipe.save_pretrained(tmp_path / "copy")
+    again = CogVideoXPipeline.from_pretrained(tmp_path / "copy", device="cpu")
+    assert type(again.scheduler) is type(pipe.scheduler)
+    assert again.transformer.config == pipe.transformer.config
+    make = lambda p: p("snow", seed=1, output_type="latent", **QUICK).frames
+    assert (make(again) == make(pipe)).all()
+    index = json.loads((tmp_path / "copy" / "model_index.json").read_text())
+    published = json.loads((GOLDENS / kind / "model_index.json").read_text())
+    assert set(index) == set(published)
+    assert {k: v for k, v in index.items() if k not in ("tokenizer", "_diffusers_version")} == {
+        k: v for k, v in published.items() if k not in ("tokenizer", "_diffusers_version")
+    }
+
+
+@pytest.mark.parametrize("random_kind", ["2b", "5b", "1.5"])
+def test_random_model(random_kind, tmp_path):
+    first = make_random_pipeline(tmp_path / "a", seed=1, kind=random_kind)
+    second = make_random_pipeline(tmp_path / "b", seed=1, kind=random_kind)
+    for part in ("transformer", "vae"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert first != second
+    pipe = CogVideoXPipeline.from_pretrained(first, device="cpu")
+    assert pipe.transformer.config.attention_head_dim == 64
+    video = pipe("a red ball", seed=0, height=32, width=48, num_frames=9, num_inference_steps=2, progress=False).frames
+    assert np.isfinite(video).all() and video.std() > 0.05
+    with pytest.raises(ValueError, match="'3b'; supported: 2b, 5b, 1.5"):
+        make_random_pipeline(tmp_path, kind="3b")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(height=40), ["height is 40", "multiple of 16", "32, 48"]),
+        (dict(width=8), ["width is 8", "nearest: 16"]),
+        (dict(num_frames=13), ["num_frames is 13", "nearest: 9, 16"]),
+        (dict(num_frames=0), ["num_frames is 0", "nearest: 1"]),
+        (dict(output_type="pil"), ["'pil'", "np, frames, pd, latent"]),
+        (dict(eta=0.5), ["eta is 0.5"]),
+        (dict(prompt=None), ["prompt or prompt_embeds"]),
+        (dict(prompt=3), ["prompt must be a string", "3"]),
+        (dict(prompt=[]), ["non-empty"]),
+        (dict(prompt=["a", 2]), ["list of strings"]),
+        (dict(prompt_embeds=paddle.zeros([1, 16, 12])), ["not both"]),
+        (dict(negative_prompt=["a", "b"]), ["2 negative prompts for 1"]),
+        (dict(negative_prompt="a", negative_prompt_embeds=paddle.zeros([1, 16, 12])), ["negative_prompt", "not both"]),
+        (dict(negative_prompt_embeds=paddle.zeros([1, 15, 12])), ["[1, 16, 12]", "[1, 15, 12]"]),
+        (dict(num_videos_per_prompt=0), ["num_videos_per_prompt is 0"]),
+        (dict(num_inference_steps=0), ["num_inference_steps is 0"]),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), ["noise", "latents"]),
+        (dict(seed=1, generator=np.random.default_rng(1)), ["seed or generator"]),
+        (dict(seed=[1, 2]), ["2 seeds for 1 videos"]),
+        (dict(generator=[1]), ["standard_normal"]),
+        (dict(latents=np.zeros([1, 3, 4, 4, 4])), ["[1, 3, 4, 4, 4]", "[1, 3, 4, 4, 6]"]),
+    ],
+)
+def test_bad_input(pipe, arguments, words):
+    with pytest.raises(ValueError) as error:
+        pipe(**{"prompt": "snow", **QUICK, **arguments})
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_bad_folders(tmp_path, monkeypatch):
+    load = lambda path, **more: CogVideoXPipeline.from_pretrained(path, device="cpu", **more)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
+        load(tmp_path)
+    with pytest.raises(TypeError, match="unet"):
+        load(tmp_path, unet=None)
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDENS / "pipeline_2b", folder)
+    shutil.rmtree(folder / "vae")
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(FileNotFoundError, match="lacks parts of the pipeline: tokenizer, vae"):
+        load(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for change, message in (
+        ({"_class_name": "CogVideoXImageToVideoPipeline"}, "CogVideoXImageToVideoPipeline, expected a CogVideoXPipeline"),
+        ({"image_encoder": ["transformers", "CLIP"]}, "does not know: image_encoder"),
+    ):
+        (folder / "model_index.json").write_text(json.dumps({**index, **change}))
+        with pytest.raises(ConfigError, match=message):
+            load(folder)
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(GOLDENS / "pipeline_2b" / "vae", folder / "vae")
+    shutil.copytree(GOLDENS / "pipeline_2b" / "tokenizer", folder / "tokenizer")
+    with pytest.raises(ConfigError, match="scheduler is a PNDMScheduler; supported: CogVideoXDDIMScheduler"):
+        load(folder)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
+        load("someone/cogvideox")
+
+
+def test_hub_id(monkeypatch):
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(name, allow_patterns):
+            asked.append((name, allow_patterns))
+            return str(GOLDENS / "pipeline_2b")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    assert CogVideoXPipeline.from_pretrained("someone/cogvideox", device="cpu").transformer is not None
+    assert asked[0][0] == "someone/cogvideox" and "*.safetensors" in asked[0][1]
+
+
+def test_half_precision_request_on_the_cpu_is_served_in_float32():
+    with pytest.warns(UserWarning, match="float32 on a CPU"):
+        pipe = CogVideoXPipeline.from_pretrained(GOLDENS / "pipeline_2b", dtype="float16", device="cpu")
+    assert np.isfinite(pipe("snow", seed=1, **QUICK).frames).all()
+
+
+def test_importing_the_package_needs_no_paddle():
+    code = (
+        "import sys, lowbit_video.pipelines as p; assert 'CogVideoXPipeline' in p.__all__; "
+        "assert 'paddle' not in sys.modules; p.CogVideoXPipeline; assert 'paddle' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import lowbit_video.pipelines as package
+
+    with pytest.raises(AttributeError, match="Nothing"):
+        package.Nothing  # noqa: B018
