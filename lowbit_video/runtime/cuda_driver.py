@@ -125,6 +125,10 @@ class Event:
     def synchronize(self) -> None:
         _check(_library().cuEventSynchronize(self._handle), "an earlier launch failed")
 
+    def happened(self) -> bool:
+        """Whether the device has reached the event; does not wait."""
+        return _library().cuEventQuery(self._handle) == 0
+
     def elapsed_ms(self, later: Event) -> float:
         """Milliseconds from this event to a later one; both must have happened."""
         value = ctypes.c_float()
@@ -153,3 +157,9 @@ def driver_version() -> str | None:
     if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(value)) != 0:
         return None
     return f"{value.value // 1000}.{value.value % 1000 // 10}"
+
+
+def copy(to_pointer: int, from_pointer: int, count: int, stream: int) -> None:
+    """Copies `count` bytes within or between devices, in stream order."""
+    _check(_library().cuMemcpyAsync(ctypes.c_uint64(to_pointer), ctypes.c_uint64(from_pointer), ctypes.c_size_t(count),
+                                    ctypes.c_void_p(stream)), "cannot copy memory")

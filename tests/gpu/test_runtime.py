@@ -1,0 +1,169 @@
+"""The launch path on a GPU: streams, no waiting, quantised codes, warm-up, memory, both frameworks in one process."""
+import importlib.util
+import time
+
+import numpy as np
+import pytest
+from lowbit_video.eval.speed import inputs
+from lowbit_video.kernels.quant import reference
+
+import lowbit_video as lv
+from lowbit_video.gpu import plan_workspace
+from lowbit_video.precision import Precision
+from lowbit_video.runtime import cuda_driver, detect
+from lowbit_video.warmup import warmup
+
+pytestmark = pytest.mark.gpu
+
+
+def make(gpu, shape, **options):
+    return inputs.make_inputs(gpu.runtime, shape, "float16", gpu.like, **options)
+
+
+@pytest.mark.parametrize("spec", ["int8+fp16", "int8+fp8", "int4+fp16"])
+def test_a_call_does_not_wait_for_the_device(gpu, spec):
+    q, k, v = make(gpu, (1, 4, 2048, 64))
+    lv.attention(q, k, v, spec, tensor_layout="HND")
+    stream = gpu.runtime.stream(q)
+    ballast = gpu.runtime.empty((2**31,), "uint8", gpu.like)
+    cuda_driver.synchronize(stream)
+    for _ in range(200):  # about 0.1 s of work ahead of the call
+        cuda_driver.fill_bytes(ballast.data_ptr(), 1, 2**31, stream)
+    ahead = cuda_driver.Event()
+    ahead.record(stream)
+    lv.attention(q, k, v, spec, tensor_layout="HND")
+    assert not ahead.happened(), "attention() returned after the device had caught up"
+    ahead.synchronize()
+
+
+def test_the_current_stream_is_used(gpu):
+    if gpu.name != "torch":
+        pytest.skip("the custom device has one stream")
+    import torch
+
+    q, k, v = make(gpu, (1, 4, 2048, 64))
+    wanted = lv.attention(q, k, v, "int8+fp8", tensor_layout="HND")
+    torch.cuda.synchronize()
+    ballast = gpu.runtime.empty((2**31,), "uint8", gpu.like)
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        assert gpu.runtime.stream(q) == other.cuda_stream
+        q2 = q + 0  # on the other stream, behind the ballast
+        for _ in range(20):
+            cuda_driver.fill_bytes(ballast.data_ptr(), 1, 2**31, other.cuda_stream)
+        q2.copy_(q)
+        out = lv.attention(q2, k, v, "int8+fp8", tensor_layout="HND")
+    default_done = cuda_driver.Event()
+    default_done.record(torch.cuda.default_stream().cuda_stream)
+    default_done.synchronize()
+    assert not other.query(), "the launch went to another stream than the current one"
+    other.synchronize()
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "int2", "fp8"])
+@pytest.mark.parametrize("granularity", ["block", "token"])
+@pytest.mark.parametrize("operand", ["q", "k"])
+def test_quantize_writes_the_references_codes(gpu, format, granularity, operand):
+    _, k, _ = make(gpu, (2, 3, 1000, 64))
+    got = lv.quantize(k, format, granularity, operand, smooth=True, tensor_layout="HND")
+    wanted = lv.quantize(gpu.cpu(gpu.numpy(k)), format, granularity, operand, smooth=True, tensor_layout="HND")
+    np.testing.assert_allclose(gpu.numpy(got.mean), gpu.numpy(wanted.mean), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gpu.numpy(got.scale), gpu.numpy(wanted.scale), rtol=1e-5)
+    got, wanted = lv.dequantize(got), lv.dequantize(wanted)
+    assert (np.abs(got - wanted) > 1e-3).mean() < 1e-3  # codes at an edge may fall to either side
+
+
+def test_quantize_v_is_transposed_permuted_and_zero_padded(gpu):
+    _, _, v = make(gpu, (1, 2, 1000, 64))
+    got = lv.quantize(v, "fp8", operand="v", tensor_layout="HND")
+    assert gpu.runtime.shape(got.codes) == (1, 2, 64, 1024)
+    wanted = lv.quantize(gpu.cpu(gpu.numpy(v)), "fp8", operand="v", tensor_layout="HND")
+    raw = lambda x: gpu.runtime.to_numpy(x.codes.view(_uint8(gpu))).reshape(-1)
+    assert (raw(got) != raw(wanted)).mean() < 2e-3
+    assert reference.decode is not None
+
+
+def _uint8(gpu):
+    if gpu.name == "torch":
+        import torch
+
+        return torch.uint8
+    import paddle
+
+    return paddle.uint8
+
+
+def test_warmup_takes_the_first_calls_compilation(gpu):
+    shape = (1, 1999, 3, 64)
+    assert warmup([shape], "int8+fp8", framework=gpu.name)[shape] >= 0.0
+    assert warmup([shape], "int8+fp8", framework=gpu.name)[shape] < 200.0
+
+
+def test_the_hosts_part_of_a_call_is_short(gpu):
+    q, k, v = make(gpu, (1, 2, 256, 64))
+    call = lambda: lv.attention(q, k, v, "int8+fp8", tensor_layout="HND")
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(30):
+        cuda_driver.synchronize(gpu.runtime.stream(q))
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    print(f"host time of a call, {gpu.name}: {np.median(times) * 1e6:.0f} us")
+    assert np.median(times) < 2e-3
+
+
+def test_extra_memory_is_the_workspace(gpu):
+    if gpu.name != "torch":
+        pytest.skip("the custom device keeps no count of peak memory")
+    import torch
+
+    q, k, v = make(gpu, (2, 8, 4096, 64))
+    lv.attention(q, k, v, "int8+fp8", tensor_layout="HND")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = lv.attention(q, k, v, "int8+fp8", tensor_layout="HND")
+    extra = torch.cuda.max_memory_allocated() - before - out.numel() * 2
+    plan = plan_workspace((2, 8, 4096, 64), (2, 8, 4096, 64), Precision("int8+fp8"), False)
+    assert extra <= plan.size + 2**20
+
+
+def test_torch_compile_keeps_one_graph(gpu):
+    if gpu.name != "torch":
+        pytest.skip("torch.compile needs torch tensors")
+    import torch
+
+    q, k, v = make(gpu, (1, 4, 1000, 64))
+    compiled = torch.compile(lambda q, k, v: lv.attention(q * 1, k, v, "int8+fp8", tensor_layout="HND") * 2, fullgraph=True)
+    wanted = lv.attention(q, k, v, "int8+fp8", tensor_layout="HND") * 2
+    assert torch.equal(compiled(q, k, v), wanted)
+
+
+def test_paddle_and_torch_in_one_process(gpu):
+    if gpu.name != "paddle":
+        pytest.skip("run with LOWBIT_TEST_FRAMEWORK=paddle")
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no GPU")
+    there = detect.anchor("torch")
+    runtime = detect.runtime_of(there)
+    outs = []
+    for _ in range(2):
+        p = make(gpu, (1, 4, 1000, 64))
+        outs.append(gpu.numpy(lv.attention(*p, "int8+fp8", tensor_layout="HND")))
+        t = inputs.make_inputs(runtime, (1, 4, 1000, 64), "float16", there)
+        outs.append(runtime.to_numpy(lv.attention(*t, "int8+fp8", tensor_layout="HND")))
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out, outs[0])
+
+
+def test_device_auto_finds_the_gpu(gpu):
+    if gpu.name != "paddle":
+        pytest.skip("a Paddle device name")
+    assert detect.default_paddle_device() != "cpu"

@@ -1,0 +1,142 @@
+"""Runtimes: what they find, the driver they lend Triton, and the workspace of a call."""
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lowbit_video.kernels.formats import get_format
+
+from helpers import qkv
+from lowbit_video.attention import run
+from lowbit_video.errors import UnsupportedError
+from lowbit_video.gpu import ALIGNMENT, plan_workspace
+from lowbit_video.precision import Precision
+from lowbit_video.runtime import cuda_driver, detect
+
+pytest.importorskip("triton")
+
+
+def test_kernels_in_the_interpreter():
+    """The kernels themselves, through the public API, in a process where Triton interprets."""
+    file = Path(__file__).with_name("interpreted.py")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], capture_output=True,
+                          text=True, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_runtime_answers_alike_for_both_frameworks(framework):
+    t = framework.tensor(np.arange(24).reshape(2, 3, 4), "float16")
+    runtime = detect.runtime_of(t)
+    assert runtime.NAME == framework.name and runtime is detect.runtime_named(framework.name)
+    assert runtime.shape(t) == (2, 3, 4) and runtime.strides(t) == (12, 4, 1) and runtime.dtype_name(t) == "float16"
+    assert runtime.is_cpu(t) and runtime.arch(t) is None
+    empty = runtime.empty((5, 7), "float8_e4m3fn", t)
+    assert runtime.shape(empty) == (5, 7) and runtime.dtype_name(empty) == "float8_e4m3fn"
+    with runtime.launch_guard(t):  # nothing to do on a CPU
+        pass
+    assert runtime.is_cpu(detect.anchor(framework.name, "cpu"))
+
+
+def test_default_device_is_the_cpu_without_a_gpu():
+    if cuda_driver.device_count():
+        pytest.skip("this machine has a GPU")
+    pytest.importorskip("paddle")
+    assert detect.default_paddle_device() == "cpu"
+    assert cuda_driver.capability(0) is None and cuda_driver.device_name(0) is None
+    assert cuda_driver.device_of_pointer(4096) is None
+
+
+def test_default_device_finds_a_custom_device_only_if_its_memory_is_cudas(monkeypatch):
+    paddle = pytest.importorskip("paddle")
+    from lowbit_video.runtime import paddle_runtime
+
+    if paddle.is_compiled_with_cuda():
+        pytest.skip("this Paddle has GPUs of its own")
+    real = paddle.empty
+    monkeypatch.setattr(paddle.device, "get_available_custom_device", lambda: ["npu:0", "npu:1", "cudev:0", "cudev:1"])
+    monkeypatch.setattr(paddle, "CustomPlace", lambda kind, index: (kind, index), raising=False)
+    asked = []
+    monkeypatch.setattr(paddle, "empty", lambda shape, dtype, device: asked.append(device) or real(shape, dtype=dtype))
+    monkeypatch.setattr(cuda_driver, "device_of_pointer", lambda pointer: 0 if asked[-1][0] == "cudev" else None)
+    assert paddle_runtime.default_device() == "cudev:0"
+    assert asked == [("npu", 0), ("cudev", 0)]
+
+
+@pytest.fixture
+def driver_config(monkeypatch):
+    """Triton's driver setting and our driver, with the CUDA calls recorded instead of made."""
+    from triton.runtime.driver import driver as config
+
+    from lowbit_video.runtime import triton_driver
+
+    calls = []
+    monkeypatch.setattr(cuda_driver, "push_device", lambda ordinal: calls.append(("push", ordinal)) or True)
+    monkeypatch.setattr(cuda_driver, "pop_device", lambda: calls.append(("pop",)))
+    monkeypatch.setattr(config, "_active", None)
+    return config, triton_driver, calls
+
+
+def test_driver_is_active_around_a_launch_only(driver_config, monkeypatch):
+    config, triton_driver, calls = driver_config
+    monkeypatch.setattr(cuda_driver, "capability", lambda ordinal: (9, 0))
+    handles = iter((11, 22))
+    ours = triton_driver.device_driver(3, lambda: next(handles))
+    with triton_driver.active(ours):
+        assert config.active is ours
+        target = config.active.get_current_target()
+        assert (target.backend, target.arch, target.warp_size) == ("cuda", 90, 32)
+        assert config.active.get_current_device() == 3
+        assert [config.active.get_current_stream(3) for _ in range(2)] == [11, 22]  # asked anew at every launch
+    assert config._active is None and calls == [("push", 3), ("pop",)]
+    someone_elses = object()
+    config.set_active(someone_elses)
+    with pytest.raises(ZeroDivisionError), triton_driver.active(ours):
+        1 / 0  # noqa: B018  a launch that fails
+    assert config._active is someone_elses
+
+
+def test_launches_of_two_threads_do_not_mix_drivers(driver_config):
+    config, triton_driver, _ = driver_config
+    drivers = [triton_driver.device_driver(i, lambda: 0) for i in range(2)]
+    wrong = []
+
+    def launch(mine):
+        for _ in range(200):
+            with triton_driver.active(mine):
+                if config._active is not mine:
+                    wrong.append(mine)
+
+    threads = [threading.Thread(target=launch, args=(d,)) for d in drivers]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong and config._active is None
+
+
+def test_triton_on_cpu_tensors_is_refused_outside_the_interpreter(framework):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton interprets in this process")
+    q, k, v = (framework.tensor(a, "float16") for a in qkv(q_len=20))
+    with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
+        run(q, k, v, "int8+fp16", backend="triton")
+
+
+@pytest.mark.parametrize("spec", ["int8+fp16", "int8+fp8", "int4+fp8", "int8/int2+fp16", "fp8+fp8"])
+@pytest.mark.parametrize("lse", [False, True])
+def test_workspace_holds_the_quantised_copies_and_nothing_else_of_their_size(spec, lse):
+    shape, precision = (2, 30, 17776, 64), Precision(spec)
+    plan = plan_workspace(shape, shape, precision, lse)
+    sizes = {"float32": 4}
+    end = 0
+    for offset, dtype, part in sorted(plan.parts.values()):
+        assert offset % ALIGNMENT == 0 and offset >= end  # parts do not overlap
+        end = offset + int(np.prod(part)) * sizes.get(dtype, 1)
+    assert end <= plan.size
+    elements = int(np.prod(shape))
+    copies = sum(elements // get_format(f).codes_per_byte for f in (precision.q, precision.k))
+    copies += elements * (17792 / 17776) * (precision.pv == "fp8")
+    rows = elements // 64 * 4  # one float32 a row: scales per token, Q's correction, the LSE's shift
+    per_row = 2 * (precision.granularity == "token") + precision.smooth_q + lse
+    assert copies <= plan.size <= copies + rows * per_row + 0.08 * elements
