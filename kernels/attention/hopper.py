@@ -286,7 +286,6 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
     P_LAYOUT: gl.constexpr = _p_layout(BN)
     V_TYPE: gl.constexpr = v_s.dtype
     FP8_PV: gl.constexpr = V_TYPE == gl.float8e4nv
-    SHIFT: gl.constexpr = FP8_SHIFT if FP8_PV else 0.0
     BM: gl.constexpr = ROWS * NC
     S_TYPE: gl.constexpr = gl.int32 if q_s.dtype == gl.int8 else gl.float32
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
@@ -392,7 +391,7 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
         gl.store(p_row[:, None] + o_d[None, :], o.to(p_o.dtype.element_ty), mask=(o_m < q_len)[:, None])
         if LSE:
             o_lse = i_bh.to(gl.int64) * q_len + o_m
-            lse = (gl.convert_layout(m, OR) + SHIFT + gl.log2(row_sum) - SHIFT) * LN_2
+            lse = (gl.convert_layout(m, OR) + gl.log2(row_sum)) * LN_2
             if LSE_SHIFT:
                 lse += gl.load(p_shift + o_lse, mask=o_m < q_len, other=0.0)
             gl.store(p_lse + o_lse, gl.where(m_seen, lse, float("-inf")), mask=o_m < q_len)
@@ -506,9 +505,9 @@ class HopperConfig:
     """How the kernel is built for one head dim and one V format.
 
     block_n: keys of a tile. consumers: warpgroups of 64 query rows. stages: K/V tiles in shared memory. registers: of a
-    consumer's thread. sum_mma: row sums by an all-ones product instead of adds. token: consumers take turns in the exponentials. pin: waits stay
-    behind the exponentials. ahead: QK^T runs one tile ahead of the softmax. unroll: two tiles a turn of the loop. persistent:
-    one program a multiprocessor.
+    consumer's thread. sum_mma: row sums by an all-ones product instead of adds. token: consumers take turns in the
+    exponentials. pin: waits stay behind the exponentials. ahead: QK^T runs one tile ahead of the softmax. unroll: two
+    tiles a turn of the loop. persistent: one program a multiprocessor.
     """
 
     block_n: int
@@ -544,7 +543,7 @@ def _codes_descriptor(codes: Buffer, rows: int, columns: int, block: tuple[int, 
 def _v_descriptor(v: Buffer, shape: tuple[int, int, int, int], strides: tuple[int, int, int], block_n: int) -> TensorDescriptor:
     """The caller's own 16-bit V, by its strides; TMA fills rows past the end with zeros."""
     if v.data_ptr() % 16 or any(stride % 8 for stride, length in zip(strides, shape) if length > 1):
-        raise ValueError(f"16-bit V at address {v.data_ptr():#x} with strides {strides} (batch, head, token): the Hopper kernel "
+        raise ValueError(f"16-bit V at {v.data_ptr():#x} with strides {strides} (batch, head, token): the Hopper kernel "
                          "takes multiples of 16 bytes; pass a contiguous V or backend='triton'")
     # the stride of a dimension of one element is never used, and may be anything
     strides = [stride if length > 1 else shape[3] for stride, length in zip(strides, shape)]
@@ -557,7 +556,8 @@ def _multiprocessors(device: int) -> int:
 
 
 def launch_arguments(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int, int, int],
-                     kv_shape: tuple[int, int, int, int], q_format: str, pv_format: str, out_strides: tuple[int, int, int], q_scale: Any, k_scale: Any,
+                     kv_shape: tuple[int, int, int, int], q_format: str, pv_format: str,
+                     out_strides: tuple[int, int, int], q_scale: Any, k_scale: Any,
                      sm_scale: float, v_strides: tuple[int, int, int] | None = None, v_scale: Any = None, lse: Any = None,
                      lse_shift: Any = None, is_causal: bool = False, config: HopperConfig | None = None
                      ) -> tuple[int, tuple, dict]:
@@ -593,13 +593,13 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
                     kv_shape: tuple[int, int, int, int], q_format: str, k_format: str, pv_format: str,
                     granularity: str = "block", out_strides: tuple[int, int, int],
                     v_strides: tuple[int, int, int] | None = None, q_scale: Any = None, k_scale: Any = None,
-                    v_scale: Any = None, bias: Any = None, lse: Any = None, lse_shift: Any = None, sm_scale: float, is_causal: bool = False,
-                    pv_dtype: str | None = None, arch: tuple[int, int] = (9, 0), config: HopperConfig | None = None) -> None:
+                    v_scale: Any = None, bias: Any = None, lse: Any = None, lse_shift: Any = None, sm_scale: float,
+                    is_causal: bool = False, pv_dtype: str | None = None, arch: tuple[int, int] = (9, 0), config: HopperConfig | None = None) -> None:
     """out = softmax(q k^T sm_scale) v on sm_90, from codes and scales as the quantisers left them.
 
     The arguments are those of the portable `launch_attn_fwd`. q_shape (B, Hq, Nq, D) and kv_shape (B, Hkv, Nkv, D), D 64 or
-    128; strides are (batch, head, seq) in elements. q, k: contiguous HND codes, both "int8" or both "fp8", with a scale for every 64
-    query rows and 128 keys. v: for pv_format "fp16" the caller's float16 or bfloat16 view by v_strides, for "fp8" the codes of
+    128; strides are (batch, head, seq) in elements. q, k: contiguous HND codes, both "int8" or both "fp8", with a scale for
+    every 64 query rows and 128 keys. v: for pv_format "fp16" the caller's float16 or bfloat16 view by v_strides, for "fp8" the codes of
     `launch_quant_v` with v_scale [B, Hkv, D]. out: any float dtype, by out_strides. lse [B, Hq, Nq] float32, natural log, plus
     lse_shift if that is given. is_causal: key j is visible to query i if j <= i + Nkv - Nq; a row without a key gives 0, -inf.
     sm_scale: not negative (the row maximum is taken before it is multiplied).
