@@ -1,0 +1,176 @@
+"""The kernel benchmark without a GPU: shapes, statistics, tables, errors, plot."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from lowbit_video.eval.speed import accuracy, bench, shapes, timing
+from lowbit_video.kernels.variants import VARIANTS
+
+from helpers import naive_attention, qkv
+from lowbit_video import cli
+from lowbit_video.precision import Precision
+from lowbit_video.runtime import cuda_driver, detect
+
+
+def row(**fields):
+    values = dict(shape="32k", batch=1, heads=24, tokens=32768, head_dim=128, causal=False, dtype="float16", framework="torch",
+                  method="int8+fp8 (triton-int-fp8)", precision="int8+fp8", variant="triton-int-fp8", total_ms=15.5,
+                  total_low_ms=15.4, total_high_ms=15.7, kernel_ms=15.0, quant_ms=0.5, quant_gb_s=2900.0, tflops=851.0,
+                  kernel_tflops=879.0, speedup=2.49, sqnr_db=27.5, relative_l1=0.0397, relative_l1_v_plus_1=0.0381,
+                  extra_mib=288.0, host_us=140.0, first_call_ms=2100.0, runs=19)
+    return bench.Row(**values | fields)
+
+
+ABOUT = dict(gpu="NVIDIA H200", arch=[9, 0], driver="13.0", framework="torch", python="3.12.3", versions={"triton": "3.6.0"},
+             commit="abc1234")
+
+
+def test_shapes_by_group_name_and_numbers():
+    assert shapes.parse_shapes(None) == shapes.MODELS + shapes.ANCHORS
+    quick = [s.dims for s in shapes.parse_shapes(None, quick=True)]
+    assert quick == [(2, 30, 17776, 64), (1, 24, 32768, 128), (4, 32, 8192, 128)]
+    picked = shapes.parse_shapes("anchors; Wan 2.1; 1,2,300,64 ; (1,2,300,64,causal)")
+    assert picked[:3] == shapes.ANCHORS and picked[3].heads == 40
+    assert [s.causal for s in picked[4:]] == [False, True] and picked[4].flops == 2 * picked[5].flops == 4 * 2 * 300**2 * 64
+    assert {s.tokens for s in shapes.SWEEP} == {1024 * 2**i for i in range(8)}
+    with pytest.raises(ValueError, match="neither a group .models, anchors, sweep., a model"):
+        shapes.parse_shapes("1,2,3")
+
+
+def test_filters_name_precisions_variants_and_backends():
+    assert bench.specs_for(None) == bench.SPECS and bench.specs_for(["int8+fp8", "triton"]) == ("int8+fp8",)
+    both = bench.chosen(["int8+fp8", "triton"])
+    assert both("int8+fp8", "triton-int-fp8")
+    assert not both("int8+fp8", "hopper-int8") and not both("int8+fp16", "triton-int-fp16")
+    assert both("cuDNN", "") and both("exact", "triton-exact")  # what is compared with stays
+    assert bench.chosen(["hopper-int8"])("int8+fp16", "hopper-int8")
+    with pytest.raises(ValueError, match="no variant or precision 'int9'"):
+        bench.chosen(["int9"])
+
+
+def test_every_gpu_variant_is_a_benchmark_case():
+    shape, served = shapes.MODELS[0], set()
+    for spec in (*bench.SPECS, "int8/int2+fp8", "int2+fp8", "fp8+fp16", "exact"):
+        served |= {v.name for v in bench.fitting(shape, Precision(spec), "float16", (9, 0))}
+    wanted = {v.name for v in VARIANTS if v.device == "cuda" and v.backend == "triton"}
+    assert wanted <= served
+    assert all(v.pv != ("fp8",) for v in bench.fitting(shape, Precision("int8+fp16"), "float16", (8, 0)))
+
+
+def test_quantisation_bytes_count_every_pass():
+    shape = shapes.Shape("", 1, 1, 1000, 64)
+    n = 64_000
+    assert bench.quantisation_bytes(shape, Precision("int8+fp16", smooth_k=False), "float16") == 2 * n * 2 + 2 * n
+    assert bench.quantisation_bytes(shape, Precision("int8+fp8"), "float16") == n * 2 * (1 + 2 + 2) + 3 * n
+    assert bench.quantisation_bytes(shape, Precision("int4+fp16"), "float16") == n * 2 * (2 + 2) + n
+
+
+def test_table_and_json(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    flash = row(method="FlashAttention-2", precision=None, variant=None, kernel_ms=None, quant_gb_s=None, kernel_tflops=None,
+                speedup=1.0, total_ms=38.6, tflops=342.0, relative_l1_v_plus_1=None)
+    wrong = row(method="int2+fp16 (triton-int-fp16)", error="relative L1 nan is not under 0.7: wrong, hence not timed",
+                total_ms=None, tflops=None)
+    rows = [row(), flash, wrong]
+    rows += [row(shape="sweep", tokens=1024 * 2**i, tflops=300.0 + 50 * i) for i in range(4)]
+    paths = bench.save(rows, ABOUT, tmp_path, "kernels")
+    data = json.loads(paths[0].read_text())
+    assert data["about"] == ABOUT and data["rows"][0] == dataclasses.asdict(rows[0])
+    table = paths[1].read_text()
+    assert "## (1, 24, 32768, 128) 32k, float16" in table and "NVIDIA H200" in table and "commit abc1234" in table
+    assert "| int8+fp8 (triton-int-fp8) | 15.500 | 15.000 | 2900 | 851 | 879 | 2.49x | 27.5 | 0.0397 | 0.0381 | 288 |" in table
+    assert "| FlashAttention-2 | 38.600 |  |  | 342 |" in table and "wrong, hence not timed" in table
+    widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+    assert widths == {len(bench.COLUMNS) + 1}
+    assert paths[2].stat().st_size > 10_000
+    assert "851 TFLOP/s" in bench.describe(rows[0])
+
+
+def test_median_and_spread():
+    t = timing.summarise([5.0, 1.0, 2.0, 3.0, 4.0, 100.0, 2.5, 2.6, 2.7, 2.8], host_us=7.0)
+    assert (t.median_ms, t.low_ms, t.high_ms, t.runs, t.host_us) == (2.75, 2.0, 100.0, 10, 7.0)
+
+
+class FakeDevice:
+    """A clock instead of a GPU: calls and memory fills advance it; events read it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.fills, self.order = 0.0, 0, []
+        device = self
+
+        class Event:
+            def record(self, stream):
+                self.at = device.now
+
+            def elapsed_ms(self, later):
+                return later.at - self.at
+
+        monkeypatch.setattr(cuda_driver, "Event", Event)
+        monkeypatch.setattr(cuda_driver, "synchronize", lambda stream: None)
+        monkeypatch.setattr(cuda_driver, "fill_bytes", self.fill)
+
+    def fill(self, pointer, value, count, stream):
+        assert count == timing.L2_BYTES
+        self.now += 0.07
+        self.fills += 1
+
+    def call(self, name, ms):
+        def run():
+            self.order.append(name)
+            self.now += ms
+
+        return run
+
+
+def test_methods_are_timed_in_turns_from_a_cold_cache(monkeypatch):
+    class Memory:
+        def data_ptr(self):
+            return 0
+
+    class Runtime:
+        stream = staticmethod(lambda t: 0)
+        empty = staticmethod(lambda shape, dtype, like: Memory())
+
+    device = FakeDevice(monkeypatch)
+    timer = timing.Timer(Runtime, None)
+    times = timing.time_together(timer, {"a": device.call("a", 2.0), "b": device.call("b", 50.0)}, budget_ms=60.0, rounds=3)
+    assert times["a"].median_ms == pytest.approx(2.0) and times["b"].median_ms == pytest.approx(50.0)  # fills are not counted
+    assert times["a"].runs == 30 and times["b"].runs == 3
+    runs = "".join(device.order)
+    assert runs.endswith("a" * 10 + "b" + "a" * 10 + "b" + "a" * 10 + "b")
+    assert device.fills >= 35
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sampled_reference_is_softmax_attention(framework, causal):
+    arrays = qkv(batch=2, heads=4, kv_heads=2, q_len=300, kv_len=280)
+    q, k, v = (framework.tensor(a.transpose(0, 2, 1, 3)) for a in arrays)
+    runtime = detect.runtime_of(q)
+    sampled = accuracy.reference(runtime, q, k, v, scale=0.125, causal=causal)
+    wanted, wanted_lse = naive_attention(*arrays, causal=causal)
+    assert sampled.heads == ((0, 0), (1, 3)) and len(sampled.rows) == 160 and sampled.rows[0] == 0 and sampled.rows[-1] == 299
+    for (b, h), values in zip(sampled.heads, sampled.values):
+        np.testing.assert_allclose(values, wanted[b, sampled.rows, h], atol=2e-5)
+    out = framework.tensor(wanted.transpose(0, 2, 1, 3))
+    assert accuracy.errors(runtime, out, sampled)[0] < 1e-5
+    assert accuracy.errors(runtime, out * 1.01, sampled)[0] == pytest.approx(0.01, rel=1e-2)
+    assert np.isnan(accuracy.errors(runtime, out * float("nan"), sampled)[0])
+    h = [a.transpose(0, 2, 1, 3) for a in arrays]
+    _, lse = accuracy.softmax_rows(h[0][1, 3], h[1][1, 1], h[2][1, 1], np.arange(300), 300, 0.125, causal)
+    np.testing.assert_allclose(lse, wanted_lse[1, 3], atol=1e-4)
+
+
+def test_sqnr_is_in_decibel():
+    x = np.random.default_rng(0).standard_normal(1000)
+    assert accuracy.sqnr_db(x * 1.1, x) == pytest.approx(20.0) and accuracy.sqnr_db(x, x) == float("inf")
+
+
+@pytest.mark.parametrize("command", ["kernels", "tune"])
+def test_without_a_gpu_the_command_says_so(command, capsys):
+    if cuda_driver.device_count():
+        pytest.skip("this machine has a GPU")
+    assert cli.main(["bench", command]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+    assert cli.main(["bench", command, "--shapes", "big"]) == 2
+    assert "'big' is neither a group" in capsys.readouterr().err
