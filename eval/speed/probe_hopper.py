@@ -105,10 +105,11 @@ class HopperCase(Case):
 
         launch_attn_fwd(
             self.qc, self.kc, self.vc if self.pv == "fp8" else self.v, self.out, q_shape=self.q_shape,
-            kv_shape=self.kv_shape, q_format=self.qf, k_format=self.kf, pv_format=self.pv, granularity=self.gran, out_strides=self.out.stride()[:3],
-            v_strides=self.v.stride()[:3], q_scale=self.qs, k_scale=self.ks, v_scale=self.v_scale if self.pv == "fp8" else None,
-            lse=self.lse, lse_shift=self.lse_shift if self.lse is not None else None, sm_scale=self.scale, is_causal=self.causal,
-            config=config)
+            kv_shape=self.kv_shape, q_format=self.qf, k_format=self.kf, pv_format=self.pv, granularity=self.gran,
+            out_strides=self.out.stride()[:3], v_strides=self.v.stride()[:3], q_scale=self.qs, k_scale=self.ks,
+            v_scale=self.v_scale if self.pv == "fp8" else None, lse=self.lse,
+            lse_shift=self.lse_shift if self.lse is not None else None, sm_scale=self.scale,
+            is_causal=self.causal, config=config)
 
 
 def check_candidate(name):

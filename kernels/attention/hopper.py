@@ -594,14 +594,16 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
                     granularity: str = "block", out_strides: tuple[int, int, int],
                     v_strides: tuple[int, int, int] | None = None, q_scale: Any = None, k_scale: Any = None,
                     v_scale: Any = None, bias: Any = None, lse: Any = None, lse_shift: Any = None, sm_scale: float,
-                    is_causal: bool = False, pv_dtype: str | None = None, arch: tuple[int, int] = (9, 0), config: HopperConfig | None = None) -> None:
+                    is_causal: bool = False, pv_dtype: str | None = None, arch: tuple[int, int] = (9, 0),
+                    config: HopperConfig | None = None) -> None:
     """out = softmax(q k^T sm_scale) v on sm_90, from codes and scales as the quantisers left them.
 
     The arguments are those of the portable `launch_attn_fwd`. q_shape (B, Hq, Nq, D) and kv_shape (B, Hkv, Nkv, D), D 64 or
     128; strides are (batch, head, seq) in elements. q, k: contiguous HND codes, both "int8" or both "fp8", with a scale for
-    every 64 query rows and 128 keys. v: for pv_format "fp16" the caller's float16 or bfloat16 view by v_strides, for "fp8" the codes of
-    `launch_quant_v` with v_scale [B, Hkv, D]. out: any float dtype, by out_strides. lse [B, Hq, Nq] float32, natural log, plus
-    lse_shift if that is given. is_causal: key j is visible to query i if j <= i + Nkv - Nq; a row without a key gives 0, -inf.
+    every 64 query rows and 128 keys. v: for pv_format "fp16" the caller's float16 or bfloat16 view by v_strides, for "fp8"
+    the codes of `launch_quant_v` with v_scale [B, Hkv, D]. out: any float dtype, by out_strides. lse [B, Hq, Nq] float32,
+    natural log, plus lse_shift if that is given. is_causal: key j is visible to query i if j <= i + Nkv - Nq; a row
+    without a key gives 0 and -inf.
     sm_scale: not negative (the row maximum is taken before it is multiplied).
     Raises ValueError for what the kernel does not cover.
     """
