@@ -13,7 +13,9 @@ from lowbit_video.errors import NonFiniteError, UnsupportedError
 from lowbit_video.precision import Precision
 from lowbit_video.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove
 from lowbit_video.quantize import Quantized, dequantize, quantize
+from lowbit_video.varlen import attention_varlen
+from lowbit_video.warmup import warmup
 
 __version__ = "0.1.0"
 __all__ = ["ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "UnsupportedError", "apply",
-           "attention", "coverage", "dequantize", "quantize", "remove"]
+           "attention", "attention_varlen", "coverage", "dequantize", "quantize", "remove", "warmup"]

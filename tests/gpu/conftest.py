@@ -52,5 +52,14 @@ class Gpu:
 
         return self.runtime.from_numpy(np.ascontiguousarray(array, np.float32), detect.anchor(self.name, "cpu"), dtype)
 
+    def release(self):
+        """Gives cached memory back to the device, for the other processes that test on it."""
+        import gc
+        import sys
+
+        gc.collect()
+        if self.name == "torch":
+            sys.modules["torch"].cuda.empty_cache()
+
     def numpy(self, tensor):
         return np.asarray(self.runtime.to_numpy(tensor), np.float32)

@@ -243,7 +243,7 @@ def test_edges(gpu, variant, spec, edge):
         check(gpu, out, q, k, v, bound)
 
 
-@pytest.mark.parametrize("variant, spec", cases_of("int8+fp16", "int8+fp8"))
+@pytest.mark.parametrize("variant, spec", cases_of("int8+fp8"))
 def test_addresses_beyond_32_bits(gpu, variant, spec):
     """2.2e9 elements each, and a view whose rows lie 2.4e9 elements apart."""
     precision = supported(gpu, variant, spec, "float16", head_dim=128, q_len=512, heads=4200)
@@ -260,6 +260,8 @@ def test_addresses_beyond_32_bits(gpu, variant, spec):
     got, _ = attend(gpu, variant, precision, *views, layout="NHD")
     wanted, _ = attend(gpu, variant, precision, *(gpu.runtime.contiguous(x) for x in views), layout="NHD")
     np.testing.assert_array_equal(gpu.numpy(got), gpu.numpy(wanted))
+    del q, k, v, flat, views, got, wanted, source
+    gpu.release()
 
 
 def _copy(gpu, view, source):
