@@ -28,6 +28,7 @@ from ..formats import LOG2_E
 from .gluon_shim import (
     TensorDescriptor,
     async_load,
+    block_barrier,
     fence_async_shared,
     gl,
     gluon,
@@ -475,7 +476,7 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
         mbarrier.init(empty.index(i), count=NC)
     for i in gl.static_range(NC):
         mbarrier.init(token.index(i), count=1)
-    gl.thread_barrier()
+    block_barrier()
     tiles = (q_s, k_s, v_s, ones_s)
     barriers = (q_full, q_empty, full, empty, token)
     pointers = (p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale)
