@@ -68,8 +68,9 @@ def contiguous(t: paddle.Tensor) -> paddle.Tensor:
 
 def empty(shape: Sequence[int], dtype: str, like: paddle.Tensor) -> paddle.Tensor:
     """Uninitialised, contiguous, where `like` is."""
-    return paddle.empty(list(shape), dtype=_DTYPES[dtype]) if is_cpu(like) else paddle.empty(
-        list(shape), dtype=_DTYPES[dtype], device=like.place)
+    if dtype == "float8_e4m3fn":  # custom devices allocate bytes, not FP8
+        return empty(shape, "uint8", like).view(paddle.float8_e4m3fn)
+    return paddle.empty(list(shape), dtype=_DTYPES[dtype], device=like.place)
 
 
 def to_numpy(t: paddle.Tensor) -> np.ndarray:
