@@ -22,10 +22,11 @@ def held_out_captions(count: int, seed: int) -> list[str]:
 
 
 @torch.no_grad()
-def sample_quickly(text_encoder, transformer, vae, scheduler, ids, noise, guidance: float, steps: int, autocast) -> np.ndarray:
+def sample_quickly(text_encoder, transformer, vae, scheduler, ids, noise, guidance: float, steps: int, autocast,
+                   vae_autocast) -> np.ndarray:
     """DDIM with guidance on prepared token ids `[B, L]` (an empty caption is </s>, pad, ...): uint8 `[B, F, H, W, 3]`.
 
-    `autocast` makes the context that each model call runs in."""
+    `autocast` and `vae_autocast` make the contexts that the models run in."""
     empty = torch.zeros_like(ids)
     empty[:, 0] = 1
     scheduler.set_timesteps(steps, device=ids.device)
@@ -39,7 +40,7 @@ def sample_quickly(text_encoder, transformer, vae, scheduler, ids, noise, guidan
         latents = scheduler.step(free + guidance * (led - free), step, latents, return_dict=False)[0].to(noise.dtype)
     frames = []
     for part in (latents / vae.config.scaling_factor).permute(0, 2, 1, 3, 4).split(16):
-        with autocast():
+        with vae_autocast():
             frames.append(as_uint8(vae.decode(part).sample))
     return np.concatenate(frames)
 

@@ -8,7 +8,6 @@ training. `--tiny` runs every stage at toy sizes on a CPU, to see that it works.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import csv
 import json
@@ -16,6 +15,7 @@ import math
 import os
 import sys
 import tarfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from clips import ClipPool, as_uint8
+from lowbit_video.eval import prompt_adherence
 from models import (
     SIZES,
     TINY,
@@ -55,6 +56,7 @@ from sampling import (
     shares,
 )
 
+PARTS = prompt_adherence.PARTS
 STAGES = ("vae", "latents", "diffusion", "evaluate")
 TRAIN_SEED, CHECK_SEED, SWEEP_SEED, TEST_SEED = 1000, 2000, 3000, 4000
 CAPTION_DROPOUT = 0.1
@@ -99,6 +101,7 @@ class Run:
         self.judges = None
         self.accelerator = None
         self.vae = None
+        self.vae_bf16 = True
         self.latents = None
 
     def left(self) -> float:
@@ -106,9 +109,11 @@ class Run:
 
     def autocast(self):
         """bf16 on the GPU, float32 on the CPU."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
-        return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def vae_autocast(self):
+        """For the autoencoder: bf16 on the GPU unless its convolutions were found faster without."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" and self.vae_bf16)
 
 
 def save_state(path: Path, content: dict) -> None:
@@ -166,38 +171,45 @@ def vae_psnr(run: Run, vae, count: int = 48) -> float:
     found = []
     for part in np.array_split(np.arange(count), max(1, count // 8)):
         video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
-        with run.autocast():
+        with run.vae_autocast():
             again = vae.decode(vae.encode(video).latent_dist.mode()).sample
         error = as_uint8(again).astype(np.float32) - as_uint8(video).astype(np.float32)
         found += [10 * math.log10(255.0**2 / max(e, 1e-9)) for e in np.square(error).mean((1, 2, 3, 4))]
     return float(np.mean(found))
 
 
+def place(vae, layout) -> None:
+    """Lay the convolutions' weights out in memory as `layout` says (2-D ones likewise)."""
+    flat = torch.channels_last if layout == torch.channels_last_3d else torch.contiguous_format
+    for parameter in vae.parameters():
+        if parameter.ndim in (4, 5):
+            parameter.data = parameter.data.contiguous(memory_format=layout if parameter.ndim == 5 else flat)
+
+
 def fastest_layout(run: Run, vae, pool, rng, batch: int, frames: int):
-    """Try convolution layouts and precisions on a real step and keep the fastest: (autocast, memory format)."""
+    """Try convolution layouts and precisions on a real step and keep the fastest: the memory format; sets `vae_bf16`."""
     if run.device.type != "cuda":
-        return contextlib.nullcontext, torch.contiguous_format
+        return torch.contiguous_format
     video, mask = vae_batch(run, pool, rng, batch, frames, whole=False)
     choices = {}
-    for name, dtype, layout in (("bf16 planes", torch.bfloat16, torch.contiguous_format),
-                                ("bf16 channels last", torch.bfloat16, torch.channels_last_3d),
-                                ("tf32 planes", None, torch.contiguous_format)):
-        def casting(dtype=dtype):
-            return torch.autocast("cuda", dtype) if dtype else contextlib.nullcontext()
+    for name, half, layout in (("bf16 planes", True, torch.contiguous_format),
+                               ("bf16 channels last", True, torch.channels_last_3d),
+                               ("tf32 planes", False, torch.contiguous_format)):
+        run.vae_bf16 = half
         try:
-            vae.to(memory_format=layout)
-            placed = video.to(memory_format=layout)
+            place(vae, layout)
+            placed = video.contiguous(memory_format=layout)
             for i in range(5):
                 if i == 2:
                     torch.cuda.synchronize()
                     start = time.time()
-                with casting():
+                with run.vae_autocast():
                     loss, _ = vae_loss(vae, placed, mask, 1e-4)
                 loss.backward()
             torch.cuda.synchronize()
             seconds = (time.time() - start) / 3
             if math.isfinite(loss.item()):
-                choices[name] = (seconds, casting, layout)
+                choices[name] = (seconds, half, layout)
             run.log.say(f"vae step as {name}: {1000 * seconds:.0f} ms")
         except Exception as error:  # a layout that this GPU's libraries refuse is only a slower choice lost
             run.log.say(f"vae step as {name} failed: {str(error)[:200]}")
@@ -207,8 +219,9 @@ def fastest_layout(run: Run, vae, pool, rng, batch: int, frames: int):
         raise RuntimeError("no convolution layout works on this GPU")
     name = min(choices, key=lambda n: choices[n][0])
     run.log.say(f"vae trains as {name}")
-    vae.to(memory_format=choices[name][2])
-    return choices[name][1:]
+    _, run.vae_bf16, layout = choices[name]
+    place(vae, layout)
+    return layout
 
 
 def train_vae(run: Run) -> None:
@@ -221,7 +234,7 @@ def train_vae(run: Run) -> None:
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.95), weight_decay=1e-4,
                                   fused=run.device.type == "cuda")
     if args.init and not path.exists():
-        vae = type(vae).from_pretrained(args.init, subfolder="vae", torch_dtype=torch.float32).to(run.device)
+        vae = type(vae).from_pretrained(args.init, subfolder="vae").float().to(run.device)
         log.say(f"vae from {args.init}")
         run.vae = vae.eval().requires_grad_(False)
         return
@@ -230,6 +243,7 @@ def train_vae(run: Run) -> None:
         vae.load_state_dict(held["model"])
         if held["finished"]:
             log.say("vae is trained already")
+            run.vae_bf16 = held["bf16"]
             run.vae = vae.eval().requires_grad_(False)
             return
         optimiser.load_state_dict(held["optimiser"])
@@ -238,7 +252,7 @@ def train_vae(run: Run) -> None:
     pool = ClipPool(64 if args.tiny else 8000, TRAIN_SEED, run.device)
     small, large = (4, 2) if args.tiny else (args.vae_batch, args.vae_batch // 4)
     short, long = 9, 17
-    casting, layout = fastest_layout(run, vae, pool, rng, small, short)
+    layout = fastest_layout(run, vae, pool, rng, small, short)
     start = saved = shown = time.time()
     log.say(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {total - spent:.0f} s to go")
     backup = copy.deepcopy(vae.state_dict())
@@ -258,7 +272,7 @@ def train_vae(run: Run) -> None:
             group["lr"] = lr
         try:
             video, mask = vae_batch(run, pool, rng, large if whole else small, long if whole else short, whole)
-            with casting():
+            with run.vae_autocast():
                 loss, square = vae_loss(vae, video.contiguous(memory_format=layout), mask, args.kl_weight)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -266,7 +280,9 @@ def train_vae(run: Run) -> None:
         except torch.cuda.OutOfMemoryError:
             small, large = max(1, small // 2), max(1, large // 2)
             log.say(f"vae: out of memory, batches now {small} and {large}")
+            optimiser.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
+            continue
         optimiser.zero_grad(set_to_none=True)
         step += 1
         squares.append(square)
@@ -291,10 +307,10 @@ def train_vae(run: Run) -> None:
             saved = time.time()
             keep(False)
     vae.eval().requires_grad_(False)
-    vae.to(memory_format=torch.contiguous_format)
+    place(vae, torch.contiguous_format)
     with torch.no_grad():
         video, _ = pool.paint(np.arange(min(len(pool), 64)), 0, run.sizes.frames, run.sizes.height)
-        with run.autocast():
+        with run.vae_autocast():
             latents = torch.cat([vae.encode(part).latent_dist.mode().float() for part in video.split(16)])
     spread = latents.std((0, 2, 3, 4)).clamp_min(0.05)
     rescale_latents(vae, spread)
@@ -302,7 +318,8 @@ def train_vae(run: Run) -> None:
     log.say(f"vae done after {step} steps: held-out clips {psnr:.2f} dB; latent spread was "
             f"{spread.min():.3f}..{spread.max():.3f}")
     log.row("vae", step, total / 60, held_out_psnr_db=psnr)
-    save_state(path, {"model": vae.state_dict(), "optimiser": {}, "finished": True, "seconds": total, "step": step})
+    save_state(path, {"model": vae.state_dict(), "optimiser": {}, "finished": True, "seconds": total, "step": step,
+                      "bf16": run.vae_bf16})
     run.vae = vae
 
 
@@ -316,8 +333,15 @@ def make_latents(run: Run) -> None:
     folder = run.state / "model" / "tokenizer"
     build_vocabulary(folder)
     tokens = Tokens(folder)
-    seed = TRAIN_SEED + 1 + (int(time.time()) % 100_000 if args.fresh_clips else 0)
+    run.vocabulary = len(tokens)
+    path = run.state / "latents.npy"
     start = time.time()
+    if path.exists() and not args.fresh_clips:
+        run.ids = torch.from_numpy(np.load(run.state / "ids.npy")).to(run.device)
+        run.latents = torch.from_numpy(np.load(path)).to(run.device)
+        log.say(f"{len(run.latents)} encoded clips read in {time.time() - start:.1f} s")
+        return
+    seed = TRAIN_SEED + 1 + (int(time.time()) % 100_000 if args.fresh_clips else 0)
     pool = ClipPool(args.clips, seed, run.device)
     ids = torch.from_numpy(tokens(pool.captions(WORDINGS))).view(len(pool), WORDINGS, -1)
     log.say(f"{len(pool)} clips planned and put into words in {time.time() - start:.1f} s")
@@ -326,7 +350,7 @@ def make_latents(run: Run) -> None:
         part = np.arange(done, min(done + batch, len(pool)))
         try:
             video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
-            with run.autocast():
+            with run.vae_autocast():
                 found = run.vae.encode(video).latent_dist.mode()
         except torch.cuda.OutOfMemoryError:
             batch = max(1, batch // 2)
@@ -336,9 +360,18 @@ def make_latents(run: Run) -> None:
         done = int(part[-1]) + 1
     run.latents = torch.cat(latents)
     run.ids = ids[:done].to(run.device)
-    run.vocabulary = len(tokens)
     log.say(f"{done} clips encoded in {time.time() - start:.1f} s; latents {tuple(run.latents.shape)}, mean "
             f"{run.latents.float().mean():.3f}, spread {run.latents.float().std():.3f}")
+    np.save(run.state / "ids.npy", run.ids.cpu().numpy())
+    start, copied = time.time(), run.latents.cpu().numpy()
+
+    def write() -> None:  # gigabytes: beside the training, and whole or not at all
+        with open(path.with_suffix(".part"), "wb") as file:
+            np.save(file, copied)
+        os.replace(path.with_suffix(".part"), path)
+
+    threading.Thread(target=write, daemon=True).start()
+    log.say(f"copied in {time.time() - start:.1f} s, being written for the next run")
 
 
 # --- text encoder and transformer -------------------------------------------------------------------------------------
@@ -375,7 +408,7 @@ def train_diffusion(run: Run) -> None:
         del held
     elif args.init:
         for name, part in (("text_encoder", model.text_encoder), ("transformer", model.transformer)):
-            part.load_state_dict(type(part).from_pretrained(args.init, subfolder=name, torch_dtype=torch.float32).state_dict())
+            part.load_state_dict(type(part).from_pretrained(args.init, subfolder=name).float().state_dict())
         averaged.load_state_dict(model.state_dict())
         progress_file = Path(args.init) / "training.json"
         if progress_file.exists():
@@ -487,6 +520,9 @@ def train_diffusion(run: Run) -> None:
             if time.time() - saved > args.save_seconds:
                 saved = time.time()
                 keep()
+                export()
+                if args.pack:
+                    pack_model(run)
             if time.time() - checked > args.check_seconds and run.left() > reserve + 30:
                 checked = time.time()
                 try:
@@ -508,7 +544,8 @@ def check(run: Run, averaged, step: int, minutes: float, count: int = 64) -> Non
     captions = held_out_captions(count, CHECK_SEED)
     ids = torch.from_numpy(Tokens(run.state / "model" / "tokenizer")(captions)).to(run.device)
     videos = sample_quickly(averaged.text_encoder, averaged.transformer, run.vae, build_scheduler(run.sizes), ids,
-                            noise_of(count, run.sizes.latent_shape, CHECK_SEED), 4.0, 3 if run.args.tiny else 25, run.autocast)
+                            noise_of(count, run.sizes.latent_shape, CHECK_SEED), guidance=4.0,
+                            steps=3 if run.args.tiny else 25, autocast=run.autocast, vae_autocast=run.vae_autocast)
     verdicts = run.judges(videos, captions)
     figures = shares(verdicts)
     run.log.say(f"check at step {step}: {percent(figures)}")
@@ -531,13 +568,13 @@ def evaluate(run: Run) -> None:
     shape = run.sizes.latent_shape
     started = time.time()
     captions, noise, results = held_out_captions(sweep, SWEEP_SEED), noise_of(sweep, shape, SWEEP_SEED), {}
-    for guidance in args.guidance:
+    for guidance in args.guidance if len(args.guidance) > 1 else ():
         verdicts = run.judges(sample_with_pipeline(pipe, captions, noise, {**generation, "guidance_scale": guidance}), captions)
         results[guidance] = shares(verdicts)
         log.say(f"guidance {guidance:g}, {sweep} captions: {percent(results[guidance])}")
         if run.left() < 40 and len(results) > 1:
             break
-    best = max(results, key=lambda g: (sum(results[g][p] for p in ("colour", "shape", "motion", "background")), -g))
+    best = max(results, key=lambda g: (sum(results[g][p] for p in PARTS), -g)) if results else args.guidance[0]
     generation["guidance_scale"] = best
     captions = held_out_captions(test, TEST_SEED)
     videos = sample_with_pipeline(pipe, captions, noise_of(test, shape, TEST_SEED), generation)
@@ -555,8 +592,7 @@ def evaluate(run: Run) -> None:
         "captions": test, "generation": generation, "adherence": figures, "vae_psnr_db": psnr,
         "guidance_sweep": {str(g): r for g, r in results.items()}, "device": device_name(run.device),
         "torch": torch.__version__, "dtype": "float32",
-        "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in ("colour", "shape", "motion", "background")
-                                                                  if not getattr(v, p)]}
+        "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in PARTS if not getattr(v, p)]}
                    for c, v in zip(captions, verdicts) if not v.all]}
     (run.out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -579,7 +615,7 @@ def plot(run: Run) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     panels = ((axes[0], "autoencoder, PSNR of training batches (dB)", [("vae", "psnr_db")]),
               (axes[1], "v-prediction loss", [("diffusion", "loss")]),
-              (axes[2], "64 held-out captions, share met", [("check", p) for p in ("colour", "shape", "motion", "background")]))
+              (axes[2], "64 held-out captions, share met", [("check", p) for p in PARTS]))
     for axis, title, names in panels:
         for name in names:
             if name in curves:
@@ -594,8 +630,8 @@ def plot(run: Run) -> None:
     (run.out / "training_log.csv").write_text(run.log.path.read_text())
 
 
-def pack(run: Run) -> None:
-    """Put the model folder into `model.tar.NN` parts and every small result into `results.tar`, in the out folder."""
+def pack_model(run: Run) -> None:
+    """Put the model folder into `model.tar.NN` parts in the out folder (`cat model.tar.* | tar x` unpacks them)."""
     folder = run.state / "model"
     if folder.exists():
         whole = run.state / "model.tar"
@@ -606,6 +642,11 @@ def pack(run: Run) -> None:
             old.unlink()
         for number, start in enumerate(range(0, len(data), PART_BYTES)):
             (run.out / f"model.tar.{number:02d}").write_bytes(data[start:start + PART_BYTES])
+
+
+def pack(run: Run) -> None:
+    """The model's parts, and every small result in `results.tar`."""
+    pack_model(run)
     small = [p for p in run.out.iterdir() if p.suffix in (".png", ".gif", ".json", ".csv", ".txt", ".md")]
     with tarfile.open(run.out / "results.tar", "w") as archive:
         for path in small:
@@ -629,7 +670,7 @@ def arguments(argv=None):
     parser.add_argument("--init", help="model folder to go on from where the state folder is empty")
     parser.add_argument("--clips", type=int, default=40_000)
     parser.add_argument("--fresh-clips", action="store_true", help="encode other clips than the run before")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the weight average")
@@ -638,8 +679,8 @@ def arguments(argv=None):
     parser.add_argument("--kl-weight", type=float, default=2e-4)
     parser.add_argument("--check-seconds", type=float, default=110.0)
     parser.add_argument("--save-seconds", type=float, default=120.0)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0, 4.0, 6.0])
-    parser.add_argument("--sweep-captions", type=int, default=100)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2.5, 4.0, 6.0])
+    parser.add_argument("--sweep-captions", type=int, default=64)
     parser.add_argument("--test-captions", type=int, default=200)
     parser.add_argument("--max-steps", type=int, default=0, help="of each training stage in this run (0: time decides)")
     parser.add_argument("--no-compile", dest="compile", action="store_false")

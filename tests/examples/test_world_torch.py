@@ -1,0 +1,71 @@
+"""The small model's own parts that need PyTorch: the painter, the vocabulary, the unit-spread latents."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lowbit_video.eval import world
+
+torch = pytest.importorskip("torch", reason="the training code is written in PyTorch")
+FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The folder's modules, importable as its own scripts see them."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.torch
+def test_torch_paints_what_numpy_paints(small):
+    from clips import ClipPool, as_uint8
+
+    pool = ClipPool(12, seed=3, device="cpu")
+    index = [1, 5, 5, 9]
+    video, mask = pool.paint(index, first=4, frames=9)
+    wanted = world.render(pool.plan.take(index))[:, 4:13]
+    assert video.shape == (4, 3, 9, 128, 192) and mask.shape == (4, 1, 9, 128, 192)
+    np.testing.assert_allclose(as_uint8(video), wanted, atol=0.51)
+    ground = world.backgrounds(pool.plan.tone[index], pool.plan.texture[index], 128, 192)[:, None]
+    np.testing.assert_array_equal(mask[:, 0].numpy(), np.abs(wanted - ground).max(-1) > 8)
+    assert not any(world.held_out(meaning) for meaning in pool.meanings)
+
+
+@pytest.mark.parity
+def test_vocabulary_reads_alike_in_transformers(small, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' tokenizer")
+    from tokens import MAX_TOKENS, Tokens, build_vocabulary
+
+    build_vocabulary(tmp_path)
+    ours, theirs = Tokens(tmp_path), transformers.T5Tokenizer.from_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    captions = [world.caption_of(meaning, rng) for meaning in world.draw_meanings(200, 0)]
+    ids = ours(captions)
+    assert (ids != 2).all() and (ids[:, -1] == 0).all(), "a caption of the world has unknown words or is too long"
+    captions += ["", "A Panda plays the GUITAR, wow!", "  two  spaces ", "42 x 17"]
+    wanted = theirs(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="np").input_ids
+    np.testing.assert_array_equal(ours(captions), wanted)
+
+
+@pytest.mark.parity
+def test_rescaled_latents_decode_to_the_same_video(small):
+    pytest.importorskip("diffusers", reason="the model is diffusers' AutoencoderKLCogVideoX")
+    from models import TINY, build_vae, rescale_latents
+
+    torch.manual_seed(0)
+    vae = build_vae(TINY).eval()
+    video = torch.randn(1, 3, 9, 32, 48)
+    with torch.no_grad():
+        before = vae.encode(video).latent_dist
+        shown = vae.decode(before.mode()).sample
+        std = before.mode().std((0, 2, 3, 4))
+        rescale_latents(vae, std)
+        after = vae.encode(video).latent_dist
+        torch.testing.assert_close(after.mode().std((0, 2, 3, 4)), torch.ones_like(std))
+        torch.testing.assert_close(after.std * std[:, None, None, None], before.std, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(vae.decode(after.mode()).sample, shown, rtol=1e-3, atol=1e-4)
