@@ -11,4 +11,5 @@ packages = ["lowbit_video"] + [f"lowbit_video.{name}" for name in find_packages(
 for name, folder in MAPPED.items():
     packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder)]
 
-setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED})
+setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED},
+      package_data={"lowbit_video.eval": ["page/*"]})

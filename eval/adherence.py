@@ -21,7 +21,7 @@ def missing(weights) -> str | None:
 
 
 def measure(video, reference=None, context=None) -> dict[str, float] | None:
-    """1 or 0 for each thing the caption speaks of; None for a caption outside the scorer's world."""
+    """1 or 0 for each part, and for all of them together; None for a caption outside the scorer's world."""
     from . import prompt_adherence
 
     try:
@@ -34,4 +34,5 @@ def measure(video, reference=None, context=None) -> dict[str, float] | None:
         verdict = dataclasses.asdict(verdict)
     if not isinstance(verdict, Mapping):
         return {"all": float(verdict)}
-    return {name: float(value) for name, value in verdict.items() if isinstance(value, (bool, int, float))} or None
+    parts = {name: float(value) for name, value in verdict.items() if isinstance(value, (bool, int, float))}
+    return {**parts, "all": min(parts.values())} if parts else None

@@ -50,7 +50,7 @@ def generate(pipe, prompt: str, seed: int, settings: Settings, candidate: Candid
         hook: `backend`, `fallback` of the hook.
     """
     begin = time.perf_counter()
-    arguments = {"seed": seed, "output_type": "np", **settings.arguments()}
+    arguments = {"seed": seed, "output_type": "np", "progress": False, **settings.arguments()}
     note = {}
     if candidate is None:
         frames = pipe(prompt, **arguments).frames

@@ -208,7 +208,7 @@ class LayerTable:
                    arrays["layer_error"], arrays["step_error"], float(arrays["floor_error"]), json.loads(str(arrays["about"])))
 
 
-def by_module(candidate: Candidate, names: list[str]) -> dict[str, Any]:
+def by_module(candidate: Candidate, names: list[str], **hook: Any) -> dict[str, Any]:
     """The candidate's processor for each module; modules that its patterns leave alone are not in it."""
     from ..processors import LowBitAttnProcessor
 
@@ -220,7 +220,7 @@ def by_module(candidate: Candidate, names: list[str]) -> dict[str, Any]:
     made: dict[Any, Any] = {}
     for name, processor in chosen.items():
         if not callable(processor):
-            processor = made.setdefault(str(processor), LowBitAttnProcessor(processor))
+            processor = made.setdefault(str(processor), LowBitAttnProcessor(processor, **hook))
         chosen[name] = processor
     return chosen
 
@@ -254,7 +254,8 @@ def step_groups(steps: int, groups: int = STEP_GROUPS) -> list[range]:
 
 
 def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, settings: Settings | None = None,
-                   measured_shares: bool = True, say: Callable[[str], None] = print) -> LayerTable:
+                   measured_shares: bool = True, backend: str = "auto", fallback: str | None = None,
+                   say: Callable[[str], None] = print) -> LayerTable:
     """Record one prompt.
 
     Args:
@@ -262,6 +263,7 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
         candidates: precisions, "module:Class" names, or `Candidate`s.
         measured_shares: measure what reaches the final latent (layers + step groups + 1 runs a candidate, without the
             VAE); otherwise shares are those of the local squared error alone.
+        backend, fallback: of the low-bit hook.
 
     Raises:
         ValueError: no candidates, an unknown one, or a model without attention modules that take a processor.
@@ -276,23 +278,23 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
     names = list(attention_modules(transformer_of(pipe)))
     if not names:
         raise ValueError("the model has no attention module that takes a processor")
-    clock = StepClock()
+    clock, hook = StepClock(), {"backend": backend, "fallback": fallback}
 
     def latents_of(modules: Any, whole: Candidate | None = None) -> np.ndarray:
         """The final latents with the given processors by module name."""
         from ..runtime.detect import runtime_of
 
         clock.step = 0
-        arguments = {**settings.arguments(), "seed": seed, "output_type": "latent", "callback_on_step_end": clock.tick}
+        arguments = {**settings.arguments(), "seed": seed, "output_type": "latent", "progress": False}
         with applied(pipe, whole or Candidate("modules", lambda: modules)):
-            pipe(prompt, **arguments)
+            pipe(prompt, **arguments, callback_on_step_end=clock.tick)
         return runtime_of(clock.latents).to_numpy(clock.latents).astype(np.float64)
 
     import time
 
     planned = ["record", "floor"]
     for candidate in candidates if measured_shares else []:
-        planned += [candidate.label] * (1 + len(by_module(candidate, names)) + STEP_GROUPS)
+        planned += [candidate.label] * (1 + len(by_module(candidate, names, **hook)) + STEP_GROUPS)
     progress = Progress(planned, say)
 
     def timed(label: str, text: str, modules: Any, whole: Candidate | None = None) -> np.ndarray:
@@ -301,7 +303,7 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
         progress.done(label, time.perf_counter() - begin, text)
         return latents
 
-    per_candidate = [by_module(c, names) for c in candidates]
+    per_candidate = [by_module(c, names, **hook) for c in candidates]
     recorders = {name: Recorder([processors.get(name) for processors in per_candidate], clock) for name in names}
     exact = timed("record", "recorded every candidate beside exact attention", recorders)
     size = np.linalg.norm(exact)
@@ -324,7 +326,7 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
         if not measured_shares:
             share[c] = local / local.sum() if local.any() else local
             continue
-        fresh = lambda: by_module(candidate, names)  # noqa: B023 - used within this round only
+        fresh = lambda: by_module(candidate, names, **hook)  # noqa: B023 - used within this round only
         latent_error[c] = error(timed(candidate.label, f"{candidate.label} everywhere", fresh()))
         layer_error[c] = 0.0
         for name, processor in fresh().items():

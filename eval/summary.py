@@ -47,6 +47,7 @@ class Row:
     verdict: str = UNKNOWN
     attention: dict[str, int] = field(default_factory=dict)
     fallbacks: int = 0
+    place: int = 0  # among the candidates; colours go by it
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def summarise(videos: Sequence[dict], order: Sequence[str] = ()) -> Summary:
         verdict = FAILED if failed else max(paired, key=rank.index, default=UNKNOWN)
         seconds = [line["seconds"] for line in lines if "seconds" in line]
         rows.append(Row(run, len(lines), failed, float(np.median(seconds)) if seconds else float("nan"), cells, verdict,
-                        attention, max((line.get("fallbacks", 0) for line in lines), default=0)))
+                        attention, max((line.get("fallbacks", 0) for line in lines), default=0), max(len(rows) - 2, 0)))
     for row in rows:
         figures += [name for name in row.cells if name not in figures]
     return Summary(rows, sorted(figures, key=figure_order), prompts, sorted({seed for _, seed in pairs}))
