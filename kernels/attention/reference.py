@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..blas_threads import one_blas_thread
 from ..formats import BLOCK_K, BLOCK_Q, LN_2, LOG2_E, MIN_SCORE, P_SHIFT
 from ..quant import reference as quant
 
@@ -34,6 +35,7 @@ def round_significand(x: np.ndarray, bits: int, min_exponent: int) -> np.ndarray
     return x
 
 
+@one_blas_thread()
 def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_scale: np.ndarray | None = None,
              k_scale: np.ndarray | None = None, v_scale: np.ndarray | None = None, bias: np.ndarray | None = None,
              p_format: str = "fp32", causal: bool = False, block_n: int = BLOCK_K,
