@@ -23,7 +23,8 @@ asm volatile("fma.rn.f32 %0, %0, %1, %1;" : "+f"(x[i]) : "f"(y[0]));
 asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(x[i]));
 if (i % 2) asm volatile("{.reg .s32 t; max.s32 t, %0, %1; max.s32 %0, t, %2;}" : "+r"(m) : "r"(s[i]), "r"(s[i - 1]));
 if (i % 4 == 3) asm volatile("{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, %1, %2; "
-                             "cvt.rn.satfinite.e4m3x2.f32 b, %3, %4; mov.b32 %0, {a, b};}" : "=r"(u[i]) : "f"(x[i]), "f"(x[i - 1]), "f"(x[i - 2]), "f"(x[i - 3]));
+                             "cvt.rn.satfinite.e4m3x2.f32 b, %3, %4; mov.b32 %0, {a, b};}"
+                             : "=r"(u[i]) : "f"(x[i]), "f"(x[i - 1]), "f"(x[i - 2]), "f"(x[i - 3]));
 """
 """Per element: conversion, fma, ex2; a maximum for every two and two e4m3 packs for every four."""
 SOURCE = """
@@ -49,7 +50,8 @@ TURNS = 200
 def main() -> None:
     import cupy as cp
 
-    pieces = {f"k{i}": (name, text) for i, (name, (text, _)) in enumerate(OPERATIONS.items())} | {"mix": ("mix, per element", MIX)}
+    pieces = {f"k{i}": (name, text) for i, (name, (text, _)) in enumerate(OPERATIONS.items())}
+    pieces["mix"] = ("mix, per element", MIX)
     code = "".join(SOURCE % (kernel, text) for kernel, (_, text) in pieces.items())
     module = cp.RawModule(code=code, options=("-arch=sm_90a",), backend="nvrtc")
     clocks, out = cp.zeros(132, dtype=cp.int64), cp.zeros(132 * 384, dtype=cp.int32)

@@ -210,6 +210,13 @@ def _pv_wait(t, tl, p, s, SUM_MMA: gl.constexpr):
 
 
 @gluon.jit
+def _one_column(x):
+    """A thread's two equal columns of the all-ones product as one: [64, 8] -> [64, 4]."""
+    a, b = x.reshape([64, 4, 2]).split()
+    return a
+
+
+@gluon.jit
 def _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr):
     """Adds a finished PV whose P was made under alpha_old; alpha is that of the tile after it."""
     if FP8_PV:
@@ -217,7 +224,7 @@ def _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV: gl.constexpr, SUM_MMA: 
     else:
         acc = _rescale(t, alpha)
     if SUM_MMA:
-        l = _rescale(l, alpha_old) + tl
+        l = _rescale(l, alpha_old) + _one_column(tl)
     return acc, l
 
 
@@ -319,7 +326,7 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
         acc = zero_acc
         where = (q_scale, p_ks, o_row, q_len, kv_len)
         if SUM_MMA:
-            l = zero_l
+            l = _one_column(zero_l)
         else:
             LQ: gl.constexpr = gl.SliceLayout(1, _split_scores(zero_s, BN, FP8_PV)[0].type.layout)
             l = gl.zeros([64, 4], gl.float32, layout=LQ)
@@ -378,8 +385,8 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
         else:
             acc = t
         if SUM_MMA:
-            l = _rescale(l, alpha) + tl
-            row_sum = gl.convert_layout(gl.sum(l, 1) * 0.125, OR)
+            l = _rescale(l, alpha) + _one_column(tl)
+            row_sum = gl.convert_layout(gl.sum(l, 1) * 0.25, OR)
         else:
             row_sum = gl.convert_layout(gl.sum(l, 1), OR)
         m_seen = row_sum > 0.0
