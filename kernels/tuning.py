@@ -62,6 +62,16 @@ TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
     ("fp16", (9, 0), 64): TileConfig(128, 128, 8, 2),
     ("fp16", (9, 0), 128): TileConfig(128, 128, 8, 2),
     ("fp16", (9, 0), 256): TileConfig(64, 64, 4, 2),
+    # sm_120 has TMA but sm_89's shared memory and mma.sync
+    ("int8+fp16", (12, 0), 64): TileConfig(128, 64, 4, 3),
+    ("int8+fp16", (12, 0), 128): TileConfig(128, 64, 8, 2),
+    ("int8+fp16", (12, 0), 256): TileConfig(64, 32, 4, 2),
+    ("int8+fp8", (12, 0), 64): TileConfig(128, 64, 4, 3),
+    ("int8+fp8", (12, 0), 128): TileConfig(128, 64, 8, 3),
+    ("int8+fp8", (12, 0), 256): TileConfig(64, 32, 4, 2),
+    ("fp16", (12, 0), 64): TileConfig(128, 64, 4, 3),
+    ("fp16", (12, 0), 128): TileConfig(128, 64, 8, 2),
+    ("fp16", (12, 0), 256): TileConfig(64, 32, 4, 2),
 }
 """Measured tiles; families without a row of their own use int8's."""
 
