@@ -276,7 +276,8 @@ def _reason(error: UnsupportedError) -> str:
 
 
 def _describe(attn: Any, record: Record) -> str:
-    return f"attention module {record.name!r}" if record.name else f"attention module of type {type(attn).__name__}"
+    own = getattr(attn, "full_name", type(attn).__name__.lower)()
+    return f"attention module {record.name or own!r}"
 
 
 class Applied:

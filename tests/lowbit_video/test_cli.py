@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, what it imports."""
 import json
+import pathlib
 import subprocess
 import sys
 import types
@@ -35,6 +36,13 @@ def test_kernels_writes_and_checks_a_readme(tmp_path, capsys):
     assert text.startswith("# before\n") and text.endswith("\nafter\n") and "old" not in text
     readme.write_text(text.replace(VARIANTS[0].name, "other"), encoding="utf-8")
     assert cli.main(["kernels", "--check", str(readme)]) == 1
+
+
+def test_the_readmes_table_is_the_generated_one():
+    readme = pathlib.Path(__file__).parents[2] / "README.md"
+    if kernel_table.BEGIN not in readme.read_text(encoding="utf-8"):
+        pytest.skip(f"README.md has no {kernel_table.BEGIN} block")
+    assert kernel_table.check(readme), "run: lowbit-video kernels --write README.md"
 
 
 def test_a_readme_without_the_block_is_named(tmp_path, capsys):

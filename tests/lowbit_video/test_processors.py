@@ -206,6 +206,13 @@ def test_a_dtype_is_an_error_or_the_exact_fallback():
         LowBitAttnProcessor().attend(tensor, tensor, tensor)
 
 
+def test_a_module_hooked_by_hand_is_named_as_paddle_names_it():
+    attn, given = toy_model.model(heads=4, head_dim=16).blocks[0], toy_model.inputs()
+    attn.set_processor(LowBitAttnProcessor("int8+fp16"))
+    with pytest.raises(UnsupportedError, match=f"attention module '{attn.full_name()}': no kernel"):
+        attn(given["video"], given["text"])
+
+
 def test_non_finite_input_names_module_and_tensor():
     model, given = toy_model.model(), toy_model.inputs()
     apply(model, "int8+fp16")
