@@ -83,10 +83,13 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
                     s *= row_scale
                     if bias is not None:
                         s += bias[i_b, i_h, columns] * factor
-                    if causal and columns.stop - 1 > last_key[0, 0]:
+                    masked = causal and columns.stop - 1 > last_key[0, 0]
+                    if masked:
                         s[np.arange(first, columns.stop) > last_key] = -np.inf
                     new_max = np.maximum(row_max, s.max(axis=1, keepdims=True))
                     s -= new_max - shift
+                    if not masked:  # subnormal results would make exp2 a hundred times slower, and count for nothing
+                        np.maximum(s, np.float32(-126.0), out=s)
                     p = np.exp2(s, out=s)
                     alpha = np.exp2(row_max - new_max)
                     row_max = new_max
