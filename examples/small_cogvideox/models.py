@@ -51,9 +51,15 @@ TINY = Sizes(height=32, width=48, frames=17, vae_channels=(8, 8, 8, 16), vae_gro
 
 
 def build_vae(sizes: Sizes) -> AutoencoderKLCogVideoX:
-    return AutoencoderKLCogVideoX(
+    """An untrained autoencoder: little noise on its latents, and norms that let the signal through, to learn fast."""
+    vae = AutoencoderKLCogVideoX(
         block_out_channels=sizes.vae_channels, latent_channels=sizes.latent_channels, layers_per_block=1,
         norm_num_groups=sizes.vae_groups, sample_height=sizes.height, sample_width=sizes.width, scaling_factor=1.0)
+    nn.init.constant_(vae.encoder.conv_out.conv.bias[sizes.latent_channels:], -5.0)  # log variance
+    for name, module in vae.decoder.named_modules():
+        if name.endswith("conv_y"):
+            nn.init.ones_(module.conv.bias)
+    return vae
 
 
 def build_text_encoder(sizes: Sizes, vocabulary: int) -> T5EncoderModel:
