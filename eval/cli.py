@@ -9,10 +9,10 @@ DEFAULT_OUT = "outputs/eval"
 DEFAULT_PRECISIONS = "int8+fp16,int8+fp8,int4+fp16,int2+fp16"
 
 
-COMPARE = ("Make every video once, exact and at each precision, measure them in pairs and write the report. A second start goes "
-           "on where the first one was stopped.")
-LAYERS = ("Run one prompt; at every attention call compare each candidate with exact attention on the same q, k, v, and measure "
-          "what reaches the final latent.")
+COMPARE = ("Make every video once, exact and at each precision, measure them in pairs and write the report. A second start "
+           "goes on where the first one was stopped.")
+LAYERS = ("Run one prompt; at every attention call compare each candidate with exact attention on the same q, k, v, and "
+          "measure what reaches the final latent.")
 REPORT = "Write report.html (self-contained), report.md and report.png from a folder of results."
 
 
@@ -61,8 +61,9 @@ def add_model(parser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help=f"a diffusers folder; default: {DEFAULT_MODEL}")
     parser.add_argument("--device", default="auto", help="as Paddle names it: cpu, gpu:0; default: auto")
     parser.add_argument("--dtype", default="float32", help="of the weights: float32, float16, bfloat16")
-    for name, kind, text in (("steps", int, "denoising steps"), ("guidance", float, "guidance scale"), ("frames", int, "frames"),
-                             ("height", int, "pixels"), ("width", int, "pixels"), ("fps", float, "frames a second of clips")):
+    numbers_of_a_video = (("steps", int, "denoising steps"), ("guidance", float, "guidance scale"), ("frames", int, "frames"),
+                          ("height", int, "pixels"), ("width", int, "pixels"), ("fps", float, "frames a second of clips"))
+    for name, kind, text in numbers_of_a_video:
         parser.add_argument(f"--{name}", type=kind, help=f"{text}; default: the model's generation.json, else the pipeline's")
 
 

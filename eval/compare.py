@@ -154,8 +154,8 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
         raise ValueError(f"a candidate is named twice: {', '.join(c.label for c in candidates)}")
     weights = dict(weights or {})
     chosen, lacking = registry.choose(metrics, weights)
-    for name, reason in lacking.items():
-        say(f"without {name}: {reason}")
+    if lacking:
+        say(f"not run here: {', '.join(lacking)} (`lowbit-video eval metrics` says what they need)")
     store = Store(out)
     try:
         check_settings(store, settings)
@@ -193,6 +193,7 @@ def check_settings(store: Store, settings: Settings) -> None:
 def _run(pipe, store, todo, candidates, settings, metrics, weights, hook, say) -> None:
     progress = Progress([run for _, _, run in todo], say)
     models: dict = {}
+    width = max(len(run) for _, _, run in todo)
     made = {FLOOR: floor_candidate(), **{c.label: c for c in candidates}}
     for prompt, seed in dict.fromkeys((p, s) for p, s, _ in todo):
         runs = [r for p, s, r in todo if (p, s) == (prompt, seed)]
@@ -215,7 +216,7 @@ def _run(pipe, store, todo, candidates, settings, metrics, weights, hook, say) -
                 line["error"] = str(error)
             store.append(line)
             spent = time.perf_counter() - begin + (note["seconds"] if run == EXACT else 0)
-            progress.done(run, spent, f"{run:<12} seed {seed}  {headline(line):<26} {prompt[:48]}")
+            progress.done(run, spent, f"{run:<{width}}  seed {seed}  {headline(line):<25}  {prompt[:48]}")
         reference.path.unlink(missing_ok=True)
 
 

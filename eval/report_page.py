@@ -75,7 +75,7 @@ def page(report: Report, reels: Mapping[tuple, Reel]) -> str:
     """The HTML page, everything inside."""
     films = [tag("script", base64.b64encode(reels[pair].film).decode(), type="application/base64", id=f"reel-{i}")
              for i, pair in enumerate(report.pairs()) if pair in reels]
-    data = json.dumps(page_data(report, reels), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps(page_data(report, reels), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     sections = [paired(report), viewer(reels), by_prompt(), speed(report), layers(report), alone(report), reading(report)]
     source = f"{html.escape(report.folder.name)}/results.jsonl, begun {report.run['time']}"
     values = {"title": f"{TITLE} lowbit_video evaluation", "heading": TITLE, "css": part("page.css"), "js": part("page.js"),

@@ -91,7 +91,7 @@ const video = make("video", { playsinline: "", preload: "auto" });
 video.muted = true;
 video.loop = true;
 const canvas = $("canvas"), pen = canvas.getContext("2d", { willReadFrequently: true });
-const scratch = make("canvas"), scratchPen = scratch.getContext("2d", { willReadFrequently: true });
+const sides = { a: make("canvas"), b: make("canvas") }; /* one tile each: smoothing cannot draw in the neighbours */
 const view = { mode: "slider", a: data.runs[0]?.name, b: data.default_b, split: 0.5, gain: 8, item: null, urls: new Map() };
 const frameNow = () => view.item ? Math.min(view.item.frames - 1, Math.max(0, Math.floor(video.currentTime * data.fps + 1e-3))) : 0;
 
@@ -134,28 +134,36 @@ function draw() {
   const w = width * scale, h = height * scale, gap = beside ? 2 * scale : 0;
   if (canvas.width !== (beside ? 2 * w + gap : w) || canvas.height !== h) { canvas.width = beside ? 2 * w + gap : w; canvas.height = h; }
   pen.imageSmoothingQuality = "high";
+  const pens = {};
+  for (const side of ["a", "b"]) {
+    if (sides[side].width !== width || sides[side].height !== height) { sides[side].width = width; sides[side].height = height; }
+    pens[side] = sides[side].getContext("2d", { willReadFrequently: true });
+    pens[side].imageSmoothingEnabled = false;
+    pens[side].drawImage(video, ...tile(view[side]), 0, 0, width, height);
+  }
   if (view.mode === "difference") {
-    scratch.width = 2 * width;
-    scratch.height = height;
-    scratchPen.drawImage(video, ...tile(view.a), 0, 0, width, height);
-    scratchPen.drawImage(video, ...tile(view.b), width, 0, width, height);
-    const a = scratchPen.getImageData(0, 0, width, height), b = scratchPen.getImageData(width, 0, width, height);
+    const a = pens.a.getImageData(0, 0, width, height), b = pens.b.getImageData(0, 0, width, height);
     for (let i = 0; i < a.data.length; i += 4) {
       for (let c = 0; c < 3; c++) a.data[i + c] = 255 - Math.min(255, view.gain * Math.abs(a.data[i + c] - b.data[i + c]));
     }
-    scratchPen.putImageData(a, 0, 0);
-    pen.drawImage(scratch, 0, 0, width, height, 0, 0, w, h);
+    pens.a.putImageData(a, 0, 0);
+    pen.drawImage(sides.a, 0, 0, w, h);
   } else if (beside) {
     pen.fillStyle = "#000";
     pen.fillRect(0, 0, canvas.width, canvas.height);
-    pen.drawImage(video, ...tile(view.a), 0, 0, w, h);
-    pen.drawImage(video, ...tile(view.b), w + gap, 0, w, h);
+    pen.drawImage(sides.a, 0, 0, w, h);
+    pen.drawImage(sides.b, w + gap, 0, w, h);
   } else {
-    const cut = Math.round(view.split * width), [ax, ay] = tile(view.a), [bx, by] = tile(view.b);
-    if (cut > 0) pen.drawImage(video, ax, ay, cut, height, 0, 0, cut * scale, h);
-    if (cut < width) pen.drawImage(video, bx + cut, by, width - cut, height, cut * scale, 0, (width - cut) * scale, h);
+    const cut = Math.round(view.split * w);
+    pen.drawImage(sides.b, 0, 0, w, h);
+    pen.save();
+    pen.beginPath();
+    pen.rect(0, 0, cut, h);
+    pen.clip();
+    pen.drawImage(sides.a, 0, 0, w, h);
+    pen.restore();
     pen.fillStyle = "rgba(255,255,255,.92)";
-    pen.fillRect(cut * scale - 1, 0, 2, h);
+    pen.fillRect(cut - 1, 0, 2, h);
   }
   $("scrub").value = frameNow();
   $("count").textContent = `${frameNow() + 1}/${view.item.frames}`;

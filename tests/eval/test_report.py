@@ -1,0 +1,152 @@
+"""The report without a browser: self-contained, escaped, complete; Markdown and PNG; charts; speed files; the commands."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lowbit_video.eval.candidates import Candidate  # noqa: E402
+from lowbit_video.eval.charts import frontier, ticks, times  # noqa: E402
+from lowbit_video.eval.compare import compare  # noqa: E402
+from lowbit_video.eval.layers import measure_layers  # noqa: E402
+from lowbit_video.eval.report import load, markdown, read_speed, write_report  # noqa: E402
+from lowbit_video.eval.report_page import short_names  # noqa: E402
+from lowbit_video.eval.settings import Settings  # noqa: E402
+from lowbit_video.eval.video import read_video  # noqa: E402
+from planted import NotANumber, SwapHeads  # noqa: E402
+from toy_pipeline import ToyPipeline  # noqa: E402
+
+from lowbit_video.cli import main  # noqa: E402
+
+PROMPTS = ['a "red" <b>ball</b> </script>', "two blue squares"]
+SETTINGS = Settings("toy", steps=2)
+QUIET = lambda line: None  # noqa: E731
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A small evaluation with a layer table and its report."""
+    folder, pipe = tmp_path_factory.mktemp("report"), ToyPipeline()
+    planted = [Candidate("swap", SwapHeads), Candidate("nan", NotANumber)]
+    compare(pipe, PROMPTS, ["int8+fp16", *planted], folder, settings=SETTINGS, metrics=["psnr", "ssim", "flicker"], say=QUIET)
+    table = measure_layers(pipe, PROMPTS[0], ["int8+fp16"], settings=SETTINGS, measured_shares=False, say=QUIET)
+    table.save(folder / "layers.npz")
+    return folder, write_report(folder, say=QUIET)
+
+
+def test_the_page_needs_nothing_from_outside(results):
+    page = results[1]["html"].read_text()
+    outside = re.sub(r"http://www.w3.org/[0-9a-z/]+", "", page)
+    assert not re.search(r"https?://|<link|@import|src=\"(?!data:)", outside)
+    assert "{{" not in page and "default-src 'none'" in page
+
+
+def test_prompts_are_escaped_and_the_data_is_whole(results):
+    page = results[1]["html"].read_text()
+    assert "<b>ball" not in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S).group(1))
+    assert [p["text"] for p in data["prompts"]] == PROMPTS
+    assert [run["name"] for run in data["runs"]] == ["exact", "floor", "int8+fp16", "swap", "nan"]
+    assert data["prompts"][0]["reel"]["runs"] == ["exact", "int8+fp16", "swap"]  # the failed run has no film
+    assert "NaN" in data["prompts"][0]["runs"]["nan"]["error"]
+    assert data["prompts_sort"] == {"key": "swap", "up": True, "figure": "psnr"}
+    assert len(data["layers"]["values"]["int8+fp16"]["share"]["steps"]) == 3
+    assert page.count('type="application/base64"') == 2
+
+
+def test_the_films_show_what_the_clips_show(results, tmp_path):
+    import base64
+
+    page = results[1]["html"].read_text()
+    (tmp_path / "reel.mp4").write_bytes(base64.b64decode(re.search(r'id="reel-0">(.*?)</script>', page).group(1)))
+    film = read_video(tmp_path / "reel.mp4")
+    exact = next(v for v in load(results[0]).videos.values() if v["run"] == "exact" and v["prompt"] == PROMPTS[0])
+    clip = read_video(results[0] / exact["clip"])
+    frames, height, width = clip.shape[:3]
+    assert film.shape[0] == frames
+    assert np.abs(film[:, :height, :width].astype(int) - clip).mean() < 8  # hard colour edges and half-size chroma
+
+
+def test_markdown_has_every_run_with_interval_and_floor(results):
+    text = results[1]["markdown"].read_text()
+    rows = {line.split(" | ")[0].strip("| `"): line for line in text.splitlines() if line.startswith("| ")}
+    assert set(rows) == {"run", "exact", "noise floor (exact, reordered)", "int8+fp16", "swap", "nan"}
+    assert re.search(r"\d+\.\d \[\d+\.\d, \d+\.\d\].*×", rows["swap"]) and "failed" in rows["nan"]
+    assert "(report.png)" in text and "2 prompts, 1 seed each" in text
+
+
+def test_the_picture_is_a_png_with_something_in_it(results):
+    import imageio.v3 as iio
+
+    picture = iio.imread(results[1]["png"])
+    assert picture.shape[1] == 1650 and picture[..., :3].std() > 20
+
+
+def test_a_small_page_without_films(results, tmp_path):
+    paths = write_report(results[0], out=tmp_path, films=False, say=QUIET)
+    assert "application/base64" not in paths["html"].read_text()
+    assert paths["html"].stat().st_size < 120_000
+
+
+def test_speed_comes_from_a_benchmark_if_named(results, tmp_path):
+    rows = [{"tokens": 17776, "precision": "int8+fp16", "speedup": s, "error": None} for s in (1.4, 1.7)]
+    rows += [{"tokens": 4096, "precision": "int8+fp16", "speedup": 9.0}, {"tokens": 17776, "precision": None, "speedup": 1.0}]
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"about": {"gpu": "H200"}, "rows": rows}))
+    assert read_speed(path) == ({"exact": 1.0, "int8+fp16": 1.7}, "attention speed-up, H200, 17776 tokens")
+    assert "attention speed-up, H200" in markdown(load(results[0], speed=path))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no row with a precision"):
+        read_speed(path)
+
+
+def test_numbers_for_people():
+    assert [times(v) for v in (1.44, 31.7, 999, 1234, 251_500, 1.69e6, np.inf, np.nan)] == [
+        "1.4×", "32×", "999×", "1\u202f230×", "251\u202f500×", "1.69 million ×", "∞×", "–"]
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) and ticks(17, 42) == [20, 25, 30, 35, 40]
+    assert frontier([(1, 10), (2, 20), (3, 15), (2.5, 20)], faster_is_higher=False) == [(2, 20), (1, 10)]
+    assert frontier([(1, 10), (2, 20), (3, 15)], faster_is_higher=True) == [(2, 20), (3, 15)]
+    assert short_names(["transformer_blocks.0.attn1", "transformer_blocks.12.attn1"]) == ["layer 0", "layer 12"]
+
+
+def test_the_commands(results, tmp_path, capsys):
+    assert main(["eval", "report", str(results[0]), "--to", str(tmp_path), "--no-films"]) == 0
+    assert (tmp_path / "report.md").is_file() and "report.html" in capsys.readouterr().out
+    assert main(["eval", "metrics"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"psnr +paired +dB +higher is better +ready", out) and "needs --weights lpips=PATH" in out
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red ball\n")
+    for arguments, words in (
+        (["report", str(tmp_path / "none")], "no results here"),
+        (["compare", "--prompts", str(tmp_path / "none.txt")], "none.txt"),
+        (["compare", "--prompts", str(prompts), "--precisions", "int9+fp16"], "int9"),
+        (["compare", "--prompts", str(prompts), "--metrics", "lpips"], "--weights lpips=PATH"),
+        (["compare", "--prompts", str(prompts), "--model", str(tmp_path / "nowhere")], "nowhere"),
+    ):
+        assert main(["eval", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_whole_evaluation_of_a_random_model_by_command(tmp_path, capsys):
+    from lowbit_video.pipelines.cogvideox import make_random_pipeline
+
+    make_random_pipeline(tmp_path / "model", seed=0, kind="2b")
+    (tmp_path / "p.txt").write_text("a red ball\na blue square\n")
+    small = ["--model", str(tmp_path / "model"), "--steps", "2", "--frames", "8", "--height", "32", "--width", "48"]
+    common = ["--precisions", "int8+fp16", "--out"]
+    assert main(["eval", "compare", "--prompts", str(tmp_path / "p.txt"), *small, *common, str(tmp_path / "out"),
+                 "--metrics", "psnr,ssim,motion_smoothness", "--limit", "1"]) == 0
+    assert main(["eval", "layers", "--prompt", "a red ball", *small, *common, str(tmp_path / "out" / "layers.npz")]) == 0
+    out = capsys.readouterr().out
+    assert "[3/3] int8+fp16" in out and "final latent error" in out
+    assert (tmp_path / "out" / "report.html").is_file()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line.get("run") for line in lines] == [None, "exact", "floor", "int8+fp16"]
+    assert lines[0]["settings"]["steps"] == 2 and lines[3]["figures"]["psnr"] > 20
