@@ -137,9 +137,9 @@ def _methods(shape: Shape, dtype: str, runtime: Any, like: Any, specs: Iterable[
     arch = runtime.arch(q)
     methods, missing = [], []
     for baseline in baselines.BASELINES if with_baselines else ():
-        reason = baseline.why_not()
-        if reason is None and baseline.framework == "paddle" != runtime.NAME:
+        if baseline.framework == "paddle" != runtime.NAME:
             continue
+        reason = baseline.why_not()
         if reason is not None:
             missing.append((baseline.name, reason))
             continue

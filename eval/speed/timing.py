@@ -13,6 +13,8 @@ L2_BYTES = 256 * 2**20
 """Overwritten before every timed run: several times any GPU's L2, so that inputs come from memory."""
 HOST_MARGIN = 4
 """The overwriting lasts this many times the host's part of a call, so that launches never wait for the host."""
+MOST_PASSES = 64
+"""A call whose host part is longer than this many passes waits for the device anyway."""
 MEMORY_BYTES_PER_MS = 2.0e9
 """A cautious rate of overwriting, to turn host time into a number of passes."""
 
@@ -40,7 +42,7 @@ class Timer:
 
     def sample(self, call: Callable[[], object], runs: int, host_us: float) -> list[float]:
         """Device times in ms of `runs` calls, each from a cold cache."""
-        passes = 1 + int(HOST_MARGIN * host_us * 1e-3 * MEMORY_BYTES_PER_MS / L2_BYTES)
+        passes = min(MOST_PASSES, 1 + int(HOST_MARGIN * host_us * 1e-3 * MEMORY_BYTES_PER_MS / L2_BYTES))
         events = [(cuda_driver.Event(), cuda_driver.Event()) for _ in range(runs)]
         for begin, end in events:
             for _ in range(passes):
@@ -61,7 +63,7 @@ class Timer:
     def host_us(self, call: Callable[[], object], calls: int = 5) -> float:
         """Median wall time of the host's part of a call, in microseconds; the device is idle at its beginning."""
         times = []
-        for _ in range(calls):
+        while len(times) < calls and sum(times) < 2e5:
             self.synchronize()
             begin = time.perf_counter()
             call()
