@@ -188,10 +188,16 @@ class CogVideoXPipeline:
         with on_device(self.device), paddle.no_grad():
             return self.text_encoder(paddle.to_tensor(ids))
 
-    def decode_latents(self, latents: paddle.Tensor) -> paddle.Tensor:
+    def decode_latents(self, latents: paddle.Tensor, progress: bool = False) -> paddle.Tensor:
         """Video [B, 3, F, H, W] about [-1, 1] of latents [B, f, C, h, w]."""
+        total = None if self.vae.use_tiling else latents.shape[0] * latents.shape[1]
         latents = latents.transpose([0, 2, 1, 3, 4]) / self.vae.config.scaling_factor
-        return self.vae.decode(latents.astype(self.vae.dtype))
+        with tqdm(total=total, desc="decode", unit="frame", disable=not progress) as bar:
+            self.vae.on_decoded = bar.update
+            try:
+                return self.vae.decode(latents.astype(self.vae.dtype))
+            finally:
+                self.vae.on_decoded = None
 
     def __call__(
         self,
@@ -238,7 +244,7 @@ class CogVideoXPipeline:
                 replaces that tensor.
             callback_on_step_end_tensor_inputs: which of CALLBACK_TENSORS the callback gets; "prompt_embeds" holds the
                 negative ones first where there is guidance.
-            progress: show a progress bar.
+            progress: show progress bars of denoising and decoding.
         Raises:
             ValueError: inputs that do not fit the model or each other, before any work.
         """
@@ -323,7 +329,7 @@ class CogVideoXPipeline:
             if output_type == "latent":
                 return PipelineOutput(latents, timings, seeds)
             with self._timed(timings, "decode"):
-                video = self.decode_latents(latents[:, padded_frames:])
+                video = self.decode_latents(latents[:, padded_frames:], progress)
                 frames = _postprocess(video, output_type)
         return PipelineOutput(frames, timings, seeds)
 
@@ -490,11 +496,19 @@ def _draw(generators: Sequence[Any], shape: Sequence[int]) -> paddle.Tensor:
 def _take_latents(latents: Any, shape: Sequence[int]) -> paddle.Tensor:
     if list(latents.shape) != list(shape):
         raise ValueError(f"latents have shape {list(latents.shape)}; these videos need {list(shape)}")
-    return paddle.to_tensor(latents).astype("float32")
+    return _here(latents).astype("float32")
 
 
 def _given_or(tensor: Any, make: Callable[[], paddle.Tensor]) -> paddle.Tensor:
-    return make() if tensor is None else paddle.to_tensor(tensor)
+    return make() if tensor is None else _here(tensor)
+
+
+def _here(x: Any) -> paddle.Tensor:
+    """An array or tensor as a tensor on the current device."""
+    if not isinstance(x, paddle.Tensor):
+        return paddle.to_tensor(x)
+    moved = str(x.place) != str(paddle.framework._current_expected_place())
+    return paddle.to_tensor(x.astype("float32").numpy()).astype(x.dtype) if moved else x
 
 
 def _repeat_rows(x: paddle.Tensor, times: int) -> paddle.Tensor:

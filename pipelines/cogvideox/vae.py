@@ -14,7 +14,7 @@ writes; the number of frames per piece, the tiles and their blending are the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -403,6 +403,7 @@ class AutoencoderKLCogVideoX(Model):
         self.post_quant_conv = nn.Conv3D(out, out, 1) if config.use_post_quant_conv else None
         self.use_slicing = False
         self.use_tiling = False
+        self.on_decoded: Callable[[int], object] | None = None  # told how many latent frames each piece of work had
         # The model was trained on pieces of 2 latent frames; other sizes work and look worse.
         self.num_latent_frames_batch_size = 2
         self.num_sample_frames_batch_size = 8
@@ -521,7 +522,10 @@ class AutoencoderKLCogVideoX(Model):
 
     def _decode(self, z):
         def run(piece, cache):
-            return self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), cache)
+            video, cache = self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), cache)
+            if self.on_decoded is not None:
+                self.on_decoded(piece.shape[0] * piece.shape[FRAME])
+            return video, cache
 
         return self._by_tiles(run, z, self.num_latent_frames_batch_size, 1, self.spatial_compression_ratio)
 

@@ -151,11 +151,13 @@ def test_callback(pipe):
     np.testing.assert_array_equal(stopped.frames.numpy(), seen[0][4])
 
 
-def test_progress_bar(pipe, capfd):
-    pipe("snow", seed=1, output_type="latent", **{**QUICK, "progress": True})
-    assert "denoise: 100%" in capfd.readouterr().err
-    pipe("snow", seed=1, output_type="latent", **QUICK)
-    assert "denoise" not in capfd.readouterr().err
+def test_progress_bars(pipe, capfd):
+    pipe("snow", seed=1, **{**QUICK, "progress": True})
+    shown = capfd.readouterr().err
+    assert "denoise: 100%" in shown and "decode: 100%" in shown
+    pipe("snow", seed=1, **QUICK)
+    shown = capfd.readouterr().err
+    assert "denoise" not in shown and "decode" not in shown
 
 
 def test_dynamic_guidance_is_the_published_one():
