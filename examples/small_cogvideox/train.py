@@ -157,7 +157,7 @@ def vae_loss(vae, video, mask, kl_weight: float):
     weight = 1 + 2 * mask
     square = error.square()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return (weight * (error.abs() + 2 * square)).mean() + kl_weight * kl, square.detach().mean()
+    return (weight * (0.3 * error.abs() + 6 * square)).mean() + kl_weight * kl, square.detach().mean()
 
 
 def psnr_db(mean_square: float) -> float:
