@@ -53,13 +53,15 @@ def generate(pipe, prompt: str, seed: int, settings: Settings, candidate: Candid
     arguments = {"seed": seed, "output_type": "np", "progress": False, **settings.arguments()}
     note = {}
     if candidate is None:
-        frames = pipe(prompt, **arguments).frames
+        output = pipe(prompt, **arguments)
     else:
         with applied(pipe, candidate, **hook):
-            frames = pipe(prompt, **arguments).frames
+            output = pipe(prompt, **arguments)
             note = coverage_note(pipe)
-    video = np.asarray(frames[0] if np.ndim(frames) == 5 or isinstance(frames, (list, tuple)) else frames)
-    return video, {"seconds": round(time.perf_counter() - begin, 3), **note}
+    note["seconds"] = round(time.perf_counter() - begin, 3)
+    if timings := getattr(output, "timings", None):
+        note["timings"] = {stage: round(seconds, 3) for stage, seconds in timings.items()}
+    return np.asarray(output.frames[0]), note
 
 
 def coverage_note(pipe) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 from .video import BadVideoError, as_video, luma
 
 FLOW_SIDE = 192  # pixels; larger frames are averaged down to at most twice this before the flow
-MAX_PAIRS = 8  # neighbouring pairs looked at in one clip, evenly spread
+MAX_PAIRS = 6  # neighbouring pairs looked at in one clip, evenly spread
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def load(folder, *, speed=None, layers=None) -> Report:
     report = Report(summary, {(v["prompt"], v["seed"], v["run"]): v for v in videos}, runs[-1], Path(folder))
     if layers or table.is_file():
         report.layers = LayerTable.load(table)
+    if any("timings" in video for video in videos):
+        report.speed_label = "denoising seconds a video"
     report.speed = {row.run: row.seconds for row in summary.rows if not math.isnan(row.seconds)}
     if speed:
         report.speed, report.speed_label = read_speed(speed)

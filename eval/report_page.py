@@ -47,9 +47,8 @@ NOTES = {
               "visible: look at the videos.",
     "no films": "No films are in this page; make it again where the clips are.",
     "prompts": "Worst first. A column head sorts by it; a prompt opens its videos.",
-    "seconds": "Seconds are of this evaluation on this machine, whole videos, the median over prompts. On a CPU low-bit "
-               "attention runs through the NumPy reference, an oracle and not a fast path: this says nothing about speed on a "
-               "GPU.",
+    "seconds": "Seconds are of this evaluation on this machine, the median over prompts. On a CPU low-bit attention runs "
+               "through the NumPy reference, an oracle and not a fast path: this says nothing about speed on a GPU.",
     "speed-up": "Speed-ups are of the attention operator, from the benchmark that was named; quality is from this evaluation.",
     "local": "Shares are of local squared errors; their way to the final latent was not measured.",
     "measured": "Shares are local squared errors, scaled to what runs with one layer, or one group of steps, at low bit left "

@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One run (exact, floor, or a candidate) over all prompts."""
+    """One run (exact, floor, or a candidate) over all prompts; `seconds` is the median time of denoising, or of the call."""
 
     run: str
     videos: int
@@ -154,7 +154,7 @@ def summarise(videos: Sequence[dict], order: Sequence[str] = ()) -> Summary:
         paired = [c.verdict for name, c in cells.items() if registry.metric(name).kind == "paired"]
         rank = [UNKNOWN, WITHIN, ABOVE, CLEARLY_ABOVE]
         verdict = FAILED if failed else max(paired, key=rank.index, default=UNKNOWN)
-        seconds = [line["seconds"] for line in lines if "seconds" in line]
+        seconds = [line.get("timings", {}).get("denoise", line["seconds"]) for line in lines if "seconds" in line]
         rows.append(Row(run, len(lines), failed, float(np.median(seconds)) if seconds else float("nan"), cells, verdict,
                         attention, max((line.get("fallbacks", 0) for line in lines), default=0), max(len(rows) - 2, 0)))
     for row in rows:
