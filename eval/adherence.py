@@ -1,9 +1,7 @@
 """Prompt adherence in the small model's world: are the colour, shape, motion and background those of the caption?"""
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-from collections.abc import Mapping
 
 from .video import as_uint8
 
@@ -21,18 +19,17 @@ def missing(weights) -> str | None:
 
 
 def measure(video, reference=None, context=None) -> dict[str, float] | None:
-    """1 or 0 for each part, and for all of them together; None for a caption outside the scorer's world."""
-    from . import prompt_adherence
+    """1 or 0 for each part, and for all of them together.
 
+    None for a caption that does not state every part in the world's own terms (the scorer would call an open part met),
+    and for clips shorter or smaller than the scorer can judge.
+    """
+    from . import prompt_adherence, world
+
+    if not world.parse(context.caption).complete:
+        return None
     try:
         verdict = prompt_adherence.score(as_uint8(video), context.caption)
     except ValueError:
         return None
-    if verdict is None:
-        return None
-    if dataclasses.is_dataclass(verdict):
-        verdict = dataclasses.asdict(verdict)
-    if not isinstance(verdict, Mapping):
-        return {"all": float(verdict)}
-    parts = {name: float(value) for name, value in verdict.items() if isinstance(value, (bool, int, float))}
-    return {**parts, "all": min(parts.values())} if parts else None
+    return {**{part: float(getattr(verdict, part)) for part in prompt_adherence.PARTS}, "all": float(verdict.all)}

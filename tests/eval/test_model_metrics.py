@@ -98,6 +98,7 @@ def test_adherence_speaks_of_each_part_and_of_nothing_outside_the_world():
     assert set(verdict) == {"colour", "shape", "motion", "background", "all"} and verdict["all"] == 1.0
     wrong = adherence.measure(255 - frames, None, Context(caption))
     assert wrong["colour"] == 0.0 and wrong["all"] == 0.0
+    assert adherence.measure(frames, None, Context("waves break on a sandy beach")) is None
 
 
 def test_what_is_missing_is_said_for_each():

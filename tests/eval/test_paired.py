@@ -1,11 +1,12 @@
 """The paired metrics: against scikit-image, and every bad input by name."""
 import numpy as np
 import pytest
+from lowbit_video.eval.ms_ssim import ms_ssim
 from lowbit_video.eval.psnr import CEILING_DB, psnr
 from lowbit_video.eval.ssim import ssim
 from lowbit_video.eval.video import BadVideoError, read_video
 
-PAIRED = {"psnr": psnr, "ssim": ssim}
+PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 
 
 def clip(shape=(3, 40, 51, 3), seed=0, noise=0.0):
