@@ -60,4 +60,4 @@ def measure(video, reference=None, context=None) -> float:
         for i in spread(len(frames), FRAMES):
             paths.append(str(Path(folder) / f"{i:04d}.png"))
             iio.imwrite(paths[-1], frames[i])
-        return float(np.mean([float(scorer(images=[path], texts=[context.caption])) for path in paths]))
+        return float(np.mean([scorer(images=[path], texts=[context.caption]).item() for path in paths]))
