@@ -70,6 +70,14 @@ QK_FORMATS = tuple(name for name, f in FORMATS.items() if f.scaled)
 """Formats that Q and K can be quantised to."""
 
 
+def scale_block(operand: str, granularity: str) -> int | None:
+    """Rows of operand "q" or "k" that share one scale: BLOCK_K rows of K at "block" granularity, else None, one per row.
+
+    Q has a scale per row always: a kernel holds its rows' scales in registers anyway, and 8 bits gain 0.5 dB.
+    """
+    return BLOCK_K if operand == "k" and granularity == "block" else None
+
+
 def get_format(name: str) -> Format:
     """The format of that name; ValueError lists what exists."""
     try:

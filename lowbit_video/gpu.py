@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit_video.kernels.buffers import Buffer
-from lowbit_video.kernels.formats import BLOCK_K, BLOCK_Q, get_format
+from lowbit_video.kernels.formats import get_format, scale_block
 from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
 from lowbit_video.precision import Precision
 
@@ -51,8 +51,8 @@ def plan_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, int,
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
         "q_codes": (get_format(precision.q).storage, code_shape(q_shape, precision.q, varlen)),
         "k_codes": (get_format(precision.k).storage, code_shape(kv_shape, precision.k, varlen)),
-        "q_scale": ("float32", scale_shape(q_shape, precision.granularity, BLOCK_Q, varlen)),
-        "k_scale": ("float32", scale_shape(kv_shape, precision.granularity, BLOCK_K, varlen)),
+        "q_scale": ("float32", scale_shape(q_shape, None, varlen)),
+        "k_scale": ("float32", scale_shape(kv_shape, scale_block("k", precision.granularity), varlen)),
     }
     scratch = 0
     if precision.pv == "fp8":
@@ -164,12 +164,12 @@ class Call:
             token_stats.launch_token_mean(self.q, self.q_strides, partial, q_mean, shape=self.q_shape, **q_varlen)
         shift = part("lse_shift")
         quant_qk.launch_quant_qk(
-            self.q, self.q_strides, part("q_codes"), part("q_scale"), shape=self.q_shape, format=precision.q,
-            granularity=precision.granularity, block=BLOCK_Q, mean=q_mean, lse_shift=shift,
-            k_mean=None if shift is None else k_mean, sm_scale=self.scale, group=group, **q_varlen)
+            self.q, self.q_strides, part("q_codes"), part("q_scale"), shape=self.q_shape, format=precision.q, block=None,
+            mean=q_mean, lse_shift=shift, k_mean=None if shift is None else k_mean, sm_scale=self.scale,
+            group=group, **q_varlen)
         quant_qk.launch_quant_qk(
             self.k, self.k_strides, part("k_codes"), part("k_scale"), shape=self.kv_shape, format=precision.k,
-            granularity=precision.granularity, block=BLOCK_K, mean=k_mean, bias=part("bias"), q_mean=q_mean,
+            block=scale_block("k", precision.granularity), mean=k_mean, bias=part("bias"), q_mean=q_mean,
             group=group, **k_varlen)
         if precision.pv == "fp8":
             quant_v.launch_quant_v(self.v, self.v_strides, part("v_codes"), v_scale, shape=self.kv_shape, **k_varlen)
@@ -242,7 +242,8 @@ def run_quantize(x: Any, *, format: str, granularity: str, operand: str, smooth:
                  runtime: Any) -> dict[str, Any]:
     """Quantised copy of a GPU tensor: {"codes", "scale", "mean"} as tensors of its framework; mean is None unless smoothed.
 
-    x: [B, N, H, D] or [B, H, N, D]. operand "q" or "k": codes [B, H, N, D / codes per byte]; "v" (format "fp8"): codes
+    x: [B, N, H, D] or [B, H, N, D]. operand "q" or "k": codes [B, H, N, D / codes per byte], scale per row, or
+    per 128 rows of k at granularity "block"; "v" (format "fp8"): codes
     [B, H, D, Npad], scale [B, H, D].
     """
     from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
@@ -258,12 +259,11 @@ def run_quantize(x: Any, *, format: str, granularity: str, operand: str, smooth:
             token_stats.launch_v_scale(x, strides, partial, scale, shape=shape)
             quant_v.launch_quant_v(x, strides, codes, scale, shape=shape)
         return dict(codes=codes, scale=scale, mean=None)
-    block = BLOCK_Q if operand == "q" else BLOCK_K
+    block = scale_block(operand, granularity)
     codes = runtime.empty(code_shape(shape, format), get_format(format).storage, x)
-    scale = runtime.empty(scale_shape(shape, granularity, block), "float32", x)
+    scale = runtime.empty(scale_shape(shape, block), "float32", x)
     with runtime.launch_guard(x):
         if smooth:
             token_stats.launch_token_mean(x, strides, partial, mean, shape=shape)
-        quant_qk.launch_quant_qk(x, strides, codes, scale, shape=shape, format=format, granularity=granularity, block=block,
-                                 mean=mean)
+        quant_qk.launch_quant_qk(x, strides, codes, scale, shape=shape, format=format, block=block, mean=mean)
     return dict(codes=codes, scale=scale, mean=mean)

@@ -23,7 +23,7 @@ class Precision:
 
     spec: "q[/k]+pv" ("int8+fp16", "int8/int4+fp8", "int2+fp16", ...), or "fp16", "bf16", "fp32",
         "exact" for full precision ("exact" computes in the tensors' own dtype).
-    granularity: "block" (one scale per 64 query and 128 key rows) or "token" (one per row).
+    granularity: K's, "block" (one scale per 128 rows) or "token" (one per row). Q has one per row always.
         Default: "block" for int8 and fp8, "token" as soon as int4 or int2 takes part.
     smooth_k: subtract K's mean over the tokens, which softmax does not see. Default True.
     smooth_q: subtract Q's mean and add its exact product with K back. Default: Q in int4 or int2.

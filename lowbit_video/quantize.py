@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lowbit_video.attention import LAYOUTS, require_finite
-from lowbit_video.kernels.formats import BLOCK_K, BLOCK_Q, QK_FORMATS
+from lowbit_video.kernels.formats import QK_FORMATS, scale_block
 from lowbit_video.precision import GRANULARITIES
 from lowbit_video.runtime import detect
 
@@ -38,8 +38,8 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
 
     x: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND") Paddle or torch tensor; it is not changed.
     format: "int8", "int4", "int2" or "fp8"; v takes "fp8" only, one scale per channel.
-    granularity: "block" (64 rows of q, 128 of k share a scale) or "token".
-    operand: "q", "k" or "v": which layout and block size. smooth: subtract the mean over the tokens;
+    granularity: "block" (128 rows of k share a scale) or "token" (one per row). q has one per row either way.
+    operand: "q", "k" or "v": which layout and scales. smooth: subtract the mean over the tokens;
         default: yes for k, no for q and v.
     Raises ValueError for what does not exist, listing what does; NonFiniteError for NaN and infinity.
     """
@@ -90,7 +90,7 @@ def dequantize(quantized: Quantized) -> np.ndarray:
     scale = runtime.to_numpy(quantized.scale)
     if quantized.operand == "v":
         return reference.decode_v(codes, quantized.length) * scale[:, :, None]
-    block = None if quantized.granularity == "token" else BLOCK_Q if quantized.operand == "q" else BLOCK_K
+    block = scale_block(quantized.operand, quantized.granularity)
     values = reference.decode(codes, quantized.format) * reference.expand_scale(scale, quantized.length, block)[..., None]
     return values if quantized.mean is None else values + runtime.to_numpy(quantized.mean)[:, :, None]
 
@@ -102,7 +102,7 @@ def _quantize_reference(array: np.ndarray, format: str, granularity: str, operan
     if operand == "v":
         return *reference.quantize_v(array), None
     mean = reference.token_mean(array) if smooth else None
-    block = None if granularity == "token" else BLOCK_Q if operand == "q" else BLOCK_K
+    block = scale_block(operand, granularity)
     return *reference.quantize_rows(array, format, block, mean), mean
 
 

@@ -1,9 +1,10 @@
 """Check and time the portable Triton kernels on this GPU: quantisers in GB/s, attention by tile, totals, FlashAttention-2.
 
-    python -m lowbit_video.eval.speed.probe_portable [--out FOLDER] [--quick]
+    python -m lowbit_video.eval.speed.probe_portable [--out FOLDER] [--quick | --table]
 
 Uses PyTorch tensors. Every (kernel, tile) is compiled and checked at a small shape in parallel processes first; then each
-is checked again and timed at the anchor shapes. Prints one table and writes probe_portable.json.
+is checked again and timed at the anchor shapes. Prints one table and writes probe_portable.json. --table: the tuning table's
+tile and a few rivals only, INT8 only, quantisation beside the time that its bytes take.
 """
 from __future__ import annotations
 
@@ -36,6 +37,14 @@ TILES = {
     ("fp16", "fp16", 64): "64x128 4 2 0 0, 64x128 4 2 0 1, 128x128 8 2 0 1, 128x64 8 3 0 1, 64x64 4 3 0 1, 128x64 4 3 0 1",
     ("fp16", "fp16", 128): "64x128 4 2 0 1, 128x128 8 2 0 0, 128x128 8 2 0 1, 128x64 8 3 0 1, 64x64 4 3 0 1",
 }
+RIVALS = {  # beside the tuning table's own tile, with --table
+    ("int8", "fp16", 64): "64x128 4 2 0 0",
+    ("int8", "fp16", 128): "64x128 4 2 0 0, 128x64 4 3 0 1",
+    ("int8", "fp8", 64): "64x128 4 2 128 0",
+    ("int8", "fp8", 128): "64x128 4 2 168 0",
+}
+MEMORY_GB_PER_S = 4300
+"""What a copy reaches on an H200."""
 
 
 def parse_tiles(text: str) -> list[tuple]:
@@ -67,6 +76,7 @@ class Case:
 
     def __init__(self, q, k, v, qf, pv, *, kf=None, causal=False, lse=False, token=None, cu_q=None, cu_k=None):
         import torch
+        from lowbit_video.kernels.formats import scale_block
         from lowbit_video.kernels.quant import shapes
 
         self.q, self.k, self.v, self.qf, self.kf, self.pv, self.causal = q, k, v, qf, kf or qf, pv, causal
@@ -101,8 +111,8 @@ class Case:
             self.bias = new((b, qs[1], ks[2]) if not varlen else (qs[1], ks[2]))
         self.qc = new(shapes.code_shape(qs, qf, varlen), torch.uint8)
         self.kc = new(shapes.code_shape(ks, self.kf, varlen), torch.uint8)
-        self.qs = new(shapes.scale_shape(qs, gran, 64, varlen))
-        self.ks = new(shapes.scale_shape(ks, gran, 128, varlen))
+        self.qs = new(shapes.scale_shape(qs, None, varlen))
+        self.ks = new(shapes.scale_shape(ks, scale_block("k", gran), varlen))
         if pv == "fp8":
             self.vc = new(shapes.v_code_shape(ks, varlen), torch.uint8)
 
@@ -122,15 +132,16 @@ class Case:
     def quant_q(self):
         from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 
-        launch_quant_qk(self.q, self.q.stride()[:3], self.qc, self.qs, shape=self.q_shape, format=self.qf,
-                        granularity=self.gran, block=64, mean=self.q_mean, lse_shift=self.lse_shift,
-                        k_mean=self.k_mean, sm_scale=self.scale, group=self.group, cu_seqlens=self.cu_q, max_len=self.max_q)
+        launch_quant_qk(self.q, self.q.stride()[:3], self.qc, self.qs, shape=self.q_shape, format=self.qf, block=None,
+                        mean=self.q_mean, lse_shift=self.lse_shift, k_mean=self.k_mean,
+                        sm_scale=self.scale, group=self.group, cu_seqlens=self.cu_q, max_len=self.max_q)
 
     def quant_k(self):
+        from lowbit_video.kernels.formats import scale_block
         from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 
         launch_quant_qk(self.k, self.k.stride()[:3], self.kc, self.ks, shape=self.kv_shape, format=self.kf,
-                        granularity=self.gran, block=128, mean=self.k_mean, bias=self.bias, q_mean=self.q_mean,
+                        block=scale_block("k", self.gran), mean=self.k_mean, bias=self.bias, q_mean=self.q_mean,
                         group=self.group, cu_seqlens=self.cu_k, max_len=self.max_k)
 
     def quant_v(self):
@@ -294,9 +305,11 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--quick", action="store_true", help="first tile of each precision only")
+    parser.add_argument("--table", action="store_true", help="INT8 with the tuning table's tiles and few rivals only")
     options = parser.parse_args()
     began = time.time()
-    jobs = [(key, tile) for key, tiles in TILES.items() for tile in parse_tiles(tiles)[:1 if options.quick else None]]
+    chosen = RIVALS if options.table else TILES
+    jobs = [(key, tile) for key, tiles in chosen.items() for tile in parse_tiles(tiles)[:1 if options.quick else None]]
     results, good = [], set()
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         warming = pool.imap_unordered(warm, jobs)
@@ -340,7 +353,7 @@ def main() -> None:
         print(" TFLOP/s")
         results.append(row)
         size = q.numel() * 2
-        for qf, pv, dim in TILES:
+        for qf, pv, dim in chosen:
             if dim != d:
                 continue
             case = Case(q, k, v, qf, pv)
@@ -353,10 +366,12 @@ def main() -> None:
                 times = {name: bench(f) for name, f, _ in steps}
                 text = " ".join(f"{s} {times[s] * 1e3:.0f}us {byte / times[s] / 1e6:.0f}GB/s" for s, f, byte in steps)
                 times["all"] = bench(case.quantize)
-                print(f"  {case.names():10s} quantise: {text} all {times['all'] * 1e3:.0f}us")
+                least = sum(byte for _, _, byte in steps) / MEMORY_GB_PER_S / 1e6
+                ratio = f"{times['all'] / least:.2f}x its bytes at {MEMORY_GB_PER_S} GB/s"
+                print(f"  {case.names():10s} quantise: {text} all {times['all'] * 1e3:.0f}us, {ratio}")
                 results.append(dict(kind="quantize", shape=shape, name=case.names(), ms=times))
             best = None
-            for tile in parse_tiles(TILES[qf, pv, dim]):
+            for tile in parse_tiles(chosen[qf, pv, dim]):
                 if ((qf, pv, dim), tile) not in good:
                     continue
                 case.out.fill_(float("nan"))

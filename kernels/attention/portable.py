@@ -16,12 +16,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..buffers import Buffer, as_buffer
-from ..formats import BLOCK_K, BLOCK_Q, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, get_format
+from ..formats import BLOCK_K, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, get_format
 from ..fp8 import to_fp8
 from ..quant.shapes import ceil_div
 from ..tuning import TileConfig, family, lookup
 
-SCALE_ROWS = tl.constexpr(BLOCK_Q)
 SCALE_KEYS = tl.constexpr(BLOCK_K)
 LN2 = tl.constexpr(LN_2)
 NEVER = tl.constexpr(MIN_SCORE)
@@ -230,13 +229,12 @@ def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shif
         i_m = tl.num_programs(0) - 1 - i_m
     i_hk = i_h // GROUP
     q_start, k_start, v_start, nq, nk = 0, 0, 0, Nq, Nk
-    q_block, k_block, k_first = 0, 0, 0
+    k_block, k_first = 0, 0
     if VARLEN:
         q_start = tl.load(cu_q + i_b)
         k_start = tl.load(cu_k + i_b)
         nq = tl.load(cu_q + i_b + 1) - q_start
         nk = tl.load(cu_k + i_b + 1) - k_start
-        q_block = q_start // SCALE_ROWS + i_b
         k_block = k_start // SCALE_KEYS + i_b
         v_start = k_block * SCALE_KEYS
         k_first = k_start.to(tl.int64)
@@ -255,11 +253,10 @@ def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shif
     if not EXACT:
         p_qs = q_scale + i_b64 * qs_stride_b + i_h64 * qs_stride_h
         p_ks = k_scale + i_b64 * ks_stride_b + i_hk64 * ks_stride_h
+        b_qs *= tl.load(p_qs + o_row, mask=m_m, other=0.0)
         if PER_TOKEN:
-            b_qs *= tl.load(p_qs + o_row, mask=m_m, other=0.0)
             p_ks += k_start
         else:
-            b_qs *= tl.load(p_qs + q_block + o_m // SCALE_ROWS, mask=m_m, other=0.0)
             p_ks += k_block
     p_bias = bias
     if BIAS:
@@ -340,6 +337,7 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
     q_shape (B, Hq, Nq, D) and kv_shape (B, Hkv, Nkv, D) are the logical shapes; strides are (batch, head, seq) in elements.
     q, k: contiguous HND codes for a scaled format; for exact attention ("fp16", "bf16", "fp32") any view, by q_strides and
     k_strides. v: for pv_format "fp16" any 16-bit (or fp32) view by v_strides; for "fp8" the codes of `launch_quant_v`.
+    q_scale: [B, Hq, Nq] float32. k_scale: [B, Hkv, ceil(Nkv / 128)], or [B, Hkv, Nkv] for granularity "token".
     pv_dtype: "float16" or "bfloat16", what P (and a float32 V) is rounded to; by default V's own dtype. Exact attention in
     float32 (pv_dtype "float32") multiplies by TF32 in three terms.
     out: any dtype, by out_strides. lse [B, Hq, Nq] float32, natural log, plus lse_shift if that is given.
@@ -396,14 +394,13 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
         v_desc = _descriptor(v, v_shape, v_strides, v_block)
     if varlen:
         q_strides, k_strides, v_strides, out_strides = ((0, *s[1:]) for s in (q_strides, k_strides, v_strides, out_strides))
-    q_scales = q_len if per_token else q_len // BLOCK_Q + batch if varlen else ceil_div(q_len, BLOCK_Q)
     k_scales = kv_len if per_token else kv_len // BLOCK_K + batch if varlen else ceil_div(kv_len, BLOCK_K)
     sm_factor = sm_scale * LOG2_E
     attn_fwd_kernel[(ceil_div(max_q if varlen else q_len, config.block_m), q_heads, batch)](
         q, k_desc or k, v_desc or v, as_buffer(out), as_buffer(lse), as_buffer(q_scale), as_buffer(k_scale), as_buffer(v_scale),
         as_buffer(bias), as_buffer(lse_shift), as_buffer(cu_seqlens_q), as_buffer(cu_seqlens_k),
         *q_strides, *k_strides, *v_strides, *out_strides,
-        0 if varlen else q_heads * q_scales, q_scales, 0 if varlen else kv_heads * k_scales, k_scales,
+        0 if varlen else q_heads * q_len, q_len, 0 if varlen else kv_heads * k_scales, k_scales,
         0 if varlen else q_heads * kv_len, 0 if varlen else q_heads * q_len, kv_len, q_len,
         sm_factor * factor, sm_factor, q_heads, q_len, kv_len, GROUP=q_heads // kv_heads, D=head_dim, PAD_D=pad_d,
         BM=config.block_m, BN=config.block_n, Q_FORMAT="exact" if exact else q_format, K_FORMAT="exact" if exact else k_format,

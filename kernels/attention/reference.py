@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..blas_threads import one_blas_thread
-from ..formats import BLOCK_K, BLOCK_Q, LN_2, LOG2_E, MIN_SCORE, P_SHIFT
+from ..formats import BLOCK_K, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, scale_block
 from ..quant import reference as quant
 
 TILE_Q = 512
@@ -122,10 +122,10 @@ def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: s
     half: "fp16" or "bf16", the 16-bit type of V and P where pv_format is "fp16".
     Returns out [B, Hq, Nq, D] float32 and LSE [B, Hq, Nq], corrected for smoothing.
     """
-    block_q, block_k = (BLOCK_Q, BLOCK_K) if granularity == "block" else (None, None)
+    block_k = scale_block("k", granularity)
     k_mean = quant.token_mean(k) if smooth_k else None
     q_mean = quant.token_mean(q) if smooth_q else None
-    q_codes, q_scale = quant.quantize_rows(q, q_format, block_q, q_mean)
+    q_codes, q_scale = quant.quantize_rows(q, q_format, None, q_mean)
     k_codes, k_scale = quant.quantize_rows(k, k_format, block_k, k_mean)
     if pv_format == "fp8":
         v_codes, v_scale = quant.quantize_v(v)
@@ -134,7 +134,7 @@ def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: s
         values, v_scale, p_format = v, None, half
     out, lse = attn_fwd(
         quant.decode(q_codes, q_format), quant.decode(k_codes, k_format), values, scale=scale,
-        q_scale=quant.expand_scale(q_scale, q.shape[2], block_q), k_scale=quant.expand_scale(k_scale, k.shape[2], block_k),
+        q_scale=q_scale, k_scale=quant.expand_scale(k_scale, k.shape[2], block_k),
         v_scale=v_scale, bias=quant.score_bias(q_mean, k, k_mean) if smooth_q else None, p_format=p_format,
         causal=causal, block_n=block_n, sum_rounded=sum_rounded)
     if smooth_k:

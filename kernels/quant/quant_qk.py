@@ -1,4 +1,4 @@
-"""Q or K to int8, int4, int2 or FP8 codes, per block or per token, in one pass over the input.
+"""Q or K to int8, int4, int2 or FP8 codes, per block or per row, in one pass over the input.
 
 The mean over tokens (smoothing) is subtracted on the way, and what smoothing takes from the scores is
 written by the same pass: Q's pass gives the LSE shift, K's pass the score bias. Rounding is to the
@@ -21,7 +21,7 @@ STEP_2 = tl.constexpr(INT2_STEP)
 ROUND_MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding it rounds a small float32 half to even and leaves the integer in the low bits."""
 TOKEN_ROWS = 64
-"""Rows that one program quantises at token granularity."""
+"""Rows that one program quantises where each has a scale of its own."""
 
 
 @triton.jit(do_not_specialize=["H", "N", "scale_stride_b", "scale_stride_h", "row_stride_b", "row_stride_h"])
@@ -106,12 +106,12 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
 
 
 def launch_quant_qk(x: Any, strides: tuple[int, int, int], codes: Any, scale: Any, *, shape: tuple[int, int, int, int],
-                    format: str, granularity: str, block: int, mean: Any = None, lse_shift: Any = None, k_mean: Any = None,
+                    format: str, block: int | None, mean: Any = None, lse_shift: Any = None, k_mean: Any = None,
                     sm_scale: float = 1.0, bias: Any = None, q_mean: Any = None, group: int = 1, cu_seqlens: Any = None,
                     max_len: int | None = None) -> None:
     """Codes and float32 scales of x [B, H, N, D], given by `strides` (batch, head, seq) in elements.
 
-    codes: [B, H, N, D / codes_per_byte] contiguous. scale: [B, H, ceil(N / block)], or [B, H, N] for granularity "token".
+    codes: [B, H, N, D / codes_per_byte] contiguous. scale: [B, H, ceil(N / block)], or [B, H, N] where block is None.
     mean [B, H, D]: subtracted first. lse_shift [B, H, N] with k_mean [B, H / group, D], for Q: sm_scale * (x . k_mean) of the
     unsmoothed rows. bias [B, H * group, N] with q_mean [B, H * group, D], for K: q_mean . (x - mean), unscaled.
     With cu_seqlens int32 [S + 1]: shape (S, H, T, D); codes [H, T, ..], token scales, lse_shift and bias [.., T], block scales
@@ -122,7 +122,7 @@ def launch_quant_qk(x: Any, strides: tuple[int, int, int], codes: Any, scale: An
     if head_dim % fmt.codes_per_byte:
         raise ValueError(f"head_dim {head_dim} does not divide by {format}'s {fmt.codes_per_byte} codes a byte")
     varlen = cu_seqlens is not None
-    per_token = granularity == "token"
+    per_token = block is None
     rows = TOKEN_ROWS if per_token else block
     packed = head_dim // fmt.codes_per_byte
     scales = tokens if per_token else tokens // block + batch if varlen else ceil_div(tokens, block)
@@ -135,4 +135,4 @@ def launch_quant_qk(x: Any, strides: tuple[int, int, int], codes: Any, scale: An
         0 if varlen else row_heads * tokens, tokens, sm_scale, heads, tokens, MAX_CODE=fmt.max_code,
         D=head_dim, PAD_D=triton.next_power_of_2(head_dim), ROWS=rows, FORMAT=format, PER_TOKEN=per_token, GROUP=group,
         SMOOTH=mean is not None, SHIFT=lse_shift is not None, BIAS=bias is not None, VARLEN=varlen,
-        INTERPRET=bool(triton.knobs.runtime.interpret),         num_warps=8 if rows * head_dim > 8192 else 4)
+        INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=8 if rows * head_dim > 8192 else 4)

@@ -23,10 +23,10 @@ def code_shape(shape: tuple[int, int, int, int], format: str, varlen: bool = Fal
     return (heads, tokens, packed) if varlen else (batch, heads, tokens, packed)
 
 
-def scale_shape(shape: tuple[int, int, int, int], granularity: str, block: int, varlen: bool = False) -> tuple[int, ...]:
-    """Shape of Q's or K's float32 scales."""
+def scale_shape(shape: tuple[int, int, int, int], block: int | None, varlen: bool = False) -> tuple[int, ...]:
+    """Shape of Q's or K's float32 scales, one per `block` rows, or one per row where that is None (`formats.scale_block`)."""
     batch, heads, tokens, _ = shape
-    if granularity == "token":
+    if block is None:
         return (heads, tokens) if varlen else (batch, heads, tokens)
     return (heads, tokens // block + batch) if varlen else (batch, heads, ceil_div(tokens, block))
 

@@ -16,7 +16,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_portable_interpre
 from lowbit_video.kernels.attention.portable import launch_attn_fwd  # noqa: E402
 from lowbit_video.kernels.attention.reference import attn_fwd, lowbit_attention  # noqa: E402
 from lowbit_video.kernels.buffers import Buffer  # noqa: E402
-from lowbit_video.kernels.formats import BLOCK_K, BLOCK_Q, QK_FORMATS  # noqa: E402
+from lowbit_video.kernels.formats import QK_FORMATS, scale_block  # noqa: E402
 from lowbit_video.kernels.quant import reference, shapes  # noqa: E402
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk  # noqa: E402
 from lowbit_video.kernels.quant.quant_v import launch_quant_v  # noqa: E402
@@ -57,13 +57,13 @@ def draw_qkv(q_shape, kv_shape, seed=0, **options):
     return draw(seed, *q_shape, **options), k, draw(seed + 2, *kv_shape, **options)
 
 
-def quantise(x, format, granularity, block, shape=None, **options):
+def quantise(x, format, block, shape=None, **options):
     shape = shape or x.shape
     varlen = options.get("cu_seqlens") is not None
     codes = poisoned(shapes.code_shape(shape, format, varlen), np.uint8)
-    scale = poisoned(shapes.scale_shape(shape, granularity, block, varlen))
-    launch_quant_qk(buffer(x), strides(x), buffer(codes), buffer(scale), shape=shape, format=format, granularity=granularity,
-                    block=block, **options)
+    scale = poisoned(shapes.scale_shape(shape, block, varlen))
+    launch_quant_qk(buffer(x), strides(x), buffer(codes), buffer(scale), shape=shape, format=format, block=block,
+                    **options)
     return codes, scale
 
 
@@ -106,9 +106,9 @@ def attend(q, k, v, q_format, k_format, pv, granularity="block", smooth_q=False,
     q_mean = token_mean(q, q_shape, **q_varlen) if smooth_q else None
     bias = poisoned((1 if cu is not None else q.shape[0], q.shape[1], k.shape[2])) if smooth_q else None
     shift = poisoned(q.shape[:3])
-    q_codes, q_scale = quantise(q, q_format, granularity, BLOCK_Q, q_shape, mean=buffer(q_mean), lse_shift=buffer(shift),
+    q_codes, q_scale = quantise(q, q_format, None, q_shape, mean=buffer(q_mean), lse_shift=buffer(shift),
                                 k_mean=buffer(k_mean), sm_scale=scale, group=group, **q_varlen)
-    k_codes, k_scale = quantise(k, k_format, granularity, BLOCK_K, kv_shape, mean=buffer(k_mean), bias=buffer(bias),
+    k_codes, k_scale = quantise(k, k_format, scale_block("k", granularity), kv_shape, mean=buffer(k_mean), bias=buffer(bias),
                                 q_mean=buffer(q_mean), group=group, **k_varlen)
     values, v_scale = quantise_v(v, kv_shape, **k_varlen) if pv == "fp8" else (v, None)
     launch_attn_fwd(buffer(q_codes), buffer(k_codes), buffer(values), buffer(out), q_format=q_format, k_format=k_format,
@@ -154,20 +154,20 @@ def test_statistics(shape, layout):
     np.testing.assert_array_equal(token_mean(k), mean)
 
 
-@pytest.mark.parametrize("granularity", ["block", "token"])
+@pytest.mark.parametrize("block", [128, None], ids=str)
 @pytest.mark.parametrize("format", QK_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_codes(shape, format, granularity):
+def test_codes(shape, format, block):
     x = draw(3, *shape, layout="NHD", dtype=ml_dtypes.bfloat16 if format == "int8" else np.float16)
     x32 = x.astype(np.float32)
     mean = reference.token_mean(x32)
-    codes, scale = quantise(x, format, granularity, BLOCK_K, mean=buffer(mean))
-    wanted, wanted_scale = reference.quantize_rows(x32, format, BLOCK_K if granularity == "block" else None, mean)
+    codes, scale = quantise(x, format, block, mean=buffer(mean))
+    wanted, wanted_scale = reference.quantize_rows(x32, format, block, mean)
     np.testing.assert_allclose(scale, wanted_scale, rtol=1e-6)
     assert (codes != wanted.view(np.uint8)).mean() < 1e-3
     half_step = {"int8": 0.501, "fp8": 16.01, "int4": 1.01}.get(format)  # in units of the scale; int2 clips
     if half_step:
-        rows = reference.expand_scale(scale, shape[2], BLOCK_K if granularity == "block" else None)[..., None]
+        rows = reference.expand_scale(scale, shape[2], block)[..., None]
         decoded = reference.decode(codes.view(wanted.dtype), format) * rows
         error = np.abs(decoded - (x32 - mean[:, :, None])) / rows
         assert error.max() <= half_step
@@ -178,9 +178,9 @@ def test_corrections_of_smoothing(format):
     q, k, _ = draw_qkv((2, 4, 70, 64), (2, 2, 70, 64))
     k_mean, q_mean = token_mean(k), token_mean(q)
     shift, bias = poisoned((2, 4, 70)), poisoned((2, 4, 70))
-    quantise(q, format, "token", BLOCK_Q, mean=buffer(q_mean), lse_shift=buffer(shift), k_mean=buffer(k_mean), sm_scale=0.125,
+    quantise(q, format, None, mean=buffer(q_mean), lse_shift=buffer(shift), k_mean=buffer(k_mean), sm_scale=0.125,
              group=2)
-    quantise(k, format, "token", BLOCK_K, mean=buffer(k_mean), bias=buffer(bias), q_mean=buffer(q_mean), group=2)
+    quantise(k, format, None, mean=buffer(k_mean), bias=buffer(bias), q_mean=buffer(q_mean), group=2)
     q32, k32 = q.astype(np.float32), k.astype(np.float32)
     np.testing.assert_allclose(shift, 0.125 * np.einsum("bhnd,bhd->bhn", q32, k_mean.repeat(2, axis=1)), atol=1e-4)
     np.testing.assert_allclose(bias, reference.score_bias(q_mean, k32, k_mean), atol=1e-4)
@@ -200,12 +200,12 @@ def test_v_codes(shape):
 @pytest.mark.parametrize("format", QK_FORMATS)
 def test_zeros_and_large_values(format):
     x = np.zeros((1, 1, 70, 64), np.float32)
-    codes, scale = quantise(x, format, "token", BLOCK_Q)
+    codes, scale = quantise(x, format, None)
     assert np.isfinite(scale).all() and (scale > 0).all()
     values = reference.decode(codes.view(reference.encode(x, np.ones((1, 1, 70), np.float32), format).dtype), format)
     assert np.abs(values * scale[..., None]).max() < 1e-29
     x[..., 0] = 1e18
-    _, scale = quantise(x, format, "token", BLOCK_Q)
+    _, scale = quantise(x, format, None)
     assert np.isfinite(scale).all()
 
 

@@ -102,9 +102,9 @@ def test_quantisers_compile(arch):
         launch_kv_stats(buffer(dtype), strides, buffer(dtype), strides, float32, float32, float32, shape=shape)
         for format in QK_FORMATS:
             if runs_on(format, "fp16", arch):
-                for granularity in ("block", "token"):
+                for block in (128, None):
                     launch_quant_qk(buffer(dtype), strides, buffer("uint8"), float32, shape=shape, format=format,
-                                    granularity=granularity, block=64, mean=float32, bias=float32, q_mean=float32, group=3)
+                                    block=block, mean=float32, bias=float32, q_mean=float32, group=3)
         if arch >= (8, 9):
             launch_quant_v(buffer(dtype), strides, buffer("uint8"), float32, shape=shape)
     assert len(kernels) >= 8

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from lowbit_video.kernels.formats import BLOCK_K, BLOCK_Q
+from lowbit_video.kernels.formats import scale_block
 from lowbit_video.kernels.quant import reference
 from lowbit_video.kernels.variants import VARIANTS
 
@@ -80,7 +80,7 @@ def test_quantise_writes_the_references_codes(framework, operand, format):
     runtime = detect.runtime_of(x)
     got = run_quantize(x, format=format, granularity="block", operand=operand, smooth=True, tensor_layout="NHD",
                        runtime=runtime)
-    block = BLOCK_Q if operand == "q" else BLOCK_K
+    block = scale_block(operand, "block")
     array = framework.numpy(x).transpose(0, 2, 1, 3)
     mean = runtime.to_numpy(got["mean"])
     np.testing.assert_allclose(mean, array.mean(2), rtol=1e-5, atol=1e-6)
