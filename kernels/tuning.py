@@ -42,7 +42,7 @@ def family(q: str, k: str, pv: str) -> str:
     return f"{k}+{'fp8' if pv == 'fp8' else 'fp16'}"
 
 
-# (family, arch, padded head dim) -> tile. int4 and int2 pay for unpacking K once per query tile, so they like tall tiles.
+# (family, arch, padded head dim) -> tile. sm_90's rows are the fastest that probe_portable found on an H200, int2's are int4's.
 TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
     ("int8+fp16", (8, 0), 64): TileConfig(128, 64, 4, 3),
     ("int8+fp16", (8, 0), 128): TileConfig(128, 64, 8, 3),
@@ -53,13 +53,21 @@ TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
     ("fp16", (8, 0), 64): TileConfig(128, 64, 4, 3),
     ("fp16", (8, 0), 128): TileConfig(128, 64, 8, 3),
     ("fp16", (8, 0), 256): TileConfig(64, 32, 4, 2),
-    ("int8+fp16", (9, 0), 64): TileConfig(64, 128, 4, 3),
-    ("int8+fp16", (9, 0), 128): TileConfig(128, 128, 8, 2),
+    ("int8+fp16", (9, 0), 64): TileConfig(64, 128, 4, 2),
+    ("int8+fp16", (9, 0), 128): TileConfig(128, 64, 4, 3, sum_mma=True),
     ("int8+fp16", (9, 0), 256): TileConfig(64, 64, 4, 2),
-    ("int8+fp8", (9, 0), 64): TileConfig(64, 128, 4, 3),
-    ("int8+fp8", (9, 0), 128): TileConfig(64, 128, 4, 2),
+    ("int8+fp8", (9, 0), 64): TileConfig(64, 128, 4, 2, max_registers=128),
+    ("int8+fp8", (9, 0), 128): TileConfig(64, 128, 4, 2, max_registers=168),
     ("int8+fp8", (9, 0), 256): TileConfig(64, 64, 4, 2),
-    ("fp16", (9, 0), 64): TileConfig(128, 128, 8, 2),
+    ("int4+fp16", (9, 0), 64): TileConfig(64, 128, 4, 2),
+    ("int4+fp16", (9, 0), 128): TileConfig(64, 128, 4, 2),
+    ("int4+fp8", (9, 0), 64): TileConfig(64, 128, 4, 3, max_registers=168),
+    ("int4+fp8", (9, 0), 128): TileConfig(64, 128, 4, 2),
+    ("int2+fp16", (9, 0), 64): TileConfig(64, 128, 4, 2),
+    ("int2+fp16", (9, 0), 128): TileConfig(64, 128, 4, 2),
+    ("int2+fp8", (9, 0), 64): TileConfig(64, 128, 4, 3, max_registers=168),
+    ("int2+fp8", (9, 0), 128): TileConfig(64, 128, 4, 2),
+    ("fp16", (9, 0), 64): TileConfig(128, 64, 4, 3, sum_mma=True),
     ("fp16", (9, 0), 128): TileConfig(128, 128, 8, 2),
     ("fp16", (9, 0), 256): TileConfig(64, 64, 4, 2),
     # sm_120 has TMA but sm_89's shared memory and mma.sync
@@ -101,9 +109,13 @@ def load(path: str) -> dict[tuple[str, tuple[int, int], int], TileConfig]:
         raise ValueError(f"{path} is not a tuning file ({e}); write one with `lowbit-video bench tune`") from e
 
 
-def _nearest(rows: dict, name: str, arch: tuple[int, int], head_dim: int) -> TileConfig | None:
-    fits = [a for f, a, d in rows if f == name and d == head_dim and a <= arch]
-    return rows[name, max(fits), head_dim] if fits else None
+def _nearest(rows: dict, names: list[str], arch: tuple[int, int], head_dim: int) -> TileConfig | None:
+    """The row of the newest arch that is not newer, of the first of the names that has one there."""
+    fits = [(a, -names.index(f), f) for f, a, d in rows if f in names and d == head_dim and a <= arch]
+    if not fits:
+        return None
+    newest, _, name = max(fits)
+    return rows[name, newest, head_dim]
 
 
 def lookup(name: str, arch: tuple[int, int], head_dim: int) -> TileConfig:
@@ -120,10 +132,9 @@ def lookup(name: str, arch: tuple[int, int], head_dim: int) -> TileConfig:
     if os.environ.get(ENVIRONMENT):
         tables.insert(0, load(os.environ[ENVIRONMENT]))
     for rows in tables:
-        for candidate in names:
-            config = _nearest(rows, candidate, arch, padded)
-            if config is not None:
-                return config
+        config = _nearest(rows, names, arch, padded)
+        if config is not None:
+            return config
     raise ValueError(f"no tile for {name} on sm_{arch[0]}{arch[1]} at head dim {head_dim}; "
                      f"families: {', '.join(sorted({f for f, _, _ in TABLE}))}; int8+fp16 needs sm_80, FP8 sm_89")
 
