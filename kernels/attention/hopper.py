@@ -23,7 +23,6 @@ import triton
 
 from ..buffers import Buffer, as_buffer
 from ..formats import BLOCK_K as _BLOCK_K
-from ..formats import BLOCK_Q as _BLOCK_Q
 from ..formats import LOG2_E
 from .gluon_shim import (
     TensorDescriptor,
@@ -40,9 +39,9 @@ from .gluon_shim import (
 LN_2 = gl.constexpr(0.6931471805599453)
 M_INIT = gl.constexpr(-1.0e30)  # a running maximum of -inf would give NaN in exp2(m - m)
 FP8_SHIFT = gl.constexpr(8.0)  # P is scaled by 2**8, just under e4m3's largest value 448
+FP8_ONE = gl.constexpr(0x38)  # the bits of 1.0 in e4m3
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup: the M of wgmma
 BLOCK_K = gl.constexpr(_BLOCK_K)  # keys to a K scale
-BLOCK_Q = gl.constexpr(_BLOCK_Q)  # rows to a Q scale
 
 
 @gluon.jit
@@ -87,21 +86,29 @@ def _split_scores(s, BN: gl.constexpr, FP8_PV: gl.constexpr):
 
 
 @gluon.jit
+def _beside(x, split):
+    """[64] -> [64, 1, 1] in the layout of one of `_split_scores`'s tensors; moves no register."""
+    return gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(2, split.type.layout)), assert_trivial=True)[:, None, None]
+
+
+@gluon.jit
 def _exponentials(f, scale, m):
     return gl.exp2(gl.fma(f.to(gl.float32), scale, -m))
 
 
 @gluon.jit
-def _softmax(s, scale, m, l, BN: gl.constexpr, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr):
+def _softmax(s, scale, m, l, BN: gl.constexpr, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr, MASKED: gl.constexpr):
     """P of one tile, unpacked, with the new row maximum and the factor for what was summed before.
 
-    s: scores [64, BN], int32 or float32; scale: float32, so that s * scale is base 2; m [64]: running maximum minus the shift.
+    s: scores [64, BN], int32 or float32; scale: [64] (MASKED: 1.0), makes them base 2; m [64]: running maximum minus the shift.
     """
     SHIFT: gl.constexpr = FP8_SHIFT if FP8_PV else 0.0
     m_new = gl.maximum(m, gl.max(s, 1).to(gl.float32) * scale - SHIFT)
     alpha = gl.exp2(m - m_new)
     s0, s1, s2, s3 = _split_scores(s, BN, FP8_PV)
-    m_row = gl.convert_layout(m_new, gl.SliceLayout(1, gl.SliceLayout(2, s0.type.layout)), assert_trivial=True)[:, None, None]
+    m_row = _beside(m_new, s0)
+    if not MASKED:
+        scale = _beside(scale, s0)
     p0 = _exponentials(s0, scale, m_row)
     p1 = _exponentials(s1, scale, m_row)
     if FP8_PV:
@@ -165,7 +172,7 @@ def _mask(s, scale, i_n, o_row, q_len, kv_len, BN: gl.constexpr, CAUSAL: gl.cons
     if CAUSAL:
         o_m = o_row + gl.arange(0, 64, layout=gl.SliceLayout(1, L)) + (kv_len - q_len)
         m_visible = m_visible & (o_n[None, :] <= o_m[:, None])
-    return gl.where(m_visible, s.to(gl.float32) * scale, float("-inf"))
+    return gl.where(m_visible, s.to(gl.float32) * scale[:, None], float("-inf"))
 
 
 @gluon.jit
@@ -263,7 +270,7 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
     alpha_old = alpha
     if TOKEN and not FIRST:  # one warpgroup at a time in the exponentials
         mbarrier.wait(token.index(W), (turn & 1) ^ (1 if W == 0 else 0))
-    p0, p1, p2, p3, alpha, m, l = _softmax(x, scale, m, l, BN, FP8_PV, SUM_MMA)
+    p0, p1, p2, p3, alpha, m, l = _softmax(x, scale, m, l, BN, FP8_PV, SUM_MMA, MASK)
     if PIN:
         p3 = _after(p3)
     if TOKEN and not FIRST:
@@ -316,8 +323,8 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
     for i_work in range(gl.program_id(0), n_work, gl.num_programs(0)):
         i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, BM, BN, CAUSAL)
         o_row = i_m * BM + W * ROWS
-        n_q_scale = gl.cdiv(q_len, BLOCK_Q)
-        q_scale = gl.load(p_q_scale + i_bh * n_q_scale + gl.minimum(i_m * NC + W, n_q_scale - 1)) * sm_scale
+        o_q = o_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SL))
+        q_scale = gl.load(p_q_scale + i_bh.to(gl.int64) * q_len + o_q, mask=o_q < q_len, other=0.0) * sm_scale
         p_ks = p_k_scale + i_kv * gl.cdiv(kv_len, BLOCK_K)
         n_full = kv_len // BN  # tiles that need no mask
         if CAUSAL:
@@ -469,7 +476,11 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
     else:
         v_s = gl.allocate_shared_memory(V_TYPE, [STAGES, BN, D], V_LAYOUT)
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    ones_s = gl.allocate_shared_memory(V_TYPE, [8, BN], ONES_LAYOUT, gl.full([8, BN], 1.0, gl.float32, layout=BL).to(V_TYPE))
+    if FP8_PV:  # by its bits: of a converted 1.0 in both halves of a register ptxas leaves one half unwritten
+        ones = gl.full([8, BN], FP8_ONE, gl.int8, layout=BL).to(V_TYPE, bitcast=True)
+    else:
+        ones = gl.full([8, BN], 1.0, V_TYPE, layout=BL)
+    ones_s = gl.allocate_shared_memory(V_TYPE, [8, BN], ONES_LAYOUT, ones)
     fence_async_shared()
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -607,11 +618,11 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
     """out = softmax(q k^T sm_scale) v on sm_90, from codes and scales as the quantisers left them.
 
     The arguments are those of the portable `launch_attn_fwd`. q_shape (B, Hq, Nq, D) and kv_shape (B, Hkv, Nkv, D), D 64 or
-    128; strides are (batch, head, seq) in elements. q, k: contiguous HND codes, both "int8" or both "fp8", with a scale for
-    every 64 query rows and 128 keys. v: for pv_format "fp16" the caller's float16 or bfloat16 view by v_strides, for "fp8"
-    the codes of `launch_quant_v` with v_scale [B, Hkv, D]. out: any float dtype, by out_strides. lse [B, Hq, Nq] float32,
-    natural log, plus lse_shift if that is given. is_causal: key j is visible to query i if j <= i + Nkv - Nq; a row
-    without a key gives 0 and -inf.
+    128; strides are (batch, head, seq) in elements. q, k: contiguous HND codes, both "int8" or both "fp8"; q_scale
+    [B, Hq, Nq], k_scale [B, Hkv, ceil(Nkv / 128)]. v: for pv_format "fp16" the caller's float16 or bfloat16 view by
+    v_strides, for "fp8" the codes of `launch_quant_v` with v_scale [B, Hkv, D]. out: any float dtype, by out_strides. lse
+    [B, Hq, Nq] float32, natural log, plus lse_shift if that is given. is_causal: key j is visible to query i if
+    j <= i + Nkv - Nq; a row without a key gives 0 and -inf.
     sm_scale: not negative (the row maximum is taken before it is multiplied).
     Raises ValueError for what the kernel does not cover.
     """
