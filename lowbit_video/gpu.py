@@ -162,17 +162,17 @@ class Call:
             token_stats.launch_v_scale(self.v, self.v_strides, partial, v_scale, shape=self.kv_shape, **k_varlen)
         if precision.smooth_q:
             token_stats.launch_token_mean(self.q, self.q_strides, partial, q_mean, shape=self.q_shape, **q_varlen)
+        if precision.pv == "fp8":  # first, and K next: the statistics' last reads are still in the L2 cache
+            quant_v.launch_quant_v(self.v, self.v_strides, part("v_codes"), v_scale, shape=self.kv_shape, **k_varlen)
+        quant_qk.launch_quant_qk(
+            self.k, self.k_strides, part("k_codes"), part("k_scale"), shape=self.kv_shape, format=precision.k,
+            block=scale_block("k", precision.granularity), mean=k_mean, bias=part("bias"), q_mean=q_mean,
+            group=group, **k_varlen)
         shift = part("lse_shift")
         quant_qk.launch_quant_qk(
             self.q, self.q_strides, part("q_codes"), part("q_scale"), shape=self.q_shape, format=precision.q, block=None,
             mean=q_mean, lse_shift=shift, k_mean=None if shift is None else k_mean, sm_scale=self.scale,
             group=group, **q_varlen)
-        quant_qk.launch_quant_qk(
-            self.k, self.k_strides, part("k_codes"), part("k_scale"), shape=self.kv_shape, format=precision.k,
-            block=scale_block("k", precision.granularity), mean=k_mean, bias=part("bias"), q_mean=q_mean,
-            group=group, **k_varlen)
-        if precision.pv == "fp8":
-            quant_v.launch_quant_v(self.v, self.v_strides, part("v_codes"), v_scale, shape=self.kv_shape, **k_varlen)
 
     def attend(self) -> None:
         """Launches the attention kernel on what `quantise` left."""

@@ -33,6 +33,9 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
                     INTERPRET: tl.constexpr):
     """One tile of ROWS rows (at block granularity: one block) of one head."""
     i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if SMOOTH:
+        # backwards: what the mean's pass read last is still in the L2 cache
+        i_t, i_h, i_b = tl.num_programs(0) - 1 - i_t, tl.num_programs(1) - 1 - i_h, tl.num_programs(2) - 1 - i_b
     start, n, scale_start = 0, N, i_t
     if VARLEN:
         start = tl.load(cu_seqlens + i_b)

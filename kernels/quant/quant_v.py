@@ -23,7 +23,10 @@ def quant_v_kernel(v, codes, v_scale, cu_seqlens, stride_b, stride_h, stride_n, 
                    H, N, D: tl.constexpr, PAD_D: tl.constexpr, BLOCK: tl.constexpr, VARLEN: tl.constexpr,
                    INTERPRET: tl.constexpr):
     """One [BLOCK, D] tile of v to a [D, BLOCK] tile of codes; keys past the end become zero."""
-    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # backwards: what the statistics read last is still in the L2 cache
+    i_t = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.num_programs(1) - 1 - tl.program_id(1)
+    i_b = tl.num_programs(2) - 1 - tl.program_id(2)
     start, n, code_start = 0, N, 0
     if VARLEN:
         start = tl.load(cu_seqlens + i_b)

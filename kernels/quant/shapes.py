@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..formats import BLOCK_K, get_format
 
-STATS_CHUNK = 256
+STATS_CHUNK = 512
 """Tokens that one program of the first statistics pass reduces."""
 
 

@@ -17,28 +17,38 @@ from .shapes import STATS_CHUNK, ceil_div
 MEAN, ABSMAX = tl.constexpr(0), tl.constexpr(1)
 FP8_MAX = tl.constexpr(get_format("fp8").max_code)
 TINY = tl.constexpr(MIN_MAGNITUDE)
+STATS_TILE = 4096
+"""Elements that one program of the first pass loads at once."""
+STATS_WARPS = 4
 FOLD = 32
 """Partials that the second pass reads at once."""
 
 
 @triton.jit
-def _chunk_stats(p_x, p_out, start, n, stride_n, D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, OP: tl.constexpr):
-    o_n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+def _chunk_stats(p_x, p_out, start, n, stride_n, D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+                 OP: tl.constexpr):
     o_d = tl.arange(0, PAD_D)
-    m_x = (o_n < n)[:, None] & (o_d < D)[None, :]
-    # [CHUNK, PAD_D]
-    b_x = tl.load(p_x + (start + o_n).to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+    b_acc = tl.zeros([TILE, PAD_D], tl.float32)
+    for i_t in tl.static_range(CHUNK // TILE):
+        o_n = tl.program_id(0) * CHUNK + i_t * TILE + tl.arange(0, TILE)
+        m_x = (o_n < n)[:, None] & (o_d < D)[None, :]
+        # [TILE, PAD_D]
+        b_x = tl.load(p_x + (start + o_n).to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+        if OP == MEAN:
+            b_acc += b_x
+        else:
+            b_acc = tl.maximum(b_acc, tl.abs(b_x))
     if OP == MEAN:
-        b_out = tl.sum(b_x, 0)
+        b_out = tl.sum(b_acc, 0)
     else:
-        b_out = tl.max(tl.abs(b_x), 0)
+        b_out = tl.max(b_acc, 0)
     tl.store(p_out + o_d, b_out, mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=["B", "H", "N"])
 def token_stats_kernel(x, y, partial, cu_seqlens, x_stride_b, x_stride_h, x_stride_n, y_stride_b, y_stride_h, y_stride_n,
-                       B, H, N, D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, OP: tl.constexpr,
-                       VARLEN: tl.constexpr):
+                       B, H, N, D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+                       OP: tl.constexpr, VARLEN: tl.constexpr):
     """Partials [B (or 2B), H, chunks, D] of x by OP; rows of the batch past B are y's, by ABSMAX."""
     i_c, i_h, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b = i_z % B
@@ -49,10 +59,10 @@ def token_stats_kernel(x, y, partial, cu_seqlens, x_stride_b, x_stride_h, x_stri
     p_out = partial + ((i_z * H + i_h).to(tl.int64) * tl.num_programs(0) + i_c) * D
     if i_z < B:
         p_x = x + i_b.to(tl.int64) * x_stride_b + i_h.to(tl.int64) * x_stride_h
-        _chunk_stats(p_x, p_out, start, n, x_stride_n, D, PAD_D, CHUNK, OP)
+        _chunk_stats(p_x, p_out, start, n, x_stride_n, D, PAD_D, CHUNK, TILE, OP)
     else:
         p_y = y + i_b.to(tl.int64) * y_stride_b + i_h.to(tl.int64) * y_stride_h
-        _chunk_stats(p_y, p_out, start, n, y_stride_n, D, PAD_D, CHUNK, ABSMAX)
+        _chunk_stats(p_y, p_out, start, n, y_stride_n, D, PAD_D, CHUNK, TILE, ABSMAX)
 
 
 @triton.jit
@@ -109,7 +119,8 @@ def _launch_token_stats(x, x_strides, y, y_strides, partial, x_out, y_out, op, s
     y_strides = (0, 0, 0) if y is None else (0, *y_strides[1:]) if varlen else tuple(y_strides)
     token_stats_kernel[(chunks, heads, rows)](  # without a y its branch is compiled all the same: it needs a pointer
         x, x if y is None else y, partial, cu_seqlens, *x_strides, *y_strides, batch, heads, tokens,
-        D=head_dim, PAD_D=pad_d, CHUNK=STATS_CHUNK, OP=op, VARLEN=varlen, num_warps=8)
+        D=head_dim, PAD_D=pad_d, CHUNK=STATS_CHUNK, TILE=min(STATS_TILE // pad_d, STATS_CHUNK), OP=op, VARLEN=varlen,
+        num_warps=STATS_WARPS)
     fold_stats_kernel[(heads, rows)](
         partial, as_buffer(x_out), as_buffer(x_out if y_out is None else y_out), cu_seqlens, batch, heads, tokens, chunks,
         D=head_dim, PAD_D=pad_d, FOLD=FOLD, OP=op, VARLEN=varlen, num_warps=4)
