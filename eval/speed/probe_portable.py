@@ -38,8 +38,8 @@ TILES = {
     ("fp16", "fp16", 128): "64x128 4 2 0 1, 128x128 8 2 0 0, 128x128 8 2 0 1, 128x64 8 3 0 1, 64x64 4 3 0 1",
 }
 RIVALS = {  # beside the tuning table's own tile, with --table
-    ("int8", "fp16", 64): "64x128 4 2 0 0",
-    ("int8", "fp16", 128): "64x128 4 2 0 0, 128x64 4 3 0 1",
+    ("int8", "fp16", 64): "64x128 4 2 0 0, 128x64 4 3 0 0",
+    ("int8", "fp16", 128): "64x128 4 2 0 0, 128x64 4 3 0 1, 128x64 4 2 0 1, 128x64 4 4 0 1",
     ("int8", "fp8", 64): "64x128 4 2 128 0",
     ("int8", "fp8", 128): "64x128 4 2 168 0",
 }
@@ -154,8 +154,8 @@ class Case:
     def quantize(self):
         if not self.exact:
             self.stats()
-            self.quant_k()
             self.quant_v()
+            self.quant_k()
             self.quant_q()
 
     def attend(self, tile=None):
@@ -176,6 +176,31 @@ class Case:
 
     def names(self):
         return f"{self.qf}{'' if self.kf == self.qf else '/' + self.kf}+{self.pv}"
+
+
+def quantiser_variants(case, bench):
+    """Milliseconds of the statistics by (chunk, elements of a tile, warps), and of Q by rows of a program."""
+    import torch
+    from lowbit_video.kernels.quant import quant_qk, token_stats
+
+    times, scratch = {}, case.partial
+    case.partial = torch.empty(4 * scratch.numel(), device="cuda")
+
+    def vary(module, names, step, variants):
+        default = tuple(getattr(module, name) for name in names)
+        for variant in (default, *variants):
+            for name, value in zip(names, variant):
+                setattr(module, name, value)
+            times[f"{names[0].partition('_')[0].lower()} {variant}"] = bench(step)
+        for name, value in zip(names, default):
+            setattr(module, name, value)
+
+    vary(token_stats, ("STATS_CHUNK", "STATS_TILE", "STATS_WARPS"), case.stats,
+         ((256, 65536, 8), (256, 4096, 4), (512, 8192, 8), (1024, 4096, 4)))
+    vary(quant_qk, ("TOKEN_ROWS",), case.quant_q, ((32,), (128,)))
+    case.partial = scratch
+    print("    " + ", ".join(f"{name} {ms * 1e3:.0f}us" for name, ms in times.items()))
+    return times
 
 
 def exact_rows(q, k, v, rows, causal=False):
@@ -365,6 +390,8 @@ def main() -> None:
                     steps.append(("V", case.quant_v, size + case.vc.numel()))
                 times = {name: bench(f) for name, f, _ in steps}
                 text = " ".join(f"{s} {times[s] * 1e3:.0f}us {byte / times[s] / 1e6:.0f}GB/s" for s, f, byte in steps)
+                if options.table:
+                    times.update(quantiser_variants(case, bench))
                 times["all"] = bench(case.quantize)
                 least = sum(byte for _, _, byte in steps) / MEMORY_GB_PER_S / 1e6
                 ratio = f"{times['all'] / least:.2f}x its bytes at {MEMORY_GB_PER_S} GB/s"
