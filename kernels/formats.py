@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BLOCK_Q = 64
-"""Query rows that share one scale at block granularity."""
 BLOCK_K = 128
 """Key rows that share one scale at block granularity; V's transposed copy is padded to a multiple of it."""
 MIN_MAGNITUDE = 1e-30
