@@ -70,6 +70,13 @@ TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
     ("fp16", (9, 0), 64): TileConfig(128, 64, 4, 3, sum_mma=True),
     ("fp16", (9, 0), 128): TileConfig(128, 128, 8, 2),
     ("fp16", (9, 0), 256): TileConfig(64, 64, 4, 2),
+    # not measured: the tiles that compile without spills
+    ("int8+fp16", (10, 0), 64): TileConfig(64, 128, 4, 3),
+    ("int8+fp16", (10, 0), 128): TileConfig(128, 128, 8, 2),
+    ("int8+fp8", (10, 0), 64): TileConfig(64, 128, 4, 3),
+    ("int8+fp8", (10, 0), 128): TileConfig(64, 128, 4, 2),
+    ("fp16", (10, 0), 64): TileConfig(128, 128, 8, 2),
+    ("fp16", (10, 0), 128): TileConfig(128, 128, 8, 2),
     # sm_120 has TMA but sm_89's shared memory and mma.sync
     ("int8+fp16", (12, 0), 64): TileConfig(128, 64, 4, 3),
     ("int8+fp16", (12, 0), 128): TileConfig(128, 64, 8, 2),

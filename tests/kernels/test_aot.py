@@ -34,6 +34,7 @@ PRECISIONS = (  # q, k, pv, granularity, dtype
 )
 STACK = {
     (("fp8", "fp8", "fp16", "token", "float16"), (9, 0), 128): 24,
+    (("int4", "int4", "fp8", "block", "bfloat16"), (10, 0), 128): 16,
     (("int8", "int8", "fp16", "token", "bfloat16"), (12, 0), 64): 48,
     (("fp8", "fp8", "fp16", "token", "float16"), (12, 0), 128): 8,
     (("int4", "int4", "fp16", "token", "float16"), (12, 0), 64): 16,
