@@ -36,6 +36,8 @@ SANE_L1 = {"int8": 0.03, "fp8": 0.06, "int4": 0.25, "int2": 0.7}
 """Relative L1 (by the coarser of Q and K) above which a row counts as wrong and is not timed; FP8 P.V may add PV_L1."""
 PV_L1 = 0.03
 EXACT_L1 = 0.01
+SHORT = 2048
+"""Tokens to which shapes are shortened where kernels are only to be compiled: a multiple of every tile's."""
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -110,19 +112,17 @@ def quantisation_bytes(shape: Shape, precision: Precision, dtype: str) -> int:
     return elements * size * (q_reads + k_reads + v_reads) + codes + (elements if precision.pv == "fp8" else 0)
 
 
-def _peak_extra_mib(method: _Method, out_bytes: int) -> float | None:
-    """Device memory that a call takes beyond its output, from the framework's own count."""
-    if method.runtime.NAME == "torch":
-        import torch
+def _call_counting_memory(method: _Method, out_bytes: int) -> tuple[Any, float | None]:
+    """What a call returns, and the MiB of device memory it took beyond that, by the framework's own count."""
+    if method.runtime.NAME != "torch":
+        return method.call(), None
+    import torch
 
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        out = method.call()
-        peak = torch.cuda.max_memory_allocated() - before
-        del out
-        return max(0, peak - out_bytes) / 2**20
-    return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = method.call()
+    return out, max(0, torch.cuda.max_memory_allocated() - before - out_bytes) / 2**20
 
 
 def _methods(shape: Shape, dtype: str, runtime: Any, like: Any, specs: Iterable[str], wanted: Callable[[str, str], bool],
@@ -184,8 +184,9 @@ def _guarded(runtime: Any, like: Any, launch: Callable[[], None]) -> Callable[[]
 
 def bench_shape(shape: Shape, *, framework: str, dtype: str = "float16", specs: Iterable[str] = SPECS,
                 wanted: Callable[[str, str], bool] = lambda spec, variant: True, with_baselines: bool = True,
-                budget_ms: float = 300.0, log: Callable[[str], None] = lambda text: None) -> list[Row]:
-    """All rows of one shape: checked, then timed in turns."""
+                budget_ms: float = 300.0, totals_only: bool = False,
+                log: Callable[[str], None] = lambda text: None) -> list[Row]:
+    """All rows of one shape: checked, then timed in turns. totals_only: the kernel and quantisation are not timed apart."""
     from lowbit_video.runtime import detect
 
     like = detect.anchor(framework)
@@ -204,14 +205,14 @@ def bench_shape(shape: Shape, *, framework: str, dtype: str = "float16", specs: 
         rows.append(row)
         try:
             row.first_call_ms = timer.first_call_ms(method.call)
-            out = method.call()
+            out_bytes = shape.batch * shape.heads * shape.tokens * shape.head_dim * BYTES[dtype]
+            out, row.extra_mib = _call_counting_memory(method, out_bytes)
             row.relative_l1, row.sqnr_db = accuracy.errors(method.runtime, out, want)
             if method.call_v1:
                 row.relative_l1_v_plus_1 = accuracy.errors(runtime, method.call_v1(), want_v1)[0]
             del out
             if not row.relative_l1 < method.limit:
                 row.error = f"relative L1 {row.relative_l1:.4f} is not under {method.limit}: wrong, hence not timed"
-            row.extra_mib = _peak_extra_mib(method, shape.batch * shape.heads * shape.tokens * shape.head_dim * BYTES[dtype])
             if row.extra_mib is None and method.spec and not Precision(method.spec).exact:
                 row.extra_mib = plan_workspace(shape.dims, shape.dims, Precision(method.spec), False).size / 2**20
         except Exception as error:  # one method's failure must not lose the others' rows
@@ -224,6 +225,8 @@ def bench_shape(shape: Shape, *, framework: str, dtype: str = "float16", specs: 
     calls: dict[str, Callable[[], Any]] = {}
     for method, _ in good:
         calls[method.name] = method.call
+        if totals_only:
+            method.attend = None
         if method.attend:
             calls[method.name + "|kernel"], calls[method.name + "|quant"] = method.attend, method.quantise
             method.quantise()
@@ -247,7 +250,9 @@ def bench_shape(shape: Shape, *, framework: str, dtype: str = "float16", specs: 
 def precompile(shapes: Iterable[Shape], framework: str, dtype: str, specs: Iterable[str], jobs: int) -> float:
     """Compiles every kernel that these rows need, in `jobs` processes that share Triton's cache; returns the seconds taken."""
     begin = time.perf_counter()
-    work = [(shape, framework, dtype, spec) for shape in shapes for spec in ("exact", *specs)]
+    short = dict.fromkeys(dataclasses.replace(s, name="", batch=1, tokens=min(s.tokens, SHORT + s.tokens % SHORT))
+                          for s in shapes)  # what a kernel is specialised on does not change by multiples of SHORT
+    work = [(shape, framework, dtype, spec) for shape in short for spec in ("exact", *specs)]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         pool.map(_compile_one, sorted(work, key=lambda job: -job[0].flops), chunksize=1)
     return time.perf_counter() - begin

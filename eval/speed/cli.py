@@ -18,6 +18,7 @@ def add_parsers(subparsers) -> None:
     kernels.add_argument("--no-baselines", action="store_true", help="leave the other libraries' attention out")
     kernels.add_argument("--budget-ms", type=float, default=300.0, metavar="MS",
                          help="device time for the runs of one method on one shape (default: 300)")
+    kernels.add_argument("--totals-only", action="store_true", help="do not time the kernel and quantisation apart")
     kernels.add_argument("--jobs", type=int, default=0, metavar="N",
                          help="compile the kernels in N processes first (default: 0, as they are met)")
     kernels.add_argument("--out", type=Path, default=Path("outputs/bench"), metavar="FOLDER", help="default: outputs/bench")
@@ -77,7 +78,7 @@ def run_kernels(args: argparse.Namespace) -> int:
     for shape in chosen_shapes:
         print(f"{shape} {shape.name}", flush=True)
         rows += bench.bench_shape(shape, framework=framework, dtype=args.dtype, specs=specs, wanted=wanted,
-                                  with_baselines=not args.no_baselines, budget_ms=args.budget_ms,
+                                  with_baselines=not args.no_baselines, budget_ms=args.budget_ms, totals_only=args.totals_only,
                                   log=lambda text: print(text, flush=True))
         about = bench.environment(framework)
         bench.save(rows, about, args.out, args.name, plots=False)  # what is measured so far outlives an interruption

@@ -40,7 +40,8 @@ ANCHORS = (
     Shape("8k", 4, 32, 8192, 128),
     Shape("4k", 4, 32, 4096, 64),
 )
-SWEEP = tuple(Shape("sweep", 1, 16 if d == 128 else 32, n * 1024, d) for d in (64, 128) for n in (1, 2, 4, 8, 16, 32, 64, 128))
+SWEEP = tuple(Shape("sweep", 128 // n, 256 // d, n * 1024, d) for d in (64, 128) for n in (1, 2, 4, 8, 16, 32, 64, 128))
+"""1K to 128K tokens a sequence, 128K in all, so that every length fills the GPU; heads times head dim is 256."""
 GROUPS = {"models": MODELS, "anchors": ANCHORS, "sweep": SWEEP}
 QUICK = (MODELS[0], ANCHORS[0], ANCHORS[1])
 """The shapes of the acceptance table."""
