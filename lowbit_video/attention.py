@@ -45,7 +45,7 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():
-        from lowbit_video.runtime import torch_op
+        from lowbit_video import torch_op
 
         return torch_op.attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)
     out, lse, _ = run(q, k, v, precision, tensor_layout=tensor_layout, is_causal=is_causal, scale=scale,
