@@ -46,6 +46,12 @@ def test_a_compiled_transformer_equals_the_eager_one(pipe):
     from lowbit_video import generate
     from lowbit_video.processors import apply, coverage, remove
 
+    from lowbit_video.runtime.detect import default_paddle_device
+
+    device = default_paddle_device()
+    if not device.startswith("gpu"):
+        pytest.skip(f"{device} is a custom device: Paddle runs graphs there only by kernels whose outputs are all declared, and "
+                    "the plug-in's unsqueeze and others fail in pd_op_to_kernel_pass; needs Paddle's own GPU build")
     apply(pipe, "int8+fp16")
     eager = video(pipe)
     generate.compile_transformer(pipe)
