@@ -31,13 +31,15 @@ class TileConfig:
     sum_mma: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_m not in (64, 128) or self.block_n not in (32, 64, 128):
-            raise ValueError(f"tile {self.block_m}x{self.block_n} is not supported: block_m 64 or 128, block_n 32, 64 or 128")
+        if self.block_m not in (16, 32, 64, 128) or self.block_n not in (16, 32, 64, 128):
+            raise ValueError(f"tile {self.block_m}x{self.block_n} is not supported: both sides are 16, 32, 64 or 128")
 
 
 def family(q: str, k: str, pv: str) -> str:
-    """Name of the tuning family of a kernel: its operand widths, such as "int8+fp16", "int4+fp8" or "fp16" (exact)."""
-    if k in ("fp16", "bf16", "fp32"):
+    """Name of the tuning family of a kernel: its operand widths, such as "int8+fp16", "int4+fp8", "fp16" or "fp32" (exact)."""
+    if k == "fp32":
+        return "fp32"
+    if k in ("fp16", "bf16"):
         return "fp16"
     return f"{k}+{'fp8' if pv == 'fp8' else 'fp16'}"
 
@@ -70,6 +72,15 @@ TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
     ("fp16", (9, 0), 64): TileConfig(128, 64, 4, 3, sum_mma=True),
     ("fp16", (9, 0), 128): TileConfig(128, 128, 8, 2),
     ("fp16", (9, 0), 256): TileConfig(64, 64, 4, 2),
+    # float32 fills shared memory and, in three TF32 terms, registers: the largest tiles that fit both, not measured
+    ("fp32", (8, 0), 64): TileConfig(64, 32, 4, 2),
+    ("fp32", (8, 0), 128): TileConfig(32, 32, 4, 2),
+    ("fp32", (8, 0), 256): TileConfig(16, 32, 8, 1),
+    ("fp32", (9, 0), 64): TileConfig(64, 64, 4, 2),
+    ("fp32", (9, 0), 128): TileConfig(64, 32, 4, 2),
+    ("fp32", (10, 0), 128): TileConfig(32, 32, 4, 2),
+    ("fp32", (12, 0), 64): TileConfig(64, 32, 4, 2),
+    ("fp32", (12, 0), 128): TileConfig(32, 32, 4, 2),
     # not measured: the tiles that compile without spills
     ("int8+fp16", (10, 0), 64): TileConfig(64, 128, 4, 3),
     ("int8+fp16", (10, 0), 128): TileConfig(128, 128, 8, 2),
@@ -92,7 +103,16 @@ TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
 
 
 # (variant, P.V format, arch, padded head dim) -> tokens. Below, quantisation and launches cost more than they save.
-FASTER_FROM: dict[tuple[str, str, tuple[int, int], int], int] = {}
+FASTER_FROM: dict[tuple[str, str, tuple[int, int], int], int] = {
+    ("hopper-int8", "fp16", (9, 0), 64): 4096,
+    ("hopper-int8", "fp16", (9, 0), 128): 4096,
+    ("hopper-int8", "fp8", (9, 0), 64): 4096,
+    ("hopper-int8", "fp8", (9, 0), 128): 4096,
+    ("triton-int-fp16", "fp16", (9, 0), 64): 4096,
+    ("triton-int-fp16", "fp16", (9, 0), 128): 4096,
+    ("triton-int-fp8", "fp8", (9, 0), 64): 4096,
+    ("triton-int-fp8", "fp8", (9, 0), 128): 4096,
+}
 """Shortest K and V from which a variant beats exact attention; without a row, DEFAULT_FASTER_FROM."""
 DEFAULT_FASTER_FROM = 1024
 

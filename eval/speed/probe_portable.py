@@ -4,7 +4,7 @@
 
 Uses PyTorch tensors. Every (kernel, tile) is compiled and checked at a small shape in parallel processes first; then each
 is checked again and timed at the anchor shapes. Prints one table and writes probe_portable.json. --table: the tuning table's
-tile and a few rivals only, INT8 only, quantisation beside the time that its bytes take.
+tile and a few rivals only, of fewer precisions, quantisation beside the time that its bytes take.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import time
+from dataclasses import astuple
 
 ANCHORS = ((2, 30, 17776, 64), (1, 24, 32768, 128), (4, 32, 8192, 128))
 SMALL = {64: (1, 2, 1104, 64), 128: (1, 2, 1104, 128)}
@@ -38,10 +39,14 @@ TILES = {
     ("fp16", "fp16", 128): "64x128 4 2 0 1, 128x128 8 2 0 0, 128x128 8 2 0 1, 128x64 8 3 0 1, 64x64 4 3 0 1",
 }
 RIVALS = {  # beside the tuning table's own tile, with --table
-    ("int8", "fp16", 64): "64x128 4 2 0 0, 128x64 4 3 0 0",
-    ("int8", "fp16", 128): "64x128 4 2 0 0, 128x64 4 3 0 1, 128x64 4 2 0 1, 128x64 4 4 0 1",
-    ("int8", "fp8", 64): "64x128 4 2 128 0",
-    ("int8", "fp8", 128): "64x128 4 2 168 0",
+    ("int8", "fp16", 64): "64x128 4 2 0 0, 128x64 4 3 0 0, 64x64 4 3 0 0",
+    ("int8", "fp16", 128): "64x64 4 2 0 0, 64x128 4 2 0 0, 128x64 4 3 0 1, 128x128 8 3 0 0",
+    ("int8", "fp8", 64): "64x128 4 2 128 0, 64x128 4 3 0 0, 64x128 4 4 0 0",
+    ("int8", "fp8", 128): "64x128 4 2 168 0, 64x128 4 3 168 0, 64x128 4 3 0 0",
+    ("int4", "fp16", 128): "",
+    ("int4", "fp8", 64): "",
+    ("fp16", "fp16", 64): "64x128 4 2 0 0, 64x64 4 2 0 0",
+    ("fp16", "fp16", 128): "64x64 4 2 0 0, 64x64 4 3 0 0",
 }
 MEMORY_GB_PER_S = 4300
 """What a copy reaches on an H200."""
@@ -50,11 +55,22 @@ MEMORY_GB_PER_S = 4300
 def parse_tiles(text: str) -> list[tuple]:
     """TileConfig arguments of every tile in a row of TILES."""
     tiles = []
-    for item in text.split(","):
+    for item in filter(None, text.split(",")):
         shape, *rest = item.split()
         warps, stages, registers, sum_mma = map(int, rest)
         tiles.append((*map(int, shape.split("x")), warps, stages, registers or None, bool(sum_mma)))
     return tiles
+
+
+def with_table(chosen: dict[tuple, str], arch: tuple[int, int]) -> dict[tuple, list[tuple]]:
+    """The tiles of every key, the tuning table's own for `arch` first."""
+    from lowbit_video.kernels.tuning import family, lookup
+
+    found = {}
+    for (qf, pv, d), text in chosen.items():
+        own = astuple(lookup(family(qf, qf, pv), arch, d))
+        found[qf, pv, d] = list(dict.fromkeys([own, *parse_tiles(text)]))
+    return found
 
 
 LIMITS = {"int8+fp16": 0.013, "int8+fp8": 0.042, "fp8+fp8": 0.055, "int4+fp16": 0.15, "int4+fp8": 0.16, "fp16+fp16": 0.001}
@@ -330,11 +346,13 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--quick", action="store_true", help="first tile of each precision only")
-    parser.add_argument("--table", action="store_true", help="INT8 with the tuning table's tiles and few rivals only")
+    parser.add_argument("--table", action="store_true", help="fewer precisions, the tuning table's tiles and few rivals only")
     options = parser.parse_args()
     began = time.time()
-    chosen = RIVALS if options.table else TILES
-    jobs = [(key, tile) for key, tiles in chosen.items() for tile in parse_tiles(tiles)[:1 if options.quick else None]]
+    import torch  # asks the device for its arch only: no context before the workers have theirs
+
+    chosen = with_table(RIVALS if options.table else TILES, torch.cuda.get_device_capability())
+    jobs = [(key, tile) for key, tiles in chosen.items() for tile in tiles[:1 if options.quick else None]]
     results, good = [], set()
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         warming = pool.imap_unordered(warm, jobs)
@@ -357,7 +375,6 @@ def main() -> None:
     right = f"checks: {len(CHECKS) - failures}/{len(CHECKS)}; tiles right: {len(good)}/{len(jobs)}"
     print(f"{right}; {time.time() - began:.0f} s", flush=True)
 
-    import torch
     import triton
 
     bench = lambda f: triton.testing.do_bench(f, warmup=15, rep=80, return_mode="median")
@@ -390,7 +407,7 @@ def main() -> None:
                     steps.append(("V", case.quant_v, size + case.vc.numel()))
                 times = {name: bench(f) for name, f, _ in steps}
                 text = " ".join(f"{s} {times[s] * 1e3:.0f}us {byte / times[s] / 1e6:.0f}GB/s" for s, f, byte in steps)
-                if options.table:
+                if options.table and not case.smooth_q:
                     times.update(quantiser_variants(case, bench))
                 times["all"] = bench(case.quantize)
                 least = sum(byte for _, _, byte in steps) / MEMORY_GB_PER_S / 1e6
@@ -398,7 +415,7 @@ def main() -> None:
                 print(f"  {case.names():10s} quantise: {text} all {times['all'] * 1e3:.0f}us, {ratio}")
                 results.append(dict(kind="quantize", shape=shape, name=case.names(), ms=times))
             best = None
-            for tile in parse_tiles(chosen[qf, pv, dim]):
+            for tile in chosen[qf, pv, dim]:
                 if ((qf, pv, dim), tile) not in good:
                     continue
                 case.out.fill_(float("nan"))
