@@ -1,39 +1,41 @@
 """What does low-bit attention cost the small model? PSNR, SSIM and adherence per precision, on an NVIDIA GPU.
 
-    python examples/small_cogvideox/evaluate_precisions.py --model examples/small_cogvideox/model --out outputs/precisions
+    python examples/small_cogvideox/evaluate_precisions.py --model outputs/small_state/model --out outputs/precisions.json
 
 The same start noise for every precision; held-out captions; the reference is the same model in float32 with diffusers' own
-attention, and a second column compares with the fp16 model. Every row but the first runs in fp16 with
-`LowBitAttnProcessor` in all attention modules. Writes precisions.json and precisions.md, row by row.
+attention, and a second column compares with the fp16 model. Every row but fp32 and fp16 runs in fp16 with
+`LowBitAttnProcessor` in all attention modules. Writes the JSON row by row and a table (.md) beside it. Several processes
+can share the work, each with its `--precisions` and both baselines of its own; `--merge a.json b.json` joins what they wrote.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 import traceback
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from lowbit_video.eval import prompt_adherence
 from lowbit_video.eval.bootstrap import bootstrap
 from lowbit_video.eval.psnr import psnr
 from lowbit_video.eval.ssim import ssim
 from models import load_pipeline
-from sampling import Judges, contact_sheet, held_out_captions, noise_of, percent, sample_with_pipeline, shares
+from sampling import Judges, held_out_captions, noise_of, percent, sample_with_pipeline, shares
 
 PRECISIONS = ("fp16", "int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
 
 
-def pair_figures(video: np.ndarray, reference: np.ndarray, half: np.ndarray) -> tuple[float, float, float]:
-    """PSNR (dB) and SSIM against the reference, PSNR (dB) against the fp16 video; means over the frames."""
-    return float(psnr(video, reference).mean()), float(ssim(video, reference).mean()), float(psnr(video, half).mean())
-
-
-def compare(judges: Judges, videos, references, halves) -> list[tuple[float, float, float]]:
-    triples = list(zip(videos, references, halves))
-    return judges.pool.starmap(pair_figures, triples, chunksize=2) if judges.pool else [pair_figures(*t) for t in triples]
+def figures_of(video, caption, reference, half):
+    """One video: the scorer's verdict; PSNR (dB) and SSIM against the reference, PSNR (dB) against fp16, or None."""
+    verdict = prompt_adherence.score(video, caption)
+    if reference is None:
+        return verdict, None
+    return verdict, (float(psnr(video, reference).mean()), float(ssim(video, reference).mean()), float(psnr(video, half).mean()))
 
 
 def interval(values) -> dict:
@@ -63,22 +65,53 @@ def markdown(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merge(parts: list[dict]) -> dict:
+    """One record of several processes' records, rows in the order of PRECISIONS.
+
+    Raises:
+        ValueError: they were made with other captions, settings or another reference."""
+    first = parts[0]
+    for part in parts[1:]:
+        for key in ("captions", "generation", "backend"):
+            if part[key] != first[key]:
+                raise ValueError(f"cannot merge: {key} is {first[key]} in one and {part[key]} in another; run both alike")
+    rows = {}
+    for part in parts:
+        for name, row in part["rows"].items():
+            if name not in rows or "error" in rows[name]:
+                rows[name] = row
+    order = [name for name in ("fp32", *PRECISIONS) if name in rows] + [n for n in rows if n not in ("fp32", *PRECISIONS)]
+    same = all(part["videos_crc32"] == first["videos_crc32"] for part in parts)
+    return {**first, "rows": {name: rows[name] for name in order}, "baselines_identical": same}
+
+
+def write(record: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(record))
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(Path(__file__).parent / "model"))
-    parser.add_argument("--out", default="outputs/precisions")
+    parser.add_argument("--out", type=Path, default=Path("outputs/precisions.json"))
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="only join these into --out")
     parser.add_argument("--captions", type=int, default=50)
     parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.merge:
+        record = merge([json.loads(path.read_text()) for path in args.merge])
+        write(record, args.out)
+        print(markdown(record), flush=True)
+        return 0
+    started = time.time()
     judges = Judges()  # forked before CUDA starts
-    from lowbit_video.processors import LowBitAttnProcessor, coverage
+    from lowbit_video.processors import LowBitAttnProcessor
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     generation = json.loads((Path(args.model) / "generation.json").read_text())
     generation["num_inference_steps"] = args.steps or generation["num_inference_steps"]
     captions = held_out_captions(args.captions, CAPTION_SEED)
@@ -88,49 +121,58 @@ def main(argv=None) -> int:
     noise = noise_of(args.captions, shape, CAPTION_SEED)
     cuda = args.device.startswith("cuda")
     record = {"captions": args.captions, "generation": generation, "backend": args.backend, "torch": torch.__version__,
-              "device": torch.cuda.get_device_name() if cuda else "cpu", "rows": {}}
+              "device": torch.cuda.get_device_name() if cuda else "cpu", "videos_crc32": {}, "rows": {}}
+    pending = {}  # name -> (seconds of sampling, the workers' answer): scored while the GPU goes on
 
-    def write() -> None:
-        (out / "precisions.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / "precisions.md").write_text(markdown(record))
-
-    def run(name: str, references=None, halves=None):
+    def sample(name: str, references=None, halves=None):
         start = time.time()
         videos = sample_with_pipeline(pipe, captions, noise, generation, args.batch)
         seconds = time.time() - start
-        verdicts = judges(videos, captions)
-        row = {"adherence": shares(verdicts), "seconds": seconds}
-        if references is not None:
-            figures = np.array(compare(judges, videos, references, videos if halves is None else halves))
-            row |= {"psnr_db": interval(figures[:, 0]), "ssim": interval(figures[:, 1]),
-                    "psnr_to_fp16_db": interval(figures[:, 2])}
-        record["rows"][name] = row
-        contact_sheet(videos, captions, verdicts, out / f"{name.replace('+', '_').replace('/', '-')}.png", rows=8)
-        print(f"{name}: {percent(row['adherence'])}  {json.dumps(row.get('psnr_db', {}))} {seconds:.1f} s", flush=True)
-        write()
+        print(f"[{time.time() - started:5.1f} s] {name} sampled in {seconds:.1f} s", flush=True)
+        nothing = [None] * len(videos)
+        halves = nothing if references is None else videos if halves is None else halves
+        work = list(zip(videos, captions, nothing if references is None else references, halves))
+        answer = judges.pool.starmap_async(figures_of, work, chunksize=2) if judges.pool else [figures_of(*w) for w in work]
+        pending[name] = seconds, answer
         return videos
 
+    def collect(wait: bool) -> None:
+        for name, (seconds, answer) in list(pending.items()):
+            if not isinstance(answer, list):
+                if not wait and not answer.ready():
+                    continue
+                answer = answer.get(180)
+            del pending[name]
+            row = {"adherence": shares([verdict for verdict, _ in answer]), "seconds": seconds}
+            if answer[0][1] is not None:
+                for key, values in zip(("psnr_db", "ssim", "psnr_to_fp16_db"), np.array([f for _, f in answer]).T):
+                    row[key] = interval(values)
+            record["rows"][name] = row
+            print(f"[{time.time() - started:5.1f} s] {name}: {percent(row['adherence'])}  PSNR "
+                  f"{row['psnr_db']['mean'] if 'psnr_db' in row else math.nan:.2f} dB", flush=True)
+            write(record, args.out)
+
     code = 0
-    references = run("fp32")
+    references = sample("fp32")
+    record["videos_crc32"]["fp32"] = zlib.crc32(references.tobytes())
     pipe = load_pipeline(args.model, args.device, torch.float16 if cuda else torch.float32)
-    exact = dict(pipe.transformer.attn_processors)
-    halves = None
+    halves = sample("fp16", references)
+    record["videos_crc32"]["fp16"] = zlib.crc32(halves.tobytes())
     for name in args.precisions:
+        if name == "fp16":
+            continue  # a baseline, made already
         try:
-            if name == "fp16":
-                pipe.transformer.set_attn_processor(dict(exact))
-                halves = run(name, references)
-                continue
             pipe.transformer.set_attn_processor(LowBitAttnProcessor(name, backend=args.backend))
-            run(name, references, references if halves is None else halves)
-            record["rows"][name]["coverage"] = str(coverage(pipe))[:2000]
+            sample(name, references, halves)
         except Exception as error:
             traceback.print_exc()
             record["rows"][name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
             code = 1
-        write()
+        collect(wait=False)
+    collect(wait=True)
+    write(record, args.out)
     judges.close()
-    print((out / "precisions.md").read_text(), flush=True)
+    print(markdown(record), flush=True)
     return code
 
 

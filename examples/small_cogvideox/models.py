@@ -135,7 +135,8 @@ def save(folder: str | Path, vae, text_encoder, transformer, sizes: Sizes, gener
     half[1].save_pretrained(folder / "text_encoder", max_shard_size=SHARD_SIZE)
     half[2].save_pretrained(folder / "transformer", max_shard_size=SHARD_SIZE)
     build_scheduler(sizes).save_pretrained(folder / "scheduler")
-    build_vocabulary(folder / "tokenizer")
+    if not (folder / "tokenizer" / "spiece.model").exists():
+        build_vocabulary(folder / "tokenizer")
     index = {
         "_class_name": "CogVideoXPipeline", "_diffusers_version": "0.42.0",
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"], "text_encoder": ["transformers", "T5EncoderModel"],

@@ -1,4 +1,4 @@
-"""Train the small CogVideoX on captioned clips of the procedural world: VAE, latents, diffusion, evaluation.
+"""Train the small CogVideoX on captioned clips of the procedural world: VAE, latents, words, diffusion, evaluation.
 
     python examples/small_cogvideox/train.py --minutes 9 --state /tmp/small --out outputs/small
 
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import words
 from accelerate import Accelerator
 from clips import ClipPool, as_uint8
 from lowbit_video.eval import prompt_adherence
@@ -57,8 +58,9 @@ from sampling import (
 )
 
 PARTS = prompt_adherence.PARTS
-STAGES = ("vae", "latents", "diffusion", "evaluate")
+STAGES = ("vae", "latents", "words", "diffusion", "evaluate")
 TRAIN_SEED, CHECK_SEED, SWEEP_SEED, TEST_SEED = 1000, 2000, 3000, 4000
+AVERAGE_EVERY = 4  # steps
 CAPTION_DROPOUT = 0.1
 WORDINGS = 4  # captions a clip
 PART_BYTES = 15_500_000
@@ -103,6 +105,7 @@ class Run:
         self.vae = None
         self.vae_bf16 = True
         self.latents = None
+        self.ahead = self.word_sets = None  # what workers prepare meanwhile
 
     def left(self) -> float:
         return self.deadline - time.time()
@@ -192,25 +195,28 @@ def fastest_layout(run: Run, vae, pool, rng, batch: int, frames: int):
         return torch.contiguous_format
     video, mask = vae_batch(run, pool, rng, batch, frames, whole=False)
     choices = {}
-    for name, half, layout in (("bf16 planes", True, torch.contiguous_format),
-                               ("bf16 channels last", True, torch.channels_last_3d),
-                               ("tf32 planes", False, torch.contiguous_format)):
+    began = time.time()
+    for name, half, layout in (("bf16 channels last", True, torch.channels_last_3d),
+                               ("tf32 planes", False, torch.contiguous_format),
+                               ("bf16 planes", True, torch.contiguous_format)):
+        if choices and time.time() - began > 9:  # searching for algorithms can take seconds a choice
+            break
         run.vae_bf16 = half
         try:
             place(vae, layout)
             placed = video.contiguous(memory_format=layout)
-            for i in range(5):
-                if i == 2:
+            for i in range(7):
+                if i == 3:
                     torch.cuda.synchronize()
                     start = time.time()
                 with run.vae_autocast():
                     loss, _ = vae_loss(vae, placed, mask, 1e-4)
                 loss.backward()
             torch.cuda.synchronize()
-            seconds = (time.time() - start) / 3
+            seconds = (time.time() - start) / 4
             if math.isfinite(loss.item()):
                 choices[name] = (seconds, half, layout)
-            run.log.say(f"vae step as {name}: {1000 * seconds:.0f} ms")
+            run.log.say(f"vae step of {batch} as {name}: {1000 * seconds:.0f} ms")
         except Exception as error:  # a layout that this GPU's libraries refuse is only a slower choice lost
             run.log.say(f"vae step as {name} failed: {str(error)[:200]}")
             torch.cuda.empty_cache()
@@ -252,6 +258,7 @@ def train_vae(run: Run) -> None:
     pool = ClipPool(64 if args.tiny else 8000, TRAIN_SEED, run.device)
     small, large = (4, 2) if args.tiny else (args.vae_batch, args.vae_batch // 4)
     short, long = 9, 17
+    torch.backends.cudnn.benchmark = True
     layout = fastest_layout(run, vae, pool, rng, small, short)
     start = saved = shown = time.time()
     log.say(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {total - spent:.0f} s to go")
@@ -306,6 +313,7 @@ def train_vae(run: Run) -> None:
         if time.time() - saved > 120:
             saved = time.time()
             keep(False)
+    torch.backends.cudnn.benchmark = False
     vae.eval().requires_grad_(False)
     place(vae, torch.contiguous_format)
     with torch.no_grad():
@@ -326,14 +334,17 @@ def train_vae(run: Run) -> None:
 # --- latents ----------------------------------------------------------------------------------------------------------
 
 
+def plan_ahead(tokenizer: Path, clips: int, fresh: bool) -> tuple[ClipPool, np.ndarray]:
+    """The clips to encode and their token ids `[clips, WORDINGS, L]` int16: a worker's task while the autoencoder trains."""
+    pool = ClipPool(clips, TRAIN_SEED + 1 + (int(time.time()) % 100_000 if fresh else 0), "cpu")
+    ids = Tokens(tokenizer)(pool.captions(WORDINGS))
+    return pool, ids.reshape(len(pool), WORDINGS, -1).astype(np.int16)
+
+
 @torch.no_grad()
 def make_latents(run: Run) -> None:
     """Encode as many clips as the time allows into `run.latents` `[N, F, C, h, w]` fp16, with token ids `[N, K, L]`."""
     args, log = run.args, run.log
-    folder = run.state / "model" / "tokenizer"
-    build_vocabulary(folder)
-    tokens = Tokens(folder)
-    run.vocabulary = len(tokens)
     path = run.state / "latents.npy"
     start = time.time()
     if path.exists() and not args.fresh_clips:
@@ -341,10 +352,10 @@ def make_latents(run: Run) -> None:
         run.latents = torch.from_numpy(np.load(path)).to(run.device)
         log.say(f"{len(run.latents)} encoded clips read in {time.time() - start:.1f} s")
         return
-    seed = TRAIN_SEED + 1 + (int(time.time()) % 100_000 if args.fresh_clips else 0)
-    pool = ClipPool(args.clips, seed, run.device)
-    ids = torch.from_numpy(tokens(pool.captions(WORDINGS))).view(len(pool), WORDINGS, -1)
-    log.say(f"{len(pool)} clips planned and put into words in {time.time() - start:.1f} s")
+    pool, ids = run.ahead.get() if run.ahead else plan_ahead(run.tokenizer, args.clips, args.fresh_clips)
+    pool.device = run.device
+    ids = torch.from_numpy(ids.astype(np.int64))
+    log.say(f"{len(pool)} clips planned and put into words, waited {time.time() - start:.1f} s")
     start, done, latents, batch = time.time(), 0, [], 8 if args.tiny else 32
     while done < len(pool) and (time.time() - start < args.latent_seconds or done < 64):
         part = np.arange(done, min(done + batch, len(pool)))
@@ -374,6 +385,40 @@ def make_latents(run: Run) -> None:
     log.say(f"copied in {time.time() - start:.1f} s, being written for the next run")
 
 
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def train_words(run: Run) -> None:
+    """Put the captions' meaning into a text encoder's features, by itself; `words.pt` keeps it for the diffusion stage."""
+    args, log = run.args, run.log
+    path = run.state / "words.pt"
+    if path.exists() or (run.state / "diffusion.pt").exists() or args.words_seconds <= 0:
+        log.say("words are learned already, or not asked for")
+        return
+    sets = run.word_sets.get() if run.word_sets else word_sets(run.tokenizer, args.word_captions)
+    (ids, labels), (held_ids, held_labels) = [[torch.from_numpy(part).to(run.device) for part in one] for one in sets]
+    encoder = build_text_encoder(run.sizes, run.vocabulary).to(run.device)
+    start = time.time()
+
+    def note(step: int, loss: float) -> None:
+        log.row("words", step, (time.time() - start) / 60, loss=loss)
+
+    batch = 64 if run.device.type == "cpu" else args.word_batch
+    heads, step = words.teach(encoder, ids, labels, args.words_seconds, batch, run.autocast, args.words_lr, args.max_steps, note)
+    found = words.accuracy(encoder, heads, held_ids, held_labels, run.autocast)
+    worst = {kind: f"{words.NAMES[row.argmin()]} {100 * row.min():.1f} %" for kind, row in zip(("mean", "picked"), found)}
+    log.say(f"words: {step} steps of {batch} in {time.time() - start:.1f} s; held-out captions read right "
+            f"{100 * found.mean():.2f} %, worst {worst}")
+    log.row("words", step, (time.time() - start) / 60, held_out_mean=found[0].mean(), held_out_picked=found[1].mean())
+    save_state(path, {"model": encoder.state_dict()})
+
+
+def word_sets(tokenizer: Path, count: int):
+    """Captions with labels to learn from, and held-out ones to check with: a worker's task while the autoencoder trains."""
+    tokens = Tokens(tokenizer)
+    return words.caption_set(tokens, count, TRAIN_SEED + 2), words.caption_set(tokens, 2000, CHECK_SEED, held=True)
+
+
 # --- text encoder and transformer -------------------------------------------------------------------------------------
 
 
@@ -392,6 +437,8 @@ def train_diffusion(run: Run) -> None:
     torch.manual_seed(int(time.time()))
     model = TextToVelocity(build_text_encoder(sizes, run.vocabulary), build_transformer(sizes))
     initialise(model)
+    if (run.state / "words.pt").exists():
+        model.text_encoder.load_state_dict(torch.load(run.state / "words.pt", map_location="cpu", weights_only=True)["model"])
     model.to(run.device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(parameter_groups(model), lr=args.lr, betas=(0.9, 0.95), fused=run.device.type == "cuda")
@@ -430,19 +477,36 @@ def train_diffusion(run: Run) -> None:
     empty[0] = 1
     start = saved = checked = shown = time.time()
     first_step, rate, losses = step, args.lr, []
-    reserve = args.evaluate_seconds + 15
+    reserve = args.evaluate_seconds + 12
+    if not args.unfinished:  # the schedule ends with this run where its time is the shorter one
+        total = max(1.0, min(total, spent + run.left() - reserve))
     log.say(f"diffusion: {sum(p.numel() for p in eager.parameters()) / 1e6:.2f} M parameters, batch {batch}, "
             f"{min(total - spent, run.left() - reserve):.0f} s to go in this run, {total - spent:.0f} s in all")
 
-    def keep() -> None:
-        save_state(path, {"model": eager.state_dict(), "averaged": averaged.state_dict(), "optimiser": optimiser.state_dict(),
-                          "seconds": spent + time.time() - start, "step": step})
+    writer = None
 
-    def export() -> None:
-        save(run.state / "model", copy.deepcopy(run.vae), copy.deepcopy(averaged.text_encoder),
-             copy.deepcopy(averaged.transformer), sizes, generation_defaults(sizes))
-        (run.state / "model" / "training.json").write_text(json.dumps(
-            {"seconds": spent + time.time() - start, "steps": step, "batch": batch, "sizes": describe(sizes)}, indent=2) + "\n")
+    def keep(beside: bool) -> None:
+        """Save state and model folder as they are now; `beside`: written by a thread while the training goes on."""
+        nonlocal writer
+        if writer is not None:
+            writer.join()
+        seconds = spent + time.time() - start
+        state = on_cpu({"model": eager.state_dict(), "averaged": averaged.state_dict(), "optimiser": optimiser.state_dict(),
+                        "seconds": seconds, "step": step})
+        parts = [copy.deepcopy(part).cpu() for part in (run.vae, averaged.text_encoder, averaged.transformer)]
+        record = {"seconds": seconds, "steps": step, "batch": batch, "sizes": describe(sizes)}
+
+        def write() -> None:
+            save(run.state / "model", *parts, sizes, generation_defaults(sizes))
+            (run.state / "model" / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+            if beside and args.pack:
+                pack_model(run)
+            save_state(path, state)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        if not beside:
+            writer.join()
 
     def one_step():
         chosen = torch.randint(count, (batch,), device=run.device)
@@ -468,7 +532,7 @@ def train_diffusion(run: Run) -> None:
             if progress >= 1 or run.left() < reserve or (args.max_steps and step - first_step >= args.max_steps):
                 break
             warm = min(1.0, (step - restarted + 1) / args.warmup)
-            lr = rate * warm * max(0.03, 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.15) / 0.85))))
+            lr = rate * warm * max(0.005, 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.15) / 0.85))))
             for group in optimiser.param_groups:
                 group["lr"] = lr
             try:
@@ -490,8 +554,9 @@ def train_diffusion(run: Run) -> None:
                 torch.cuda.empty_cache()
                 continue
             step += 1
-            decay = min(args.average, (1 + step) / (10 + step))
-            torch._foreach_lerp_(averages, sources, 1 - decay)
+            if step % AVERAGE_EVERY == 0:
+                decay = min(args.average, (1 + step) / (10 + step)) ** AVERAGE_EVERY
+                torch._foreach_lerp_(averages, sources, 1 - decay)
             if step - first_step == 1:
                 log.say(f"first step took {time.time() - start:.1f} s")
             if step % 50 == 0 or args.tiny:
@@ -519,10 +584,7 @@ def train_diffusion(run: Run) -> None:
                             f"({per_second * batch:.0f} clips/s), {100 * progress:.0f} %")
             if time.time() - saved > args.save_seconds:
                 saved = time.time()
-                keep()
-                export()
-                if args.pack:
-                    pack_model(run)
+                keep(beside=True)
             if time.time() - checked > args.check_seconds and run.left() > reserve + 30:
                 checked = time.time()
                 try:
@@ -533,9 +595,17 @@ def train_diffusion(run: Run) -> None:
                 log.say(f"check took {time.time() - checked:.1f} s")
                 checked = time.time()
     finally:
-        keep()
-        export()
+        keep(beside=False)
         log.say(f"diffusion stops at step {step}, {(spent + time.time() - start) / 60:.2f} minutes in all; model saved")
+
+
+def on_cpu(content):
+    """A copy of a state in which every tensor lies on the CPU."""
+    if isinstance(content, dict):
+        return {key: on_cpu(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [on_cpu(value) for value in content]
+    return content.detach().to("cpu", copy=True) if isinstance(content, torch.Tensor) else content
 
 
 def check(run: Run, averaged, step: int, minutes: float, count: int = 64) -> None:
@@ -668,6 +738,12 @@ def arguments(argv=None):
     parser.add_argument("--state", default="outputs/small_state", help="folder of checkpoints")
     parser.add_argument("--out", default="outputs/small", help="folder of results")
     parser.add_argument("--init", help="model folder to go on from where the state folder is empty")
+    parser.add_argument("--unfinished", action="store_true",
+                        help="more runs follow: the learning rate falls over all of --diffusion-minutes, not this run's share")
+    parser.add_argument("--words-seconds", type=float, default=14.0, help="of the text encoder alone (0: none)")
+    parser.add_argument("--words-lr", type=float, default=2e-3)
+    parser.add_argument("--word-captions", type=int, default=120_000)
+    parser.add_argument("--word-batch", type=int, default=1024)
     parser.add_argument("--clips", type=int, default=40_000)
     parser.add_argument("--fresh-clips", action="store_true", help="encode other clips than the run before")
     parser.add_argument("--batch", type=int, default=128)
@@ -677,8 +753,8 @@ def arguments(argv=None):
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--vae-lr", type=float, default=1.5e-3)
     parser.add_argument("--kl-weight", type=float, default=2e-4)
-    parser.add_argument("--check-seconds", type=float, default=110.0)
-    parser.add_argument("--save-seconds", type=float, default=120.0)
+    parser.add_argument("--check-seconds", type=float, default=140.0)
+    parser.add_argument("--save-seconds", type=float, default=180.0)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2.5, 4.0, 6.0])
     parser.add_argument("--sweep-captions", type=int, default=64)
     parser.add_argument("--test-captions", type=int, default=200)
@@ -691,7 +767,7 @@ def arguments(argv=None):
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stages {sorted(unknown)}; there are {', '.join(STAGES)}")
     if args.tiny:
-        args.clips = min(args.clips, 96)
+        args.clips, args.word_captions = min(args.clips, 96), min(args.word_captions, 500)
     return args
 
 
@@ -704,11 +780,24 @@ def main(argv=None) -> int:
     run.log.say(f"{device_name(run.device)}, torch {torch.__version__}, {args.minutes:g} minutes")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     code = 0
+    run.tokenizer = run.state / "model" / "tokenizer"
     try:
+        build_vocabulary(run.tokenizer)
+        run.vocabulary = len(Tokens(run.tokenizer))
+        if judges.pool and ("latents" in args.stages or "diffusion" in args.stages):
+            if args.fresh_clips or not (run.state / "latents.npy").exists():
+                run.ahead = judges.pool.apply_async(plan_ahead, (run.tokenizer, args.clips, args.fresh_clips))
+        if judges.pool and "words" in args.stages and not (run.state / "diffusion.pt").exists():
+            run.word_sets = judges.pool.apply_async(word_sets, (run.tokenizer, args.word_captions))
         if {"vae", "latents", "diffusion"} & set(args.stages):
             train_vae(run)
         if {"latents", "diffusion"} & set(args.stages):
             make_latents(run)
+        if "words" in args.stages:
+            try:
+                train_words(run)
+            except Exception as error:  # the diffusion stage also learns without it
+                run.log.say(f"words failed: {type(error).__name__}: {str(error)[:300]}")
         if "diffusion" in args.stages:
             train_diffusion(run)
             run.latents = None

@@ -1,0 +1,106 @@
+"""Teach the text encoder what captions mean before the transformer listens to it: heads that read every part off it.
+
+The heads are thrown away afterwards; what stays is an encoder whose features hold the meaning in a form that a linear
+layer can read.
+"""
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lowbit_video.eval import world
+from torch import nn
+
+COLOURS, SIZES = tuple(world.COLOURS), tuple(world.SIZES)
+OF_A_THING = (("shape", world.SHAPES), ("colour", COLOURS), ("size", SIZES), ("motion", world.MOTIONS))
+OF_THE_GROUND = (("texture", world.TEXTURES), ("background", COLOURS))
+NAMES = ("pair", *(name for name, _ in OF_THE_GROUND), *(f"{name} {i}" for i in (1, 2) for name, _ in OF_A_THING))
+CLASSES = (2, *(len(words) for _, words in OF_THE_GROUND), *2 * tuple(len(words) for _, words in OF_A_THING))
+NO_LABEL = -100  # of a second thing that is not there
+
+
+def labels_of(meaning: world.Meaning) -> list[int]:
+    """One class for each of NAMES."""
+    found = [len(meaning.things) - 1] + [words.index(getattr(meaning, name)) for name, words in OF_THE_GROUND]
+    for thing in (*meaning.things, None)[:2]:
+        found += [NO_LABEL if thing is None else words.index(getattr(thing, name)) for name, words in OF_A_THING]
+    return found
+
+
+def caption_set(tokens, count: int, seed: int, held: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids `[count, L]` and labels `[count, len(NAMES)]`, int16, of captions inside or outside the hold-out."""
+    rng = np.random.default_rng(seed)
+    meanings = world.draw_meanings(count, seed, held, pair_share=0.4)
+    ids = tokens([world.caption_of(meaning, rng) for meaning in meanings])
+    return ids.astype(np.int16), np.array([labels_of(m) for m in meanings], np.int16)
+
+
+class Heads(nn.Module):
+    """Two linear readings of every part: from the mean over the tokens, and from tokens picked by a query of its own."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        parts, most = len(CLASSES), max(CLASSES)
+        self.query = nn.Parameter(torch.randn(parts, width) / width**0.5)
+        self.weight = nn.Parameter(torch.randn(2, parts, width, most) * 0.02)
+        self.register_buffer("absent", torch.arange(most)[None] >= torch.tensor(CLASSES)[:, None])
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """hidden `[B, L, D]`, ids `[B, L]` -> logits `[2, B, parts, classes]` (mean, picked)."""
+        said = (ids != 0)[..., None]
+        mean = (hidden * said).sum(1) / said.sum(1)
+        picks = (hidden @ self.query.T).masked_fill(~said, -1e4).softmax(1)  # [B, L, parts]
+        picked = picks.transpose(1, 2) @ hidden  # [B, parts, D]
+        logits = torch.stack([torch.einsum("bd,pdc->bpc", mean, self.weight[0]),
+                              torch.einsum("bpd,pdc->bpc", picked, self.weight[1])]).float()
+        return logits.masked_fill(self.absent, -1e4)
+
+
+def teach(encoder, ids, labels, seconds: float, batch: int, autocast, lr: float = 1e-3, most_steps: int = 0, note=None):
+    """Train `encoder` with new heads for `seconds` (cosine to zero by the clock): the heads, the steps.
+
+    `ids` `[N, L]` and `labels` `[N, parts]` lie on the encoder's device; `note(step, loss)` is called every 100 steps."""
+    device = ids.device
+    heads = Heads(encoder.config.d_model).to(device)
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
+    start, step = time.time(), 0
+    while True:
+        progress = max((time.time() - start) / seconds, step / most_steps if most_steps else 0.0)
+        if progress >= 1:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * progress))
+        rows = torch.randint(len(ids), (batch,), device=device)
+        said, wanted = ids[rows].long(), labels[rows].long()
+        with autocast():
+            logits = heads(encoder(said)[0], said)
+        loss = F.cross_entropy(logits.flatten(0, 2), wanted.expand(2, -1, -1).flatten(), ignore_index=NO_LABEL)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        step += 1
+        if step % 100 == 0:
+            value = loss.item()  # also keeps the host from running far ahead of the clock
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the words' loss is {value} at step {step}")
+            if note:
+                note(step, value)
+    return heads, step
+
+
+@torch.no_grad()
+def accuracy(encoder, heads, ids, labels, autocast) -> np.ndarray:
+    """Share of captions read right, `[2, parts]`: from the mean, from the picked tokens."""
+    right, counted = 0, 0
+    for said, wanted in zip(ids.long().split(512), labels.long().split(512)):
+        with autocast():
+            guess = heads(encoder(said)[0], said).argmax(-1)
+        there = wanted != NO_LABEL
+        right = right + ((guess == wanted) & there).sum(1)
+        counted = counted + there.sum(0)
+    return (right / counted).cpu().numpy()
