@@ -45,13 +45,12 @@ def test_a_gpu_kernel_runs_in_every_module_and_remove_restores(pipe, precision):
 def test_a_compiled_transformer_equals_the_eager_one(pipe):
     from lowbit_video import generate
     from lowbit_video.processors import apply, coverage, remove
-
     from lowbit_video.runtime.detect import default_paddle_device
 
     device = default_paddle_device()
     if not device.startswith("gpu"):
-        pytest.skip(f"{device} is a custom device: Paddle runs graphs there only by kernels whose outputs are all declared, and "
-                    "the plug-in's unsqueeze and others fail in pd_op_to_kernel_pass; needs Paddle's own GPU build")
+        pytest.skip(f"{device} is a custom device: its plug-in declares no outputs of kernels such as unsqueeze, so Paddle's "
+                    "pd_op_to_kernel_pass refuses the graph; needs Paddle's own GPU build")
     apply(pipe, "int8+fp16")
     eager = video(pipe)
     generate.compile_transformer(pipe)
