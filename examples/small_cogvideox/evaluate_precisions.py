@@ -35,7 +35,8 @@ def figures_of(video, caption, reference, half):
     verdict = prompt_adherence.score(video, caption)
     if reference is None:
         return verdict, None
-    return verdict, (float(psnr(video, reference).mean()), float(ssim(video, reference).mean()), float(psnr(video, half).mean()))
+    pairs = ((psnr, reference), (ssim, reference), (psnr, half))
+    return verdict, tuple(float(metric(video, other).mean()) for metric, other in pairs)
 
 
 def interval(values) -> dict:
@@ -55,8 +56,8 @@ def markdown(record: dict) -> str:
         if "error" in row:
             lines.append(f"| {name} | failed: {row['error'].splitlines()[0][:80]} | | | | | | |")
             continue
-        paired = [cell(row["psnr_db"], 1), cell(row["ssim"], 4), cell(row["psnr_to_fp16_db"], 1)] if "ssim" in row else [
-            "reference", "reference", "-"]
+        paired = [cell(row[key], digits) if key in row else "-"
+                  for key, digits in (("psnr_db", 1), ("ssim", 4), ("psnr_to_fp16_db", 1))]
         parts = [f"{100 * row['adherence'][p]:.0f} %" for p in ("colour", "shape", "motion", "background")]
         lines.append(f"| {name} | " + " | ".join(paired + parts) + " |")
     lines += ["", f"{record['captions']} held-out captions, {record['generation']['num_inference_steps']} DDIM steps, guidance "
@@ -146,7 +147,8 @@ def main(argv=None) -> int:
             row = {"adherence": shares([verdict for verdict, _ in answer]), "seconds": seconds}
             if answer[0][1] is not None:
                 for key, values in zip(("psnr_db", "ssim", "psnr_to_fp16_db"), np.array([f for _, f in answer]).T):
-                    row[key] = interval(values)
+                    if (name, key) != ("fp16", "psnr_to_fp16_db"):
+                        row[key] = interval(values)
             record["rows"][name] = row
             print(f"[{time.time() - started:5.1f} s] {name}: {percent(row['adherence'])}  PSNR "
                   f"{row['psnr_db']['mean'] if 'psnr_db' in row else math.nan:.2f} dB", flush=True)

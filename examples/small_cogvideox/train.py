@@ -404,7 +404,8 @@ def train_words(run: Run) -> None:
         log.row("words", step, (time.time() - start) / 60, loss=loss)
 
     batch = 64 if run.device.type == "cpu" else args.word_batch
-    heads, step = words.teach(encoder, ids, labels, args.words_seconds, batch, run.autocast, args.words_lr, args.max_steps, note)
+    heads, step = words.teach(
+        encoder, ids, labels, args.words_seconds, batch, run.autocast, args.words_lr, args.max_steps, note)
     found = words.accuracy(encoder, heads, held_ids, held_labels, run.autocast)
     worst = {kind: f"{words.NAMES[row.argmin()]} {100 * row.min():.1f} %" for kind, row in zip(("mean", "picked"), found)}
     log.say(f"words: {step} steps of {batch} in {time.time() - start:.1f} s; held-out captions read right "
