@@ -24,6 +24,7 @@ import triton
 from ..buffers import Buffer, as_buffer
 from ..formats import BLOCK_K as _BLOCK_K
 from ..formats import LOG2_E
+from ..launch import launch
 from .gluon_shim import (
     TensorDescriptor,
     async_load,
@@ -644,4 +645,4 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
     programs = n_work
     if config.persistent:
         programs = min(n_work, _multiprocessors(triton.runtime.driver.active.get_current_device()))
-    attn_fwd_kernel[(programs,)](*arguments, **constants)
+    launch(attn_fwd_kernel, (programs,), *arguments, **constants)

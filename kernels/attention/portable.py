@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..buffers import Buffer, as_buffer
 from ..formats import BLOCK_K, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, get_format
 from ..fp8 import to_fp8
+from ..launch import launch
 from ..quant.shapes import ceil_div
 from ..tuning import TileConfig, family, lookup
 
@@ -396,7 +397,8 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
         q_strides, k_strides, v_strides, out_strides = ((0, *s[1:]) for s in (q_strides, k_strides, v_strides, out_strides))
     k_scales = kv_len if per_token else kv_len // BLOCK_K + batch if varlen else ceil_div(kv_len, BLOCK_K)
     sm_factor = sm_scale * LOG2_E
-    attn_fwd_kernel[(ceil_div(max_q if varlen else q_len, config.block_m), q_heads, batch)](
+    launch(
+        attn_fwd_kernel, (ceil_div(max_q if varlen else q_len, config.block_m), q_heads, batch),
         q, k_desc or k, v_desc or v, as_buffer(out), as_buffer(lse), as_buffer(q_scale), as_buffer(k_scale), as_buffer(v_scale),
         as_buffer(bias), as_buffer(lse_shift), as_buffer(cu_seqlens_q), as_buffer(cu_seqlens_k),
         *q_strides, *k_strides, *v_strides, *out_strides,

@@ -14,6 +14,7 @@ import triton.language as tl
 from ..buffers import as_buffer
 from ..formats import INT2_STEP, MIN_MAGNITUDE, get_format
 from ..fp8 import to_fp8
+from ..launch import launch
 from .shapes import ceil_div
 
 TINY = tl.constexpr(MIN_MAGNITUDE)
@@ -130,7 +131,8 @@ def launch_quant_qk(x: Any, strides: tuple[int, int, int], codes: Any, scale: An
     packed = head_dim // fmt.codes_per_byte
     scales = tokens if per_token else tokens // block + batch if varlen else ceil_div(tokens, block)
     row_heads = heads * group if bias is not None else heads
-    quant_qk_kernel[(ceil_div(max_len if varlen else tokens, rows), heads, batch)](
+    launch(
+        quant_qk_kernel, (ceil_div(max_len if varlen else tokens, rows), heads, batch),
         as_buffer(x), as_buffer(codes, fmt.storage), as_buffer(scale), as_buffer(mean), as_buffer(lse_shift), as_buffer(k_mean),
         as_buffer(bias), as_buffer(q_mean), as_buffer(cu_seqlens),
         0 if varlen else strides[0], strides[1], strides[2],

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..buffers import as_buffer
 from ..formats import BLOCK_K, get_format
 from ..fp8 import to_fp8
+from ..launch import launch
 from .shapes import ceil_div
 
 FP8_MAX = tl.constexpr(get_format("fp8").max_code)
@@ -60,7 +61,8 @@ def launch_quant_v(v: Any, strides: tuple[int, int, int], codes: Any, v_scale: A
     varlen = cu_seqlens is not None
     padded = (tokens // BLOCK_K + batch if varlen else ceil_div(tokens, BLOCK_K)) * BLOCK_K
     tiles = ceil_div(max_len if varlen else tokens, BLOCK_K)
-    quant_v_kernel[(tiles, heads, batch)](
+    launch(
+        quant_v_kernel, (tiles, heads, batch),
         as_buffer(v), as_buffer(codes, "float8_e4m3fn"), as_buffer(v_scale), as_buffer(cu_seqlens),
         0 if varlen else strides[0], strides[1], strides[2],
         0 if varlen else heads * head_dim * padded, head_dim * padded, padded, heads, tokens,

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..buffers import as_buffer
 from ..formats import MIN_MAGNITUDE, get_format
+from ..launch import launch
 from .shapes import STATS_CHUNK, ceil_div
 
 MEAN, ABSMAX = tl.constexpr(0), tl.constexpr(1)
@@ -117,11 +118,13 @@ def _launch_token_stats(x, x_strides, y, y_strides, partial, x_out, y_out, op, s
     x, y, partial, cu_seqlens = as_buffer(x), as_buffer(y), as_buffer(partial), as_buffer(cu_seqlens)
     x_strides = (0, *x_strides[1:]) if varlen else tuple(x_strides)
     y_strides = (0, 0, 0) if y is None else (0, *y_strides[1:]) if varlen else tuple(y_strides)
-    token_stats_kernel[(chunks, heads, rows)](  # without a y its branch is compiled all the same: it needs a pointer
+    launch(
+        token_stats_kernel, (chunks, heads, rows),  # without a y its branch is compiled all the same: it needs a pointer
         x, x if y is None else y, partial, cu_seqlens, *x_strides, *y_strides, batch, heads, tokens,
         D=head_dim, PAD_D=pad_d, CHUNK=STATS_CHUNK, TILE=min(STATS_TILE // pad_d, STATS_CHUNK), OP=op, VARLEN=varlen,
         num_warps=STATS_WARPS)
-    fold_stats_kernel[(heads, rows)](
+    launch(
+        fold_stats_kernel, (heads, rows),
         partial, as_buffer(x_out), as_buffer(x_out if y_out is None else y_out), cu_seqlens, batch, heads, tokens, chunks,
         D=head_dim, PAD_D=pad_d, FOLD=FOLD, OP=op, VARLEN=varlen, num_warps=4)
 
