@@ -69,3 +69,29 @@ def test_rescaled_latents_decode_to_the_same_video(small):
         torch.testing.assert_close(after.mode().std((0, 2, 3, 4)), torch.ones_like(std))
         torch.testing.assert_close(after.std * std[:, None, None, None], before.std, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(vae.decode(after.mode()).sample, shown, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parity
+def test_words_stage_puts_meaning_into_the_encoder(small, tmp_path):
+    pytest.importorskip("transformers", reason="the text encoder is transformers' T5EncoderModel")
+    from contextlib import nullcontext
+
+    import words
+    from models import TINY, build_text_encoder
+    from tokens import Tokens, build_vocabulary
+
+    meaning = world.parse("a small red circle moves left over a dotted blue background")
+    names = dict(zip(words.NAMES, words.labels_of(meaning)))
+    assert (names["pair"], names["colour 1"], names["motion 1"], names["texture"], names["size 1"]) == (0, 0, 0, 3, 0)
+    assert names["background"] == words.COLOURS.index("blue") and names["shape 2"] == words.NO_LABEL
+    build_vocabulary(tmp_path)
+    tokens = Tokens(tmp_path)
+    ids, labels = (torch.from_numpy(part) for part in words.caption_set(tokens, 1000, 1))
+    held, wanted = (torch.from_numpy(part) for part in words.caption_set(tokens, 200, 2, held=True))
+    torch.manual_seed(0)
+    encoder = build_text_encoder(TINY, len(tokens))
+    heads, steps = words.teach(encoder, ids, labels, seconds=60, batch=32, autocast=nullcontext, lr=5e-3, most_steps=150)
+    found = dict(zip(words.NAMES, words.accuracy(encoder, heads, held, wanted, nullcontext).T))
+    assert steps == 150
+    assert found["pair"][1] > 0.9 and found["texture"][1] > 0.8  # read from picked tokens; chance: 0.5, 0.25
+    assert found["shape 1"][1] > 0.35  # chance: 0.17
