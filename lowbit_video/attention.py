@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit_video import plans
 from lowbit_video.errors import NonFiniteError, UnsupportedError
 from lowbit_video.kernels.variants import BACKENDS, VARIANTS, KernelVariant, Request
 from lowbit_video.precision import Precision, as_precision
@@ -60,8 +61,13 @@ def run(q: Any, k: Any, v: Any, precision: str | Precision, *, tensor_layout: st
 
     only_if_faster: refuse (UnsupportedError) where exact attention is measured to be faster.
     """
-    precision = as_precision(precision)
     runtime = detect.same_runtime(q=q, k=k, v=v)
+    key = None if check_finite else plans.key_of(runtime, (q, k, v), precision, tensor_layout, is_causal, scale, return_lse,
+                                                 backend, only_if_faster)
+    plan = plans.find(key)
+    if plan is not None and (result := plan.run(runtime, (q, k, v))) is not None:
+        return (*result, plan.variant)
+    precision = as_precision(precision)
     request = make_request(q, k, v, precision, tensor_layout=tensor_layout, is_causal=is_causal, return_lse=return_lse,
                            runtime=runtime, only_if_faster=only_if_faster)
     variant = select(request, backend)
@@ -74,7 +80,7 @@ def run(q: Any, k: Any, v: Any, precision: str | Precision, *, tensor_layout: st
     from lowbit_video.gpu import run_attention
 
     result = run_attention(variant, precision, q, k, v, runtime=runtime, tensor_layout=tensor_layout,
-                           is_causal=is_causal, scale=scale, return_lse=return_lse)
+                           is_causal=is_causal, scale=scale, return_lse=return_lse, key=key)
     out, lse = result if return_lse else (result, None)
     return out, lse, variant
 

@@ -11,8 +11,10 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit_video import plans
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import get_format, scale_block
+from lowbit_video.kernels.launch import recorded
 from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
 from lowbit_video.precision import Precision
 
@@ -232,10 +234,24 @@ def _geometry(x: Any, runtime: Any, tensor_layout: str, sequences: Sequences | N
 
 
 def run_attention(variant: Any, precision: Precision, q: Any, k: Any, v: Any, *, runtime: Any, tensor_layout: str,
-                  is_causal: bool, scale: float, return_lse: bool, sequences: Sequences | None = None) -> Any:
-    """Attention by a selected variant: out, or (out, lse). Arguments as `Call`; nothing is checked again here."""
-    return Call(variant, precision, q, k, v, runtime=runtime, tensor_layout=tensor_layout, is_causal=is_causal, scale=scale,
-                return_lse=return_lse, sequences=sequences).run()
+                  is_causal: bool, scale: float, return_lse: bool, sequences: Sequences | None = None,
+                  key: tuple | None = None) -> Any:
+    """Attention by a selected variant: out, or (out, lse). Arguments as `Call`; nothing is checked again here.
+
+    key: of `plans.key_of`; what is launched is kept as its plan.
+    """
+    call = Call(variant, precision, q, k, v, runtime=runtime, tensor_layout=tensor_layout, is_causal=is_causal, scale=scale,
+                return_lse=return_lse, sequences=sequences)
+    if key is None:
+        return call.run()
+    with recorded() as launches:
+        result = call.run()
+    if all(used is given for used, given in zip(call.tensors, (q, k, v))):  # no copy was made
+        tensors = (q, k, v) if sequences is None else (q, k, v, sequences.cu_q, sequences.cu_k)
+        plan = plans.make(launches, variant, runtime, tensors, call.out, call.lse, call.workspace)
+        if plan is not None:
+            plans.keep(key, plan)
+    return result
 
 
 def run_quantize(x: Any, *, format: str, granularity: str, operand: str, smooth: bool, tensor_layout: str,

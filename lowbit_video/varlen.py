@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit_video import plans
 from lowbit_video.attention import attention, make_request, require_finite, select
 from lowbit_video.kernels.variants import KernelVariant
 from lowbit_video.precision import Precision, as_precision
@@ -38,8 +39,14 @@ def run_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max
                precision: str | Precision, *, is_causal: bool = False, scale: float | None = None, return_lse: bool = False,
                backend: str = "auto", check_finite: bool | None = None) -> tuple[Any, Any, KernelVariant]:
     """As `attention_varlen`, but returns (out, lse or None, the variant that ran)."""
-    precision = as_precision(precision)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     runtime = detect.same_runtime(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    key = None if check_finite else plans.key_of(runtime, tensors, precision, max_seqlen_q, max_seqlen_k, is_causal, scale,
+                                                 return_lse, backend)
+    plan = plans.find(key)
+    if plan is not None and (result := plan.run(runtime, tensors)) is not None:
+        return (*result, plan.variant)
+    precision = as_precision(precision)
     if any(len(runtime.shape(t)) != 3 for t in (q, k, v)):
         given = ", ".join(f"{name} {list(runtime.shape(t))}" for name, t in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"q, k and v must be packed as [tokens, heads, head_dim]; given: {given}")
@@ -58,7 +65,7 @@ def run_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max
 
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, batch, int(max_seqlen_q), int(max_seqlen_k))
     result = run_attention(variant, precision, q, k, v, runtime=runtime, tensor_layout="NHD", is_causal=is_causal, scale=scale,
-                           return_lse=return_lse, sequences=sequences)
+                           return_lse=return_lse, sequences=sequences, key=key)
     out, lse = result if return_lse else (result, None)
     return out, lse, variant
 

@@ -32,6 +32,14 @@ def strides(t: paddle.Tensor) -> tuple[int, ...]:
     return tuple(t.get_strides())
 
 
+def signature(t: paddle.Tensor) -> tuple | None:
+    """Shape, strides, dtype and device, to tell tensors apart quickly; None on a CPU and in a program being traced."""
+    if not isinstance(t, paddle.Tensor):
+        return None
+    ordinal = device_index(t)
+    return (tuple(t.shape), tuple(t.get_strides()), t.dtype, ordinal) if ordinal >= 0 else None
+
+
 def is_cpu(t: paddle.Tensor) -> bool:
     return t.place.is_cpu_place()
 

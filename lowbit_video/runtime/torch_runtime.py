@@ -30,6 +30,11 @@ def strides(t: torch.Tensor) -> tuple[int, ...]:
     return tuple(t.stride())
 
 
+def signature(t: torch.Tensor) -> tuple | None:
+    """Shape, strides, dtype and device, to tell tensors apart quickly; None on a CPU."""
+    return (t.shape, t.stride(), t.dtype, t.get_device()) if t.is_cuda else None
+
+
 def is_cpu(t: torch.Tensor) -> bool:
     return t.device.type == "cpu"
 
@@ -46,7 +51,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 def stream(t: torch.Tensor) -> int:
     """Handle of torch's current stream on the tensor's device."""
-    return torch.cuda.current_stream(t.device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(t.get_device())
 
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:

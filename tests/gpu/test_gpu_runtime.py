@@ -8,6 +8,7 @@ from lowbit_video.eval.speed import inputs
 from lowbit_video.kernels.quant import reference
 
 import lowbit_video as lv
+from lowbit_video import plans
 from lowbit_video.gpu import plan_workspace
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
@@ -34,6 +35,34 @@ def test_a_call_does_not_wait_for_the_device(gpu, spec):
     lv.attention(q, k, v, spec, tensor_layout="HND")
     assert not ahead.happened(), "attention() returned after the device had caught up"
     ahead.synchronize()
+
+
+@pytest.mark.parametrize("backend,spec", [("triton", "int8+fp16"), ("triton", "int8+fp8"), ("triton", "int4+fp16"),
+                                          ("triton", "exact"), ("hopper", "int8+fp16"), ("hopper", "int8+fp8")])
+def test_a_repeated_call_is_planned_quick_and_the_same(gpu, backend, spec, monkeypatch):
+    if backend == "hopper" and gpu.arch != (9, 0):
+        pytest.skip("needs an sm_90 GPU")
+    options = dict(precision=spec, tensor_layout="HND", backend=backend, return_lse=True)
+    inputs_of = [make(gpu, (1, 4, 1000, 64), seed=seed) for seed in (1, 5)]
+    plans.clear()
+    monkeypatch.setenv(plans.ENVIRONMENT, "0")
+    wanted = [[gpu.numpy(t) for t in lv.attention(*qkv, **options)] for qkv in inputs_of]
+    assert not plans._PLANS
+    monkeypatch.delenv(plans.ENVIRONMENT)
+    for _ in range(2):
+        for qkv, want in zip(inputs_of, wanted):
+            for got, one in zip(lv.attention(*qkv, **options), want):
+                np.testing.assert_array_equal(gpu.numpy(got), one)
+    assert len(plans._PLANS) == 1
+    stream = gpu.runtime.stream(gpu.like)
+    times = []
+    for _ in range(30):
+        cuda_driver.synchronize(stream)
+        begin = time.perf_counter()
+        lv.attention(*inputs_of[0], **options)
+        times.append((time.perf_counter() - begin) * 1e6)
+    print(f"host part of a planned call, {gpu.name}, {spec} ({backend}): {np.median(times):.0f} us")
+    assert np.median(times) < 1000
 
 
 def test_the_current_stream_is_used(gpu):

@@ -1,0 +1,191 @@
+"""A repeated call launches what the first one did, with its own addresses; Triton and the GPU are played by recorders."""
+import contextlib
+import importlib
+import types
+
+import pytest
+from lowbit_video.kernels.variants import VARIANTS
+
+from lowbit_video import plans
+
+torch = pytest.importorskip("torch", reason="the tensors of these tests are PyTorch's")
+pytest.importorskip("triton", reason="the launchers need Triton")
+pytestmark = pytest.mark.torch
+attention = importlib.import_module("lowbit_video.attention")  # the package shows the function of that name
+
+
+class Compiled:
+    """A compiled kernel that notes its launches: (name, grid, stream, arguments)."""
+
+    function, packed_metadata = 1234, (4, 1, 0)
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        assert function == self.function and metadata is self.packed_metadata
+        assert enter_hook is exit_hook is launch_metadata is None
+        self.log.append((self.name, (x, y, z), stream, arguments))
+
+
+class Kernel:
+    """Stands for a jitted kernel; the long way through Triton notes its launch as the short one does."""
+
+    def __init__(self, kernel, name, log, long):
+        self.arg_names, self.name, self.log, self.long = kernel.arg_names, name, log, long
+
+    def __getitem__(self, grid):
+        def run(*arguments, **constants):
+            rest = [constants[name] for name in self.arg_names[len(arguments):]]
+            self.long.append(self.name)
+            self.log.append((self.name, (*grid, 1, 1)[:3], 77, (*arguments, *rest)))
+            return Compiled(self.name, self.log)
+
+        return run
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A runtime that takes CPU tensors for an H200's; log: every launch, long: those that went through Triton."""
+    from lowbit_video.kernels.attention import hopper, portable
+    from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
+    from triton.runtime.driver import driver
+
+    from lowbit_video.runtime import torch_runtime
+
+    log, long, kept = [], [], []
+    for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
+                         (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel")):
+        monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_device=lambda: 0), raising=False)
+
+    def empty(shape, dtype, like):
+        kept.append(torch_runtime.empty(shape, dtype, like))  # kept, so that no address comes twice
+        return kept[-1]
+
+    played = dict(is_cpu=lambda t: False, arch=lambda t: (9, 0), stream=lambda t: 77, empty=empty,
+                  launch_guard=lambda t: contextlib.nullcontext(),
+                  signature=lambda t: (t.shape, t.stride(), t.dtype, 0))
+    runtime = types.SimpleNamespace(**{**vars(torch_runtime), **played})
+    monkeypatch.setattr(attention.detect, "same_runtime", lambda **tensors: runtime)
+    plans.clear()
+    yield types.SimpleNamespace(log=log, long=long, kept=kept)
+    plans.clear()
+
+
+def flat(log, named):
+    """The launches with addresses by name and offset, so that two calls can be compared."""
+    def one(value):
+        if hasattr(value, "strides") and hasattr(value, "base"):
+            return ("descriptor", one(value.base), list(value.shape), list(value.strides), value.padding)
+        if hasattr(value, "data_ptr"):
+            value = value.data_ptr()
+        if not isinstance(value, int) or value < 2**32:
+            return value
+        return next((name, value - t.data_ptr()) for name, t in named.items()
+                    if t.data_ptr() <= value < t.data_ptr() + max(1, t.nbytes))
+
+    return [(name, grid, stream, [one(value) for value in arguments]) for name, grid, stream, arguments in log]
+
+
+def tensors(tokens=200, heads=2, head_dim=64):
+    return [torch.randn(1, tokens, heads, head_dim).half() for _ in range(3)]
+
+
+def call(device, q, k, v, precision, **more):
+    device.log.clear()
+    before = len(device.kept)
+    out, lse, variant = attention.run(q, k, v, precision, **more)
+    fresh = device.kept[before:]
+    named = dict(zip("qkv", (q, k, v)))
+    for number, t in enumerate(fresh):
+        named[f"fresh {number}"] = t
+    return flat(device.log, named), variant, out, lse
+
+
+CASES = [(precision, backend, lse) for precision in ("int8+fp16", "int8+fp8", "fp8+fp8", "int4+fp16", "int8/int2+fp8", "exact")
+         for backend in ("triton", "hopper") for lse in (False, True)
+         if backend == "triton" or precision in ("int8+fp16", "int8+fp8", "fp8+fp8")]
+
+
+@pytest.mark.parametrize("precision,backend,lse", CASES)
+def test_a_repeated_call_launches_the_same_on_its_own_tensors(device, precision, backend, lse):
+    first, variant, out, _ = call(device, *tensors(), precision, backend=backend, return_lse=lse)
+    ways = len(device.long)
+    assert ways == len(first) > 0 and variant.backend == backend
+    again, same, out_2, lse_2 = call(device, *tensors(), precision, backend=backend, return_lse=lse)
+    assert again == first and len(device.long) == ways, "the second call went through Triton"
+    assert same is variant and out_2.shape == out.shape and out_2.dtype == out.dtype and out_2.data_ptr() != out.data_ptr()
+    assert (lse_2 is not None) == lse
+
+
+def test_what_the_launches_depend_on_takes_the_long_way_again(device):
+    q, k, v = tensors()
+    calls = [lambda: call(device, q, k, v, "int8+fp16"), lambda: call(device, q, k, v, "int8+fp8"),
+             lambda: call(device, q, k, v, "int8+fp16", is_causal=True), lambda: call(device, q, k, v, "int8+fp16", scale=0.5),
+             lambda: call(device, q, k, v, "int8+fp16", return_lse=True),
+             lambda: call(device, q, k, v, "int8+fp16", backend="triton"),
+             lambda: call(device, *tensors(tokens=201), "int8+fp16"),
+             lambda: call(device, *(t.bfloat16() for t in tensors()), "int8+fp16"),
+             lambda: call(device, q, q, v, "int8+fp16"),  # one tensor twice: its places must not be mixed up later
+             lambda: call(device, *(t.transpose(1, 2) for t in tensors(tokens=2, heads=200)), "int8+fp16")]
+    for one in calls:
+        ways = len(device.long)
+        one()
+        assert len(device.long) > ways
+        ways = len(device.long)
+        one()
+        assert len(device.long) == ways
+
+
+def test_misaligned_tensors_have_plans_of_their_own(device):
+    def shifted(by):
+        return [torch.randn(1 * 200 * 2 * 64 + 8).half()[by:by + 25600].view(1, 200, 2, 64) for _ in range(3)]
+
+    call(device, *shifted(0), "int8+fp16", backend="triton")
+    ways = len(device.long)
+    launches, *_ = call(device, *shifted(1), "int8+fp16", backend="triton")
+    assert len(device.long) == 2 * ways
+    again, *_ = call(device, *shifted(1), "int8+fp16", backend="triton")
+    assert again == launches and len(device.long) == 2 * ways
+
+
+def test_a_copied_input_and_an_unknown_triton_make_no_plan(device, monkeypatch):
+    attention.run(*(torch.randn(1, 200, 2, 128).half()[..., ::2] for _ in range(3)), "int8+fp16")
+    monkeypatch.setattr(plans, "LAUNCHER_VERSIONS", ("2.",))
+    call(device, *tensors(), "int8+fp16")
+    assert not plans._PLANS
+
+
+def test_the_number_of_plans_is_bounded(monkeypatch):
+    monkeypatch.setattr(plans, "MOST_PLANS", 3)
+    plans.clear()
+    for number in range(5):
+        plans.keep((number,), object())
+    assert list(plans._PLANS) == [(2,), (3,), (4,)]
+    plans.clear()
+
+
+def test_a_profilers_hook_sees_every_launch(device, monkeypatch):
+    import triton
+
+    call(device, *tensors(), "int8+fp16")
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    try:
+        ways = len(device.long)
+        call(device, *tensors(), "int8+fp16")
+        assert len(device.long) > ways
+    finally:
+        hook.remove(print)
+
+
+def test_a_cpu_call_has_no_plan():
+    plans.clear()
+    attention.run(*tensors(tokens=8), "int8+fp16")
+    assert not plans._PLANS
+
+
+def test_variants_that_run_on_a_gpu_are_all_covered():
+    assert {v.backend for v in VARIANTS if v.device == "cuda"} == {"triton", "hopper"}
