@@ -6,13 +6,21 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
+from lowbit_video.kernels.attention.portable import launch_attn_fwd
 from lowbit_video.kernels.buffers import Buffer
+from lowbit_video.kernels.formats import QK_FORMATS
+from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
+from lowbit_video.kernels.quant.quant_v import launch_quant_v
+from lowbit_video.kernels.quant.token_stats import launch_kv_stats
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+EXACT = ("fp16", "bf16", "fp32")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -36,7 +44,7 @@ class OfflineDriver:
 
 
 @contextlib.contextmanager
-def compiling(arch):
+def compiling(arch: tuple[int, int]) -> Iterator[list]:
     """Inside, launches compile for `arch` and launch nothing; yields the list that the compiled kernels go to."""
     kernels, run = [], jit.JITFunction.run
 
@@ -59,7 +67,7 @@ def buffer(dtype: str) -> Buffer:
     return Buffer(1 << 30, dtype)
 
 
-def resources(kernel) -> dict[str, int]:
+def resources(kernel: Any) -> dict[str, int]:
     """Registers per thread, stack (where spills go) and shared memory in bytes, as the assembler reports them."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernel.cubin")
@@ -67,3 +75,90 @@ def resources(kernel) -> dict[str, int]:
         report = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", report)}
     return dict(registers=found["REG"], stack=found["STACK"], shared=kernel.metadata.shared)
+
+
+class Attention(NamedTuple):
+    """One build of the portable attention kernel; full: causal, packed sequences and LSE too."""
+
+    arch: tuple[int, int]
+    q: str
+    k: str
+    pv: str
+    head_dim: int
+    dtype: str = "float16"
+    granularity: str = "block"
+    smooth_q: bool = False
+    full: bool = False
+
+    def __str__(self) -> str:
+        formats = f"{self.q if self.q == self.k else f'{self.q}/{self.k}'}+{self.pv}"
+        if self.q in EXACT:
+            formats = self.q
+        return f"{sm(self.arch)} {formats} D{self.head_dim} {self.dtype}{' full' if self.full else ''}"
+
+
+class Quantisers(NamedTuple):
+    """The builds of the quantisers for K and V of one head dim, every format that an arch has, by its usual scales."""
+
+    arch: tuple[int, int]
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{sm(self.arch)} quantisers D{self.head_dim} {self.dtype}"
+
+
+class Built(NamedTuple):
+    """What the assembler reports of one kernel, and the tensor-core instructions of its PTX."""
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    mma: tuple[str, ...]
+    wide_loads: bool
+
+
+def sm(arch: tuple[int, int]) -> str:
+    return f"sm_{arch[0]}{arch[1]}"
+
+
+def _launch_attention(case: Attention) -> None:
+    """2 x 12 heads, 4 of keys, over odd lengths, with the arguments of the public API."""
+    exact = case.q in EXACT
+    q_shape, kv_shape = (2, 12, 17776, case.head_dim), (2, 4, 17776, case.head_dim)
+    strides = lambda shape: (shape[1] * shape[2] * shape[3], shape[3], shape[1] * shape[3])
+    given = lambda wanted, dtype="float32": buffer(dtype) if wanted else None
+    x, full = buffer(case.dtype), case.full
+    launch_attn_fwd(
+        x, x, x, x, q_shape=q_shape, kv_shape=kv_shape, q_format=case.q, k_format=case.k, pv_format=case.pv,
+        granularity=case.granularity, out_strides=strides(q_shape), q_strides=strides(q_shape), k_strides=strides(kv_shape),
+        v_strides=strides(kv_shape), q_scale=given(not exact), k_scale=given(not exact), v_scale=given(case.pv == "fp8"),
+        bias=given(case.smooth_q), sm_scale=0.1, arch=case.arch, is_causal=full, lse=given(full), lse_shift=given(full),
+        pv_dtype="bfloat16" if case.dtype == "float32" and not exact else None,
+        cu_seqlens_q=given(full, "int32"), cu_seqlens_k=given(full, "int32"), max_q=9000, max_k=9000)
+
+
+def _launch_quantisers(case: Quantisers) -> None:
+    shape, float32, x = (2, 4, 17776, case.head_dim), buffer("float32"), buffer(case.dtype)
+    strides = (17776 * 4 * case.head_dim, case.head_dim, 4 * case.head_dim)
+    launch_kv_stats(x, strides, x, strides, float32, float32, float32, shape=shape)
+    for format in QK_FORMATS:
+        if format != "fp8" or case.arch >= (8, 9):
+            for block in {"int8": (128, None), "fp8": (128,)}.get(format, (None,)):
+                launch_quant_qk(x, strides, buffer("uint8"), float32, shape=shape, format=format, block=block, mean=float32,
+                                bias=float32, q_mean=float32, group=3)
+    if case.arch >= (8, 9):
+        launch_quant_v(x, strides, buffer("uint8"), float32, shape=shape)
+
+
+def build(case: Attention | Quantisers) -> list[Built]:
+    """Compiles a case's kernels; runs in any process, so that several can share the work."""
+    with compiling(case.arch) as kernels:
+        (_launch_attention if isinstance(case, Attention) else _launch_quantisers)(case)
+    found = []
+    for kernel in kernels:
+        ptx = kernel.asm["ptx"]
+        mma = sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]+", ptx)))
+        found.append(Built(kernel.metadata.name, **resources(kernel), mma=tuple(mma), wide_loads="v4.b32" in ptx))
+    return found

@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="fewer precisions, the tuning table's tiles and few rivals only")
     options = parser.parse_args()
     began = time.time()
-    import torch  # asks the device for its arch only: no context before the workers have theirs
+    import torch
 
     chosen = with_table(RIVALS if options.table else TILES, torch.cuda.get_device_capability())
     jobs = [(key, tile) for key, tiles in chosen.items() for tile in tiles[:1 if options.quick else None]]

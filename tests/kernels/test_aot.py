@@ -1,5 +1,8 @@
-"""Every portable kernel compiles for every arch with no GPU, does not spill, and uses the tensor cores it is meant to."""
+"""Every portable kernel compiles for every arch with no GPU, fits it, spills no more than known, and uses its tensor cores."""
 from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -7,109 +10,130 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing compiles", allow_module_level=True)
 
-from lowbit_video.kernels.attention.portable import launch_attn_fwd  # noqa: E402
-from lowbit_video.kernels.formats import QK_FORMATS  # noqa: E402
-from lowbit_video.kernels.quant.quant_qk import launch_quant_qk  # noqa: E402
-from lowbit_video.kernels.quant.quant_v import launch_quant_v  # noqa: E402
-from lowbit_video.kernels.quant.token_stats import launch_kv_stats  # noqa: E402
+from lowbit_video.kernels import tuning  # noqa: E402
+from lowbit_video.kernels.variants import VARIANTS  # noqa: E402
 
-from offline import buffer, compiling, resources  # noqa: E402
+from lowbit_video.precision import Precision  # noqa: E402
+from offline import Attention, Quantisers, build, sm  # noqa: E402
 
 ARCHS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
-"""KiB of shared memory that one program can have."""
-PRECISIONS = (  # q, k, pv, granularity, dtype
-    ("int8", "int8", "fp16", "block", "float16"),
-    ("int8", "int8", "fp16", "token", "bfloat16"),
-    ("int8", "int8", "fp8", "block", "float16"),
-    ("fp8", "fp8", "fp8", "block", "bfloat16"),
-    ("fp8", "fp8", "fp16", "token", "float16"),
-    ("int4", "int4", "fp16", "token", "float16"),
-    ("int4", "int4", "fp8", "block", "bfloat16"),
-    ("int2", "int2", "fp16", "token", "bfloat16"),
-    ("int8", "int4", "fp8", "token", "float16"),
-    ("int8", "int2", "fp16", "block", "float16"),
-    ("fp16", "fp16", "fp16", "block", "float16"),
-    ("bf16", "bf16", "fp16", "block", "bfloat16"),
-)
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+"""Shared memory that one program can have."""
+HEAD_DIMS = {"int8+fp16": (64, 128, 256), "int8+fp8": (64, 128), "fp16": (64, 128, 256), "fp32": (64, 96, 256)}
+"""Of the precisions with tiles of their own; the others take 64 and 128 in turn."""
 STACK = {
-    (("fp8", "fp8", "fp16", "token", "float16"), (9, 0), 128): 24,
-    (("int4", "int4", "fp8", "block", "bfloat16"), (10, 0), 128): 16,
-    (("int8", "int8", "fp16", "token", "bfloat16"), (12, 0), 64): 48,
-    (("fp8", "fp8", "fp16", "token", "float16"), (12, 0), 128): 8,
-    (("int4", "int4", "fp16", "token", "float16"), (12, 0), 64): 16,
-    (("int2", "int2", "fp16", "token", "bfloat16"), (12, 0), 64): 24,
+    "sm_80 int8+fp16 D256 float16": 64,
+    "sm_80 int8+fp16 D64 bfloat16 full": 72,
+    "sm_80 fp16 D256 float16": 80,
+    "sm_80 fp32 D64 float32": 8,
+    "sm_86 int8+fp16 D64 bfloat16 full": 40,
+    "sm_89 int8+fp16 D64 bfloat16 full": 40,
+    "sm_89 int8+fp16 D72 float16": 432,
+    "sm_89 int8+fp16 D256 float16": 72,
+    "sm_89 fp16 D256 float16": 112,
+    "sm_90 int8+fp16 D72 float16": 144,
+    "sm_90 int8+fp8 D64 float16": 24,
+    "sm_90 int8/int2+fp8 D64 float16": 8,
+    "sm_90 int2+fp8 D64 float16": 16,
+    "sm_90 fp8+fp8 D64 float16": 8,
+    "sm_100 int8/int2+fp16 D128 float16": 56,
+    "sm_100 int2+fp16 D128 float16": 56,
+    "sm_100 int4+fp8 D128 float16": 40,
+    "sm_100 fp32 D96 float32": 40,
+    "sm_100 int8+fp16 D128 float32": 24,
+    "sm_100 quantisers D128 bfloat16": 8,
+    "sm_120 int8+fp16 D64 bfloat16 full": 32,
+    "sm_120 int8+fp16 D256 float16": 80,
+    "sm_120 int4+fp16 D64 float16": 16,
+    "sm_120 int2+fp16 D128 float16": 32,
+    "sm_120 int2+fp8 D64 float16": 8,
+    "sm_120 fp16 D256 float16": 56,
 }
-"""Bytes of stack that a kernel is known to spill, by (precision, arch, head dim); 0 where nothing stands here."""
-QUANTISER_STACK = {(10, 0): 8}
-"""The same of the quantisers, by arch."""
+"""Bytes of stack that a build is known to spill; 0 where nothing stands here."""
 
 
-def launch(q, k, pv, granularity, dtype, arch, head_dim, **options):
-    """The attention launch of 2 x 12 heads, 4 of keys, over odd lengths, as the public API makes it."""
-    exact = q in ("fp16", "bf16", "fp32")
-    q_shape, kv_shape = (2, 12, 17776, head_dim), (2, 4, 17776, head_dim)
-    strides = lambda shape: (shape[1] * shape[2] * head_dim, head_dim, shape[1] * head_dim)
-    given = lambda wanted: buffer("float32") if wanted else None
-    smooth_q = q in ("int4", "int2")
-    launch_attn_fwd(
-        buffer(dtype), buffer(dtype), buffer(dtype), buffer(dtype), q_shape=q_shape, kv_shape=kv_shape, q_format=q, k_format=k,
-        pv_format=pv, granularity=granularity, out_strides=strides(q_shape), q_strides=strides(q_shape),
-        k_strides=strides(kv_shape), v_strides=strides(kv_shape), q_scale=given(not exact), k_scale=given(not exact),
-        v_scale=given(pv == "fp8"), bias=given(smooth_q), sm_scale=0.1, arch=arch, **options)
+def attention_cases(arch):
+    """Every precision of every portable variant; INT8 packed, causal, with LSE, in bfloat16 too, and of float32 tensors."""
+    turn = 0
+    for variant in VARIANTS:
+        if variant.backend != "triton" or arch < variant.min_arch:
+            continue
+        for spec in variant.specs:
+            precision = Precision(spec)
+            q = k = spec
+            if not precision.exact:
+                q, k = precision.q, precision.k
+            turn += 1
+            dims = HEAD_DIMS.get(spec, ((64, 128)[turn % 2],))
+            dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(spec, "float16")
+            for head_dim in dims:
+                if head_dim < 256 or arch not in ((8, 6), (10, 0)):  # which take these tiles from sm_80 and sm_90
+                    yield Attention(arch, q, k, "fp16" if precision.exact else precision.pv, head_dim, dtype,
+                                    precision.granularity or "block", precision.smooth_q)
+    yield Attention(arch, "int8", "int8", "fp16", 64, "bfloat16", full=True)
+    yield Attention(arch, "int8", "int8", "fp16", 128, "float32")
 
 
-def runs_on(q, pv, arch):
-    return arch >= (8, 9) or "fp8" not in (q, pv)
+ATTENTION = [case for arch in ARCHS for case in attention_cases(arch)]
+ATTENTION += [Attention(arch, "int8", "int8", "fp16", 72) for arch in ((8, 9), (9, 0))]  # rows of 72 bytes: no 16 at a time
+QUANTISERS = [Quantisers(arch) for arch in ARCHS]
 
 
-def tensor_core_text(q, pv, arch):
-    """What PTX must hold: the MMA of the scores, and that of P.V."""
-    if arch == (9, 0):
-        family = "wgmma.mma_async.sync.aligned.m64n"
-    elif arch == (10, 0):
-        return ["tcgen05.mma", "tcgen05.mma"] if q not in ("int8", "int4", "int2") else ["mma.sync", "tcgen05.mma"]
-    else:
-        family = "mma.sync.aligned.m16n8"
-    scores = {"fp8": ".e4m3.e4m3", "fp16": ".f16.f16", "bf16": ".bf16.bf16"}.get(q, ".s8.s8")
-    return [(family, scores), (family, ".e4m3.e4m3" if pv == "fp8" else "16")]
+@pytest.fixture(scope="module")
+def built(request):
+    """What `build` returns for a case; the cases of the collected tests compile in two processes."""
+    items = [item for item in request.session.items if item.path == request.path]
+    cases = [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
+    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+    futures = {case: pool.submit(build, case) for case in cases}
+    yield lambda case: futures[case].result()
+    pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"sm_{a[0]}{a[1]}")
-@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: f"{p[0]}-{p[1]}-{p[2]}-{p[3]}-{p[4]}")
-def test_attention_compiles(precision, arch):
-    q, k, pv, granularity, dtype = precision
-    if not runs_on(q, pv, arch):
-        pytest.skip("FP8 tensor cores need sm_89")
-    head_dim = 64 if PRECISIONS.index(precision) % 2 else 128
-    with compiling(arch) as kernels:
-        launch(*precision, arch, head_dim)
-    (kernel,) = kernels
-    used = resources(kernel)
-    assert used["stack"] <= STACK.get((precision, arch, head_dim), 0), used
-    assert used["shared"] <= SHARED_LIMIT[arch] * 1024, used
-    lines = [line for line in kernel.asm["ptx"].splitlines() if "mma" in line]
-    for wanted in tensor_core_text(q, pv, arch):
-        parts = (wanted,) if isinstance(wanted, str) else wanted
-        assert any(all(part in line for part in parts) for line in lines), (parts, set(lines))
+def instructions(case):
+    """The MMA of the scores and that of P.V: how each begins in PTX, and the operand types (or kind) that it names."""
+    halves = "f16" if case.dtype == "float16" else "bf16"
+    scores = {"fp8": "e4m3", "fp16": "f16", "bf16": "bf16", "fp32": "tf32"}.get(case.q, "s8")
+    values = "tf32" if case.q == "fp32" else "e4m3" if case.pv == "fp8" else halves
+    begins = {(9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}.get(case.arch, "mma.sync")
+    for operands in (scores, values):
+        if operands == "tf32" and case.head_dim > (128 if case.arch == (9, 0) else 64):
+            yield "mma.sync", "tf32.tf32"  # the tile has fewer rows than the larger instructions take
+        elif case.arch != (10, 0):
+            yield begins, f"{operands}.{operands}"
+        elif operands == "s8":
+            yield "mma.sync", "s8.s8"  # Triton gives sm_100's integers to mma.sync
+        else:
+            yield begins, {"e4m3": "kind::f8f6f4", "tf32": "kind::tf32"}.get(operands, "kind::f16")
 
 
-@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"sm_{a[0]}{a[1]}")
-def test_quantisers_compile(arch):
-    shape, dtype = (2, 4, 17776, 128), "bfloat16"
-    strides = (17776 * 4 * 128, 128, 4 * 128)
-    float32 = buffer("float32")
-    with compiling(arch) as kernels:
-        launch_kv_stats(buffer(dtype), strides, buffer(dtype), strides, float32, float32, float32, shape=shape)
-        for format in QK_FORMATS:
-            if runs_on(format, "fp16", arch):
-                for block in (128, None):
-                    launch_quant_qk(buffer(dtype), strides, buffer("uint8"), float32, shape=shape, format=format,
-                                    block=block, mean=float32, bias=float32, q_mean=float32, group=3)
-        if arch >= (8, 9):
-            launch_quant_v(buffer(dtype), strides, buffer("uint8"), float32, shape=shape)
-    assert len(kernels) >= 8
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention_compiles(case, built):
+    (kernel,) = built(case)
+    assert kernel.stack <= STACK.get(str(case), 0), kernel
+    assert kernel.shared <= SHARED_KIB[case.arch] * 1024, kernel
+    for begins, operands in instructions(case):
+        assert any(ptx.startswith(begins) and operands in ptx for ptx in kernel.mma), (begins, operands, kernel.mma)
+
+
+@pytest.mark.parametrize("case", QUANTISERS, ids=str)
+def test_quantisers_compile(case, built):
+    kernels = built(case)
+    assert len(kernels) >= 6
     for kernel in kernels:
-        assert resources(kernel)["stack"] <= QUANTISER_STACK.get(arch, 0)
+        assert kernel.stack <= STACK.get(str(case), 0), kernel
         # rows come in as 16 bytes a thread
-        assert "fold" in kernel.metadata.name or "v4.b32" in kernel.asm["ptx"]
+        assert "fold" in kernel.name or kernel.wide_loads, kernel
+
+
+def test_every_tile_of_the_table_is_compiled():
+    compiled = set()
+    for case in ATTENTION:
+        padded = 64 if case.head_dim <= 64 else 128 if case.head_dim <= 128 else 256
+        compiled.add((case.arch, padded, tuning.lookup(tuning.family(case.q, case.k, case.pv), case.arch, padded)))
+    missing = [(name, sm(arch), d) for (name, arch, d), tile in tuning.TABLE.items() if (arch, d, tile) not in compiled]
+    assert not missing, missing
+
+
+def test_every_known_spill_is_of_a_case():
+    assert STACK.keys() <= {str(case) for case in (*ATTENTION, *QUANTISERS)}
