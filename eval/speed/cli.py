@@ -32,7 +32,9 @@ def add_parsers(subparsers) -> None:
     _common(tune)
     tune.add_argument("--variants", nargs="+", metavar="PRECISION", help="precisions to tune; default: one per family")
     tune.add_argument("--jobs", type=int, default=0, metavar="N", help="compile the candidates in N processes first")
-    tune.add_argument("--no-lengths", action="store_true", help="leave the shortest useful lengths out")
+    only = tune.add_mutually_exclusive_group()
+    only.add_argument("--no-lengths", action="store_true", help="leave the shortest useful lengths out")
+    only.add_argument("--lengths-only", action="store_true", help="leave the tiles out")
     tune.add_argument("--out", type=Path, default=Path("outputs/tuning.json"), metavar="FILE",
                       help="default: outputs/tuning.json")
     tune.set_defaults(run=run_tune)
@@ -95,6 +97,6 @@ def run_tune(args: argparse.Namespace) -> int:
     from lowbit_video.eval.speed import tune
 
     path = tune.tune(chosen_shapes, framework=framework, dtype=args.dtype, specs=args.variants, out=args.out, jobs=args.jobs,
-                     lengths=not args.no_lengths, log=lambda text: print(text, flush=True))
+                     lengths=not args.no_lengths, tiles=not args.lengths_only, log=lambda text: print(text, flush=True))
     print(f"written: {path}; use it with LOWBIT_VIDEO_TUNING={path}")
     return 0

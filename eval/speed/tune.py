@@ -126,10 +126,10 @@ def shortest_useful(spec: str, variant: KernelVariant, head_dim: int, framework:
 
 
 def tune(shapes: Iterable[Shape], *, framework: str, dtype: str, specs: Sequence[str] | None, out: Path, jobs: int = 0,
-         lengths: bool = True, log: Callable[[str], None] = print) -> Path:
+         lengths: bool = True, tiles: bool = True, log: Callable[[str], None] = print) -> Path:
     """Measures and writes the tuning file; returns its path."""
     shapes, specs = tuple(shapes), tuple(specs or SPECS)
-    if jobs:
+    if jobs and tiles:
         work = [(shape, spec, framework, dtype, index) for shape in shapes for spec in specs
                 for index in range(len(candidates(shape.head_dim)))]
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
@@ -143,7 +143,7 @@ def tune(shapes: Iterable[Shape], *, framework: str, dtype: str, specs: Sequence
         padded = 64 if shape.head_dim <= 64 else 128 if shape.head_dim <= 128 else 256
         for spec in specs:
             precision = Precision(spec)
-            best = tune_tiles(shape, spec, framework, dtype, log)
+            best = tune_tiles(shape, spec, framework, dtype, log) if tiles else None
             if best is not None:
                 name = "fp16" if precision.exact else tuning.family(precision.q, precision.k, precision.pv)
                 entries = [e for e in entries if (e.get("family"), e["head_dim"]) != (name, padded)]
