@@ -544,8 +544,8 @@ class HopperConfig:
 
 # (head dim, P.V in FP8) -> how to build. eval/speed/NOTES.md has what else was tried.
 CONFIGS = {
-    (64, True): HopperConfig(128, 3, 3, 160),
-    (128, True): HopperConfig(128, 2, 3, 240, token=True),
+    (64, True): HopperConfig(128, 3, 3, 160, token=True, pin=True),
+    (128, True): HopperConfig(128, 2, 3, 240, pin=True),
     (64, False): HopperConfig(128, 3, 3, 160, sum_mma=False),
     (128, False): HopperConfig(128, 2, 3, 240, sum_mma=False),
 }
