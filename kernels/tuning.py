@@ -56,7 +56,7 @@ TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
     ("fp16", (8, 0), 128): TileConfig(128, 64, 8, 3),
     ("fp16", (8, 0), 256): TileConfig(64, 32, 4, 2),
     ("int8+fp16", (9, 0), 64): TileConfig(64, 128, 4, 2),
-    ("int8+fp16", (9, 0), 128): TileConfig(128, 64, 4, 3, sum_mma=True),
+    ("int8+fp16", (9, 0), 128): TileConfig(64, 128, 4, 2),
     ("int8+fp16", (9, 0), 256): TileConfig(64, 64, 4, 2),
     ("int8+fp8", (9, 0), 64): TileConfig(64, 128, 4, 2, max_registers=128),
     ("int8+fp8", (9, 0), 128): TileConfig(64, 128, 4, 2, max_registers=168),
