@@ -16,7 +16,7 @@ from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import QK_FORMATS
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 from lowbit_video.kernels.quant.quant_v import launch_quant_v
-from lowbit_video.kernels.quant.token_stats import launch_kv_stats
+from lowbit_video.kernels.quant.token_stats import launch_stats
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -142,7 +142,8 @@ def _launch_attention(case: Attention) -> None:
 def _launch_quantisers(case: Quantisers) -> None:
     shape, float32, x = (2, 4, 17776, case.head_dim), buffer("float32"), buffer(case.dtype)
     strides = (17776 * 4 * case.head_dim, case.head_dim, 4 * case.head_dim)
-    launch_kv_stats(x, strides, x, strides, float32, float32, float32, shape=shape)
+    launch_stats(float32, q=x, q_strides=strides, q_mean=float32, q_shape=shape, k=x, k_strides=strides, k_mean=float32, v=x,
+                 v_strides=strides, v_scale=float32, kv_shape=shape)
     for format in QK_FORMATS:
         if format != "fp8" or case.arch >= (8, 9):
             for block in {"int8": (128, None), "fp8": (128,)}.get(format, (None,)):

@@ -119,12 +119,13 @@ class Case:
             return
         self.lse_shift = new(self.lse.shape) if lse else None
         self.k_mean, self.v_scale = new((b, hk, d)), new((b, hk, d))
-        self.partial = new(shapes.partial_shape((2 * b, *ks[1:]), self.max_k))
+        scratch = 2 * math.prod(shapes.partial_shape(ks, self.max_k))
         self.q_mean = self.bias = None
         if self.smooth_q:
             self.q_mean = new((b, qs[1], d))
-            self.q_partial = new(shapes.partial_shape(qs, self.max_q))
+            scratch += math.prod(shapes.partial_shape(qs, self.max_q))
             self.bias = new((b, qs[1], ks[2]) if not varlen else (qs[1], ks[2]))
+        self.partial = new((scratch,))
         self.qc = new(shapes.code_shape(qs, qf, varlen), torch.uint8)
         self.kc = new(shapes.code_shape(ks, self.kf, varlen), torch.uint8)
         self.qs = new(shapes.scale_shape(qs, None, varlen))
@@ -135,15 +136,14 @@ class Case:
     def stats(self):
         from lowbit_video.kernels.quant import token_stats
 
-        kw = dict(cu_seqlens=self.cu_k, max_len=self.max_k)
+        kw = {}
         if self.pv == "fp8":
-            token_stats.launch_kv_stats(self.k, self.k.stride()[:3], self.v, self.v.stride()[:3], self.partial, self.k_mean,
-                                        self.v_scale, shape=self.kv_shape, **kw)
-        else:
-            token_stats.launch_token_mean(self.k, self.k.stride()[:3], self.partial, self.k_mean, shape=self.kv_shape, **kw)
+            kw.update(v=self.v, v_strides=self.v.stride()[:3], v_scale=self.v_scale)
         if self.smooth_q:
-            token_stats.launch_token_mean(self.q, self.q.stride()[:3], self.q_partial, self.q_mean, shape=self.q_shape,
-                                          cu_seqlens=self.cu_q, max_len=self.max_q)
+            kw.update(q=self.q, q_strides=self.q.stride()[:3], q_mean=self.q_mean, q_shape=self.q_shape)
+        token_stats.launch_stats(self.partial, k=self.k, k_strides=self.k.stride()[:3], k_mean=self.k_mean,
+                                 kv_shape=self.kv_shape, cu_seqlens_q=self.cu_q, cu_seqlens_k=self.cu_k, max_q=self.max_q,
+                                 max_k=self.max_k, **kw)
 
     def quant_q(self):
         from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
@@ -195,25 +195,27 @@ class Case:
 
 
 def quantiser_variants(case, bench):
-    """Milliseconds of the statistics by (chunk, elements of a tile, warps), and of Q by rows of a program."""
+    """Milliseconds of the statistics by (chunk, elements of a tile, warps), and of Q (and K by token) by rows of a program."""
     import torch
     from lowbit_video.kernels.quant import quant_qk, token_stats
 
     times, scratch = {}, case.partial
     case.partial = torch.empty(4 * scratch.numel(), device="cuda")
 
-    def vary(module, names, step, variants):
+    def vary(module, names, step, variants, label=""):
         default = tuple(getattr(module, name) for name in names)
         for variant in (default, *variants):
             for name, value in zip(names, variant):
                 setattr(module, name, value)
-            times[f"{names[0].partition('_')[0].lower()} {variant}"] = bench(step)
+            times[f"{label}{names[0].partition('_')[0].lower()} {variant}"] = bench(step)
         for name, value in zip(names, default):
             setattr(module, name, value)
 
     vary(token_stats, ("STATS_CHUNK", "STATS_TILE", "STATS_WARPS"), case.stats,
          ((256, 65536, 8), (256, 4096, 4), (512, 8192, 8), (1024, 4096, 4)))
     vary(quant_qk, ("TOKEN_ROWS",), case.quant_q, ((32,), (128,)))
+    if case.token:
+        vary(quant_qk, ("TOKEN_ROWS",), case.quant_k, ((32,), (128,)), "K ")
     case.partial = scratch
     print("    " + ", ".join(f"{name} {ms * 1e3:.0f}us" for name, ms in times.items()))
     return times
@@ -407,7 +409,7 @@ def main() -> None:
                     steps.append(("V", case.quant_v, size + case.vc.numel()))
                 times = {name: bench(f) for name, f, _ in steps}
                 text = " ".join(f"{s} {times[s] * 1e3:.0f}us {byte / times[s] / 1e6:.0f}GB/s" for s, f, byte in steps)
-                if options.table and not case.smooth_q:
+                if options.table:
                     times.update(quantiser_variants(case, bench))
                 times["all"] = bench(case.quantize)
                 least = sum(byte for _, _, byte in steps) / MEMORY_GB_PER_S / 1e6

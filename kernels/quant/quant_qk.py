@@ -25,6 +25,18 @@ TOKEN_ROWS = 64
 """Rows that one program quantises where each has a scale of its own."""
 
 
+@triton.jit
+def _cells(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr, INTERPRET: tl.constexpr):
+    """floor(x * inverse) clamped to LEAST..MOST in the low bits of an int32, without the slow float to integer conversions."""
+    if INTERPRET:
+        b_sum = tl.floor(x * inverse) + ROUND_MAGIC
+    else:  # rounded towards minus infinity
+        b_sum = tl.inline_asm_elementwise("fma.rm.f32 $0, $1, $2, 0f4B400000;", "=f,f,f", [x, inverse], dtype=tl.float32,
+                                          is_pure=True, pack=1)
+    b_sum = tl.minimum(tl.maximum(b_sum, ROUND_MAGIC + LEAST), ROUND_MAGIC + MOST)
+    return b_sum.to(tl.int32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["H", "N", "scale_stride_b", "scale_stride_h", "row_stride_b", "row_stride_h"])
 def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_seqlens,
                     stride_b, stride_h, stride_n, codes_stride_b, codes_stride_h, scale_stride_b, scale_stride_h,
@@ -58,7 +70,9 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
             tl.store(lse_shift + p_row + i_h.to(tl.int64) * row_stride_h, b_shift, mask=m_n)
         if SMOOTH:
             b_mean = tl.load(mean + (i_b * H + i_h) * D + o_d, mask=m_d, other=0.0)
-            b_x = tl.where(m_n[:, None], b_x - b_mean[None, :], 0.0)
+            b_x = b_x - b_mean[None, :]
+            if not PER_TOKEN:  # a block's scale must not see the rows past the end
+                b_x = tl.where(m_n[:, None], b_x, 0.0)
         if BIAS:
             for i_g in tl.static_range(GROUP):
                 i_hq = i_h * GROUP + i_g
@@ -80,26 +94,26 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
         p_scale = scale + i_b.to(tl.int64) * scale_stride_b + i_h.to(tl.int64) * scale_stride_h
         if PER_TOKEN:
             tl.store(p_scale + o_row, b_scale, mask=m_n)
-            b_ratio = b_x * (1.0 / b_scale)[:, None]
+            b_inverse = (1.0 / b_scale)[:, None]
         else:
             tl.store(p_scale + scale_start, b_scale)
-            b_ratio = b_x * (1.0 / b_scale)
+            b_inverse = 1.0 / b_scale
 
         p_codes = codes + i_b.to(tl.int64) * codes_stride_b + i_h.to(tl.int64) * codes_stride_h
         if FORMAT == "int8":
-            b_codes = (b_ratio + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+            b_codes = (b_x * b_inverse + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
             tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None] & m_d[None, :])
         elif FORMAT == "fp8":
-            b_codes = to_fp8(tl.minimum(tl.maximum(b_ratio, -MAX_CODE), MAX_CODE), INTERPRET)
+            b_codes = to_fp8(tl.minimum(tl.maximum(b_x * b_inverse, -MAX_CODE), MAX_CODE), INTERPRET)
             tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None] & m_d[None, :])
         elif FORMAT == "int4":
-            b_cell = tl.minimum(tl.maximum(tl.floor(b_ratio * 0.5), -8.0), 7.0).to(tl.int32) & 15
+            b_cell = _cells(b_x, b_inverse * 0.5, -8.0, 7.0, INTERPRET) & 15
             b_low, b_high = tl.split(tl.reshape(b_cell, [ROWS, PAD_D // 2, 2]))
             o_p = tl.arange(0, PAD_D // 2)
             tl.store(p_codes + o_row[:, None] * (D // 2) + o_p[None, :], (b_low | (b_high << 4)).to(tl.uint8),
                      mask=m_n[:, None] & (o_p < D // 2)[None, :])
         else:
-            b_cell = tl.minimum(tl.maximum(tl.floor(b_ratio * 0.5), -2.0), 1.0).to(tl.int32) & 3
+            b_cell = _cells(b_x, b_inverse * 0.5, -2.0, 1.0, INTERPRET) & 3
             b_even, b_odd = tl.split(tl.reshape(b_cell, [ROWS, PAD_D // 4, 2, 2]))
             b_0, b_2 = tl.split(b_even)
             b_1, b_3 = tl.split(b_odd)

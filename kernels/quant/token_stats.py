@@ -1,7 +1,9 @@
-"""Statistics over tokens: the mean of K (or Q) and the absmax of V, per channel, in two deterministic passes.
+"""Statistics over tokens: the means of K and Q and the absmax of V, per channel, in two deterministic passes.
 
 First each program reduces a chunk of tokens to one row of float32 partials, then one small program per
-(batch, head) folds the partials in a fixed order. No atomics, no zeroed counters, no full-size copy.
+(batch, head) folds the partials in a fixed order. No atomics, no zeroed counters, no full-size copy. Both passes
+take all that a call needs at once: Q first, whose codes are made last, then K and V, which the next kernels still
+find in the L2 cache.
 """
 from __future__ import annotations
 
@@ -15,7 +17,6 @@ from ..formats import MIN_MAGNITUDE, get_format
 from ..launch import launch
 from .shapes import STATS_CHUNK, ceil_div
 
-MEAN, ABSMAX = tl.constexpr(0), tl.constexpr(1)
 FP8_MAX = tl.constexpr(get_format("fp8").max_code)
 TINY = tl.constexpr(MIN_MAGNITUDE)
 STATS_TILE = 4096
@@ -26,128 +27,159 @@ FOLD = 32
 
 
 @triton.jit
-def _chunk_stats(p_x, p_out, start, n, stride_n, D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-                 OP: tl.constexpr):
-    o_d = tl.arange(0, PAD_D)
-    b_acc = tl.zeros([TILE, PAD_D], tl.float32)
-    for i_t in tl.static_range(CHUNK // TILE):
-        o_n = tl.program_id(0) * CHUNK + i_t * TILE + tl.arange(0, TILE)
-        m_x = (o_n < n)[:, None] & (o_d < D)[None, :]
-        # [TILE, PAD_D]
-        b_x = tl.load(p_x + (start + o_n).to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
-        if OP == MEAN:
-            b_acc += b_x
-        else:
-            b_acc = tl.maximum(b_acc, tl.abs(b_x))
-    if OP == MEAN:
-        b_out = tl.sum(b_acc, 0)
-    else:
-        b_out = tl.max(b_acc, 0)
-    tl.store(p_out + o_d, b_out, mask=o_d < D)
-
-
-@triton.jit(do_not_specialize=["B", "H", "N"])
-def token_stats_kernel(x, y, partial, cu_seqlens, x_stride_b, x_stride_h, x_stride_n, y_stride_b, y_stride_h, y_stride_n,
-                       B, H, N, D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-                       OP: tl.constexpr, VARLEN: tl.constexpr):
-    """Partials [B (or 2B), H, chunks, D] of x by OP; rows of the batch past B are y's, by ABSMAX."""
-    i_c, i_h, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_b = i_z % B
+def _chunk_stats(p_x, p_out, cu_seqlens, i_row, H, N, i_c, stride_b, stride_h, stride_n, D: tl.constexpr, PAD_D: tl.constexpr,
+                 CHUNK: tl.constexpr, TILE: tl.constexpr, ABSMAX: tl.constexpr, VARLEN: tl.constexpr):
+    """One row of partials [D]: the sum (or absmax) of chunk i_c of (batch, head) i_row."""
+    i_b, i_h = i_row // H, i_row % H
     start, n = 0, N
     if VARLEN:
         start = tl.load(cu_seqlens + i_b)
         n = tl.load(cu_seqlens + i_b + 1) - start
-    p_out = partial + ((i_z * H + i_h).to(tl.int64) * tl.num_programs(0) + i_c) * D
-    if i_z < B:
-        p_x = x + i_b.to(tl.int64) * x_stride_b + i_h.to(tl.int64) * x_stride_h
-        _chunk_stats(p_x, p_out, start, n, x_stride_n, D, PAD_D, CHUNK, TILE, OP)
+    p_x += i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    o_d = tl.arange(0, PAD_D)
+    b_acc = tl.zeros([TILE, PAD_D], tl.float32)
+    for i_t in tl.static_range(CHUNK // TILE):
+        o_n = i_c * CHUNK + i_t * TILE + tl.arange(0, TILE)
+        m_x = (o_n < n)[:, None] & (o_d < D)[None, :]
+        # [TILE, PAD_D]
+        b_x = tl.load(p_x + (start + o_n).to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+        if ABSMAX:
+            b_acc = tl.maximum(b_acc, tl.abs(b_x))
+        else:
+            b_acc += b_x
+    if ABSMAX:
+        b_out = tl.max(b_acc, 0)
     else:
-        p_y = y + i_b.to(tl.int64) * y_stride_b + i_h.to(tl.int64) * y_stride_h
-        _chunk_stats(p_y, p_out, start, n, y_stride_n, D, PAD_D, CHUNK, TILE, ABSMAX)
+        b_out = tl.sum(b_acc, 0)
+    tl.store(p_out + o_d, b_out, mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["q_programs", "k_programs", "Hq", "Hk", "Nq", "Nk", "q_chunks", "k_chunks"])
+def token_stats_kernel(q, k, v, partial, cu_q, cu_k, q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
+                       v_stride_b, v_stride_h, v_stride_n, q_programs, k_programs, Hq, Hk, Nq, Nk, q_chunks, k_chunks,
+                       D: tl.constexpr, PAD_D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+                       WITH_Q: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr, VARLEN: tl.constexpr):
+    """Partials of Q [B, Hq, q_chunks, D], then of K and of V [B, Hk, k_chunks, D]; program i writes row i of them all."""
+    i_p = tl.program_id(0)
+    p_out = partial + i_p.to(tl.int64) * D
+    if WITH_Q:
+        if i_p < q_programs:
+            _chunk_stats(q, p_out, cu_q, i_p // q_chunks, Hq, Nq, i_p % q_chunks, q_stride_b, q_stride_h, q_stride_n, D, PAD_D,
+                         CHUNK, TILE, False, VARLEN)
+        i_p -= q_programs
+    if WITH_K:
+        if (i_p >= 0) & (i_p < k_programs):
+            _chunk_stats(k, p_out, cu_k, i_p // k_chunks, Hk, Nk, i_p % k_chunks, k_stride_b, k_stride_h, k_stride_n, D, PAD_D,
+                         CHUNK, TILE, False, VARLEN)
+        i_p -= k_programs
+    if WITH_V:
+        if i_p >= 0:
+            _chunk_stats(v, p_out, cu_k, i_p // k_chunks, Hk, Nk, i_p % k_chunks, v_stride_b, v_stride_h, v_stride_n, D, PAD_D,
+                         CHUNK, TILE, True, VARLEN)
 
 
 @triton.jit
-def _fold(p_partial, chunks, D: tl.constexpr, PAD_D: tl.constexpr, FOLD: tl.constexpr, OP: tl.constexpr):
+def _fold(p_partial, p_out, cu_seqlens, i_row, H, N, chunks, D: tl.constexpr, PAD_D: tl.constexpr, FOLD: tl.constexpr,
+          ABSMAX: tl.constexpr, VARLEN: tl.constexpr):
+    """Row i_row of p_out [rows, D] from partials [rows, chunks, D]."""
+    p_partial += i_row.to(tl.int64) * chunks * D
     o_d = tl.arange(0, PAD_D)
     b_acc = tl.zeros([FOLD, PAD_D], tl.float32)
     for i_c in range(0, chunks, FOLD):
         o_c = i_c + tl.arange(0, FOLD)
         m_c = (o_c < chunks)[:, None] & (o_d < D)[None, :]
         b_part = tl.load(p_partial + o_c.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_c, other=0.0)
-        if OP == MEAN:
-            b_acc += b_part
-        else:
+        if ABSMAX:
             b_acc = tl.maximum(b_acc, b_part)
-    if OP == MEAN:
-        b_out = tl.sum(b_acc, 0)
-    else:
-        b_out = tl.max(b_acc, 0)
-    return b_out
-
-
-@triton.jit(do_not_specialize=["B", "H", "N", "chunks"])
-def fold_stats_kernel(partial, x_out, y_out, cu_seqlens, B, H, N, chunks,
-                      D: tl.constexpr, PAD_D: tl.constexpr, FOLD: tl.constexpr, OP: tl.constexpr, VARLEN: tl.constexpr):
-    """x_out [B, H, D] = mean (or absmax / 448) of the first B rows of partials, y_out the same of the others by ABSMAX."""
-    i_h, i_z = tl.program_id(0), tl.program_id(1)
-    i_b = i_z % B
-    n = N
-    if VARLEN:
-        n = tl.load(cu_seqlens + i_b + 1) - tl.load(cu_seqlens + i_b)
-    o_d = tl.arange(0, PAD_D)
-    p_partial = partial + (i_z * H + i_h).to(tl.int64) * chunks * D
-    o_out = (i_b * H + i_h) * D + o_d
-    if i_z < B:
-        b_out = _fold(p_partial, chunks, D, PAD_D, FOLD, OP)
-        if OP == MEAN:
-            b_out = b_out / tl.maximum(n, 1).to(tl.float32)
         else:
-            b_out = tl.maximum(b_out, TINY) / FP8_MAX
-        tl.store(x_out + o_out, b_out, mask=o_d < D)
+            b_acc += b_part
+    if ABSMAX:
+        b_out = tl.maximum(tl.max(b_acc, 0), TINY) / FP8_MAX
     else:
-        b_out = tl.maximum(_fold(p_partial, chunks, D, PAD_D, FOLD, ABSMAX), TINY) / FP8_MAX
-        tl.store(y_out + o_out, b_out, mask=o_d < D)
+        n = N
+        if VARLEN:
+            i_b = i_row // H
+            n = tl.load(cu_seqlens + i_b + 1) - tl.load(cu_seqlens + i_b)
+        b_out = tl.sum(b_acc, 0) / tl.maximum(n, 1).to(tl.float32)
+    tl.store(p_out + i_row.to(tl.int64) * D + o_d, b_out, mask=o_d < D)
 
 
-def _launch_token_stats(x, x_strides, y, y_strides, partial, x_out, y_out, op, shape, cu_seqlens, max_len) -> None:
-    batch, heads, tokens, head_dim = shape
-    varlen = cu_seqlens is not None
-    chunks = ceil_div(max_len if varlen else tokens, STATS_CHUNK)
-    rows = batch if y is None else 2 * batch
+@triton.jit(do_not_specialize=["q_rows", "k_rows", "Hq", "Hk", "Nq", "Nk", "q_chunks", "k_chunks"])
+def fold_stats_kernel(partial, q_mean, k_mean, v_scale, cu_q, cu_k, q_rows, k_rows, Hq, Hk, Nq, Nk, q_chunks, k_chunks,
+                      D: tl.constexpr, PAD_D: tl.constexpr, FOLD: tl.constexpr, WITH_Q: tl.constexpr, WITH_K: tl.constexpr,
+                      WITH_V: tl.constexpr, VARLEN: tl.constexpr):
+    """q_mean [B, Hq, D], k_mean [B, Hk, D] and v_scale [B, Hk, D] = absmax / 448, one program for each row of theirs."""
+    i_p = tl.program_id(0)
+    if WITH_Q:
+        if i_p < q_rows:
+            _fold(partial, q_mean, cu_q, i_p, Hq, Nq, q_chunks, D, PAD_D, FOLD, False, VARLEN)
+        i_p -= q_rows
+        partial += q_rows.to(tl.int64) * q_chunks * D
+    if WITH_K:
+        if (i_p >= 0) & (i_p < k_rows):
+            _fold(partial, k_mean, cu_k, i_p, Hk, Nk, k_chunks, D, PAD_D, FOLD, False, VARLEN)
+        i_p -= k_rows
+        partial += k_rows.to(tl.int64) * k_chunks * D
+    if WITH_V:
+        if i_p >= 0:
+            _fold(partial, v_scale, cu_k, i_p, Hk, Nk, k_chunks, D, PAD_D, FOLD, True, VARLEN)
+
+
+def launch_stats(partial: Any, *, q: Any = None, q_strides: tuple[int, int, int] = (0, 0, 0), q_mean: Any = None,
+                 q_shape: tuple[int, int, int, int] | None = None, k: Any = None,
+                 k_strides: tuple[int, int, int] = (0, 0, 0), k_mean: Any = None, v: Any = None,
+                 v_strides: tuple[int, int, int] = (0, 0, 0), v_scale: Any = None,
+                 kv_shape: tuple[int, int, int, int] | None = None, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+                 max_q: int | None = None, max_k: int | None = None) -> None:
+    """Any of q_mean [B, Hq, D], k_mean [B, Hkv, D] and v_scale [B, Hkv, D] (float32) in one launch of each pass.
+
+    Means are accumulated in float32; v_scale = max(absmax over tokens, 1e-30) / 448. What is None is left out. q: [B, Hq,
+    Nq, D] of `q_shape`, k and v: [B, Hkv, Nkv, D] of `kv_shape`, by strides (batch, head, seq) in elements, last dim
+    contiguous. partial: float32 scratch, as many elements as `shapes.partial_shape` of each given tensor together. With
+    cu_seqlens int32 [S + 1]: packed, shapes (S, H, T, D), batch strides ignored, max_q and max_k the longest sequences. An
+    empty one has mean 0.
+    """
+    given = [x for x in (q, k, v) if x is not None]
+    varlen = (cu_seqlens_k if q is None else cu_seqlens_q) is not None
+    batch, _, _, head_dim = kv_shape if q is None else q_shape
+    _, q_heads, q_len, _ = q_shape or (0, 1, 1, 0)
+    _, kv_heads, kv_len, _ = kv_shape or (0, 1, 1, 0)
+    q_chunks = ceil_div(max_q if varlen and q is not None else q_len, STATS_CHUNK)
+    k_chunks = ceil_div(max_k if varlen and kv_shape else kv_len, STATS_CHUNK)
+    q_rows, k_rows = (batch * q_heads if q is not None else 0), batch * kv_heads
+    kv_count = (k is not None) + (v is not None)
+    if varlen:
+        q_strides, k_strides, v_strides = ((0, *strides[1:]) for strides in (q_strides, k_strides, v_strides))
     pad_d = triton.next_power_of_2(head_dim)
-    x, y, partial, cu_seqlens = as_buffer(x), as_buffer(y), as_buffer(partial), as_buffer(cu_seqlens)
-    x_strides = (0, *x_strides[1:]) if varlen else tuple(x_strides)
-    y_strides = (0, 0, 0) if y is None else (0, *y_strides[1:]) if varlen else tuple(y_strides)
+    flags = dict(WITH_Q=q is not None, WITH_K=k is not None, WITH_V=v is not None, VARLEN=varlen)
+    partial, cu_q, cu_k = as_buffer(partial), as_buffer(cu_seqlens_q), as_buffer(cu_seqlens_k)
+    q, k, v = (as_buffer(given[0] if x is None else x) for x in (q, k, v))  # one that is left out is never read
     launch(
-        token_stats_kernel, (chunks, heads, rows),  # without a y its branch is compiled all the same: it needs a pointer
-        x, x if y is None else y, partial, cu_seqlens, *x_strides, *y_strides, batch, heads, tokens,
-        D=head_dim, PAD_D=pad_d, CHUNK=STATS_CHUNK, TILE=min(STATS_TILE // pad_d, STATS_CHUNK), OP=op, VARLEN=varlen,
+        token_stats_kernel, (q_rows * q_chunks + kv_count * k_rows * k_chunks,), q, k, v, partial, cu_q, cu_k,
+        *q_strides, *k_strides, *v_strides, q_rows * q_chunks, k_rows * k_chunks, q_heads, kv_heads, q_len, kv_len, q_chunks,
+        k_chunks, D=head_dim, PAD_D=pad_d, CHUNK=STATS_CHUNK, TILE=min(STATS_TILE // pad_d, STATS_CHUNK), **flags,
         num_warps=STATS_WARPS)
     launch(
-        fold_stats_kernel, (heads, rows),
-        partial, as_buffer(x_out), as_buffer(x_out if y_out is None else y_out), cu_seqlens, batch, heads, tokens, chunks,
-        D=head_dim, PAD_D=pad_d, FOLD=FOLD, OP=op, VARLEN=varlen, num_warps=4)
+        fold_stats_kernel, (q_rows + kv_count * k_rows,), partial, as_buffer(q_mean), as_buffer(k_mean), as_buffer(v_scale),
+        cu_q, cu_k, q_rows, k_rows, q_heads, kv_heads, q_len, kv_len, q_chunks, k_chunks, D=head_dim, PAD_D=pad_d, FOLD=FOLD,
+        **flags, num_warps=4)
 
 
 def launch_token_mean(x: Any, strides: tuple[int, int, int], partial: Any, mean: Any, *, shape: tuple[int, int, int, int],
                       cu_seqlens: Any = None, max_len: int | None = None) -> None:
-    """mean [B, H, D] float32 of x over its tokens, accumulated in float32.
-
-    x: [B, H, N, D] of `shape` by `strides` (batch, head, seq) in elements, last dim contiguous.
-    partial: float32 scratch of `shapes.partial_shape`. With cu_seqlens int32 [S + 1] x is packed: shape
-    (S, H, T, D), the batch stride is ignored, max_len is the longest sequence. An empty sequence has mean 0.
-    """
-    _launch_token_stats(x, strides, None, None, partial, mean, None, MEAN.value, shape, cu_seqlens, max_len)
+    """mean [B, H, D] of x [B, H, N, D]; arguments as `launch_stats`."""
+    launch_stats(partial, k=x, k_strides=strides, k_mean=mean, kv_shape=shape, cu_seqlens_k=cu_seqlens, max_k=max_len)
 
 
 def launch_v_scale(v: Any, strides: tuple[int, int, int], partial: Any, v_scale: Any, *, shape: tuple[int, int, int, int],
                    cu_seqlens: Any = None, max_len: int | None = None) -> None:
-    """v_scale [B, H, D] float32 = max(absmax over tokens, 1e-30) / 448; arguments as `launch_token_mean`."""
-    _launch_token_stats(v, strides, None, None, partial, v_scale, None, ABSMAX.value, shape, cu_seqlens, max_len)
+    """v_scale [B, H, D] of v [B, H, N, D]; arguments as `launch_stats`."""
+    launch_stats(partial, v=v, v_strides=strides, v_scale=v_scale, kv_shape=shape, cu_seqlens_k=cu_seqlens, max_k=max_len)
 
 
 def launch_kv_stats(k: Any, k_strides: tuple[int, int, int], v: Any, v_strides: tuple[int, int, int], partial: Any, mean: Any,
                     v_scale: Any, *, shape: tuple[int, int, int, int], cu_seqlens: Any = None,
                     max_len: int | None = None) -> None:
-    """K's mean and V's scale in one launch of each pass; partial has twice the batch of `shapes.partial_shape`."""
-    _launch_token_stats(k, k_strides, v, v_strides, partial, mean, v_scale, MEAN.value, shape, cu_seqlens, max_len)
+    """K's mean and V's scale; arguments as `launch_stats`, partial twice `shapes.partial_shape`."""
+    launch_stats(partial, k=k, k_strides=k_strides, k_mean=mean, v=v, v_strides=v_strides, v_scale=v_scale, kv_shape=shape,
+                 cu_seqlens_k=cu_seqlens, max_k=max_len)

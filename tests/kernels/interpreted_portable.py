@@ -20,7 +20,12 @@ from lowbit_video.kernels.formats import QK_FORMATS, scale_block  # noqa: E402
 from lowbit_video.kernels.quant import reference, shapes  # noqa: E402
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk  # noqa: E402
 from lowbit_video.kernels.quant.quant_v import launch_quant_v  # noqa: E402
-from lowbit_video.kernels.quant.token_stats import launch_kv_stats, launch_token_mean, launch_v_scale  # noqa: E402
+from lowbit_video.kernels.quant.token_stats import (  # noqa: E402
+    launch_kv_stats,
+    launch_stats,
+    launch_token_mean,
+    launch_v_scale,
+)
 from lowbit_video.kernels.tuning import TileConfig  # noqa: E402
 
 TILE = TileConfig(64, 128, 4, 2)  # the oracle's own tile, so that P is rounded against the same running maxima
@@ -152,6 +157,33 @@ def test_statistics(shape, layout):
     np.testing.assert_allclose(mean, reference.token_mean(k.astype(np.float32)), atol=1e-6)
     np.testing.assert_array_equal(scale, reference.quantize_v(v.astype(np.float32))[1])
     np.testing.assert_array_equal(token_mean(k), mean)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("with_v", [False, True], ids=["qk", "qkv"])
+def test_statistics_of_all_at_once(with_v, packed):
+    q_shape, kv_shape = (1, 6, 1100, 72), (1, 2, 70, 72)
+    q, k, v = (draw(seed, *shape, layout="NHD") for seed, shape in ((1, q_shape), (2, kv_shape), (3, kv_shape)))
+    q_cu, k_cu = np.array([0, 1030, 1030, 1100], np.int32), np.array([0, 1, 33, 70], np.int32)
+    extra = {}
+    if packed:
+        q_shape, kv_shape = (3, *q_shape[1:]), (3, *kv_shape[1:])
+        extra = dict(cu_seqlens_q=buffer(q_cu), cu_seqlens_k=buffer(k_cu), max_q=1030, max_k=37)
+    elements = lambda shape, longest: int(np.prod(shapes.partial_shape(shape, longest if packed else None)))
+    partial = poisoned((elements(q_shape, 1030) + (1 + with_v) * elements(kv_shape, 37),))
+    q_mean, k_mean, v_scale = (poisoned((shape[0], shape[1], 72)) for shape in (q_shape, kv_shape, kv_shape))
+    if with_v:
+        extra.update(v=buffer(v), v_strides=strides(v), v_scale=buffer(v_scale))
+    launch_stats(buffer(partial), q=buffer(q), q_strides=strides(q), q_mean=buffer(q_mean), q_shape=q_shape, k=buffer(k),
+                 k_strides=strides(k), k_mean=buffer(k_mean), kv_shape=kv_shape, **extra)
+    assert not np.isnan(partial).any()  # all of it is used, and no more
+    for s in range(q_shape[0]):
+        q_part, k_part = (slice(*cu[s:s + 2]) if packed else slice(None) for cu in (q_cu, k_cu))
+        for x, part, mean in ((q, q_part, q_mean), (k, k_part, k_mean)):
+            rows = x[0, :, part].astype(np.float32)
+            np.testing.assert_allclose(mean[s], rows.sum(1) / max(rows.shape[1], 1), atol=1e-6)
+        if with_v:
+            np.testing.assert_array_equal(v_scale[s], reference.quantize_v(v[:1, :, k_part].astype(np.float32))[1][0])
 
 
 @pytest.mark.parametrize("block", [128, None], ids=str)
