@@ -39,7 +39,7 @@ def round_significand(x: np.ndarray, bits: int, min_exponent: int) -> np.ndarray
 def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_scale: np.ndarray | None = None,
              k_scale: np.ndarray | None = None, v_scale: np.ndarray | None = None, bias: np.ndarray | None = None,
              p_format: str = "fp32", causal: bool = False, block_n: int = BLOCK_K,
-             sum_rounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+             sum_rounded: bool = False, backwards: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """softmax(q k^T) v over decoded codes.
 
     q: [B, Hq, Nq, D] float32, k, v: [B, Hkv, Nkv, D] float32: values of the codes without their scales.
@@ -47,7 +47,8 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
     bias: [B, Hq, Nkv] float32 added to every row of the unscaled scores (Q smoothing's correction).
     scale: multiplies the scores. causal: key j is visible to query i if j <= i + Nkv - Nq.
     p_format: what P is rounded to ("fp16", "bf16", "fp8", or "fp32" for not at all); fp8 carries 2**8.
-    block_n: keys per tile. sum_rounded: row sums of the rounded P, as kernels that sum by MMA do.
+    block_n: keys per tile. sum_rounded: row sums of the rounded P, as kernels that sum by MMA do. backwards: tiles from the
+    last to the first, as the Hopper kernel takes them; FP8 P is rounded on the grid of the maximum so far.
     Returns out [B, Hq, Nq, D] float32 and the natural-log LSE [B, Hq, Nq] of the scores given (not corrected
     for K smoothing). A row that sees no key gives zeros and -inf.
     """
@@ -75,7 +76,8 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
                 row_sum = np.zeros((count, 1), np.float32)
                 acc = np.zeros((count, dim), np.float32)
                 end = max(0, min(kv_len, int(last_key[-1, 0]) + 1)) if causal else kv_len
-                for first in range(0, end, block_n):
+                tiles = range(0, end, block_n)
+                for first in reversed(tiles) if backwards else tiles:
                     columns = slice(first, min(first + block_n, kv_len))
                     s = queries @ keys[:, columns]  # [rows, tile]
                     if k_scale is not None:
@@ -115,7 +117,7 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
 def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: str, k_format: str, pv_format: str,
                      granularity: str = "block", smooth_k: bool = True, smooth_q: bool = False, scale: float,
                      causal: bool = False, half: str = "fp16", block_n: int = BLOCK_K,
-                     sum_rounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+                     sum_rounded: bool = False, backwards: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Quantise and attend, as the GPU backends do it in their separate kernels.
 
     q: [B, Hq, Nq, D], k, v: [B, Hkv, Nkv, D] float32 holding the caller's (possibly 16-bit) values.
@@ -136,7 +138,7 @@ def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: s
         quant.decode(q_codes, q_format), quant.decode(k_codes, k_format), values, scale=scale,
         q_scale=q_scale, k_scale=quant.expand_scale(k_scale, k.shape[2], block_k),
         v_scale=v_scale, bias=quant.score_bias(q_mean, k, k_mean) if smooth_q else None, p_format=p_format,
-        causal=causal, block_n=block_n, sum_rounded=sum_rounded)
+        causal=causal, block_n=block_n, sum_rounded=sum_rounded, backwards=backwards)
     if smooth_k:
         lse += lse_correction(q, k_mean, scale)
     return out, lse

@@ -50,6 +50,17 @@ def test_tile_size_does_not_matter():
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_tile_order_moves_only_the_grid_of_fp8(causal):
+    q, k, v = qkv(q_len=300)
+    forth, back = (exact(q, k, v, block_n=64, causal=causal, backwards=b) for b in (False, True))
+    np.testing.assert_allclose(back[0], forth[0], atol=1e-6)
+    np.testing.assert_allclose(back[1], forth[1], atol=1e-5)
+    forth, back = (run(q, k, v, "int8+fp8", block_n=64, causal=causal, backwards=b)[0] for b in (False, True))
+    expected = exact(q, k, v, causal=causal)[0]
+    assert sqnr_db(back, forth) < 40.0 and abs(sqnr_db(back, expected) - sqnr_db(forth, expected)) < 0.5
+
+
 # dB on standard normal input with a shifted K channel, head dim 64, 1000 tokens. int8 leaves 37.7, FP8's three
 # significant bits of V and P 28.3; int4 on both sides leaves 17.0, close to what 4 bits can do at all: a
 # quantiser at the rate-distortion bound of normal data (24.1 dB each) would leave 21.1.
