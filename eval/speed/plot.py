@@ -31,15 +31,19 @@ def plot_kernels(rows: list[Any], about: dict[str, Any], path: Path) -> Path:
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)
         axis.set_xlabel("TFLOP/s, quantisation counted", fontsize=8)
+    colours = {method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys(r.method for r in sweeps))}
+    lines_of = {}
     for axis, dim in zip(flat[len(keys):], dims):
         for method in dict.fromkeys(r.method for r in sweeps if r.head_dim == dim):
             points = sorted((r.tokens, r.tflops) for r in sweeps if r.head_dim == dim and r.method == method)
-            axis.plot([n for n, _ in points], [t for _, t in points], marker="o", markersize=3, label=method)
+            lines_of[method], = axis.plot(*zip(*points), colours[method], marker="o", markersize=3)
         axis.set_xscale("log", base=2)
         axis.set_title(f"head dim {dim}", fontsize=9)
         axis.set_xlabel("tokens", fontsize=8)
         axis.set_ylabel("TFLOP/s, quantisation counted", fontsize=8)
-        axis.legend(fontsize=6)
+        axis.set_ylim(bottom=0)
+    if lines_of:  # below the panels, where it hides no line
+        figure.legend(lines_of.values(), lines_of, loc="outside lower center", ncols=4, fontsize=7)
     for axis in flat[panels:]:
         axis.set_visible(False)
     figure.suptitle(f"{about['gpu']}, {about['framework']} tensors, commit {about['commit']}", fontsize=9)
