@@ -12,6 +12,7 @@ from lowbit_video.kernels.attention import reference
 from lowbit_video.kernels.variants import VARIANTS, Request
 
 from lowbit_video import gpu as launch
+from lowbit_video import plans
 from lowbit_video.attention import run
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver
@@ -297,7 +298,8 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Records the launchers that ran."""
+    """Records the launchers that ran; no plan of an earlier test stands in for one."""
+    plans.clear()
     seen, real = Launches([]), launch.load_launcher
     monkeypatch.setattr(launch, "load_launcher", lambda path: seen.paths.append(path) or real(path))
     return seen
