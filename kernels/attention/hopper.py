@@ -98,13 +98,18 @@ def _exponentials(f, scale, m):
 
 
 @gluon.jit
-def _softmax(s, scale, m, l, BN: gl.constexpr, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr, MASKED: gl.constexpr):
+def _softmax(s, scale, m, l, mine, parity, BN: gl.constexpr, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr,
+             MASKED: gl.constexpr, TURN: gl.constexpr):
     """P of one tile, unpacked, with the new row maximum and the factor for what was summed before.
 
     s: scores [64, BN], int32 or float32; scale: [64] (MASKED: 1.0), makes them base 2; m [64]: running maximum minus the shift.
+    TURN: the consumer's turn in the exponentials (barrier `mine`) is waited for once the maximum is known.
     """
     SHIFT: gl.constexpr = FP8_SHIFT if FP8_PV else 0.0
     m_new = gl.maximum(m, gl.max(s, 1).to(gl.float32) * scale - SHIFT)
+    if TURN:
+        m_new = _before(m_new)
+        mbarrier.wait(mine, parity)
     alpha = gl.exp2(m - m_new)
     s0, s1, s2, s3 = _split_scores(s, BN, FP8_PV)
     m_row = _beside(m_new, s0)
@@ -191,6 +196,37 @@ def _after(x):
 
 
 @gluon.jit
+def _before(x):
+    """x, a maximum and so never NaN, computed before what follows: behind a store on the condition that it is NaN."""
+    return gl.inline_asm_elementwise(
+        "{.reg .pred n; .reg .b32 a; mov.b32 a, 0; mov.b32 $0, $1; setp.nan.f32 n, $0, $0; @n st.shared.b32 [a], a;}",
+        "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _held_asm(count):
+    """Passes `count` registers on, behind a store on the condition that one has its sign bit set."""
+    moves = " ".join(f"mov.b32 ${i}, ${count + i};" for i in range(count))
+    ors = " ".join(f"or.b32 s, s, ${count + i};" for i in range(count))
+    store = "setp.lt.s32 n, s, 0; @n st.shared.b32 [a], a;"
+    return f"{{.reg .pred n; .reg .b32 a, s; mov.b32 a, 0; mov.b32 s, 0; {ors} {store} {moves}}}"
+
+
+@gluon.constexpr_function
+def _held_constraints(count):
+    return ",".join(["=r"] * count + ["r"] * count)
+
+
+@gluon.jit
+def _held(p, COUNT: gl.constexpr):
+    """The packed P, of which a thread has COUNT registers, behind a point that ptxas moves no wait and no arrival above.
+
+    No probability is negative, so that the store never happens; it depends on every exponential.
+    """
+    return gl.inline_asm_elementwise(_held_asm(COUNT), _held_constraints(COUNT), [p], dtype=gl.int32, is_pure=False, pack=COUNT)
+
+
+@gluon.jit
 def _pv(p, v_t, ones_t, acc, zero_acc, zero_l, BN: gl.constexpr, V_TYPE: gl.constexpr, SUM_MMA: gl.constexpr,
         P_LAYOUT: gl.constexpr):
     """Issues PV (and the row sums); v_t [BN, D]. FP8: into a fresh accumulator; 16-bit: onto acc."""
@@ -239,7 +275,8 @@ def _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV: gl.constexpr, SUM_MMA: 
 @gluon.jit
 def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage, phase, turn,
           BN: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, SUM_MMA: gl.constexpr, TOKEN: gl.constexpr,
-          PIN: gl.constexpr, AHEAD: gl.constexpr, FIRST: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr):
+          PIN: gl.constexpr, HOLD: gl.constexpr, AHEAD: gl.constexpr, FIRST: gl.constexpr, MASK: gl.constexpr,
+          CAUSAL: gl.constexpr):
     """The softmax of tile i_n, with PV of the tile before it in flight.
 
     AHEAD 0: QK^T of this tile is issued with that PV, and waited for. AHEAD 1: s holds this tile's scores already, and
@@ -269,11 +306,16 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
         x = _mask(s, scale, i_n, o_row, q_len, kv_len, BN, CAUSAL)
         scale = 1.0
     alpha_old = alpha
-    if TOKEN and not FIRST:  # one warpgroup at a time in the exponentials
-        mbarrier.wait(token.index(W), (turn & 1) ^ (1 if W == 0 else 0))
-    p0, p1, p2, p3, alpha, m, l = _softmax(x, scale, m, l, BN, FP8_PV, SUM_MMA, MASK)
+    mine = token.index(W)
+    parity = (turn & 1) ^ (1 if W == 0 else 0)
+    if TOKEN and not FIRST and not HOLD:  # one warpgroup at a time in the exponentials
+        mbarrier.wait(mine, parity)
+    p0, p1, p2, p3, alpha, m, l = _softmax(
+        x, scale, m, l, mine, parity, BN, FP8_PV, SUM_MMA, MASK, TOKEN and HOLD and not FIRST)
     if PIN:
         p3 = _after(p3)
+    if HOLD:
+        p_next = _held(_pack(p0, p1, p2, p3, V_TYPE), BN // 8 if FP8_PV else BN // 4)
     if TOKEN and not FIRST:
         mbarrier.arrive(token.index((W + 1) % NC), count=1)
         turn += 1
@@ -288,13 +330,15 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
         if stage == STAGES:
             stage = 0
             phase ^= 1
-    return s, m, l, acc, _pack(p0, p1, p2, p3, V_TYPE), alpha, k_scale, stage, phase, turn
+    if not HOLD:
+        p_next = _pack(p0, p1, p2, p3, V_TYPE)
+    return s, m, l, acc, p_next, alpha, k_scale, stage, phase, turn
 
 
 @gluon.jit
 def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr, BN: gl.constexpr, NC: gl.constexpr,
               STAGES: gl.constexpr, CAUSAL: gl.constexpr, LSE: gl.constexpr, LSE_SHIFT: gl.constexpr, SUM_MMA: gl.constexpr,
-              TOKEN: gl.constexpr, PIN: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr):
+              TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr):
     q_s, k_s, v_s, ones_s = tiles
     q_full, q_empty, full, empty, token = barriers
     p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale = pointers
@@ -350,31 +394,31 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
             phase ^= 1
         s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
             n_kv - 1, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, None, m, k_scale, stage,
-            phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, AHEAD, True, True, CAUSAL)
+            phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, True, True, CAUSAL)
         n_full = gl.minimum(n_full, n_kv - 1)
         if CAUSAL:
             for j in range(n_kv - 1 - n_full):
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_kv - 2 - j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, AHEAD, False, True, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, True, CAUSAL)
         if UNROLL:  # two tiles a turn: the scores of one and the next swap registers without moves
             if n_full % 2 == 1:
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_full - 1, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, False, CAUSAL)
             n_full = n_full // 2 * 2
             for j in range(n_full // 2):
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_full - 1 - 2 * j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, False, CAUSAL)
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_full - 2 - 2 * j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, False, CAUSAL)
         else:
             for j in range(n_full):
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_full - 1 - j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, False, CAUSAL)
         mbarrier.arrive(q_empty, count=1)
         mbarrier.wait(full.index(stage), phase)
         v_t = v_s.index(stage)
@@ -466,7 +510,7 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
                            heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on, D: gl.constexpr,
                            BN: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr,
                            CAUSAL: gl.constexpr, LSE: gl.constexpr, LSE_SHIFT: gl.constexpr, SUM_MMA: gl.constexpr,
-                           TOKEN: gl.constexpr, PIN: gl.constexpr, AHEAD: gl.constexpr,
+                           TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, AHEAD: gl.constexpr,
                     UNROLL: gl.constexpr, V_LAYOUT: gl.constexpr, ONES_LAYOUT: gl.constexpr):
     V_TYPE: gl.constexpr = v_desc.dtype
     FP8_PV: gl.constexpr = V_TYPE == gl.float8e4nv
@@ -503,19 +547,19 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
     if NC == 2:
         gl.warp_specialize([
             (_consumer, (0, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         AHEAD, UNROLL)),
+                         HOLD, AHEAD, UNROLL)),
             (_consumer, (1, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         AHEAD, UNROLL)),
+                         HOLD, AHEAD, UNROLL)),
             (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, D, BN, NC, STAGES, CAUSAL, 1 + AHEAD)),
         ], [4, 1], [CONSUMER_REGS, 24])
     else:
         gl.warp_specialize([
             (_consumer, (0, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         AHEAD, UNROLL)),
+                         HOLD, AHEAD, UNROLL)),
             (_consumer, (1, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         AHEAD, UNROLL)),
+                         HOLD, AHEAD, UNROLL)),
             (_consumer, (2, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         AHEAD, UNROLL)),
+                         HOLD, AHEAD, UNROLL)),
             (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, D, BN, NC, STAGES, CAUSAL, 1 + AHEAD)),
         ], [4, 4, 1], [CONSUMER_REGS, CONSUMER_REGS, 24])
 
@@ -526,8 +570,9 @@ class HopperConfig:
 
     block_n: keys of a tile. consumers: warpgroups of 64 query rows. stages: K/V tiles in shared memory. registers: of a
     consumer's thread. sum_mma: row sums by an all-ones product instead of adds. token: consumers take turns in the
-    exponentials. pin: waits stay behind the exponentials. ahead: QK^T runs one tile ahead of the softmax. unroll: two
-    tiles a turn of the loop. persistent: one program a multiprocessor.
+    exponentials. pin: waits stay behind a quarter of the exponentials. hold: behind all of them, packed, and a consumer waits
+    for its turn with the row maximum in hand. ahead: QK^T runs one tile ahead of the softmax. unroll: two tiles a turn of
+    the loop. persistent: one program a multiprocessor.
     """
 
     block_n: int
@@ -537,6 +582,7 @@ class HopperConfig:
     sum_mma: bool = True
     token: bool = False
     pin: bool = False
+    hold: bool = False
     ahead: bool = False
     unroll: bool = False
     persistent: bool = False
@@ -604,8 +650,8 @@ def launch_arguments(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, in
                  n_work, *out_strides)
     constants = dict(D=head_dim, BN=block_n, NC=config.consumers, STAGES=config.stages, CONSUMER_REGS=config.registers,
                      CAUSAL=bool(is_causal), LSE=lse is not None, LSE_SHIFT=lse is not None and lse_shift is not None,
-                     SUM_MMA=config.sum_mma, TOKEN=config.token, PIN=config.pin, AHEAD=int(config.ahead), UNROLL=config.unroll,
-                     V_LAYOUT=v_layout, ONES_LAYOUT=ones_layout, num_warps=4)
+                     SUM_MMA=config.sum_mma, TOKEN=config.token, PIN=config.pin, HOLD=config.hold, AHEAD=int(config.ahead),
+                     UNROLL=config.unroll, V_LAYOUT=v_layout, ONES_LAYOUT=ones_layout, num_warps=4)
     return n_work, arguments, constants
 
 
