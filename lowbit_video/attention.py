@@ -108,6 +108,7 @@ def make_request(q: Any, k: Any, v: Any, precision: Precision, *, tensor_layout:
     if len(dtypes) > 1 or not dtypes <= set(_FORMAT_OF):
         raise TypeError(f"q, k and v must have one dtype out of {', '.join(_FORMAT_OF)}; given: "
                         f"{', '.join(runtime.dtype_name(t) for t in (q, k, v))}")
+    require_one_place(runtime, q=q, k=k, v=v)
     dtype = dtypes.pop()
     cpu = runtime.is_cpu(q)
     exact = _FORMAT_OF[dtype] if precision.spec == "exact" else precision.q
@@ -144,6 +145,13 @@ def select(request: Request, backend: str = "auto", variants: Sequence[KernelVar
     raise UnsupportedError(f"no kernel of backend {backend!r} serves {request}:\n{listing}\n"
                            "try another precision or backend, or fallback='exact' in the processor; "
                            "`lowbit-video kernels` lists what exists")
+
+
+def require_one_place(runtime: Any, **tensors: Any) -> None:
+    """Raises ValueError unless all tensors are on one device: a kernel would read an address of another one."""
+    places = {name: runtime.place(tensor) for name, tensor in tensors.items()}
+    if len(set(places.values())) > 1:
+        raise ValueError(f"all tensors must be on one device; given: {', '.join(f'{n} on {p}' for n, p in places.items())}")
 
 
 def _interpreted() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ MOST_PLANS = 512
 LAUNCHER_VERSIONS = ("3.6.",)
 """Beginnings of the Triton versions whose launcher takes arguments as `Plan.run` gives them; others launch the long way."""
 ENVIRONMENT = "LOWBIT_VIDEO_PLANS"
-"""Environment variable; "0" sends every launch through Triton's launcher, to tell its faults from ours."""
+"""Environment variable; while it is "0" every launch goes through Triton's launcher, to tell its faults from ours."""
 ALIGNMENT = 16
 """Triton compiles for pointers that are multiples of 16 bytes, and for others; TMA takes only the former."""
 
 _PLANS: dict[tuple, Plan] = {}
+_KEEPING = threading.Lock()
 
 
 class Descriptor:
@@ -53,12 +55,15 @@ class Step(NamedTuple):
 
 
 def key_of(runtime: Any, tensors: Sequence[Any], *choices: Any) -> tuple | None:
-    """Everything that a plan depends on; None where there is none: on a CPU, or for choices that cannot be looked up.
+    """Everything that a plan depends on; None where there is none: on a CPU, for choices that cannot be looked up, or while
+    LOWBIT_VIDEO_PLANS is "0".
 
     The address pattern counts too: q, k and v may be one tensor.
     """
     signatures = [runtime.signature(t) for t in tensors]
-    if None in signatures or any(hasattr(choice, "data_ptr") for choice in choices):  # a tensor's value may change
+    if None in signatures or os.environ.get(ENVIRONMENT) == "0":
+        return None
+    if any(hasattr(choice, "data_ptr") for choice in choices):  # a tensor's value may change
         return None
     pointers = [t.data_ptr() for t in tensors]
     key = (runtime.NAME, *signatures, tuple(pointer % ALIGNMENT for pointer in pointers),
@@ -77,17 +82,17 @@ def find(key: tuple | None) -> Plan | None:
 
 
 def keep(key: tuple, plan: Plan) -> None:
-    """Remembers a plan, unless LOWBIT_VIDEO_PLANS is "0"; forgets the oldest beyond MOST_PLANS."""
-    if os.environ.get(ENVIRONMENT) == "0":
-        return
-    while len(_PLANS) >= MOST_PLANS:
-        _PLANS.pop(next(iter(_PLANS)), None)
-    _PLANS[key] = plan
+    """Remembers a plan; forgets the oldest beyond MOST_PLANS."""
+    with _KEEPING:
+        _PLANS[key] = plan
+        while len(_PLANS) > MOST_PLANS:
+            del _PLANS[next(iter(_PLANS))]
 
 
 def clear() -> None:
     """Forgets all plans."""
-    _PLANS.clear()
+    with _KEEPING:
+        _PLANS.clear()
 
 
 def _watched() -> bool:

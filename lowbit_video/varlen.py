@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lowbit_video import plans
-from lowbit_video.attention import attention, make_request, require_finite, select
+from lowbit_video.attention import attention, make_request, require_finite, require_one_place, select
 from lowbit_video.kernels.variants import KernelVariant
 from lowbit_video.precision import Precision, as_precision
 from lowbit_video.runtime import detect
@@ -51,6 +51,7 @@ def run_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max
         given = ", ".join(f"{name} {list(runtime.shape(t))}" for name, t in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"q, k and v must be packed as [tokens, heads, head_dim]; given: {given}")
     batch = _check_lengths(runtime, cu_seqlens_q, cu_seqlens_k)
+    require_one_place(runtime, q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     request = make_request(q[None], k[None], v[None], precision, tensor_layout="NHD", is_causal=is_causal,
                            return_lse=return_lse, runtime=runtime)
     request = dataclasses.replace(request, varlen=True, q_len=int(max_seqlen_q), kv_len=int(max_seqlen_k))
@@ -63,6 +64,8 @@ def run_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max
         return out, lse, variant
     from lowbit_video.gpu import Sequences, run_attention
 
+    if not all(runtime.strides(cu) == (1,) for cu in (cu_seqlens_q, cu_seqlens_k)):
+        cu_seqlens_q, cu_seqlens_k, key = runtime.contiguous(cu_seqlens_q), runtime.contiguous(cu_seqlens_k), None
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, batch, int(max_seqlen_q), int(max_seqlen_k))
     result = run_attention(variant, precision, q, k, v, runtime=runtime, tensor_layout="NHD", is_causal=is_causal, scale=scale,
                            return_lse=return_lse, sequences=sequences, key=key)

@@ -40,6 +40,11 @@ def signature(t: paddle.Tensor) -> tuple | None:
     return (tuple(t.shape), tuple(t.get_strides()), t.dtype, ordinal) if ordinal >= 0 else None
 
 
+def place(t: paddle.Tensor) -> str:
+    """The device that holds the tensor, in words."""
+    return str(t.place)
+
+
 def is_cpu(t: paddle.Tensor) -> bool:
     return t.place.is_cpu_place()
 

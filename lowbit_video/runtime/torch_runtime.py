@@ -35,6 +35,11 @@ def signature(t: torch.Tensor) -> tuple | None:
     return (t.shape, t.stride(), t.dtype, t.get_device()) if t.is_cuda else None
 
 
+def place(t: torch.Tensor) -> str:
+    """The device that holds the tensor, in words."""
+    return str(t.device)
+
+
 def is_cpu(t: torch.Tensor) -> bool:
     return t.device.type == "cpu"
 

@@ -108,7 +108,7 @@ def test_varlen_matches_the_reference(framework, spec):
     q_lengths, k_lengths = [70, 0, 1, 33, 5], [90, 3, 1, 0, 140]
     q, k, v = (a[0] for a in qkv(heads=2, kv_heads=1, q_len=sum(q_lengths), kv_len=sum(k_lengths)))
     q, k, v = tensors(framework, q, k, v)
-    cu = [framework.tensor(np.cumsum([0, *lengths]), "int32") for lengths in (q_lengths, k_lengths)]
+    cu = [framework.tensor(np.repeat(np.cumsum([0, *lengths]), 2), "int32")[::2] for lengths in (q_lengths, k_lengths)]
     results = [run_varlen(q, k, v, *cu, 70, 140, spec, is_causal=True, return_lse=True, backend=backend)
                for backend in ("triton", "reference")]
     got, wanted = (framework.numpy(r[0]) for r in results)

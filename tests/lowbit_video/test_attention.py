@@ -1,12 +1,14 @@
 """attention() on Paddle and torch tensors: layouts, dtypes, results and refusals."""
 import numpy as np
 import pytest
+from lowbit_video.kernels import tuning
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 
 import lowbit_video as lv
 from helpers import naive_attention, qkv, sqnr_db
 from lowbit_video.attention import make_request, run, select
 from lowbit_video.precision import precision_specs
+from lowbit_video.runtime.detect import runtime_of
 
 
 def tensors(framework, *arrays, dtype="float32"):
@@ -99,6 +101,16 @@ def test_mixed_dtypes_and_foreign_types_are_refused(framework):
         lv.attention(*qkv(q_len=8))
 
 
+def test_tensors_on_two_devices_are_refused(framework, monkeypatch):
+    q, k, v = tensors(framework, *qkv(q_len=8))
+    runtime = runtime_of(q)
+    monkeypatch.setattr(runtime, "place", lambda t: "gpu:1" if t is k else "gpu:0")
+    with pytest.raises(ValueError, match="one device; given: q on gpu:0, k on gpu:1, v on gpu:0"):
+        lv.attention(q, k, v)
+    monkeypatch.undo()
+    assert "cpu" in runtime.place(q)
+
+
 def test_frameworks_do_not_mix():
     paddle, torch = pytest.importorskip("paddle"), pytest.importorskip("torch")
     q, k, v = qkv(q_len=8)
@@ -121,6 +133,19 @@ def test_why_not_gives_the_reason(change, reason):
     assert reason in portable.why_not(gpu_request(**change))
 
 
+def test_lengths_at_which_exact_attention_is_faster_are_named():
+    """On request: what is asked for by name runs at any length."""
+    measured = {(v.name, pv) for v in VARIANTS if v.device == "cuda" and v.name != "triton-exact" for pv in v.pv}
+    assert {(name, pv) for name, pv, arch, _ in tuning.FASTER_FROM if arch == (9, 0)} == measured - {("triton-fp8", "fp16")}
+    for (name, pv, arch, head_dim), tokens in tuning.FASTER_FROM.items():
+        variant = next(v for v in VARIANTS if v.name == name)
+        q, k = variant.qk[0]
+        request = dict(q=q, k=k, pv=pv, arch=arch, head_dim=head_dim)
+        short, long = (gpu_request(kv_len=length, only_if_faster=True, **request) for length in (tokens - 1, tokens))
+        assert variant.why_not(short) == f"exact attention is faster below {tokens} tokens ({tokens - 1} given)"
+        assert variant.why_not(long) is None and variant.why_not(gpu_request(kv_len=1, **request)) is None
+
+
 def test_selection_takes_the_first_fit_and_names_every_refusal():
     a, b = (KernelVariant(name, "triton", (("int8", "int8"),), ("fp8",), "m:f", min_arch=arch)
             for name, arch in (("new", (10, 0)), ("old", (8, 0))))
@@ -140,8 +165,6 @@ def test_run_says_which_variant_ran(framework):
     q, k, v = tensors(framework, *qkv(q_len=16))
     assert run(q, k, v, "int8+fp16")[2].name == "reference-lowbit"
     assert run(q, k, v, "exact")[2].name == "reference-exact"
-    from lowbit_video.runtime.detect import runtime_of
-
     request = make_request(q, k, v, lv.Precision("int4+fp8"), tensor_layout="NHD", is_causal=True, return_lse=False,
                            runtime=runtime_of(q))
     assert (request.q_len, request.heads, request.head_dim, request.smooth_q, request.causal) == (16, 2, 64, True, True)

@@ -1,7 +1,9 @@
 """A repeated call launches what the first one did, with its own addresses; Triton and the GPU are played by recorders."""
 import contextlib
 import importlib
+import math
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from lowbit_video.kernels.variants import VARIANTS
@@ -70,7 +72,7 @@ def device(monkeypatch):
     runtime = types.SimpleNamespace(**{**vars(torch_runtime), **played})
     monkeypatch.setattr(attention.detect, "same_runtime", lambda **tensors: runtime)
     plans.clear()
-    yield types.SimpleNamespace(log=log, long=long, kept=kept)
+    yield types.SimpleNamespace(log=log, long=long, kept=kept, runtime=runtime)
     plans.clear()
 
 
@@ -189,3 +191,126 @@ def test_a_cpu_call_has_no_plan():
 
 def test_variants_that_run_on_a_gpu_are_all_covered():
     assert {v.backend for v in VARIANTS if v.device == "cuda"} == {"triton", "hopper"}
+
+
+def test_a_repeated_varlen_call_and_its_strided_beginnings(device):
+    varlen = importlib.import_module("lowbit_video.varlen")
+    cu = torch.tensor([0, 0, 150, 150, 200, 200], dtype=torch.int32)
+
+    def once(cu_q, cu_k):
+        device.log.clear()
+        varlen.run_varlen(*(torch.randn(200, 2, 64).half() for _ in range(3)), cu_q, cu_k, 150, 150, "int8+fp8")
+        return {a.data_ptr() if hasattr(a, "data_ptr") else a for *_, arguments in device.log for a in arguments
+                if hasattr(a, "data_ptr") or isinstance(a, int)}
+
+    strided = once(cu[::2], cu[::2])  # a kernel reads them without strides: from a copy
+    assert cu.data_ptr() not in strided and not plans._PLANS
+    first, other = cu[::2].contiguous(), cu[::2].clone()
+    assert first.data_ptr() in once(first, first)
+    ways = len(device.long)
+    assert other.data_ptr() in (again := once(other, other)) and first.data_ptr() not in again
+    assert len(device.long) == ways
+
+
+def test_every_call_launches_on_the_stream_of_its_time(device):
+    for stream in (77, 78, 79):
+        device.runtime.stream = lambda t, stream=stream: stream
+        launches, *_ = call(device, *tensors(), "int8+fp16")
+    assert len(launches) > 0 and {stream for _, _, stream, _ in launches} == {79}
+
+
+def test_another_device_has_plans_of_its_own(device):
+    call(device, *tensors(), "int8+fp16")
+    ways = len(device.long)
+    device.runtime.signature = lambda t: (t.shape, t.stride(), t.dtype, 1)
+    call(device, *tensors(), "int8+fp16")
+    assert len(device.long) == 2 * ways and len(plans._PLANS) == 2
+
+
+def test_memory_that_is_aligned_less_takes_the_long_way(device):
+    call(device, *tensors(), "int8+fp16", backend="triton")
+    ways, aligned = len(device.long), device.runtime.empty
+
+    def misaligned(shape, dtype, like):
+        elements, size = math.prod(shape), getattr(torch, dtype).itemsize
+        return aligned((elements * size + 8,), "uint8", like)[8:].view(getattr(torch, dtype)).view(tuple(shape))
+
+    device.runtime.empty = misaligned
+    call(device, *tensors(), "int8+fp16", backend="triton")
+    assert len(device.long) == 2 * ways
+
+
+def test_a_failure_leaves_no_plan_and_no_recording(device, monkeypatch):
+    from lowbit_video.kernels import launch
+    from lowbit_video.kernels.attention import hopper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper, "attn_fwd_kernel", None)
+        with pytest.raises(TypeError):
+            call(device, *tensors(), "int8+fp16")
+    assert not plans._PLANS and launch._STATE.recording is None
+    call(device, *tensors(), "int8+fp16")
+    assert len(plans._PLANS) == 1
+
+    def no_memory(shape, dtype, like):
+        raise MemoryError
+
+    device.runtime.empty = no_memory
+    device.log.clear()
+    with pytest.raises(MemoryError):
+        attention.run(*tensors(), "int8+fp16")
+    assert not device.log
+
+
+def test_the_environment_turns_plans_off_at_any_time(device, monkeypatch):
+    call(device, *tensors(), "int8+fp16")
+    ways = len(device.long)
+    monkeypatch.setenv(plans.ENVIRONMENT, "0")
+    call(device, *tensors(), "int8+fp16")
+    assert len(device.long) == 2 * ways
+    plans.clear()
+    call(device, *tensors(), "int8+fp16")
+    assert not plans._PLANS
+
+
+def test_threads_repeat_calls_each_with_its_own_tensors(device):
+    def one(tokens):
+        q, k, v = tensors(tokens=tokens)
+        out = attention.run(q, k, v, "int8+fp8", return_lse=True)[:2]
+        return [t.data_ptr() for t in (q, k, v, *out)], (q, k, v, *out)
+
+    with ThreadPoolExecutor(8) as pool:
+        for lengths in ([200] * 8, [200, 201] * 20):
+            device.log.clear()
+            results = list(pool.map(one, lengths))
+    used = [p for pointers, _ in results for p in pointers]
+    assert len(set(used)) == len(used)
+    launches = [arguments for name, _, _, arguments in device.log if name.endswith("hopper.attn_fwd_kernel")]
+    written = {getattr(a, "data_ptr", lambda a=a: a)() for arguments in launches for a in arguments
+               if hasattr(a, "data_ptr") or isinstance(a, int)}
+    assert len(launches) == len(lengths) and {pointers[3] for pointers, _ in results} <= written
+
+
+def test_threads_may_keep_plans_at_once(monkeypatch):
+    monkeypatch.setattr(plans, "MOST_PLANS", 3)
+    plans.clear()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: plans.keep((number,), object()), range(4000)))
+    assert len(plans._PLANS) == 3
+    plans.clear()
+
+
+def test_a_spy_on_the_launcher_sees_every_first_call(device, monkeypatch):
+    """What the GPU tests rely on to tell which kernel ran: no plan of an earlier call stands in once they are cleared."""
+    from lowbit_video import gpu
+
+    call(device, *tensors(), "int8+fp8")
+    seen, real = [], gpu.load_launcher
+    monkeypatch.setattr(gpu, "load_launcher", lambda path: seen.append(path) or real(path))
+    call(device, *tensors(), "int8+fp8")
+    assert not seen
+    plans.clear()
+    for backend in ("triton", "auto"):
+        _, variant, *_ = call(device, *tensors(), "int8+fp8", backend=backend)
+        assert seen[-1] == variant.launcher
+    assert len(seen) == 2

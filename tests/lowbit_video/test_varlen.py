@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from helpers import naive_attention, qkv
+from lowbit_video.runtime.detect import runtime_of
 from lowbit_video.varlen import attention_varlen
 
 Q_LENGTHS, K_LENGTHS = [20, 0, 1, 33, 5], [31, 3, 1, 0, 40]
@@ -34,7 +35,7 @@ def test_matches_each_sequence_alone(framework, spec, causal):
             assert np.abs(lse[:, q0:q1][seen] - wanted_lse[0][seen]).max() < 20 * bound
 
 
-def test_refusals(framework):
+def test_refusals(framework, monkeypatch):
     _, _, (q, k, v), (cu_q, cu_k) = packed(framework)
     with pytest.raises(ValueError, match=r"\[tokens, heads, head_dim\]"):
         attention_varlen(q[None], k[None], v[None], cu_q, cu_k, 33, 40)
@@ -44,5 +45,9 @@ def test_refusals(framework):
         attention_varlen(q, k, v, cu_q, cu_k[:-1], 33, 40)
     with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the 59 tokens"):
         attention_varlen(q, k, v, framework.tensor([0, 20, 20, 21, 54, 58], "int32"), cu_k, 33, 40)
+    monkeypatch.setattr(runtime_of(q), "place", lambda t: "cpu" if t is cu_k else "gpu:0")
+    with pytest.raises(ValueError, match="one device; given: q on gpu:0, cu_seqlens_q on gpu:0, cu_seqlens_k on cpu"):
+        attention_varlen(q, k, v, cu_q, cu_k, 33, 40)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="unknown backend"):
         attention_varlen(q, k, v, cu_q, cu_k, 33, 40, backend="cuda")
