@@ -1,0 +1,39 @@
+"""The shipped small model's folder: complete, small enough to ship, and loaded by the Paddle pipeline as it is."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+from lowbit_video.pipelines import CogVideoXPipeline  # noqa: E402
+
+from lowbit_video import generate  # noqa: E402
+from lowbit_video.processors import apply, coverage, remove  # noqa: E402
+
+MODEL = Path(__file__).parents[2] / "examples" / "small_cogvideox" / "model"
+LARGEST_FILE, LARGEST_FOLDER = 16e6, 60e6  # bytes
+CALL = dict(num_inference_steps=2, num_frames=9, height=64, width=96, seed=0, progress=False)
+
+
+def test_the_folder_is_small_and_is_the_default_model():
+    sizes = [path.stat().st_size for path in MODEL.rglob("*") if path.is_file()]
+    assert max(sizes) < LARGEST_FILE and sum(sizes) < LARGEST_FOLDER
+    assert generate.small_model() == MODEL and generate.is_small_model(MODEL)
+    stored = json.loads((MODEL / "generation.json").read_text())
+    config = json.loads((MODEL / "transformer" / "config.json").read_text())
+    assert stored["num_frames"] == config["sample_frames"] and stored["height"] == 8 * config["sample_height"]
+    assert config["attention_head_dim"] == 64 and config["num_attention_heads"] >= 4 and config["num_layers"] >= 6
+
+
+def test_two_steps_are_finite_follow_the_prompt_and_take_the_hook():
+    pipe = CogVideoXPipeline.from_pretrained(MODEL, dtype="float32", device="cpu")
+    red = pipe("a red circle moves left over a blue background", **CALL).frames[0]
+    assert red.shape == (9, 64, 96, 3) and np.isfinite(red).all() and red.std() > 0.02
+    green = pipe("a white star spins on a striped green background", **CALL).frames[0]
+    assert np.abs(red - green).mean() > 0.02, "the prompt changes nothing"
+    apply(pipe, "int8+fp16")
+    low = pipe("a red circle moves left over a blue background", **CALL).frames[0]
+    assert 0 < np.abs(low - red).mean() < 0.02
+    assert len(coverage(pipe).as_dict()["modules"]) >= 8
+    assert remove(pipe)
