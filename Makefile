@@ -36,10 +36,11 @@ test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
 	$(PARITY_VENV)/bin/python -m pytest tests -m "torch or parity" $(ARGS)
 
+eval-demo: export OMP_NUM_THREADS ?= 2
 eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 precisions, a report; goes on where it was stopped
-	test -f outputs/eval/layers.npz || $(VENV)/bin/lowbit-video eval layers --steps 12 --local-shares \
+	test -f outputs/eval/layers.npz || $(VENV)/bin/lowbit-video eval layers --steps 8 --local-shares \
 		--prompt "a green ring gets smaller on a cyan background" --out outputs/eval/layers.npz
-	$(VENV)/bin/lowbit-video eval compare --prompts eval/prompts/small_world.txt --steps 12 --out outputs/eval $(ARGS)
+	$(VENV)/bin/lowbit-video eval compare --prompts eval/prompts/small_world.txt --steps 8 --out outputs/eval $(ARGS)
 
 gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
 	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
