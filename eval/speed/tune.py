@@ -156,5 +156,5 @@ def tune(shapes: Iterable[Shape], *, framework: str, dtype: str, specs: Sequence
                     tokens = shortest_useful(spec, variant, shape.head_dim, framework, dtype)
                     log(f"  {spec} {variant.name}, head dim {shape.head_dim}: beats exact attention from {tokens} tokens on")
                     entries.append(key | dict(faster_from=tokens))
-            out.write_text(json.dumps(entries, indent=1) + "\n")
+            out.write_text(json.dumps([dict(about=bench.environment(framework)), *entries], indent=1) + "\n")
     return out

@@ -1,10 +1,14 @@
 """The kernel benchmark without a GPU: shapes, statistics, tables, errors, plot."""
 import dataclasses
 import json
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
-from lowbit_video.eval.speed import accuracy, bench, shapes, timing
+from lowbit_video.eval.speed import accuracy, bench, shapes, timing, tune
+from lowbit_video.eval.speed.shapes import Shape
+from lowbit_video.kernels import tuning
 from lowbit_video.kernels.variants import VARIANTS
 
 from helpers import naive_attention, qkv
@@ -174,3 +178,27 @@ def test_without_a_gpu_the_command_says_so(command, capsys):
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
     assert cli.main(["bench", command, "--shapes", "big"]) == 2
     assert "'big' is neither a group" in capsys.readouterr().err
+
+
+def test_tuning_is_written_with_where_it_was_measured_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune.detect, "anchor", lambda framework: None)
+    monkeypatch.setattr(tune.detect, "runtime_of", lambda like: types.SimpleNamespace(arch=lambda t: (9, 0)))
+    monkeypatch.setattr(bench, "environment", lambda framework: dict(gpu="a GPU", framework=framework, commit="abc"))
+    monkeypatch.setattr(tune, "tune_tiles", lambda *_: tuning.TileConfig(64, 128, 4, 2))
+    monkeypatch.setattr(tune, "shortest_useful", lambda *_: 2048)
+    path = tune.tune([Shape("", 1, 2, 300, 64)], framework="torch", dtype="float16", specs=["int8+fp16", "exact"],
+                     out=tmp_path / "tuning.json", log=lambda text: None)
+    assert json.loads(path.read_text())[0] == {"about": {"gpu": "a GPU", "framework": "torch", "commit": "abc"}}
+    tile = tuning.TileConfig(64, 128, 4, 2)
+    assert tuning.load(str(path)) == {("int8+fp16", (9, 0), 64): tile, ("fp16", (9, 0), 64): tile}
+    lengths = tuning.load_lengths(str(path))
+    assert lengths["hopper-int8", "fp16", (9, 0), 64] == lengths["triton-int-fp16", "fp16", (9, 0), 64] == 2048
+
+
+def test_every_result_kept_says_where_it_was_measured():
+    folder = Path(bench.__file__).parent / "results"
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        about = (content[0] if isinstance(content, list) else content)["about"]
+        assert about["gpu"] and about["versions"]["triton"] and about["commit"], path.name
+    assert tuning.load_lengths(str(folder / "lengths.json")).keys() == tuning.FASTER_FROM.keys()
