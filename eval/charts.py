@@ -53,6 +53,15 @@ def times(value: float) -> str:
     return f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
 
 
+def over_floor(value: float) -> str:
+    """ "x times the floor" as dB above it, 20 log10 x: "+78 dB"; in float32 the floor is so low that factors read oddly."""
+    if math.isnan(value):
+        return "–"
+    if value <= 0 or math.isinf(value):
+        return "∞ dB" if value > 0 else "−∞ dB"
+    return f"{20 * math.log10(value):+.0f} dB".replace("-", "−")
+
+
 def interval_text(figure: str, value: Interval) -> str:
     """[low, high], or why there is none."""
     if math.isnan(value.low):
@@ -60,11 +69,12 @@ def interval_text(figure: str, value: Interval) -> str:
     return f"[{show_value(figure, value.low)}, {show_value(figure, value.high)}]"
 
 
-def times_text(over: Interval | None) -> str:
-    """Times the floor with its interval."""
+def over_floor_text(over: Interval | None) -> str:
+    """dB above the floor with the interval."""
     if over is None:
         return "no floor"
-    return times(over.value) + ("" if math.isnan(over.low) else f" [{times(over.low)}, {times(over.high)}]")
+    ends = [over_floor(end).removesuffix(" dB") for end in (over.low, over.high)]
+    return over_floor(over.value) + ("" if math.isnan(over.low) else f" [{', '.join(ends)}]")
 
 
 # ---- SVG ----
@@ -150,28 +160,29 @@ def alone_cell(figure: str, row: Row) -> str:
 
 
 def floor_chart(rows: Sequence[Row], figure: str) -> str:
-    """Times the floor on a logarithmic axis: a row a candidate, the band up to 1 is the floor; "" where there is none."""
+    """dB above the floor: a row a candidate, the band up to 0 dB is the floor; "" where there is none."""
     cells = [(row, row.cells[figure].times_floor) for row in rows if figure in row.cells and row.cells[figure].times_floor]
     cells = [(row, over) for row, over in cells if math.isfinite(over.value) and over.value > 0]
     if not cells:
         return ""
     ends = [x for _, over in cells for x in (over.value, over.low, over.high) if math.isfinite(x) and x > 0]
-    left, width, row_height, foot = 190, 1080, 28, 28
+    left, width, row_height, foot, right = 150, 1080, 28, 28, 170
     low, high = min(0.5, min(ends) * 0.8), max(10.0, max(ends) * 1.6)
-    x = lambda v: left + (width - left - 96) * (math.log(v) - math.log(low)) / (math.log(high) - math.log(low))
+    x = lambda v: left + (width - left - right) * (math.log(v) - math.log(low)) / (math.log(high) - math.log(low))
     bottom = row_height * len(cells)
     out = [tag("rect", kind="band", x=left, y=0, width=x(1.0) - left, height=bottom)]
     for decade in range(int(math.log10(high)) + 1):
         at = x(10.0**decade)
-        out += [line(at, 0, at, bottom), label(times(10.0**decade) if decade else "the floor", at, bottom + 18, "middle")]
+        out += [line(at, 0, at, bottom), label(over_floor(10.0**decade) if decade else "the floor", at, bottom + 18, "middle")]
     for i, (row, over) in enumerate(cells):
         y, colour = row_height * (i + 0.5), colour_of(row)
         out.append(label(row.run, left - 14, y + 4, "end", strong=True))
         whole = math.isfinite(over.low) and over.low > 0 and math.isfinite(over.high)
         if whole:
             out.append(bar(x(over.low), y, x(over.high), y, colour))
-        out += [dot(x(over.value), y, 5.5, colour), label(times(over.value), x(over.high if whole else over.value) + 12, y + 4)]
-    return picture(width, bottom + foot, out, "Error of each candidate as a multiple of the noise floor, logarithmic")
+        text = f"{over_floor(over.value)} ({times(over.value)})"
+        out += [dot(x(over.value), y, 5.5, colour), label(text, x(over.high if whole else over.value) + 12, y + 4)]
+    return picture(width, bottom + foot, out, "Error of each candidate in dB above the noise floor")
 
 
 def frontier(points: Sequence[tuple[float, float]], faster_is_higher: bool) -> list[tuple[float, float]]:
@@ -190,8 +201,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [first + i * step for i in range(int((high - first) / step + 1e-9) + 1)]
 
 
-def pareto(summary: Summary, speed: Mapping[str, float], name: str, faster_is_higher: bool, figure: str = "psnr") -> str:
-    """Speed across, quality up with its interval, and the line of those that nothing beats in both."""
+def pareto(summary: Summary, speed: Mapping[str, float], name: str, faster_is_higher: bool, figure: str = "psnr",
+           compares: bool = True) -> str:
+    """Speed across, quality up with its interval, and the line of those that nothing beats in both.
+
+    compares: whether the times say anything about speed; otherwise no way is called faster and no frontier is drawn.
+    """
     points = [(row, speed[row.run], row.cells[figure].value) for row in summary.rows
               if row.run in speed and row.run not in (EXACT, FLOOR) and figure in row.cells]
     if not points:
@@ -211,15 +226,15 @@ def pareto(summary: Summary, speed: Mapping[str, float], name: str, faster_is_hi
         out += [line(left, y(tick), width - right, y(tick)), label(plain(tick), left - 10, y(tick) + 4, "end")]
     out += [label(plain(tick), x(tick), bottom + 18, "middle") for tick in ticks(x_low, x_high)]
     unit = registry.metric(figure).unit
-    arrow = "faster →" if faster_is_higher else "← faster"
-    out.append(label(f"{name} ({arrow})", (left + width - right) / 2, height - 6, "middle"))
+    arrow = " (faster →)" if faster_is_higher else " (← faster)"
+    out.append(label(name + (arrow if compares else ""), (left + width - right) / 2, height - 6, "middle"))
     out.append(label(f"{figure.upper()} {unit}".strip(), 0, 10, strong=True))
     if EXACT in speed:
         at = x(speed[EXACT])
         out += [line(at, top, at, bottom, stroke_dasharray="3 4", stroke="var(--faint)", kind="mark"),
                 label("exact", at + 6, bottom - 7)]
     best = frontier([(s, v.value) for _, s, v in points], faster_is_higher)
-    if len(best) > 1:
+    if len(best) > 1 and compares:
         path = "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in best)
         out.append(tag("path", fill="none", stroke="var(--accent)", stroke_dasharray="5 4", opacity=0.7, d=path))
     for row, at_speed, value in points:

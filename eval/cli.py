@@ -78,6 +78,7 @@ def add_candidates(parser) -> None:
 def add_report(parser) -> None:
     """What the report shows beside the results."""
     parser.add_argument("--speed", type=Path, metavar="FILE", help="JSON of `lowbit-video bench`, for its speed-ups")
+    parser.add_argument("--speed-shape", metavar="NAME", help="the benchmark's shape; default: the one with the most tokens")
     parser.add_argument("--no-films", action="store_true", help="a small page without videos")
 
 
@@ -178,7 +179,7 @@ def report(folder, args, **places) -> None:
     """Write the report and say where it is."""
     from .report import write_report
 
-    write_report(folder, speed=args.speed, films=not args.no_films, say=say, **places)
+    write_report(folder, speed=args.speed, speed_shape=args.speed_shape, films=not args.no_films, say=say, **places)
 
 
 def say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 from .candidates import EXACT, FLOOR
@@ -72,14 +73,15 @@ def draw_picture(report: Report) -> bytes:
         )
         axes.set_ylim(len(rows) - 0.5, -0.7)
         axes.margins(x=0.12)
-    axes = styled(figure.add_subplot(inner[2]), "PSNR, dB, over " + report.speed_label)
+    axes = styled(figure.add_subplot(inner[2]), "PSNR, dB, over " + wrapped(report.speed_label))
     points = [
         (row, report.speed[row.run], row.cells["psnr"].value)
         for row in candidates
         if row.run in report.speed and "psnr" in row.cells
     ]
     best = frontier([(s, v.value) for _, s, v in points], report.faster_is_higher)
-    axes.plot([p[0] for p in best], [p[1] for p in best], "--", color="#0b63ce", lw=1, alpha=0.6)
+    if not report.on_reference:
+        axes.plot([p[0] for p in best], [p[1] for p in best], "--", color="#0b63ce", lw=1, alpha=0.6)
     for row, speed, value in points:
         if not math.isnan(value.low):
             axes.plot([speed, speed], [value.low, value.high], color=colours[row.run], lw=2, solid_capstyle="round")
@@ -93,7 +95,7 @@ def draw_picture(report: Report) -> bytes:
     figure.text(
         0.015,
         0.018,
-        f"{count} prompts, 95 % bootstrap intervals over prompts"
+        f"{count} prompt{'s' * (count != 1)}, 95 % bootstrap intervals over prompts"
         + (f", {settings['steps']} steps" if settings["steps"] else "")
         + "; paired with the exact video of the same noise. Noise floor: a second exact run in another order.",
         fontsize=8,
@@ -102,6 +104,11 @@ def draw_picture(report: Report) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def wrapped(text: str, width: int = 44) -> str:
+    """A title in as many lines as it needs."""
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def styled(axes, title: str):

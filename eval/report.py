@@ -19,11 +19,11 @@ import numpy as np
 
 from . import registry
 from .candidates import EXACT, FLOOR
-from .charts import interval_text, plain, show_value, times_text
+from .charts import interval_text, over_floor_text, plain, show_value
 from .clips import write_reel
 from .layers import FILE as LAYERS_FILE
 from .layers import LayerTable
-from .report_page import candidates_of, facts, label_of, page
+from .report_page import NOTES, candidates_of, facts, label_of, page, prompts_unfollowed
 from .store import Store
 from .summary import Row, Summary, summarise
 from .video import BadVideoError, read_video
@@ -51,6 +51,12 @@ class Report:
     speed_label: str = "seconds a video"
     faster_is_higher: bool = False
 
+    @property
+    def on_reference(self) -> bool:
+        """Whether the times shown are those of the NumPy reference, which are not a speed."""
+        ran = [variant for row in self.candidates() for variant in row.attention]
+        return not self.faster_is_higher and any("(reference" in variant for variant in ran)
+
     def candidates(self) -> list[Row]:
         """The rows that are neither exact nor the floor."""
         return candidates_of(self.summary)
@@ -60,12 +66,12 @@ class Report:
         return [(p, s) for p in self.summary.prompts for s in self.summary.seeds if (p, s, EXACT) in self.videos]
 
 
-def load(folder, *, speed=None, layers=None) -> Report:
+def load(folder, *, speed=None, speed_shape=None, layers=None) -> Report:
     """Read a folder of results.
 
     Args:
         folder: of `compare`. speed: the JSON of `lowbit-video bench`, whose speed-ups then stand beside the quality.
-        layers: a layer table; by default the folder's layers.npz, if there is one.
+        speed_shape: see `read_speed`. layers: a layer table; by default the folder's layers.npz, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: no results, nothing finished, or a speed file without usable rows.
@@ -83,44 +89,58 @@ def load(folder, *, speed=None, layers=None) -> Report:
         report.speed_label = "denoising seconds a video"
     report.speed = {row.run: row.seconds for row in summary.rows if not math.isnan(row.seconds)}
     if speed:
-        report.speed, report.speed_label = read_speed(speed)
+        report.speed, report.speed_label = read_speed(speed, speed_shape)
         report.faster_is_higher = True
+    if report.on_reference:
+        report.speed_label += ", CPU reference, not a speed"
     return report
 
 
-def read_speed(path) -> tuple[dict[str, float], str]:
-    """Speed-ups over the best exact attention from a benchmark's JSON: ({run: speed-up}, label).
+def read_speed(path, shape: str | None = None) -> tuple[dict[str, float], str]:
+    """Speed-ups over the benchmark's own baseline from its JSON: ({run: speed-up}, label).
 
-    The shape with the most tokens is taken, and for each precision its fastest variant.
+    "exact" is the best exact attention among the rows with a precision, else the baseline itself.
+
+    Args:
+        shape: the shape's name in the benchmark; by default the one with the most tokens. For each precision its fastest
+            variant is taken.
 
     Raises:
-        ValueError: no row with a precision and a speed-up.
+        ValueError: no row with a precision and a speed-up, or none of that shape (lists those there are).
     """
     content = json.loads(Path(path).read_text())
     rows = [r for r in content.get("rows", []) if r.get("precision") and r.get("speedup") and not r.get("error")]
     if not rows:
         raise ValueError(f"{path}: no row with a precision and a speedup; give the JSON of `lowbit-video bench`")
+    if shape:
+        there = sorted({str(r.get("shape")) for r in rows})
+        rows = [r for r in rows if r.get("shape") == shape]
+        if not rows:
+            raise ValueError(f"{path}: no shape {shape!r} in it; there are: {', '.join(there)}")
     tokens = max(r["tokens"] for r in rows)
     speed = {EXACT: 1.0}
     for row in rows:
         if row["tokens"] == tokens:
             speed[row["precision"]] = max(row["speedup"], speed.get(row["precision"], 0.0))
     about = content.get("about", {})
-    return speed, f"attention speed-up, {about.get('gpu') or about.get('device') or 'GPU'}, {tokens} tokens"
+    baselines = {str(r["method"]) for r in content["rows"] if r.get("speedup") == 1 and r.get("method")}
+    over = f" over {baselines.pop()}" if len(baselines) == 1 else ""
+    gpu = about.get("gpu") or about.get("device") or "GPU"
+    return speed, f"attention speed-up{over}, {gpu}, {shape + ', ' if shape else ''}{tokens} tokens"
 
 
-def write_report(folder, *, out=None, speed=None, layers=None, films: bool = True,
+def write_report(folder, *, out=None, speed=None, speed_shape=None, layers=None, films: bool = True,
                  say: Callable[[str], None] = print) -> dict[str, Path]:
     """Write report.html, report.md and report.png.
 
     Args:
         folder: results of `compare`. out: where to write; the same folder by default. films: embed the videos.
-        speed, layers: see `load`.
+        speed, speed_shape, layers: see `load`.
 
     Returns:
         {"html": path, "markdown": path, "png": path}.
     """
-    report = load(folder, speed=speed, layers=layers)
+    report = load(folder, speed=speed, speed_shape=speed_shape, layers=layers)
     out = Path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
     from .picture import draw_picture
@@ -213,7 +233,7 @@ def markdown(report: Report) -> str:
     figures = [f for f in report.summary.figures if f in IN_MARKDOWN]
     units = {f: registry.metric(f).unit for f in figures}
     head = [label_of(f) + (f" ({units[f]})" if units[f] else "") for f in figures]
-    head = ["run", *head, "times the floor", report.speed_label]
+    head = ["run", *head, "above the floor", report.speed_label]
     names = {EXACT: "exact", FLOOR: "noise floor (exact, reordered)"}
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in report.summary.rows:
@@ -222,11 +242,13 @@ def markdown(report: Report) -> str:
             cell = row.cells.get(figure)
             cells.append(f"{show_value(figure, cell.value.value)} {interval_text(figure, cell.value)}" if cell else "")
         over = row.cells["psnr"].times_floor if "psnr" in row.cells else None
-        cells.append(times_text(over) if over else "failed" if row.failed else "")
+        cells.append(over_floor_text(over) if over else "failed" if row.failed else "")
         cells.append(plain(report.speed[row.run]) if row.run in report.speed else "")
         lines.append("| " + " | ".join(cells) + " |")
     notes = (f"{'; '.join(facts(report))}. Paired with the exact video of the same prompt and noise; brackets: 95 % bootstrap "
-             "intervals over prompts; times the floor: root mean square error over that of a reordered exact run. "
+             "intervals over prompts; above the floor: root mean square error in dB over that of a reordered exact run. "
              f"The videos: [{PAGE}]({PAGE}).")
+    notes += f"\n\n{NOTES['unfollowed']}" if prompts_unfollowed(report.summary) else ""
+    notes += f"\n\n{NOTES['speed-up']}" if report.faster_is_higher else ""
     return f"<!-- made by `lowbit-video eval report` -->\n\n![Quality with intervals, and speed]({PICTURE})\n\n" \
         + "\n".join(lines) + f"\n\n{notes}\n"

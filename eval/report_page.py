@@ -20,12 +20,12 @@ from .charts import (
     figure_cell,
     floor_chart,
     interval_text,
+    over_floor,
+    over_floor_text,
     pareto,
     plain,
     show_value,
     tag,
-    times,
-    times_text,
 )
 from .layers import LayerTable
 from .summary import ABOVE, CLEARLY_ABOVE, FAILED, WITHIN, Row, Summary
@@ -40,15 +40,20 @@ LABELS = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"
           "motion_smoothness": "motion smoothness", "dynamic_degree": "dynamic degree", "relative_l1": "relative L1",
           "rmse": "RMSE", "max_error": "max error"}
 WORST_SHARES = 6
+FOLLOWED = 0.25  # share of prompts that the exact run must show in all parts for adherence to mean something
 NOTES = {
     "paired": "Each video is compared, frame by frame, with the exact video of the same prompt and noise. Brackets are 95 % "
               "bootstrap intervals over prompts. The floor is a second exact run that reads the keys in another order and "
-              "splits the batch: what any two correct implementations differ by. Far above the floor is not the same as "
-              "visible: look at the videos.",
+              "splits the batch: what any two correct implementations differ by. +20 dB are ten times its root mean square "
+              "error. In float32 the floor lies so deep that every low-bit run is far above it: far above is not the same "
+              "as visible. Look at the videos.",
     "no films": "No films are in this page; make it again where the clips are.",
     "prompts": "Worst first. A column head sorts by it; a prompt opens its videos.",
-    "seconds": "Seconds are of this evaluation on this machine, the median over prompts. On a CPU low-bit attention runs "
-               "through the NumPy reference, an oracle and not a fast path: this says nothing about speed on a GPU.",
+    "seconds": "Seconds are of this evaluation on this machine, the median over prompts.",
+    "reference": "These times are not a speed. Low-bit attention ran through the NumPy reference on a CPU, which exists to be "
+                 "right: it says nothing about a GPU. Name a benchmark's JSON with --speed to see that here.",
+    "unfollowed": "The exact run itself hardly ever shows what its prompt asks for: at full precision adherence is near zero "
+                  "already, so it cannot show what low bit costs here. Read the paired figures instead.",
     "speed-up": "Speed-ups are of the attention operator, from the benchmark that was named; quality is from this evaluation.",
     "local": "Shares are of local squared errors; their way to the final latent was not measured.",
     "measured": "Shares are local squared errors, scaled to what runs with one layer, or one group of steps, at low bit left "
@@ -99,13 +104,20 @@ def lead(report: Report) -> str:
         text = f"{tag('b', html.escape(row.run))} at {show_value('psnr', cell.value.value)} dB PSNR"
         if not math.isnan(cell.value.low):
             text += f" {interval_text('psnr', cell.value)}"
-        return text + (f", {times(cell.times_floor.value)} the error of the noise floor" if cell.times_floor else "")
+        return text + (f", {over_floor(cell.times_floor.value)} against the noise floor" if cell.times_floor else "")
 
     text = f"Closest to the exact video is {say(rows[0])}."
     if len(rows) > 1:
         text += f" Furthest is {say(rows[-1])}."
     failed = [html.escape(row.run) for row in report.candidates() if row.failed]
-    return text + (f" Failed on some prompts: {', '.join(failed)}." if failed else "")
+    text += f" Failed on some prompts: {', '.join(failed)}." if failed else ""
+    return text + (f" {NOTES['unfollowed']}" if prompts_unfollowed(report.summary) else "")
+
+
+def prompts_unfollowed(summary: Summary) -> bool:
+    """Whether the exact run so rarely shows its prompt that adherence cannot tell candidates apart."""
+    exact = summary.row(EXACT).cells.get("adherence.all")
+    return exact is not None and exact.value.value < FOLLOWED
 
 
 def facts(report: Report) -> list[str]:
@@ -114,7 +126,7 @@ def facts(report: Report) -> list[str]:
     prompts, seeds = len(report.summary.prompts), len(report.summary.seeds)
     items = [f"{prompts} prompt{'s' * (prompts != 1)}, {seeds} seed{'s' * (seeds != 1)} each"]
     if settings["model"]:
-        items.append(f"model {Path(settings['model']).name}")
+        items.append(f"model {model_name(settings['model'])}")
     for name, form in (("steps", "{:g} steps"), ("guidance", "guidance {:g}"), ("frames", "{:g} frames")):
         if settings[name]:
             items.append(form.format(settings[name]))
@@ -122,6 +134,12 @@ def facts(report: Report) -> list[str]:
     versions = machine["versions"]
     items += [f"{name} {versions[name]}" for name in ("lowbit-video", "paddlepaddle", "paddlepaddle-gpu") if name in versions]
     return items + ([f"commit {machine['commit']}"] if machine.get("commit") else [])
+
+
+def model_name(folder: str) -> str:
+    """A model folder's name, with its parent's where it is only called "model"."""
+    path = Path(folder)
+    return f"{path.parent.name}/{path.name}" if path.name == "model" and path.parent.name else path.name
 
 
 # ---- sections ----
@@ -164,12 +182,12 @@ def paired(report: Report) -> str:
         kind = "none" if row.run == FLOOR else BADGES.get(row.verdict, "none")
         text = tag("span", "the floor" if row.run == FLOOR else row.verdict, kind=f"badge {kind}")
         if cell and row.run != FLOOR:
-            text += tag("div", times_text(cell.times_floor), kind="interval")
+            text += tag("div", over_floor_text(cell.times_floor), kind="interval")
         lines.append(run_head(row) + tag("td", text) + "".join(figure_cell(f, row, rows) for f in figures))
-    against = "against the floor" + tag("div", "by PSNR's error", kind="interval")
+    against = "against the floor" + tag("div", "dB of PSNR's error", kind="interval")
     body = table(["run", against, *map(figure_head, figures)], lines)
     if strip := floor_chart([row for row in rows if row.run != FLOOR], "psnr"):
-        body += tag("h3", "How many times the noise floor") + strip
+        body += tag("h3", "How far above the noise floor") + tag("div", tag("div", strip, kind="wide"), kind="scroll")
     return section("Against the exact video", body + note("paired"), "paired")
 
 
@@ -197,7 +215,7 @@ def by_prompt() -> str:
 
 def speed(report: Report) -> str:
     """Speed beside quality."""
-    chart = pareto(report.summary, report.speed, report.speed_label, report.faster_is_higher)
+    chart = pareto(report.summary, report.speed, report.speed_label, report.faster_is_higher, compares=not report.on_reference)
     unit = "×" if report.faster_is_higher else " s"
     rows = []
     for row in report.summary.rows:
@@ -205,8 +223,9 @@ def speed(report: Report) -> str:
             cells = tag("td", plain(report.speed[row.run]) + unit, kind="value")
             rows.append(run_head(row, under=False) + cells + tag("td", html.escape(attention_text(row)), kind="interval"))
     columns = table(["run", html.escape(report.speed_label), "attention that ran (calls)"], rows)
-    body = tag("div", tag("div", chart) + columns, kind="two") + note("speed-up" if report.faster_is_higher else "seconds")
-    return section("Speed beside quality", body, "speed")
+    body = tag("div", tag("div", chart) + columns, kind="two")
+    body += note("speed-up" if report.faster_is_higher else "reference" if report.on_reference else "seconds")
+    return section("Time of this run beside quality" if report.on_reference else "Speed beside quality", body, "speed")
 
 
 def attention_text(row: Row) -> str:
@@ -239,7 +258,9 @@ def alone(report: Report) -> str:
     if not figures:
         return ""
     rows = [run_head(row) + "".join(alone_cell(f, row) for f in figures) for row in report.summary.rows]
-    return section("Each video on its own", table(["run", *map(figure_head, figures)], rows) + note("alone"), "alone")
+    body = table(["run", *map(figure_head, figures)], rows) + note("alone")
+    body += note("unfollowed") if prompts_unfollowed(report.summary) else ""
+    return section("Each video on its own", body, "alone")
 
 
 def reading(report: Report) -> str:

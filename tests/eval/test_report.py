@@ -11,8 +11,9 @@ pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from lowbit_video.eval.bootstrap import Interval  # noqa: E402
 from lowbit_video.eval.candidates import Candidate  # noqa: E402
-from lowbit_video.eval.charts import frontier, ticks, times  # noqa: E402
+from lowbit_video.eval.charts import frontier, over_floor, over_floor_text, ticks, times  # noqa: E402
 from lowbit_video.eval.compare import compare  # noqa: E402
 from lowbit_video.eval.layers import measure_layers  # noqa: E402
 from lowbit_video.eval.report import load, markdown, read_speed, write_report  # noqa: E402
@@ -77,7 +78,8 @@ def test_markdown_has_every_run_with_interval_and_floor(results):
     text = results[1]["markdown"].read_text()
     rows = {line.split(" | ")[0].strip("| `"): line for line in text.splitlines() if line.startswith("| ")}
     assert set(rows) == {"run", "exact", "noise floor (exact, reordered)", "int8+fp16", "swap", "nan"}
-    assert re.search(r"\d+\.\d \[\d+\.\d, \d+\.\d\].*×", rows["swap"]) and "failed" in rows["nan"]
+    assert re.search(r"\d+\.\d \[\d+\.\d, \d+\.\d\].*\+\d+ dB \[\+\d+, \+\d+\]", rows["swap"]) and "failed" in rows["nan"]
+    assert "CPU reference, not a speed" in text  # seconds of the NumPy oracle must not pass for a speed
     assert "(report.png)" in text and "2 prompts, 1 seed each" in text
 
 
@@ -101,14 +103,35 @@ def test_speed_comes_from_a_benchmark_if_named(results, tmp_path):
     path.write_text(json.dumps({"about": {"gpu": "H200"}, "rows": rows}))
     assert read_speed(path) == ({"exact": 1.0, "int8+fp16": 1.7}, "attention speed-up, H200, 17776 tokens")
     assert "attention speed-up, H200" in markdown(load(results[0], speed=path))
+    assert "not a speed" not in markdown(load(results[0], speed=path))
+    named = [{**row, "shape": f"s{row['tokens']}"} for row in rows] + [{"method": "FA", "tokens": 1, "speedup": 1.0}]
+    path.write_text(json.dumps({"about": {}, "rows": named}))
+    title = "attention speed-up over FA, GPU, s4096, 4096 tokens"
+    assert read_speed(path, "s4096") == ({"exact": 1.0, "int8+fp16": 9.0}, title)
+    with pytest.raises(ValueError, match="no shape 'none' in it; there are: s17776, s4096"):
+        read_speed(path, "none")
     path.write_text("{}")
     with pytest.raises(ValueError, match="no row with a precision"):
         read_speed(path)
 
 
+def test_a_model_that_does_not_follow_its_prompts_is_said_to(results, tmp_path):
+    lines = [json.loads(line) for line in (results[0] / "results.jsonl").read_text().splitlines()]
+    for kept, found in ((0.0, True), (1.0, False)):
+        for line in lines:
+            line.get("figures", {})["adherence.all"] = kept
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        paths = write_report(tmp_path, films=False, say=QUIET)
+        for kind in ("html", "markdown"):
+            assert ("adherence is near zero" in paths[kind].read_text()) == found
+
+
 def test_numbers_for_people():
     assert [times(v) for v in (1.44, 31.7, 999, 1234, 251_500, 1.69e6, np.inf, np.nan)] == [
         "1.4×", "32×", "999×", "1\u202f230×", "251\u202f500×", "1.69 million ×", "∞×", "–"]
+    assert [over_floor(v) for v in (1.0, 0.1, 9800, 0.0, np.inf, np.nan)] == [
+        "+0 dB", "−20 dB", "+80 dB", "−∞ dB", "∞ dB", "–"]
+    assert over_floor_text(Interval(100.0, 10.0, 1000.0, 8)) == "+40 dB [+20, +60]" and over_floor_text(None) == "no floor"
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) and ticks(17, 42) == [20, 25, 30, 35, 40]
     assert frontier([(1, 10), (2, 20), (3, 15), (2.5, 20)], faster_is_higher=False) == [(2, 20), (1, 10)]
     assert frontier([(1, 10), (2, 20), (3, 15)], faster_is_higher=True) == [(2, 20), (3, 15)]
