@@ -46,6 +46,6 @@ class NotANumber(Planted):
         return out * np.float32(np.nan)
 
 
-def only_in_layer_1():
-    """Exchanged heads in one layer, for the layer table to find."""
-    return {"transformer_blocks.1.*": SwapHeads()}
+def only_in_layer_1(defect=SwapHeads):
+    """A defect, exchanged heads unless another is named, in one layer only: for the layer table to find."""
+    return {"transformer_blocks.1.*": defect()}

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lowbit_video.eval.candidates import Candidate  # noqa: E402
 from lowbit_video.eval.layers import LayerTable, as_text, fit_shares, measure_layers, step_groups  # noqa: E402
 from lowbit_video.eval.settings import Settings  # noqa: E402
-from planted import ZeroTail, only_in_layer_1  # noqa: E402
+from planted import Noise, SwapHeads, ZeroTail, only_in_layer_1  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
 PLANTED = "transformer_blocks.1.attn1"
@@ -37,6 +37,17 @@ def test_the_table_points_at_the_planted_layer_and_heads(table):
     sqnr = table.of("swap", "sqnr")
     assert (sqnr[1] < 10).all() and (sqnr[[0, 2]] == 200).all()  # exact elsewhere, to the bit
     assert (table.layer_error[2] > 1e-3).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("defect", [Noise, SwapHeads, ZeroTail])
+@pytest.mark.parametrize("measured_shares", [False, True], ids=["local", "measured"])
+def test_the_table_points_at_the_layer_of_each_defect(pipe, defect, measured_shares):
+    planted = Candidate(defect.__name__, lambda: only_in_layer_1(defect))
+    table = measure_layers(pipe, "a red ball", [planted], settings=Settings("toy", steps=2), measured_shares=measured_shares,
+                           say=lambda line: None)
+    assert max(table.by_layer(planted.label), key=table.by_layer(planted.label).get) == PLANTED
+    assert table.by_layer(planted.label)[PLANTED] == pytest.approx(1.0)
+    assert {place[0] for place in table.worst(planted.label, 4)} == {PLANTED}
 
 
 def test_errors_rank_as_they_should(table):
