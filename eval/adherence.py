@@ -23,13 +23,17 @@ def measure(video, reference=None, context=None) -> dict[str, float] | None:
 
     None for a caption that does not state every part in the world's own terms (the scorer would call an open part met),
     and for clips shorter or smaller than the scorer can judge.
+
+    Raises:
+        BadVideoError: see `video.as_uint8`.
     """
     from . import prompt_adherence, world
 
+    frames = as_uint8(video)
     if not world.parse(context.caption).complete:
         return None
     try:
-        verdict = prompt_adherence.score(as_uint8(video), context.caption)
+        verdict = prompt_adherence.score(frames, context.caption)
     except ValueError:
         return None
     return {**{part: float(getattr(verdict, part)) for part in prompt_adherence.PARTS}, "all": float(verdict.all)}

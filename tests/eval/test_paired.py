@@ -1,6 +1,8 @@
 """The paired metrics: against scikit-image, and every bad input by name."""
 import numpy as np
 import pytest
+from lowbit_video.eval import registry
+from lowbit_video.eval.context import Context
 from lowbit_video.eval.ms_ssim import ms_ssim
 from lowbit_video.eval.psnr import CEILING_DB, psnr
 from lowbit_video.eval.ssim import ssim
@@ -60,6 +62,15 @@ def test_identical_videos_reach_the_top():
 def test_bad_input_is_named(name, video, words):
     with pytest.raises(BadVideoError, match=words):
         PAIRED[name](video, clip())
+
+
+@pytest.mark.parametrize("name", [m.name for m in registry.choose(None, {})[0] if m.kind in ("paired", "alone")])
+@pytest.mark.parametrize("video, words", [(clip() * 255.0, "divide by 255"), (clip()[0], "a video is"), (clip()[:0], "empty")],
+                         ids=["0..255-float", "one-frame", "empty"])
+def test_every_metric_that_runs_here_names_bad_input_as_an_evaluation_calls_it(name, video, words):
+    context = Context("a red circle moves left over a blue background", {}, {}, {})
+    with pytest.raises(BadVideoError, match=words):
+        registry.metric(name).module.measure(video, clip(), context)
 
 
 def test_a_frame_smaller_than_the_window_is_named():
