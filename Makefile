@@ -40,7 +40,8 @@ eval-demo: export OMP_NUM_THREADS ?= 2
 eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 precisions, a report; goes on where it was stopped
 	test -f outputs/eval/layers.npz || $(VENV)/bin/lowbit-video eval layers --steps 8 --local-shares \
 		--prompt "a green ring gets smaller on a cyan background" --out outputs/eval/layers.npz
-	$(VENV)/bin/lowbit-video eval compare --prompts eval/prompts/small_world.txt --steps 8 --out outputs/eval $(ARGS)
+	$(VENV)/bin/lowbit-video eval compare --prompts eval/prompts/small_world.txt --steps 8 --out outputs/eval \
+		--speed eval/speed/results/kernels.json --speed-shape CogVideoX-2b $(ARGS)
 
 gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
 	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)

@@ -34,7 +34,7 @@ def draw_picture(report: Report) -> bytes:
     heights = [1.25, 2.6] if strip else [1]
     longest = min(24, max(len("noise floor"), *[len(row.run) for row in rows]))
     outer = figure.add_gridspec(
-        len(heights), 1, height_ratios=heights, left=0.03 + 0.0078 * longest, right=0.985, top=0.9, bottom=0.11, hspace=0.28
+        len(heights), 1, height_ratios=heights, left=0.03 + 0.0078 * longest, right=0.985, top=0.9, bottom=0.15, hspace=0.28
     )
     figure.text(0.015, 0.965, "Does the video stay the same?", fontsize=14, fontweight="bold", color=INK, va="center")
     if strip:
@@ -73,7 +73,8 @@ def draw_picture(report: Report) -> bytes:
         )
         axes.set_ylim(len(rows) - 0.5, -0.7)
         axes.margins(x=0.12)
-    axes = styled(figure.add_subplot(inner[2]), "PSNR, dB, over " + wrapped(report.speed_label))
+    axes = styled(figure.add_subplot(inner[2]), "PSNR, dB, and " + ("speed" if report.faster_is_higher else "time"))
+    axes.set_xlabel(wrapped(report.speed_label), fontsize=8, color=SOFT)
     points = [
         (row, report.speed[row.run], row.cells["psnr"].value)
         for row in candidates
@@ -106,8 +107,8 @@ def draw_picture(report: Report) -> bytes:
     return buffer.getvalue()
 
 
-def wrapped(text: str, width: int = 44) -> str:
-    """A title in as many lines as it needs."""
+def wrapped(text: str, width: int = 52) -> str:
+    """A label in as many lines as it needs."""
     return "\n".join(textwrap.wrap(text, width))
 
 

@@ -54,7 +54,8 @@ NOTES = {
                  "right: it says nothing about a GPU. Name a benchmark's JSON with --speed to see that here.",
     "unfollowed": "The exact run itself hardly ever shows what its prompt asks for: at full precision adherence is near zero "
                   "already, so it cannot show what low bit costs here. Read the paired figures instead.",
-    "speed-up": "Speed-ups are of the attention operator, from the benchmark that was named; quality is from this evaluation.",
+    "speed-up": "Speed-ups are of the attention operator alone, at the benchmark's own shape, with quantisation; “exact” is "
+                "the toolkit's own full-precision kernel there. Quality is of this evaluation's model. A video gains less.",
     "local": "Shares are of local squared errors; their way to the final latent was not measured.",
     "measured": "Shares are local squared errors, scaled to what runs with one layer, or one group of steps, at low bit left "
                 "in the final latent.",
@@ -166,7 +167,8 @@ def figure_head(figure: str) -> str:
 
 def run_head(row: Row, under: bool = True) -> str:
     """A row's head: colour, run, and under it what it is."""
-    count = f"{row.videos - row.failed} of {row.videos} videos" if row.failed else f"{row.videos} videos"
+    count = f"{row.videos} video{'s' * (row.videos != 1)}"
+    count = f"{row.videos - row.failed} of {count}" if row.failed else count
     text = {EXACT: "the reference", FLOOR: "exact, reordered"}.get(row.run, count)
     name = tag("span", tag("i", style=f"background:var({colour_of(row)})") + html.escape(row.run), kind="run")
     return tag("th", name + (tag("div", text, kind="interval") if under else ""), scope="row")
@@ -223,7 +225,7 @@ def speed(report: Report) -> str:
             cells = tag("td", plain(report.speed[row.run]) + unit, kind="value")
             rows.append(run_head(row, under=False) + cells + tag("td", html.escape(attention_text(row)), kind="interval"))
     columns = table(["run", html.escape(report.speed_label), "attention that ran (calls)"], rows)
-    body = tag("div", tag("div", chart) + columns, kind="two")
+    body = tag("div", tag("div", tag("div", chart, kind="chart"), kind="scroll") + columns, kind="two")
     body += note("speed-up" if report.faster_is_higher else "reference" if report.on_reference else "seconds")
     return section("Time of this run beside quality" if report.on_reference else "Speed beside quality", body, "speed")
 
