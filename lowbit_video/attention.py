@@ -5,6 +5,7 @@ variant that does not fit says why, and nothing falls back silently.
 """
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,14 +45,37 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
         ValueError or TypeError for shapes, layouts, precisions and dtypes that do not fit.
     Source: SageAttention2 (arXiv 2411.10958); accumulation and packing differ, see kernels/.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.compiler.is_compiling():
+    if _traced_by_torch(q):
         from lowbit_video import torch_op
 
         return torch_op.attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)
+    if _traced_by_paddle(q):
+        return _paddle_call().attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)
     out, lse, _ = run(q, k, v, precision, tensor_layout=tensor_layout, is_causal=is_causal, scale=scale,
                       return_lse=return_lse, backend=backend, check_finite=check_finite)
     return (out, lse) if return_lse else out
+
+
+def _is_torch(q: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(q, torch.Tensor)
+
+
+def _traced_by_torch(q: Any) -> bool:
+    """Whether torch.compile traces this call."""
+    return _is_torch(q) and sys.modules["torch"].compiler.is_compiling()
+
+
+def _traced_by_paddle(q: Any) -> bool:
+    """Whether to_static traces this call: its AST mode builds a program, its SOT mode simulates the bytecode."""
+    paddle = sys.modules.get("paddle")
+    return paddle is not None and not _is_torch(q) and (
+        not paddle.in_dynamic_mode() or paddle.base.dygraph.base.in_sot_simulation_mode())
+
+
+def _paddle_call() -> Any:
+    module = sys.modules.get("lowbit_video.paddle_call")  # Paddle's tracers follow no import statement
+    return importlib.import_module("lowbit_video.paddle_call") if module is None else module
 
 
 def run(q: Any, k: Any, v: Any, precision: str | Precision, *, tensor_layout: str = "NHD", is_causal: bool = False,

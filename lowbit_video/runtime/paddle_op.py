@@ -38,8 +38,13 @@ def _run(key: str, *tensors: paddle.Tensor) -> paddle.Tensor:
         # The executor takes the output's memory and drops its strides: it must be contiguous.
         return runner.run(*tensors).contiguous()
     except BaseException as error:  # Ctrl-C as well: the executor swallows it
-        _failure[:] = [error]
+        remember(error)
         raise
+
+
+def remember(error: BaseException) -> None:
+    """Keeps an error for `take_failure`."""
+    _failure[:] = [error]
 
 
 def take_failure() -> BaseException | None:

@@ -3,7 +3,10 @@ import numpy as np
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+import lowbit_video as lv  # noqa: E402
 import toy_model  # noqa: E402
+from helpers import qkv  # noqa: E402
+from lowbit_video.precision import Precision  # noqa: E402
 from lowbit_video.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.runtime import paddle_op  # noqa: E402
 
@@ -125,3 +128,48 @@ def test_an_error_inside_the_graph_can_be_read():
         run(paddle.jit.to_static(model, full_graph=True), toy_model.inputs(rotary_dim=16))
     assert "head_dim 16" in str(paddle_op.take_failure())
     assert paddle_op.take_failure() is None
+
+
+@MODES
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("precision", ["int8+fp16", Precision("int4+fp8", smooth_q=False), "exact"], ids=str)
+def test_attention_itself_is_one_operator(precision, layout, full_graph):
+    def block(q, k, v):
+        out, lse = lv.attention(q * 1.0, k, v, precision, tensor_layout=layout, is_causal=True, return_lse=True)
+        return lv.attention(out, k, v, precision, tensor_layout=layout, scale=0.5) + 1.0, lse * 2.0
+
+    tensors = [paddle.to_tensor(a if layout == "NHD" else a.transpose(0, 2, 1, 3)) for a in qkv(q_len=20, kv_len=33)]
+    compiled = paddle.jit.to_static(block, full_graph=full_graph)
+    with paddle.no_grad():
+        for got, wanted in zip(compiled(*tensors), block(*tensors)):
+            assert got.shape == wanted.shape and got.dtype == wanted.dtype
+            assert float((got - wanted).abs().max()) <= 1e-5
+    if full_graph:
+        names = [op.name() for op in compiled.concrete_program.main_program.global_block().ops]
+        assert sum("lowbit_attention_call" in name for name in names) == 2 and not INNARDS & set(names)
+
+
+def test_sot_does_not_break_the_graph_at_attention():
+    from paddle.jit.sot.opcode_translator.executor.executor_cache import OpcodeExecutorCache
+
+    def block(q, k, v):
+        return lv.attention(q * 1.0, k, v) + 1.0
+
+    tensors = [paddle.to_tensor(a) for a in qkv(q_len=20)]
+    before = set(OpcodeExecutorCache().cache)
+    with paddle.no_grad():
+        paddle.jit.to_static(block, full_graph=False)(*tensors)
+    names = {code.co_name for code in set(OpcodeExecutorCache().cache) - before}
+    assert not {"attention", "run", "same_runtime"} & names, "a frame below block was run by itself"
+
+
+def test_an_error_of_attention_inside_the_graph_can_be_read():
+    paddle_op.take_failure()
+    q = paddle.zeros([1, 8, 2, 16])
+
+    def itself(q):
+        return lv.attention(q, q, q)
+
+    with pytest.raises(Exception), paddle.no_grad():  # noqa: B017 - Paddle's executor makes a bare SystemError of it
+        paddle.jit.to_static(itself, full_graph=True)(q)
+    assert "head_dim 16" in str(paddle_op.take_failure())
