@@ -17,7 +17,8 @@ class Request:
 
     device: "cpu" or "cuda". arch: compute capability, None on a CPU. q, k, pv: format names.
     dtype: of the tensors ("float16", "bfloat16", "float32"). only_if_faster: also refuse where exact
-    attention is measured to be faster. interpret: Triton's CPU interpreter is on.
+    attention is measured to be faster. interpret: Triton's CPU interpreter is on. v_aligned: V begins at, and its
+    dimensions step by, multiples of 16 bytes, as a kernel that reads V itself by TMA needs.
     """
 
     device: str
@@ -38,6 +39,7 @@ class Request:
     varlen: bool = False
     only_if_faster: bool = False
     interpret: bool = False
+    v_aligned: bool = True
     op: str = "attention"
 
     def __str__(self) -> str:
@@ -107,6 +109,8 @@ class KernelVariant:
         missing = [name for name, wanted in used.items() if wanted and name not in self.features]
         if missing:
             return f"it does not support {', '.join(missing)}"
+        if self.backend == "hopper" and request.pv == "fp16" and not request.v_aligned:
+            return "V's address or strides are not multiples of 16 bytes (a contiguous copy's are)"
         if request.only_if_faster and request.arch is not None:
             from .tuning import faster_from
 

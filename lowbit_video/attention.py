@@ -141,7 +141,8 @@ def make_request(q: Any, k: Any, v: Any, precision: Precision, *, tensor_layout:
         k=exact if precision.exact else precision.k, pv=exact if precision.exact else precision.pv,
         granularity=precision.granularity, dtype=dtype, head_dim=q_shape[3], q_len=q_shape[tokens], kv_len=k_shape[tokens],
         heads=q_shape[heads], kv_heads=k_shape[heads], smooth_q=precision.smooth_q, causal=is_causal, lse=return_lse,
-        only_if_faster=only_if_faster, interpret=cpu and _interpreted())
+        only_if_faster=only_if_faster, interpret=cpu and _interpreted(),
+        v_aligned=cpu or _aligned(v, runtime, 4 if dtype == "float32" else 2))
 
 
 def select(request: Request, backend: str = "auto", variants: Sequence[KernelVariant] = VARIANTS) -> KernelVariant:
@@ -176,6 +177,13 @@ def require_one_place(runtime: Any, **tensors: Any) -> None:
     places = {name: runtime.place(tensor) for name, tensor in tensors.items()}
     if len(set(places.values())) > 1:
         raise ValueError(f"all tensors must be on one device; given: {', '.join(f'{n} on {p}' for n, p in places.items())}")
+
+
+def _aligned(x: Any, runtime: Any, item_size: int) -> bool:
+    """Whether TMA can read x: address and strides are multiples of 16 bytes. A last dimension with a stride is copied first."""
+    *steps, last = zip(runtime.strides(x), runtime.shape(x))
+    return (last[0] != 1 and last[1] > 1) or (
+        x.data_ptr() % 16 == 0 and all(stride * item_size % 16 == 0 for stride, length in steps if length > 1))
 
 
 def _interpreted() -> bool:

@@ -153,6 +153,23 @@ def test_misaligned_tensors_have_plans_of_their_own(device):
     assert again == launches and len(device.long) == 2 * ways
 
 
+@pytest.mark.parametrize("precision,spoilt,backend", [
+    ("int8+fp16", "address", "triton"), ("int8+fp16", "stride", "triton"), ("int8+fp16", "last stride", "hopper"),
+    ("int8+fp16", None, "hopper"), ("int8+fp8", "address", "hopper")])
+def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision, spoilt, backend):
+    q, k, v = tensors()
+    if spoilt == "address":
+        v = torch.randn(v.numel() + 8).half()[1:v.numel() + 1].view(v.shape)
+    elif spoilt == "stride":
+        v = torch.randn(*v.shape[:3], 68).half()[..., :64]
+    elif spoilt == "last stride":
+        v = torch.randn(*v.shape[:3], 128).half()[..., ::2]
+    assert attention.run(q, k, v, precision)[2].backend == backend
+    if backend == "triton":
+        with pytest.raises(ValueError, match="hopper-int8: V's address or strides are not multiples of 16 bytes"):
+            attention.run(q, k, v, precision, backend="hopper")
+
+
 def test_a_copied_input_and_an_unknown_triton_make_no_plan(device, monkeypatch):
     attention.run(*(torch.randn(1, 200, 2, 128).half()[..., ::2] for _ in range(3)), "int8+fp16")
     monkeypatch.setattr(plans, "LAUNCHER_VERSIONS", ("2.",))
