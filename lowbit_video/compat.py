@@ -72,14 +72,15 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, retur
 
 
 def sageattn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=False, sm_scale=None,
-                    smooth_k=True):
+                    smooth_k=True, return_lse=False):
     """INT8 Q.K^T and 16-bit P.V over sequences of different lengths packed into one.
 
     q: [Tq, Hq, D]; k, v: [Tk, Hkv, D]; cu_seqlens: int32 [batch + 1], where each sequence begins.
-    smooth_k: the mean subtracted from K is that of each sequence.
+    smooth_k: the mean subtracted from K is that of each sequence. return_lse: also the LSE, float32 [Hq, Tq].
     """
     return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                            precision=Precision("int8+fp16", smooth_k=smooth_k), is_causal=is_causal, scale=sm_scale)
+                            precision=Precision("int8+fp16", smooth_k=smooth_k), is_causal=is_causal, scale=sm_scale,
+                            return_lse=return_lse)
 
 
 def sageattn_qk_int8_pv_fp16_triton(q, k, v, tensor_layout="HND", quantization_backend="triton", is_causal=False,

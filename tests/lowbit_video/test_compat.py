@@ -90,6 +90,10 @@ def test_varlen(framework):
     cu = framework.tensor(np.cumsum([0, *lengths]), "int32")
     q, k, v = (a[0] for a in qkv(heads=2, q_len=30))
     out = framework.numpy(compat.sageattn_varlen(*(framework.tensor(a, "float16") for a in (q, k, v)), cu, cu, 22, 22))
+    tensors = [framework.tensor(a, "float16") for a in (q, k, v)]
+    same, lse = compat.sageattn_varlen(*tensors, cu, cu, 22, 22, return_lse=True)
+    np.testing.assert_array_equal(framework.numpy(same), out)
     for begin, end in ((0, 7), (7, 8), (8, 30)):
-        wanted = naive_attention(*(a[None, begin:end] for a in (q, k, v)))[0][0]
-        assert np.abs(out[begin:end] - wanted).sum() < 0.05 * np.abs(wanted).sum()
+        wanted, wanted_lse = naive_attention(*(a[None, begin:end] for a in (q, k, v)))
+        assert np.abs(out[begin:end] - wanted[0]).sum() < 0.05 * np.abs(wanted).sum()
+        assert np.abs(framework.numpy(lse)[:, begin:end] - wanted_lse[0]).max() < 0.05
