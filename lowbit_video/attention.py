@@ -69,8 +69,10 @@ def _traced_by_torch(q: Any) -> bool:
 def _traced_by_paddle(q: Any) -> bool:
     """Whether to_static traces this call: its AST mode builds a program, its SOT mode simulates the bytecode."""
     paddle = sys.modules.get("paddle")
-    return paddle is not None and not _is_torch(q) and (
-        not paddle.in_dynamic_mode() or paddle.base.dygraph.base.in_sot_simulation_mode())
+    if paddle is None or _is_torch(q):
+        return False
+    simulated = getattr(paddle.base.dygraph.base, "in_sot_simulation_mode", None)  # not in every version
+    return not paddle.in_dynamic_mode() or (simulated is not None and simulated())
 
 
 def _paddle_call() -> Any:
