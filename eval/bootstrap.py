@@ -45,7 +45,8 @@ def bootstrap(statistic: Callable[..., np.ndarray], *columns) -> Interval:
         return Interval(value, float("nan"), float("nan"), count)
     picks = draws(count)
     spread = statistic(*[array[picks] for array in arrays])
-    low, high = np.quantile(spread, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    method = "linear" if np.isfinite(spread).all() else "nearest"  # between two infinities there is nothing to interpolate
+    low, high = np.quantile(spread, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], method=method)
     return Interval(value, float(low), float(high), count)
 
 

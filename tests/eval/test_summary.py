@@ -24,6 +24,14 @@ def test_bootstrap_is_reproducible_and_honest_about_one_prompt():
         bootstrap(ratio_of_means, [1.0, 2.0], [1.0])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_floor_of_nothing_gives_infinity_without_a_warning():
+    times = bootstrap(ratio_of_means, np.arange(8.0), np.zeros(8))
+    assert times.value == times.low == times.high == np.inf
+    mixed = bootstrap(ratio_of_means, np.ones(8), np.eye(8)[0])  # draws without the first prompt divide by nothing
+    assert mixed.value == 8.0 and mixed.high == np.inf and np.isfinite(mixed.low)
+
+
 def lines(psnr_by_run, prompts=6, flicker=2.0, seeds=(0,)):
     out = []
     for i in range(prompts):
