@@ -57,8 +57,7 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
 
 
 def _is_torch(q: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(q, torch.Tensor)
+    return "torch" in sys.modules and isinstance(q, sys.modules["torch"].Tensor)
 
 
 def _traced_by_torch(q: Any) -> bool:
@@ -68,16 +67,16 @@ def _traced_by_torch(q: Any) -> bool:
 
 def _traced_by_paddle(q: Any) -> bool:
     """Whether to_static traces this call: its AST mode builds a program, its SOT mode simulates the bytecode."""
-    paddle = sys.modules.get("paddle")
-    if paddle is None or _is_torch(q):
+    if "paddle" not in sys.modules or _is_torch(q):
         return False
+    paddle = sys.modules["paddle"]
     simulated = getattr(paddle.base.dygraph.base, "in_sot_simulation_mode", None)  # not in every version
     return not paddle.in_dynamic_mode() or (simulated is not None and simulated())
 
 
 def _paddle_call() -> Any:
-    module = sys.modules.get("lowbit_video.paddle_call")  # Paddle's tracers follow no import statement
-    return importlib.import_module("lowbit_video.paddle_call") if module is None else module
+    name = "lowbit_video.paddle_call"  # Paddle's tracers follow no import statement
+    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
 
 
 def run(q: Any, k: Any, v: Any, precision: str | Precision, *, tensor_layout: str = "NHD", is_causal: bool = False,
