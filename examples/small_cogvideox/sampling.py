@@ -81,6 +81,19 @@ def shares(verdicts) -> dict[str, float]:
     return {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in (*prompt_adherence.PARTS, "all")}
 
 
+def colour_pairs(verdicts) -> dict[str, int]:
+    """Of the videos that should hold one shape: how many show its colour and the background's, these two exchanged, or
+    neither."""
+    found = {"right": 0, "exchanged": 0, "other": 0}
+    for verdict in verdicts:
+        asked, seen = verdict.meaning, verdict.scene
+        if len(asked.things) == 1:
+            wanted = (asked.things[0].colour, asked.background)
+            shown = (seen.things[0].colour, seen.background) if len(seen.things) == 1 else None
+            found["right" if shown == wanted else "exchanged" if shown == wanted[::-1] else "other"] += 1
+    return found
+
+
 def percent(figures: dict[str, float]) -> str:
     return "  ".join(f"{part} {100 * share:.1f} %" for part, share in figures.items())
 

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from clips import ClipPool, as_uint8
 from lowbit_video.eval import prompt_adherence
 from models import (
+    MAX_TOKENS,
     SIZES,
     TINY,
     TextToVelocity,
@@ -47,6 +48,7 @@ from models import (
 )
 from sampling import (
     Judges,
+    colour_pairs,
     contact_sheet,
     held_out_captions,
     noise_of,
@@ -239,7 +241,7 @@ def train_vae(run: Run) -> None:
     spent, step = 0.0, 0
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.95), weight_decay=1e-4,
                                   fused=run.device.type == "cuda")
-    if args.init and not path.exists():
+    if args.init and "vae" in args.init_parts and not path.exists():
         vae = type(vae).from_pretrained(args.init, subfolder="vae").float().to(run.device)
         log.say(f"vae from {args.init}")
         run.vae = vae.eval().requires_grad_(False)
@@ -334,11 +336,16 @@ def train_vae(run: Run) -> None:
 # --- latents ----------------------------------------------------------------------------------------------------------
 
 
-def plan_ahead(tokenizer: Path, clips: int, fresh: bool) -> tuple[ClipPool, np.ndarray]:
-    """The clips to encode and their token ids `[clips, WORDINGS, L]` int16: a worker's task while the autoencoder trains."""
-    pool = ClipPool(clips, TRAIN_SEED + 1 + (int(time.time()) % 100_000 if fresh else 0), "cpu")
+def plan_ahead(tokenizer: Path, clips: int, seed: int) -> tuple[ClipPool, np.ndarray]:
+    """The clips to encode and their token ids `[clips, WORDINGS, L]` int16: a worker's task while others train."""
+    pool = ClipPool(clips, seed, "cpu")
     ids = Tokens(tokenizer)(pool.captions(WORDINGS))
     return pool, ids.reshape(len(pool), WORDINGS, -1).astype(np.int16)
+
+
+def clip_seed(fresh: bool) -> int:
+    """Of the clips that a run encodes: always the same, or of this moment."""
+    return TRAIN_SEED + 1 + (int(time.time()) % 100_000 if fresh else 0)
 
 
 @torch.no_grad()
@@ -352,7 +359,7 @@ def make_latents(run: Run) -> None:
         run.latents = torch.from_numpy(np.load(path)).to(run.device)
         log.say(f"{len(run.latents)} encoded clips read in {time.time() - start:.1f} s")
         return
-    pool, ids = run.ahead.get() if run.ahead else plan_ahead(run.tokenizer, args.clips, args.fresh_clips)
+    pool, ids = run.ahead.get() if run.ahead else plan_ahead(run.tokenizer, args.clips, clip_seed(args.fresh_clips))
     pool.device = run.device
     ids = torch.from_numpy(ids.astype(np.int64))
     log.say(f"{len(pool)} clips planned and put into words, waited {time.time() - start:.1f} s")
@@ -392,7 +399,8 @@ def train_words(run: Run) -> None:
     """Put the captions' meaning into a text encoder's features, by itself; `words.pt` keeps it for the diffusion stage."""
     args, log = run.args, run.log
     path = run.state / "words.pt"
-    if path.exists() or (run.state / "diffusion.pt").exists() or args.words_seconds <= 0:
+    started = args.init and "text_encoder" in args.init_parts
+    if path.exists() or (run.state / "diffusion.pt").exists() or args.words_seconds <= 0 or started:
         log.say("words are learned already, or not asked for")
         return
     sets = run.word_sets.get() if run.word_sets else word_sets(run.tokenizer, args.word_captions)
@@ -411,7 +419,16 @@ def train_words(run: Run) -> None:
     log.say(f"words: {step} steps of {batch} in {time.time() - start:.1f} s; held-out captions read right "
             f"{100 * found.mean():.2f} %, worst {worst}")
     log.row("words", step, (time.time() - start) / 60, held_out_mean=found[0].mean(), held_out_picked=found[1].mean())
+    say_swapped(run, encoder, step, (time.time() - start) / 60)
     save_state(path, {"model": encoder.state_dict()})
+
+
+def say_swapped(run: Run, encoder, step: int, minutes: float) -> None:
+    """Log how alike captions with their two colours exchanged are to the encoder: at 1 no colour can find its thing."""
+    alike = words.swapped_likeness(encoder, Tokens(run.tokenizer))
+    run.log.row("words", step, minutes, swapped_likeness=alike)
+    run.log.say(f"captions with colours exchanged are alike to {alike:.5f} for the text encoder"
+                + (": IT HAS LOST THE ORDER OF WORDS" if alike > words.COLLAPSED else ""))
 
 
 def word_sets(tokenizer: Path, count: int):
@@ -423,11 +440,91 @@ def word_sets(tokenizer: Path, count: int):
 # --- text encoder and transformer -------------------------------------------------------------------------------------
 
 
-def parameter_groups(model) -> list[dict]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and "shared" not in n and "relative" not in n]
-    chosen = {id(p) for p in matrices}
-    return [{"params": matrices, "weight_decay": 0.01},
-            {"params": [p for p in model.parameters() if id(p) not in chosen], "weight_decay": 0.0}]
+def parameter_groups(model: TextToVelocity, text_rate: float) -> list[dict]:
+    """AdamW's groups, each with its `scale` of the learning rate: matrices decay, the text encoder learns at `text_rate`."""
+    groups = []
+    for part, scale in ((model.transformer, 1.0), (model.text_encoder, text_rate)):
+        learning = [(n, p) for n, p in part.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in learning if p.ndim > 1 and "shared" not in n and "relative" not in n]
+        chosen = {id(p) for p in matrices}
+        others = [p for _, p in learning if id(p) not in chosen]
+        for parameters, decay in ((matrices, 0.01), (others, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
+    return groups
+
+
+def curriculum(text: str, latent_frames: int) -> list[tuple[int, float]]:
+    """"1:0.3,3:0.3,9:0.4" as (latent frames, share of the diffusion time up to which they are used), in order.
+
+    Raises:
+        ValueError: not of this form, more frames than a clip has, or it does not end with whole clips."""
+    try:
+        pairs = [(int(frames), float(share)) for frames, share in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        raise ValueError(f"--curriculum {text!r}: write FRAMES:SHARE,FRAMES:SHARE such as 1:0.3,{latent_frames}:0.7") from None
+    if any(share <= 0 or not 1 <= frames <= latent_frames for frames, share in pairs) or pairs[-1][0] != latent_frames:
+        raise ValueError(f"--curriculum {text!r}: shares are positive, frames are 1 to {latent_frames} and {latent_frames} "
+                         "come last, since the model is used on whole clips")
+    ends = np.cumsum([share for _, share in pairs]) / sum(share for _, share in pairs)
+    return [(frames, float(end)) for (frames, _), end in zip(pairs, ends)]
+
+
+class Cache:
+    """Encoded clips to train on, of the first `frames` latent frames; grows to `capacity` by new clips, then replaces the
+    oldest ones.
+
+    It starts with the clips that the latents stage encoded. New ones are planned by a worker process, painted and encoded
+    between training steps."""
+
+    def __init__(self, run: Run, frames: int, capacity: int, seed: int):
+        self.run, self.frames = run, frames
+        known = min(len(run.latents), capacity)
+        shape = (capacity, frames, *run.latents.shape[2:])
+        self.latents = torch.empty(shape, dtype=run.latents.dtype, device=run.device)
+        self.ids = torch.zeros((capacity, *run.ids.shape[1:]), dtype=run.ids.dtype, device=run.device)
+        self.latents[:known], self.ids[:known] = run.latents[:known, :frames], run.ids[:known]
+        self.count, self.oldest, self.fresh = known, 0, 0
+        self.seed, self.used = seed, 0
+        self.plan, self.coming = None, None
+
+    def _next_plan(self) -> None:
+        """The next planned clips into `plan`, and a worker set to the ones after."""
+        size = 2048 if self.run.device.type == "cuda" else 16
+        workers = self.run.judges.pool
+
+        def asked():
+            self.seed += 1
+            task = (self.run.tokenizer, size, self.seed)
+            return workers.apply_async(plan_ahead, task) if workers else task
+
+        coming = self.coming or asked()
+        self.coming = asked()
+        pool, ids = coming.get() if workers else plan_ahead(*coming)
+        pool.device = self.run.device
+        self.plan, self.used = (pool, torch.from_numpy(ids.astype(np.int64)).to(self.run.device)), 0
+
+    @torch.no_grad()
+    def add(self, clips: int) -> None:
+        """Encode `clips` new clips."""
+        if self.plan is None or self.used + clips > len(self.plan[0]):
+            self._next_plan()
+        pool, ids = self.plan
+        part = np.arange(self.used, min(self.used + clips, len(pool)))
+        self.used = int(part[-1]) + 1
+        video, _ = pool.paint(part, 0, 4 * (self.frames - 1) + 1, self.run.sizes.height)
+        with self.run.vae_autocast():
+            found = self.run.vae.encode(video).latent_dist.mode()
+        found = (found.float() * self.run.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).to(self.latents.dtype)
+        rows = (self.oldest + torch.arange(len(part))) % len(self.latents)
+        if self.count < len(self.latents):
+            rows = torch.arange(self.count, min(self.count + len(part), len(self.latents)))
+            self.count = int(rows[-1]) + 1
+        else:
+            self.oldest = (self.oldest + len(part)) % len(self.latents)
+        rows = rows.to(self.run.device)
+        self.latents[rows], self.ids[rows] = found[:len(rows)], ids[part[:len(rows)]]
+        self.fresh += len(rows)
 
 
 def train_diffusion(run: Run) -> None:
@@ -442,42 +539,46 @@ def train_diffusion(run: Run) -> None:
         model.text_encoder.load_state_dict(torch.load(run.state / "words.pt", map_location="cpu", weights_only=True)["model"])
     model.to(run.device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    optimiser = torch.optim.AdamW(parameter_groups(model), lr=args.lr, betas=(0.9, 0.95), fused=run.device.type == "cuda")
+    model.text_encoder.requires_grad_(args.text_rate > 0)
+    optimiser = torch.optim.AdamW(parameter_groups(model, args.text_rate), lr=args.lr, betas=(0.9, 0.95),
+                                  fused=run.device.type == "cuda")
     scheduler = build_scheduler(sizes)
     alphas = scheduler.alphas_cumprod.to(run.device, torch.float32)
-    spent, step, restarted = 0.0, 0, 0
+    spent, step, restarted, earlier = 0.0, 0, 0, 0.0
     if path.exists():
         held = torch.load(path, map_location=run.device, weights_only=True)
         model.load_state_dict(held["model"])
         averaged.load_state_dict(held["averaged"])
         optimiser.load_state_dict(held["optimiser"])
-        spent, step = held["seconds"], held["step"]
+        spent, step, earlier = held["seconds"], held["step"], held.get("earlier", 0.0)
         log.say(f"diffusion goes on from step {step}, {spent:.0f} s")
         del held
     elif args.init:
-        for name, part in (("text_encoder", model.text_encoder), ("transformer", model.transformer)):
+        for name in set(args.init_parts) & {"text_encoder", "transformer"}:
+            part = getattr(model, name)
             part.load_state_dict(type(part).from_pretrained(args.init, subfolder=name).float().state_dict())
         averaged.load_state_dict(model.state_dict())
         progress_file = Path(args.init) / "training.json"
-        if progress_file.exists():
+        if "transformer" in args.init_parts and progress_file.exists():
             before = json.loads(progress_file.read_text())
-            spent, step = before["seconds"], before["steps"]
+            earlier, step = before["seconds"], before["steps"]
         restarted = step
-        log.say(f"diffusion goes on from the weights in {args.init}: step {step}, {spent:.0f} s")
+        log.say(f"diffusion starts with {', '.join(args.init_parts)} of {args.init}: step {step}, {earlier:.0f} s before")
     eager = model
     if args.compile and run.device.type == "cuda":
         for block in model.transformer.transformer_blocks:
-            block.compile()
+            block.compile(dynamic=False)  # one compilation for each clip length
     model, optimiser = accelerator.prepare(model, optimiser)
     pairs = [(a, b) for a, b in zip(averaged.parameters(), eager.parameters())]
     averages, sources = [a for a, _ in pairs], [b for _, b in pairs]
     total = 60 * args.diffusion_minutes
     batch = 8 if args.tiny else args.batch
-    count = len(run.latents)
+    phases = curriculum(args.curriculum, sizes.latent_frames)
+    cache, positions = None, model_positions(eager.transformer)
     empty = torch.zeros(run.ids.shape[-1], dtype=run.ids.dtype, device=run.device)
     empty[0] = 1
     start = saved = checked = shown = time.time()
-    first_step, rate, losses = step, args.lr, []
+    first_step, rate, losses, refresh_every = step, args.lr, [], args.refresh_every
     reserve = args.evaluate_seconds + 12
     if not args.unfinished:  # the schedule ends with this run where its time is the shorter one
         total = max(1.0, min(total, spent + run.left() - reserve))
@@ -493,9 +594,9 @@ def train_diffusion(run: Run) -> None:
             writer.join()
         seconds = spent + time.time() - start
         state = on_cpu({"model": eager.state_dict(), "averaged": averaged.state_dict(), "optimiser": optimiser.state_dict(),
-                        "seconds": seconds, "step": step})
+                        "seconds": seconds, "step": step, "earlier": earlier})
         parts = [copy.deepcopy(part).cpu() for part in (run.vae, averaged.text_encoder, averaged.transformer)]
-        record = {"seconds": seconds, "steps": step, "batch": batch, "sizes": describe(sizes)}
+        record = {"seconds": earlier + seconds, "steps": step, "batch": batch, "sizes": describe(sizes)}
 
         def write() -> None:
             save(run.state / "model", *parts, sizes, generation_defaults(sizes))
@@ -510,12 +611,13 @@ def train_diffusion(run: Run) -> None:
             writer.join()
 
     def one_step():
-        chosen = torch.randint(count, (batch,), device=run.device)
-        clean = run.latents[chosen].float()
-        ids = run.ids[chosen, torch.randint(WORDINGS, (batch,), device=run.device)]
-        dropped = torch.rand(batch, 1, device=run.device) < CAPTION_DROPOUT
+        size = batch_of(batch, cache.frames, sizes)
+        chosen = torch.randint(cache.count, (size,), device=run.device)
+        clean = cache.latents[chosen].float()
+        ids = cache.ids[chosen, torch.randint(WORDINGS, (size,), device=run.device)]
+        dropped = torch.rand(size, 1, device=run.device) < CAPTION_DROPOUT
         ids = torch.where(dropped, empty, ids)
-        times = torch.randint(scheduler.config.num_train_timesteps, (batch,), device=run.device)
+        times = torch.randint(scheduler.config.num_train_timesteps, (size,), device=run.device)
         signal = alphas[times].sqrt()[:, None, None, None, None]
         strength = (1 - alphas[times]).sqrt()[:, None, None, None, None]
         noise = torch.randn_like(clean)
@@ -530,12 +632,22 @@ def train_diffusion(run: Run) -> None:
     try:
         while True:
             progress = (spent + time.time() - start) / total
-            if progress >= 1 or run.left() < reserve or (args.max_steps and step - first_step >= args.max_steps):
+            if args.max_steps:
+                progress = max(progress, (step - first_step) / args.max_steps)
+            if progress >= 1 or run.left() < reserve:
                 break
             warm = min(1.0, (step - restarted + 1) / args.warmup)
             lr = rate * warm * max(0.005, 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.15) / 0.85))))
             for group in optimiser.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
+            frames = next((f for f, end in phases if progress < end), sizes.latent_frames)
+            if cache is None or cache.frames != frames:
+                fresh = cache.fresh if cache else 0
+                cache = None  # before the next one is made, since both can be gigabytes
+                cache = Cache(run, frames, max(len(run.latents), args.clips), int(time.time()) % 10**8)
+                first_frames(eager.transformer, frames, positions)
+                log.say(f"diffusion: {frames} latent frames from {100 * progress:.0f} % on, batch "
+                        f"{batch_of(batch, frames, sizes)}; {fresh} clips were encoded on the way before")
             try:
                 losses.append(one_step())
             except torch.cuda.OutOfMemoryError:
@@ -555,6 +667,13 @@ def train_diffusion(run: Run) -> None:
                 torch.cuda.empty_cache()
                 continue
             step += 1
+            if refresh_every and step % refresh_every == 0:
+                try:
+                    cache.add(4 if args.tiny else args.refresh_clips * (4 if frames == 1 else 1))
+                except Exception as error:  # the clips at hand still serve
+                    log.say(f"no more fresh clips: {type(error).__name__}: {str(error)[:300]}")
+                    refresh_every = 0
+                    torch.cuda.empty_cache()
             if step % AVERAGE_EVERY == 0:
                 decay = min(args.average, (1 + step) / (10 + step)) ** AVERAGE_EVERY
                 torch._foreach_lerp_(averages, sources, 1 - decay)
@@ -581,15 +700,16 @@ def train_diffusion(run: Run) -> None:
                 if time.time() - shown > 10:
                     per_second = (step - first_step) / (time.time() - start)
                     shown = time.time()
-                    log.say(f"diffusion step {step}: loss {mean:.4f}, lr {lr:.1e}, {per_second:.1f} steps/s "
-                            f"({per_second * batch:.0f} clips/s), {100 * progress:.0f} %")
+                    log.say(f"diffusion step {step}: loss {mean:.4f}, lr {lr:.1e}, {per_second:.1f} steps/s, {frames} latent "
+                            f"frames, {cache.fresh} fresh clips, {cache.count} at hand, {100 * progress:.0f} %")
             if time.time() - saved > args.save_seconds:
                 saved = time.time()
                 keep(beside=True)
             if time.time() - checked > args.check_seconds and run.left() > reserve + 30:
                 checked = time.time()
                 try:
-                    check(run, averaged, step, (spent + time.time() - start) / 60)
+                    say_swapped(run, averaged.text_encoder, step, (spent + time.time() - start) / 60)
+                    check(run, averaged, step, (spent + time.time() - start) / 60, frames)
                 except Exception as error:
                     log.say(f"check failed: {type(error).__name__}: {str(error)[:300]}")
                     torch.cuda.empty_cache()
@@ -598,6 +718,28 @@ def train_diffusion(run: Run) -> None:
     finally:
         keep(beside=False)
         log.say(f"diffusion stops at step {step}, {(spent + time.time() - start) / 60:.2f} minutes in all; model saved")
+
+
+def batch_of(batch: int, frames: int, sizes) -> int:
+    """Clips a step at `frames` latent frames: as many tokens as `batch` whole clips, at most four times the clips."""
+    tokens = MAX_TOKENS + frames * sizes.height // 16 * (sizes.width // 16)
+    whole = MAX_TOKENS + sizes.latent_frames * sizes.height // 16 * (sizes.width // 16)
+    return int(batch * min(4.0, whole / tokens)) // 8 * 8
+
+
+def model_positions(transformer) -> torch.Tensor:
+    """The sincos positions of a whole clip, `[1, text + video tokens, width]`."""
+    return transformer.patch_embed.pos_embedding
+
+
+def first_frames(transformer, frames: int, positions: torch.Tensor) -> None:
+    """Make a transformer take the first `frames` latent frames at the positions that they have in a whole clip.
+
+    diffusers computes the same positions anew in every call for a length that is not its own; this saves that."""
+    embed = transformer.patch_embed
+    tokens = frames * (embed.sample_height // embed.patch_size) * (embed.sample_width // embed.patch_size)
+    embed.sample_frames = (frames - 1) * embed.temporal_compression_ratio + 1
+    embed.pos_embedding = positions[:, :embed.max_text_seq_length + tokens]
 
 
 def on_cpu(content):
@@ -609,17 +751,22 @@ def on_cpu(content):
     return content.detach().to("cpu", copy=True) if isinstance(content, torch.Tensor) else content
 
 
-def check(run: Run, averaged, step: int, minutes: float, count: int = 64) -> None:
-    """A quick look in the middle: held-out captions, the averaged weights, guidance 4."""
+def check(run: Run, averaged, step: int, minutes: float, frames: int, count: int = 64) -> None:
+    """A quick look in the middle: held-out captions, the averaged weights, guidance 4, clips of `frames` latent frames.
+
+    Motion cannot be judged while clips are short."""
     count = 4 if run.args.tiny else count
     captions = held_out_captions(count, CHECK_SEED)
     ids = torch.from_numpy(Tokens(run.state / "model" / "tokenizer")(captions)).to(run.device)
     videos = sample_quickly(averaged.text_encoder, averaged.transformer, run.vae, build_scheduler(run.sizes), ids,
-                            noise_of(count, run.sizes.latent_shape, CHECK_SEED), guidance=4.0,
+                            noise_of(count, (frames, *run.sizes.latent_shape[1:]), CHECK_SEED), guidance=4.0,
                             steps=3 if run.args.tiny else 25, autocast=run.autocast, vae_autocast=run.vae_autocast)
+    if frames == 1:
+        videos = videos.repeat(5, axis=1)  # the scorer asks for as many
     verdicts = run.judges(videos, captions)
     figures = shares(verdicts)
-    run.log.say(f"check at step {step}: {percent(figures)}")
+    run.log.say(f"check at step {step}, clips of {frames} latent frames: {percent(figures)}")
+    run.log.say(f"colours of one shape and its background: {colour_pairs(verdicts)}")
     run.log.row("check", step, minutes, **figures)
     contact_sheet(videos, captions, verdicts, run.out / "check.png", rows=12)
 
@@ -652,6 +799,7 @@ def evaluate(run: Run) -> None:
     verdicts = run.judges(videos, captions)
     figures = shares(verdicts)
     log.say(f"TEST, {test} held-out captions, {generation['num_inference_steps']} steps, guidance {best:g}: {percent(figures)}")
+    log.say(f"of one shape: {colour_pairs(verdicts)}")
     psnr = vae_psnr(run, pipe.vae, 8 if args.tiny else 48)
     log.say(f"vae as saved: {psnr:.2f} dB on held-out clips; evaluation took {time.time() - started:.0f} s")
     if not args.tiny:
@@ -661,6 +809,7 @@ def evaluate(run: Run) -> None:
         save_gif(videos[i], run.out / f"sample_{i}.gif")
     record = {
         "captions": test, "generation": generation, "adherence": figures, "vae_psnr_db": psnr,
+        "colour_pairs": colour_pairs(verdicts),
         "guidance_sweep": {str(g): r for g, r in results.items()}, "device": device_name(run.device),
         "torch": torch.__version__, "dtype": "float32",
         "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in PARTS if not getattr(v, p)]}
@@ -739,6 +888,14 @@ def arguments(argv=None):
     parser.add_argument("--state", default="outputs/small_state", help="folder of checkpoints")
     parser.add_argument("--out", default="outputs/small", help="folder of results")
     parser.add_argument("--init", help="model folder to go on from where the state folder is empty")
+    parser.add_argument("--init-parts", default="vae,transformer", help="what to take from it, of vae, transformer, "
+                        "text_encoder; the rest is trained from nothing (default: %(default)s)")
+    parser.add_argument("--curriculum", help="latent frames and shares of the diffusion time, the last of them a whole clip's "
+                        "(default: 1:0.3,3:0.3,9:0.4)")
+    parser.add_argument("--text-rate", type=float, default=0.0, help="the text encoder's learning rate beside the transformer, "
+                        "as a share of --lr (0: it stays as the words stage left it)")
+    parser.add_argument("--refresh-every", type=int, default=10, help="steps after which new clips are encoded (0: never)")
+    parser.add_argument("--refresh-clips", type=int, default=32, help="how many each time; four times as many single frames")
     parser.add_argument("--unfinished", action="store_true",
                         help="more runs follow: the learning rate falls over all of --diffusion-minutes, not this run's share")
     parser.add_argument("--words-seconds", type=float, default=14.0, help="of the text encoder alone (0: none)")
@@ -767,6 +924,17 @@ def arguments(argv=None):
     args.stages = args.stages.split(",")
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stages {sorted(unknown)}; there are {', '.join(STAGES)}")
+    args.init_parts = args.init_parts.split(",")
+    if unknown := set(args.init_parts) - {"vae", "transformer", "text_encoder"}:
+        parser.error(f"unknown --init-parts {sorted(unknown)}; there are vae, transformer, text_encoder")
+    if args.words_seconds <= 0 and args.text_rate <= 0 and "text_encoder" not in args.init_parts:
+        parser.error("--words-seconds 0 leaves the text encoder untrained: give --text-rate, say 0.1")
+    most = (TINY if args.tiny else SIZES).latent_frames
+    args.curriculum = args.curriculum or f"1:0.3,3:0.3,{most}:0.4"
+    try:
+        curriculum(args.curriculum, most)
+    except ValueError as error:
+        parser.error(str(error))
     if args.tiny:
         args.clips, args.word_captions = min(args.clips, 96), min(args.word_captions, 500)
     return args
@@ -787,7 +955,7 @@ def main(argv=None) -> int:
         run.vocabulary = len(Tokens(run.tokenizer))
         if judges.pool and ("latents" in args.stages or "diffusion" in args.stages):
             if args.fresh_clips or not (run.state / "latents.npy").exists():
-                run.ahead = judges.pool.apply_async(plan_ahead, (run.tokenizer, args.clips, args.fresh_clips))
+                run.ahead = judges.pool.apply_async(plan_ahead, (run.tokenizer, args.clips, clip_seed(args.fresh_clips)))
         if judges.pool and "words" in args.stages and not (run.state / "diffusion.pt").exists():
             run.word_sets = judges.pool.apply_async(word_sets, (run.tokenizer, args.word_captions))
         if {"vae", "latents", "diffusion"} & set(args.stages):

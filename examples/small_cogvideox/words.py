@@ -2,9 +2,14 @@
 
 The heads are thrown away afterwards; what stays is an encoder whose features hold the meaning in a form that a linear
 layer can read.
+
+    python examples/small_cogvideox/words.py --model examples/small_cogvideox/model
+
+tells how much of it a folder's encoder holds.
 """
 from __future__ import annotations
 
+import argparse
 import math
 import time
 
@@ -20,6 +25,7 @@ OF_THE_GROUND = (("texture", world.TEXTURES), ("background", COLOURS))
 NAMES = ("pair", *(name for name, _ in OF_THE_GROUND), *(f"{name} {i}" for i in (1, 2) for name, _ in OF_A_THING))
 CLASSES = (2, *(len(words) for _, words in OF_THE_GROUND), *2 * tuple(len(words) for _, words in OF_A_THING))
 NO_LABEL = -100  # of a second thing that is not there
+COLLAPSED = 0.98  # swapped_likeness above which an encoder tells hardly more than which words there are
 
 
 def labels_of(meaning: world.Meaning) -> list[int]:
@@ -104,3 +110,71 @@ def accuracy(encoder, heads, ids, labels, autocast) -> np.ndarray:
         right = right + ((guess == wanted) & there).sum(1)
         counted = counted + there.sum(0)
     return (right / counted).cpu().numpy()
+
+
+@torch.no_grad()
+def swapped_likeness(encoder, tokens) -> float:
+    """How alike captions are to the encoder whose two colours are exchanged; 1 means it has lost the order of words.
+
+    One minus the distance between the two (means over the tokens), in units of the distance to a caption with another colour.
+    Zero or less: as different as captions that differ in words."""
+    count = len(COLOURS)
+    said = "a {} circle moves left over a {} background".format
+    pairs = [(i, j) for i in range(count) for j in range(count) if (j - i) % count in (1, 3)]
+    captions = [said(COLOURS[i], COLOURS[j]) for i, j in pairs]
+    captions += [said(COLOURS[j], COLOURS[i]) for i, j in pairs]
+    captions += [said(COLOURS[i], COLOURS[(j + 1) % count]) for i, j in pairs]
+    device = next(encoder.parameters()).device
+    ids = torch.from_numpy(tokens(captions)).to(device)
+    said_at = (ids != 0)[..., None]
+    means = (encoder(ids)[0].float() * said_at).sum(1) / said_at.sum(1)
+    plain, swapped, other = means.chunk(3)
+    return 1 - float((plain - swapped).norm(dim=1).mean() / (plain - other).norm(dim=1).mean().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def linear_readings(encoder, tokens, captions: int = 3000) -> dict[str, float]:
+    """Share of 500 held-out captions whose parts ridge regression reads off the mean over the tokens, by NAMES."""
+    device = next(encoder.parameters()).device
+
+    def features(ids):
+        found = []
+        for part in torch.from_numpy(ids).long().to(device).split(256):
+            said = (part != 0)[..., None]
+            found.append((encoder(part)[0].float() * said).sum(1) / said.sum(1))
+        return torch.cat(found).double().cpu()
+
+    (ids, labels), (held_ids, wanted) = caption_set(tokens, captions, 1), caption_set(tokens, 500, 2, held=True)
+    known, asked = features(ids), features(held_ids)
+    mean, spread = known.mean(0), known.std(0) + 1e-6
+    known, asked = (F.pad((x - mean) / spread, (0, 1), value=1.0) for x in (known, asked))
+    shares = {}
+    for column, (name, classes) in enumerate(zip(NAMES, CLASSES)):
+        rows, held = labels[:, column] != NO_LABEL, wanted[:, column] != NO_LABEL
+        x, y = known[rows], F.one_hot(torch.from_numpy(labels[rows, column]).long(), classes).double()
+        weight = torch.linalg.solve(x.T @ x + 3 * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
+        shares[name] = float(((asked[held] @ weight).argmax(1).numpy() == wanted[held, column]).mean())
+    return shares
+
+
+def main(argv=None) -> int:
+    from pathlib import Path
+
+    from tokens import Tokens
+    from transformers import T5EncoderModel
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(Path(__file__).parent / "model"))
+    args = parser.parse_args(argv)
+    encoder = T5EncoderModel.from_pretrained(args.model, subfolder="text_encoder").float().eval()
+    tokens = Tokens(Path(args.model) / "tokenizer")
+    alike = swapped_likeness(encoder, tokens)
+    verdict = " (the order of words is lost)" if alike > COLLAPSED else ""
+    print(f"captions with colours exchanged are alike to {alike:.4f}{verdict}")
+    for name, share in linear_readings(encoder, tokens).items():
+        print(f"{name:12} {100 * share:5.1f} % of held-out captions read right")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

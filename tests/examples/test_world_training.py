@@ -1,0 +1,109 @@
+"""The small model's training at toy size on a CPU: every stage runs, short clips first, and goes on from a folder."""
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the training code is written in PyTorch")
+pytest.importorskip("diffusers", reason="the model is made of diffusers' classes")
+pytest.importorskip("transformers", reason="the text encoder is transformers' T5EncoderModel")
+pytest.importorskip("accelerate", reason="the training loop is accelerate's")
+FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """train.py as a module, its neighbours importable."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    import train
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # toy sizes gain nothing from more
+    yield train
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_curriculum_is_read_and_refused(train):
+    assert train.curriculum("1:0.3,3:0.3,9:0.4", 9) == [(1, pytest.approx(0.3)), (3, pytest.approx(0.6)), (9, 1.0)]
+    assert train.curriculum("9:2", 9) == [(9, 1.0)]
+    for text in ("", "9", "1:x,9:1", "0:1,9:1", "10:1", "9:-1,9:2", "9:0.5,1:0.5"):
+        with pytest.raises(ValueError, match="--curriculum"):
+            train.curriculum(text, 9)
+    assert train.batch_of(128, 9, train.SIZES) == 128 and train.batch_of(128, 3, train.SIZES) == 352
+    assert train.batch_of(128, 1, train.SIZES) == 512
+
+
+def test_fewer_frames_keep_the_positions_of_the_first(train):
+    torch.manual_seed(0)
+    transformer = train.build_transformer(train.TINY).eval()
+    noisy, text = torch.randn(2, 2, *train.TINY.latent_shape[1:]), torch.randn(2, train.MAX_TOKENS, train.TINY.text_dim)
+    whole = torch.randn(2, *train.TINY.latent_shape)
+    times = torch.tensor([10, 900])
+    with torch.no_grad():
+        wanted = transformer(noisy, text, times, return_dict=False)[0]  # diffusers makes positions for 2 frames
+        wanted_whole = transformer(whole, text, times, return_dict=False)[0]
+        positions = train.model_positions(transformer)
+        train.first_frames(transformer, 2, positions)
+        made = transformer.patch_embed._get_positional_embeddings
+        transformer.patch_embed._get_positional_embeddings = None  # nothing is computed anew
+        torch.testing.assert_close(transformer(noisy, text, times, return_dict=False)[0], wanted)
+        transformer.patch_embed._get_positional_embeddings = made
+        train.first_frames(transformer, train.TINY.latent_frames, positions)
+        torch.testing.assert_close(transformer(whole, text, times, return_dict=False)[0], wanted_whole)
+
+
+def test_swapped_likeness_tells_a_bag_of_words(train, tmp_path):
+    train.build_vocabulary(tmp_path)
+    tokens = train.Tokens(tmp_path)
+    torch.manual_seed(0)
+    encoder = train.build_text_encoder(train.TINY, len(tokens))
+    assert train.words.swapped_likeness(encoder, tokens) < train.words.COLLAPSED
+    torch.nn.init.zeros_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    assert train.words.swapped_likeness(encoder, tokens) > 0.999
+
+
+def test_stages_run_from_nothing_and_go_on_from_the_folder(train, tmp_path, capfd):
+    first = ["--tiny", "--vae-minutes", "0.02", "--max-steps", "6", "--refresh-every", "2", "--check-seconds", "0", "--stages",
+             "vae,latents,words,diffusion", "--curriculum", "1:0.5,2:0.25,5:0.25"]
+    assert train.main([*first, "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
+    said = capfd.readouterr().out
+    for frames in (1, 2, 5):
+        assert f"{frames} latent frames from" in said
+    assert "; 4 clips were encoded on the way before" in said and "alike to" in said
+    assert "no more fresh clips" not in said and "check failed" not in said and "clips of 2 latent frames" in said
+    model = tmp_path / "a" / "model"
+    assert json.loads((model / "training.json").read_text())["steps"] == 6
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    assert config["sample_frames"] == train.TINY.frames
+    with open(tmp_path / "a" / "log.csv", newline="") as file:
+        assert {"vae", "words", "diffusion"} <= {row["stage"] for row in csv.DictReader(file)}
+    # the encoder beside the transformer is the words stage's own
+    taught = torch.load(tmp_path / "a" / "words.pt", weights_only=True)["model"]
+    from safetensors.torch import load_file
+
+    kept = load_file(model / "text_encoder" / "model.safetensors")
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    torch.testing.assert_close(kept[name], taught[name].half(), rtol=0, atol=0)
+
+    more = ["--tiny", "--max-steps", "3", "--init", str(model), "--text-rate", "0.1", "--curriculum", "5:1", "--stages",
+            "latents,words,diffusion", "--state", str(tmp_path / "b"), "--out", str(tmp_path / "out")]
+    assert train.main(more) == 0
+    assert json.loads((tmp_path / "b" / "model" / "training.json").read_text())["steps"] == 9
+    again = load_file(tmp_path / "b" / "model" / "vae" / "diffusion_pytorch_model.safetensors")
+    before = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("wrong", [["--curriculum", "1:1"], ["--init-parts", "scheduler"], ["--words-seconds", "0"],
+                                   ["--stages", "nothing"]])
+def test_arguments_that_cannot_be_meant_are_refused(train, wrong, capsys):
+    with pytest.raises(SystemExit):
+        train.arguments(wrong)
+    assert wrong[0].lstrip("-").split("-")[0] in capsys.readouterr().err
