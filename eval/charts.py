@@ -12,6 +12,7 @@ from .summary import Cell, Row, Summary
 
 DIGITS = {"psnr": 1, "ssim": 4, "ms_ssim": 4, "lpips": 4, "flicker": 2, "warping_error": 3, "motion_smoothness": 4,
           "dynamic_degree": 2, "clipsim": 4, "clip_temporal": 4, "vqa": 3, "fvd": 2, "adherence": 2}
+LETTER = 7.5  # at most so many units of an SVG is a letter of a strong label wide
 COLOURS = 8  # as many --c variables has the page
 
 
@@ -152,7 +153,7 @@ def alone_cell(figure: str, row: Row) -> str:
         return tag("td", "–", kind="interval")
     text = tag("span", show_value(figure, cell.value.value), kind="value")
     if cell.change is not None:
-        show = lambda v: f"{v:+.2g}" if v else "0"
+        show = lambda v: f"{v:+.2g}".replace("-", "−") if v else "0"  # a line may end after a hyphen, not after a minus
         low, high = cell.change.low, cell.change.high
         interval = "" if math.isnan(low) else f" [{show(low)}, {show(high)}]"
         text += tag("div", show(cell.change.value) + interval, kind="interval")
@@ -241,7 +242,7 @@ def pareto(summary: Summary, speed: Mapping[str, float], name: str, faster_is_hi
         colour, at = colour_of(row), x(at_speed)
         if not math.isnan(value.low):
             out.append(bar(at, y(value.low), at, y(value.high), colour))
-        side = -1 if at > width - 150 else 1
+        side = -1 if at + 12 + LETTER * len(row.run) > width else 1
         out += [dot(at, y(value.value), 6, colour),
                 label(row.run, at + 12 * side, y(value.value) - 8, "start" if side > 0 else "end", strong=True)]
     return picture(width, height, out, "Quality over speed")

@@ -87,10 +87,12 @@ def draw_picture(report: Report) -> bytes:
         if not math.isnan(value.low):
             axes.plot([speed, speed], [value.low, value.high], color=colours[row.run], lw=2, solid_capstyle="round")
         axes.plot(speed, value.value, "o", color=colours[row.run], ms=7)
-        side = -1 if speed > sum(p[1] for p in points) / len(points) else 1
-        axes.annotate(row.run, (speed, value.value), xytext=(8 * side, 5), textcoords="offset points", fontsize=8, color=INK,
-                      ha="left" if side > 0 else "right")
-    axes.margins(x=0.2, y=0.2)
+        axes.annotate(row.run, (speed, value.value), xytext=(8, 5), textcoords="offset points", fontsize=8, color=INK)
+    axes.margins(y=0.2)
+    if points:
+        speeds = [speed for _, speed, _ in points]
+        room = (max(speeds) - min(speeds)) or max(speeds)
+        axes.set_xlim(min(speeds) - 0.15 * room, max(speeds) + 0.42 * room)  # labels stand to the right of their points
     count = len(summary.prompts)
     settings = report.run["settings"]
     figure.text(

@@ -52,9 +52,8 @@ NOTES = {
     "seconds": "Seconds are of this evaluation on this machine, the median over prompts.",
     "reference": "These times are not a speed. Low-bit attention ran through the NumPy reference on a CPU, which exists to be "
                  "right: it says nothing about a GPU. Name a benchmark's JSON with --speed to see that here.",
-    "unfollowed": "The exact run itself hardly ever shows all that its prompt asks for: this model follows no prompt yet, and "
-                  "adherence is near zero at full precision already, so it cannot show what low bit costs here. Read the "
-                  "paired figures instead.",
+    "unfollowed": "This model does not follow these prompts: adherence is near zero at full precision already, all parts of a "
+                  "prompt taken together, so it cannot show what low bit costs. Read the paired figures instead.",
     "speed-up": "Speed-ups are of the attention operator alone, at the benchmark's own shape, with quantisation; “exact” is "
                 "the toolkit's own full-precision kernel there. Quality is of this evaluation's model. A video gains less.",
     "local": "Shares are of local squared errors; their way to the final latent was not measured.",
