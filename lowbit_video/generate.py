@@ -373,9 +373,12 @@ def _verdict(video: np.ndarray, prompt: str, say: Any) -> dict[str, Any]:
 
     frames = (np.clip(video, 0, 1) * 255).round().astype(np.uint8)
     verdict = prompt_adherence.score(frames, prompt)
-    parts = {part: bool(getattr(verdict, part)) for part in prompt_adherence.PARTS}
-    say("\nscorer: " + ", ".join(f"{part} {'yes' if right else 'NO'}" for part, right in parts.items())
-        + f"; it sees: {verdict.scene}")
+    meaning = verdict.meaning
+    stated = {"background": meaning.background or meaning.texture,
+              **{part: any(getattr(thing, part) for thing in meaning.things) for part in ("colour", "shape", "motion")}}
+    parts = {part: bool(getattr(verdict, part)) if stated[part] else None for part in prompt_adherence.PARTS}
+    words = {True: "yes", False: "NO", None: "not asked for"}
+    say("\nscorer: " + ", ".join(f"{part} {words[right]}" for part, right in parts.items()) + f"; it sees: {verdict.scene}")
     hint = world.hint(prompt)
     if hint:
         say(f"hint: {hint}")

@@ -37,3 +37,13 @@ def test_two_steps_are_finite_follow_the_prompt_and_take_the_hook():
     assert 0 < np.abs(low - red).mean() < 0.02
     assert len(coverage(pipe).as_dict()["modules"]) >= 8
     assert remove(pipe)
+
+
+@pytest.mark.parametrize("prompt, not_asked", [
+    ("a panda plays the guitar", 4), ("a red circle", 2), ("a small red circle moves left over a blue background", 0)])
+def test_the_verdict_judges_only_what_the_prompt_says(prompt, not_asked):
+    said = []
+    verdict = generate._verdict(np.full((9, 64, 96, 3), 0.5, np.float32), prompt, said.append)
+    assert [verdict[part] for part in ("colour", "shape", "motion", "background")].count(None) == not_asked
+    assert said[0].count("not asked for") == not_asked and said[0].count(" NO") == 4 - not_asked
+    assert bool(verdict["hint"]) == (not_asked > 0)
