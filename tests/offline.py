@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
 from lowbit_video.kernels.attention.portable import launch_attn_fwd
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import QK_FORMATS
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 from lowbit_video.kernels.quant.quant_v import launch_quant_v
 from lowbit_video.kernels.quant.token_stats import launch_stats
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
 
 EXACT = ("fp16", "bf16", "fp32")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

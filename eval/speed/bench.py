@@ -21,10 +21,9 @@ from typing import Any
 
 from lowbit_video.eval.speed import accuracy, baselines, inputs, timing
 from lowbit_video.eval.speed.shapes import Shape
+from lowbit_video.gpu import Call, plan_workspace
 from lowbit_video.kernels.formats import get_format
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
-
-from lowbit_video.gpu import Call, plan_workspace
 from lowbit_video.precision import EXACT_SPECS, Precision
 from lowbit_video.runtime import cuda_driver
 

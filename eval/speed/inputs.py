@@ -8,6 +8,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+
 from lowbit_video.kernels.buffers import as_buffer
 
 BLOCK = 1024

@@ -92,6 +92,7 @@ class Case:
 
     def __init__(self, q, k, v, qf, pv, *, kf=None, causal=False, lse=False, token=None, cu_q=None, cu_k=None):
         import torch
+
         from lowbit_video.kernels.formats import scale_block
         from lowbit_video.kernels.quant import shapes
 
@@ -176,6 +177,7 @@ class Case:
 
     def attend(self, tile=None):
         import torch
+
         from lowbit_video.kernels.attention.portable import launch_attn_fwd
         from lowbit_video.kernels.tuning import TileConfig
 
@@ -197,6 +199,7 @@ class Case:
 def quantiser_variants(case, bench):
     """Milliseconds of the statistics by (chunk, elements of a tile, warps), and of Q (and K by token) by rows of a program."""
     import torch
+
     from lowbit_video.kernels.quant import quant_qk, token_stats
 
     times, scratch = {}, case.partial

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+
 from lowbit_video.eval import world
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from models import load_pipeline
+from sampling import Judges, held_out_captions, noise_of, percent, sample_with_pipeline, shares
+
 from lowbit_video.eval import prompt_adherence
 from lowbit_video.eval.bootstrap import bootstrap
 from lowbit_video.eval.psnr import psnr
 from lowbit_video.eval.ssim import ssim
-from models import load_pipeline
-from sampling import Judges, held_out_captions, noise_of, percent, sample_with_pipeline, shares
 
 PRECISIONS = ("fp16", "int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on

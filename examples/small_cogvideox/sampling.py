@@ -7,6 +7,7 @@ import os
 import numpy as np
 import torch
 from clips import as_uint8
+
 from lowbit_video.eval import prompt_adherence, world
 
 

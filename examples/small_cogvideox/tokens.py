@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from lowbit_video.eval import world
 from sentencepiece import sentencepiece_model_pb2
+
+from lowbit_video.eval import world
 
 MAX_TOKENS = 32  # the longest caption of the world has 27
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-()&/\"_+*%#@$="

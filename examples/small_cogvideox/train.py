@@ -26,7 +26,6 @@ import torch.nn.functional as F
 import words
 from accelerate import Accelerator
 from clips import ClipPool, as_uint8
-from lowbit_video.eval import prompt_adherence
 from models import (
     MAX_TOKENS,
     SIZES,
@@ -58,6 +57,8 @@ from sampling import (
     save_gif,
     shares,
 )
+
+from lowbit_video.eval import prompt_adherence
 
 PARTS = prompt_adherence.PARTS
 STAGES = ("vae", "latents", "words", "diffusion", "evaluate")

@@ -16,8 +16,9 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lowbit_video.eval import world
 from torch import nn
+
+from lowbit_video.eval import world
 
 COLOURS, SIZES = tuple(world.COLOURS), tuple(world.SIZES)
 OF_A_THING = (("shape", world.SHAPES), ("colour", COLOURS), ("size", SIZES), ("motion", world.MOTIONS))

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from lowbit_video import cli
 from lowbit_video.eval.speed import accuracy, bench, shapes, timing, tune
 from lowbit_video.eval.speed.shapes import Shape
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.variants import VARIANTS
-
-from helpers import naive_attention, qkv
-from lowbit_video import cli
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
+
+from helpers import naive_attention, qkv
 
 
 def row(**fields):

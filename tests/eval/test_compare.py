@@ -14,14 +14,15 @@ pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from planted import Noise, NotANumber, SwapHeads, ZeroTail  # noqa: E402
+from toy_pipeline import ToyPipeline  # noqa: E402
+
 from lowbit_video.eval.candidates import Candidate, as_candidate  # noqa: E402
 from lowbit_video.eval.compare import Progress, clock, compare, read_prompts  # noqa: E402
 from lowbit_video.eval.settings import Settings, for_model  # noqa: E402
 from lowbit_video.eval.store import Store  # noqa: E402
 from lowbit_video.eval.summary import CLEARLY_ABOVE, FAILED, summarise  # noqa: E402
 from lowbit_video.eval.video import read_video  # noqa: E402
-from planted import Noise, NotANumber, SwapHeads, ZeroTail  # noqa: E402
-from toy_pipeline import ToyPipeline  # noqa: E402
 
 PROMPTS = ["a red ball", "two blue squares", "a green star"]
 SETTINGS = Settings("toy", steps=2)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lowbit_video.eval import lpips as lpips_file
 from lowbit_video.eval.fvd import frechet_distance
 from lowbit_video.eval.ms_ssim import ms_ssim, scales_for

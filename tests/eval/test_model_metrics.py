@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from lowbit_video.eval import adherence, clip_temporal, clipsim, fvd, registry, vqa
 from lowbit_video.eval.context import Context
 from lowbit_video.eval.video import BadVideoError

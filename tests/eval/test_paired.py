@@ -1,6 +1,7 @@
 """The paired metrics: against scikit-image, and every bad input by name."""
 import numpy as np
 import pytest
+
 from lowbit_video.eval import registry
 from lowbit_video.eval.context import Context
 from lowbit_video.eval.ms_ssim import ms_ssim

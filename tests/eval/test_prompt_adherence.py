@@ -1,6 +1,7 @@
 """The scorer must agree with true renders and must not be fooled by wrong ones."""
 import numpy as np
 import pytest
+
 from lowbit_video.eval import prompt_adherence, world
 
 FRAMES = 17

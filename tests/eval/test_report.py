@@ -11,6 +11,10 @@ pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from planted import NotANumber, SwapHeads  # noqa: E402
+from toy_pipeline import ToyPipeline  # noqa: E402
+
+from lowbit_video.cli import main  # noqa: E402
 from lowbit_video.eval.bootstrap import Interval  # noqa: E402
 from lowbit_video.eval.candidates import Candidate  # noqa: E402
 from lowbit_video.eval.charts import frontier, over_floor, over_floor_text, ticks, times  # noqa: E402
@@ -20,10 +24,6 @@ from lowbit_video.eval.report import load, markdown, read_speed, write_report  #
 from lowbit_video.eval.report_page import short_names  # noqa: E402
 from lowbit_video.eval.settings import Settings  # noqa: E402
 from lowbit_video.eval.video import read_video  # noqa: E402
-from planted import NotANumber, SwapHeads  # noqa: E402
-from toy_pipeline import ToyPipeline  # noqa: E402
-
-from lowbit_video.cli import main  # noqa: E402
 
 PROMPTS = ['a "red" <b>ball</b> </script>', "two blue squares"]
 SETTINGS = Settings("toy", steps=2)

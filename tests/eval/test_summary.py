@@ -1,6 +1,7 @@
 """Bootstrap and summary: intervals that cover, ratios to the floor, verdicts, failures, unfinished prompts."""
 import numpy as np
 import pytest
+
 from lowbit_video.eval.bootstrap import bootstrap, mean, ratio_of_means
 from lowbit_video.eval.summary import CLEARLY_ABOVE, FAILED, UNKNOWN, WITHIN, summarise
 

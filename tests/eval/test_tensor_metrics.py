@@ -1,6 +1,7 @@
 """Kernel-level metrics: hand-made values, axes, edge cases; and that the registry finds every metric."""
 import numpy as np
 import pytest
+
 from lowbit_video.eval import registry
 from lowbit_video.eval.tensor import BadTensorError
 

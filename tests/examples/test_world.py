@@ -1,6 +1,7 @@
 """The world's words: what is said is read back, and the hold-out rule never moves."""
 import numpy as np
 import pytest
+
 from lowbit_video.eval import world
 
 

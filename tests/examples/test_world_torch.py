@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lowbit_video.eval import world
 
 torch = pytest.importorskip("torch", reason="the training code is written in PyTorch")

@@ -7,13 +7,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from lowbit_video.eval.speed import accuracy, inputs
-from lowbit_video.kernels.attention import reference
-from lowbit_video.kernels.variants import VARIANTS, Request
 
 from lowbit_video import gpu as launch
 from lowbit_video import plans
 from lowbit_video.attention import run
+from lowbit_video.eval.speed import accuracy, inputs
+from lowbit_video.kernels.attention import reference
+from lowbit_video.kernels.variants import VARIANTS, Request
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver
 from lowbit_video.varlen import run_varlen

@@ -25,6 +25,7 @@ def device(gpu):
 @pytest.mark.parametrize("name", ["decode_1", "decode_4", "decode_5", "decode_tiled", "encode_17"])
 def test_vae(device, name, dtype):
     import paddle
+
     from lowbit_video.pipelines import AutoencoderKLCogVideoX
     from lowbit_video.pipelines.cogvideox.pipeline import on_device
 

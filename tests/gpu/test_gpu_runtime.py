@@ -4,12 +4,12 @@ import time
 
 import numpy as np
 import pytest
-from lowbit_video.eval.speed import inputs
-from lowbit_video.kernels.quant import reference
 
 import lowbit_video as lv
 from lowbit_video import plans
+from lowbit_video.eval.speed import inputs
 from lowbit_video.gpu import plan_workspace
+from lowbit_video.kernels.quant import reference
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
 from lowbit_video.warmup import warmup

@@ -11,7 +11,6 @@ def pipe(gpu, tmp_path_factory):
     if gpu.name != "paddle":
         pytest.skip("the pipeline runs on Paddle; set LOWBIT_TEST_FRAMEWORK=paddle")
     from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline
-
     from lowbit_video.runtime.detect import default_paddle_device
 
     folder = make_random_pipeline(tmp_path_factory.mktemp("model") / "random", seed=0)
@@ -28,7 +27,6 @@ def video(pipe):
 @pytest.mark.parametrize("precision", ["int8+fp16", "int8+fp8", "int8/int4+fp16", "int4+fp8", "fp8+fp8"])
 def test_a_gpu_kernel_runs_in_every_module_and_remove_restores(pipe, precision):
     from lowbit_video.eval.psnr import psnr
-
     from lowbit_video.processors import apply, coverage, remove
 
     exact = video(pipe)

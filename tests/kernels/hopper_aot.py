@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 import triton
+from triton.backends.compiler import GPUTarget
+
 from lowbit_video.kernels.attention import hopper
 from lowbit_video.kernels.buffers import Buffer
-from triton.backends.compiler import GPUTarget
 
 
 class NoDriver:

@@ -12,8 +12,8 @@ if triton.knobs.runtime.interpret:
 
 from lowbit_video.kernels import tuning  # noqa: E402
 from lowbit_video.kernels.variants import VARIANTS  # noqa: E402
-
 from lowbit_video.precision import Precision  # noqa: E402
+
 from offline import Attention, Quantisers, build, sm  # noqa: E402
 
 ARCHS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))

@@ -1,6 +1,7 @@
 """The NumPy reference runs on one BLAS thread, and leaves the number as it was."""
 import numpy as np
 import pytest
+
 from lowbit_video.kernels import blas_threads
 from lowbit_video.kernels.attention import reference
 

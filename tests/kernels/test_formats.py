@@ -2,6 +2,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+
 from lowbit_video.kernels.attention.reference import round_significand
 from lowbit_video.kernels.formats import FORMATS, PERMUTATION_16, get_format
 from lowbit_video.kernels.quant import reference as quant

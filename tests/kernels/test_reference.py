@@ -1,10 +1,11 @@
 """The NumPy attention: every feature against float64 softmax, and the quality floors of every precision."""
 import numpy as np
 import pytest
+
 from lowbit_video.kernels.attention import reference
+from lowbit_video.precision import Precision, precision_specs
 
 from helpers import naive_attention, qkv, sqnr_db
-from lowbit_video.precision import Precision, precision_specs
 
 LOW_BIT = [spec for spec in precision_specs() if "+" in spec]
 

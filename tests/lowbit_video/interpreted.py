@@ -7,16 +7,17 @@ import os
 
 import numpy as np
 import pytest
+
+from lowbit_video.attention import run
+from lowbit_video.gpu import run_quantize
 from lowbit_video.kernels.formats import scale_block
 from lowbit_video.kernels.quant import reference
 from lowbit_video.kernels.variants import VARIANTS
-
-from helpers import qkv, sqnr_db
-from lowbit_video.attention import run
-from lowbit_video.gpu import run_quantize
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
 from lowbit_video.varlen import run_varlen
+
+from helpers import qkv, sqnr_db
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_runtime.py"
 SPECS = sorted({spec for v in VARIANTS if v.backend == "triton" for spec in v.specs} - {"bf16", "fp32"})

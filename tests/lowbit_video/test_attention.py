@@ -1,14 +1,15 @@
 """attention() on Paddle and torch tensors: layouts, dtypes, results and refusals."""
 import numpy as np
 import pytest
-from lowbit_video.kernels import tuning
-from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 
 import lowbit_video as lv
-from helpers import naive_attention, qkv, sqnr_db
 from lowbit_video.attention import make_request, run, select
+from lowbit_video.kernels import tuning
+from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import precision_specs
 from lowbit_video.runtime.detect import runtime_of
+
+from helpers import naive_attention, qkv, sqnr_db
 
 
 def tensors(framework, *arrays, dtype="float32"):

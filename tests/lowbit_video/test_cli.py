@@ -6,9 +6,9 @@ import sys
 import types
 
 import pytest
-from lowbit_video.kernels.variants import VARIANTS
 
 from lowbit_video import cli, kernel_table
+from lowbit_video.kernels.variants import VARIANTS
 
 
 def test_kernels_lists_every_variant(capsys):

@@ -4,9 +4,10 @@ import inspect
 import numpy as np
 import pytest
 
-from helpers import naive_attention, qkv
 from lowbit_video import attention, compat
 from lowbit_video.precision import Precision
+
+from helpers import naive_attention, qkv
 
 DENSE = {
     "sageattn": "int8+fp16",

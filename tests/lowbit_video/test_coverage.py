@@ -4,8 +4,9 @@ import json
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-import toy_model  # noqa: E402
 from lowbit_video.processors import LowBitAttnProcessor, apply, coverage  # noqa: E402
+
+import toy_model  # noqa: E402
 
 
 def run(model, times=1):

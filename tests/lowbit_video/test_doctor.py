@@ -3,9 +3,9 @@ import json
 import subprocess
 
 import pytest
-from lowbit_video.kernels.variants import VARIANTS
 
 from lowbit_video import cli, doctor
+from lowbit_video.kernels.variants import VARIANTS
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from lowbit_video.kernels.variants import VARIANTS
 
 from lowbit_video import plans
+from lowbit_video.kernels.variants import VARIANTS
 
 torch = pytest.importorskip("torch", reason="the tensors of these tests are PyTorch's")
 pytest.importorskip("triton", reason="the launchers need Triton")
@@ -49,10 +49,10 @@ class Kernel:
 @pytest.fixture
 def device(monkeypatch):
     """A runtime that takes CPU tensors for an H200's; log: every launch, long: those that went through Triton."""
-    from lowbit_video.kernels.attention import hopper, portable
-    from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
     from triton.runtime.driver import driver
 
+    from lowbit_video.kernels.attention import hopper, portable
+    from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
     from lowbit_video.runtime import torch_runtime
 
     log, long, kept = [], [], []

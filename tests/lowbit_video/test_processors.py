@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-import toy_model  # noqa: E402
-from helpers import sqnr_db  # noqa: E402
 from lowbit_video.errors import NonFiniteError, UnsupportedError  # noqa: E402
 from lowbit_video.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
+
+import toy_model  # noqa: E402
+from helpers import sqnr_db  # noqa: E402
 
 
 def outputs(model, **given):

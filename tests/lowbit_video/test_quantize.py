@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import lowbit_video as lv
+
 from helpers import qkv
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lowbit_video.kernels.formats import get_format
 
-from helpers import qkv
 from lowbit_video.attention import run
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.gpu import ALIGNMENT, plan_workspace
+from lowbit_video.kernels.formats import get_format
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
+
+from helpers import qkv
 
 pytest.importorskip("triton")
 

@@ -4,11 +4,12 @@ import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 import lowbit_video as lv  # noqa: E402
-import toy_model  # noqa: E402
-from helpers import qkv  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 from lowbit_video.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.runtime import paddle_op  # noqa: E402
+
+import toy_model  # noqa: E402
+from helpers import qkv  # noqa: E402
 
 MODES = pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
 INNARDS = {"pd_op.softmax", "pd_op.flash_attn", "pd_op.scaled_dot_product_attention", "pd_op.round"}

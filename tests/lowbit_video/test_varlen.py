@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 
-from helpers import naive_attention, qkv
 from lowbit_video.runtime.detect import runtime_of
 from lowbit_video.varlen import attention_varlen
+
+from helpers import naive_attention, qkv
 
 Q_LENGTHS, K_LENGTHS = [20, 0, 1, 33, 5], [31, 3, 1, 0, 40]
 

@@ -2,6 +2,7 @@
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")

@@ -4,6 +4,7 @@ import itertools
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")

@@ -4,6 +4,7 @@ import random
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines.cogvideox.text_encoder import T5EncoderModel, relative_position_buckets
 from lowbit_video.pipelines.cogvideox.tokenizer import T5Tokenizer
 

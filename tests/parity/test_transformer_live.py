@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
 
 pytest.importorskip("torch", reason="needs PyTorch")

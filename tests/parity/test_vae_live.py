@@ -4,6 +4,7 @@ import random
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines import AutoencoderKLCogVideoX
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")

@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 import pytest
+
 from lowbit_video.pipelines import check_writable, export_to_video, read_video, side_by_side
 from lowbit_video.pipelines.cogvideox import export as module
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines.cogvideox.text_encoder import T5EncoderModel
 from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
 

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, make_random_pipeline
 from lowbit_video.pipelines.cogvideox import pipeline as module
 from lowbit_video.pipelines.cogvideox.config import ConfigError

@@ -4,9 +4,11 @@ import json
 import numpy as np
 import paddle
 import pytest
-from golden_cases import GOLDENS, cases
+
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from lowbit_video.pipelines.cogvideox.config import ConfigError
+
+from golden_cases import GOLDENS, cases
 
 CLASSES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 TOLERANCE = 1e-5

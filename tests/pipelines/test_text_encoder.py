@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines.cogvideox.config import ConfigError
 from lowbit_video.pipelines.cogvideox.text_encoder import T5EncoderModel, relative_position_buckets
 from lowbit_video.pipelines.cogvideox.weights import read_header

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lowbit_video.pipelines.cogvideox.config import ConfigError
 from lowbit_video.pipelines.cogvideox.tokenizer import T5Tokenizer
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+
 from lowbit_video.pipelines.cogvideox import transformer as module
 from lowbit_video.pipelines.cogvideox.rotary import get_3d_rotary_pos_embed, get_resize_crop_region_for_grid
 from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel

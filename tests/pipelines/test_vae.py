@@ -2,10 +2,12 @@
 import numpy as np
 import paddle
 import pytest
-from golden_cases import GOLDENS, cases
+
 from lowbit_video.pipelines.cogvideox import vae as module
 from lowbit_video.pipelines.cogvideox.config import ConfigError
 from lowbit_video.pipelines.cogvideox.vae import AutoencoderKLCogVideoX
+
+from golden_cases import GOLDENS, cases
 
 TOLERANCE = 5e-4
 INPUTS = cases.vae_inputs()

@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 import paddle
 import pytest
+from paddle import nn
+from safetensors.numpy import load_file, save_file
+
 from lowbit_video.pipelines.cogvideox import weights
 from lowbit_video.pipelines.cogvideox.config import ConfigError, keep_config
 from lowbit_video.pipelines.cogvideox.weights import Model, WeightsError, dtype_name, read_header
-from paddle import nn
-from safetensors.numpy import load_file, save_file
 
 STEM = "diffusion_pytorch_model"
 
