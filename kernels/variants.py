@@ -111,7 +111,7 @@ class KernelVariant:
             return f"it does not support {', '.join(missing)}"
         if self.backend == "hopper" and request.pv == "fp16" and not request.v_aligned:
             return "V's address or strides are not multiples of 16 bytes (a contiguous copy's are)"
-        if request.only_if_faster and request.arch is not None:
+        if request.only_if_faster and request.arch is not None and request.q not in _DTYPE_OF:
             from .tuning import faster_from
 
             shortest = faster_from(self.name, request.pv, request.arch, request.head_dim)

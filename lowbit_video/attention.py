@@ -5,15 +5,17 @@ variant that does not fit says why, and nothing falls back silently.
 """
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lowbit_video import plans
-from lowbit_video.errors import NonFiniteError, UnsupportedError
+from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning, UnsupportedError
 from lowbit_video.kernels.variants import BACKENDS, VARIANTS, KernelVariant, Request
 from lowbit_video.precision import Precision, as_precision
 from lowbit_video.runtime import detect
@@ -41,6 +43,7 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
     check_finite: look for NaN and infinity in q, k and v first. Default: on a CPU only, because on a
         GPU the look would wait for the device.
     Returns out in q's layout and dtype, or (out, lse).
+    Warns (SlowerThanExactWarning) where a GPU's exact attention is measured to be faster: short sequences.
     Raises UnsupportedError with every variant's reason, NonFiniteError naming tensor and count,
         ValueError or TypeError for shapes, layouts, precisions and dtypes that do not fit.
     Source: SageAttention2 (arXiv 2411.10958); accumulation and packing differ, see kernels/.
@@ -96,6 +99,7 @@ def run(q: Any, k: Any, v: Any, precision: str | Precision, *, tensor_layout: st
     request = make_request(q, k, v, precision, tensor_layout=tensor_layout, is_causal=is_causal, return_lse=return_lse,
                            runtime=runtime, only_if_faster=only_if_faster)
     variant = select(request, backend)
+    warn_if_slower(variant, request)
     if check_finite or (check_finite is None and request.device == "cpu"):
         require_finite(runtime, q=q, k=k, v=v)
     scale = request.head_dim ** -0.5 if scale is None else float(scale)
@@ -171,6 +175,15 @@ def select(request: Request, backend: str = "auto", variants: Sequence[KernelVar
     raise UnsupportedError(f"no kernel of backend {backend!r} serves {request}:\n{listing}\n"
                            "try another precision or backend, or fallback='exact' in the processor; "
                            "`lowbit-video kernels` lists what exists")
+
+
+def warn_if_slower(variant: KernelVariant, request: Request) -> None:
+    """Says (SlowerThanExactWarning) that exact attention is measured to be faster at this length than what was asked for."""
+    if request.arch is not None:
+        reason = variant.why_not(dataclasses.replace(request, only_if_faster=True))
+        if reason is not None:
+            warnings.warn(f"{variant.name}: {reason}; precision='exact', or fallback='exact' in the processor, takes it",
+                          SlowerThanExactWarning, stacklevel=4)
 
 
 def require_one_place(runtime: Any, **tensors: Any) -> None:

@@ -7,3 +7,7 @@ class UnsupportedError(ValueError):
 
 class NonFiniteError(ValueError):
     """NaN or infinity among the inputs; the message names the tensor and counts the elements."""
+
+
+class SlowerThanExactWarning(UserWarning):
+    """The kernel asked for runs, but exact attention is measured to be faster at this length."""

@@ -1,9 +1,12 @@
 """attention() on Paddle and torch tensors: layouts, dtypes, results and refusals."""
+import warnings
+
 import numpy as np
 import pytest
 
 import lowbit_video as lv
-from lowbit_video.attention import make_request, run, select
+from lowbit_video.attention import make_request, run, select, warn_if_slower
+from lowbit_video.errors import SlowerThanExactWarning
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import precision_specs
@@ -169,3 +172,15 @@ def test_run_says_which_variant_ran(framework):
     request = make_request(q, k, v, lv.Precision("int4+fp8"), tensor_layout="NHD", is_causal=True, return_lse=False,
                            runtime=runtime_of(q))
     assert (request.q_len, request.heads, request.head_dim, request.smooth_q, request.causal) == (16, 2, 64, True, True)
+
+
+def test_a_length_at_which_exact_attention_is_faster_is_named():
+    low_bit = next(v for v in VARIANTS if v.name == "triton-int-fp8")
+    with pytest.warns(SlowerThanExactWarning, match=r"triton-int-fp8: exact attention is faster below \d+ tokens"):
+        warn_if_slower(low_bit, gpu_request(kv_len=100))
+    exact = next(v for v in VARIANTS if v.name == "triton-exact")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_slower(low_bit, gpu_request(kv_len=17776))
+        warn_if_slower(low_bit, gpu_request(kv_len=100, arch=None))
+        warn_if_slower(exact, gpu_request(kv_len=100, q="fp16", k="fp16", pv="fp16"))
