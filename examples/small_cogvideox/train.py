@@ -244,6 +244,9 @@ def train_vae(run: Run) -> None:
                                   fused=run.device.type == "cuda")
     if args.init and "vae" in args.init_parts and not path.exists():
         vae = type(vae).from_pretrained(args.init, subfolder="vae").float().to(run.device)
+        if vae.config.latent_channels != run.sizes.latent_channels:
+            raise ValueError(f"the autoencoder in {args.init} has {vae.config.latent_channels} latent channels, this training "
+                             f"{run.sizes.latent_channels}; --tiny goes on from folders made with --tiny only")
         log.say(f"vae from {args.init}")
         run.vae = vae.eval().requires_grad_(False)
         return

@@ -101,6 +101,12 @@ def test_stages_run_from_nothing_and_go_on_from_the_folder(train, tmp_path, capf
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
+def test_a_toy_training_refuses_the_shipped_autoencoder(train, tmp_path, capfd):
+    begun = ["--tiny", "--init", str(FOLDER / "model"), "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
+    assert train.main(begun) == 1
+    assert "16 latent channels, this training 4; --tiny goes on from" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", [["--curriculum", "1:1"], ["--init-parts", "scheduler"], ["--words-seconds", "0"],
                                    ["--stages", "nothing"]])
 def test_arguments_that_cannot_be_meant_are_refused(train, wrong, capsys):
