@@ -75,6 +75,12 @@ def scale_block(operand: str, granularity: str) -> int | None:
     """
     return BLOCK_K if operand == "k" and granularity == "block" else None
 
+EXACT_FORMATS = tuple(name for name, f in FORMATS.items() if not f.scaled)
+"""Formats of exact attention: those that tensors have themselves."""
+
+FORMAT_OF_DTYPE = {FORMATS[name].storage: name for name in EXACT_FORMATS}
+"""The exact format of each dtype that tensors may have."""
+
 
 def get_format(name: str) -> Format:
     """The format of that name; ValueError lists what exists."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .formats import EXACT_FORMATS, FORMATS
+
 Arch = tuple[int, int]
 """Compute capability, (9, 0) for sm_90."""
 
@@ -79,8 +81,8 @@ class KernelVariant:
     @property
     def specs(self) -> tuple[str, ...]:
         """The precision strings it serves."""
-        return tuple(pv if q in ("fp16", "bf16", "fp32") else f"{q if q == k else f'{q}/{k}'}+{pv}"
-                     for q, k in self.qk for pv in self.pv if q not in ("fp16", "bf16", "fp32") or pv == q)
+        return tuple(pv if q in EXACT_FORMATS else f"{q if q == k else f'{q}/{k}'}+{pv}"
+                     for q, k in self.qk for pv in self.pv if q not in EXACT_FORMATS or pv == q)
 
     def why_not(self, request: Request) -> str | None:
         """Why this kernel cannot serve the request, or None if it can."""
@@ -104,14 +106,16 @@ class KernelVariant:
             return f"head_dim {request.head_dim} is not supported (it has {', '.join(map(str, self.head_dims))})"
         used = {"causal": request.causal, "lse": request.lse, "varlen": request.varlen, "smooth_q": request.smooth_q,
                 "gqa": request.heads != request.kv_heads}
-        if request.q in _DTYPE_OF and self.device == "cuda" and request.dtype != _DTYPE_OF[request.q]:
-            return f"exact attention in {request.q} takes {_DTYPE_OF[request.q]} tensors, not {request.dtype} (try 'exact')"
+        exact = request.q in EXACT_FORMATS
+        if exact and self.device == "cuda" and request.dtype != FORMATS[request.q].storage:
+            return (f"exact attention in {request.q} takes {FORMATS[request.q].storage} tensors, not {request.dtype} "
+                    "(try 'exact')")
         missing = [name for name, wanted in used.items() if wanted and name not in self.features]
         if missing:
             return f"it does not support {', '.join(missing)}"
         if self.backend == "hopper" and request.pv == "fp16" and not request.v_aligned:
             return "V's address or strides are not multiples of 16 bytes (a contiguous copy's are)"
-        if request.only_if_faster and request.arch is not None and request.q not in _DTYPE_OF:
+        if request.only_if_faster and request.arch is not None and not exact:
             from .tuning import faster_from
 
             shortest = faster_from(self.name, request.pv, request.arch, request.head_dim)
@@ -138,9 +142,6 @@ class KernelVariant:
         return None
 
 
-_DTYPE_OF = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
-
 def _sm(arch: Arch) -> str:
     return f"sm_{arch[0]}{arch[1]}"
 
@@ -151,7 +152,7 @@ def _pairs(qk: tuple[tuple[str, str], ...]) -> str:
 
 _INTEGER_QK = (("int8", "int8"), ("int8", "int4"), ("int8", "int2"), ("int4", "int4"), ("int2", "int2"))
 _FP8_QK = (("fp8", "fp8"),)
-_EXACT_QK = (("fp16", "fp16"), ("bf16", "bf16"), ("fp32", "fp32"))
+_EXACT_QK = tuple((name, name) for name in EXACT_FORMATS)
 
 VARIANTS: tuple[KernelVariant, ...] = (
     KernelVariant(
@@ -172,13 +173,13 @@ VARIANTS: tuple[KernelVariant, ...] = (
         "triton-fp8", "triton", _FP8_QK, ("fp16", "fp8"), "lowbit_video.kernels.attention.portable:launch_attn_fwd",
         min_arch=(8, 9)),
     KernelVariant(
-        "triton-exact", "triton", _EXACT_QK, ("fp16", "bf16", "fp32"),
+        "triton-exact", "triton", _EXACT_QK, EXACT_FORMATS,
         "lowbit_video.kernels.attention.portable:launch_attn_fwd", min_arch=(8, 0), note="full precision, the same kernel"),
     KernelVariant(
         "reference-lowbit", "reference", _INTEGER_QK + _FP8_QK, ("fp16", "fp8"),
         "lowbit_video.kernels.attention.reference:lowbit_attention", note="NumPy, the oracle of the others"),
     KernelVariant(
-        "reference-exact", "reference", _EXACT_QK, ("fp16", "bf16", "fp32"),
+        "reference-exact", "reference", _EXACT_QK, EXACT_FORMATS,
         "lowbit_video.kernels.attention.reference:attn_fwd", note="NumPy, float32"),
 )
 """Every kernel there is, the preferred one first."""

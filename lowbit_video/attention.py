@@ -16,12 +16,12 @@ import numpy as np
 
 from lowbit_video import plans
 from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning, UnsupportedError
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.variants import BACKENDS, VARIANTS, KernelVariant, Request
 from lowbit_video.precision import Precision, as_precision
 from lowbit_video.runtime import detect
 
 LAYOUTS = ("NHD", "HND")
-_FORMAT_OF = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", tensor_layout: str = "NHD",
@@ -134,13 +134,13 @@ def make_request(q: Any, k: Any, v: Any, precision: Precision, *, tensor_layout:
         raise ValueError(f"q's heads must be a multiple of k's; given: {q_shape[heads]} and {k_shape[heads]} ({given} in "
                          f"{tensor_layout}; is the layout right?)")
     dtypes = {runtime.dtype_name(t) for t in (q, k, v)}
-    if len(dtypes) > 1 or not dtypes <= set(_FORMAT_OF):
-        raise TypeError(f"q, k and v must have one dtype out of {', '.join(_FORMAT_OF)}; given: "
+    if len(dtypes) > 1 or not dtypes <= set(FORMAT_OF_DTYPE):
+        raise TypeError(f"q, k and v must have one dtype out of {', '.join(FORMAT_OF_DTYPE)}; given: "
                         f"{', '.join(runtime.dtype_name(t) for t in (q, k, v))}")
     require_one_place(runtime, q=q, k=k, v=v)
     dtype = dtypes.pop()
     cpu = runtime.is_cpu(q)
-    exact = _FORMAT_OF[dtype] if precision.spec == "exact" else precision.q
+    exact = FORMAT_OF_DTYPE[dtype] if precision.spec == "exact" else precision.q
     return Request(
         device="cpu" if cpu else "cuda", arch=runtime.arch(q), q=exact if precision.exact else precision.q,
         k=exact if precision.exact else precision.k, pv=exact if precision.exact else precision.pv,

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowbit_video import plans
 from lowbit_video.kernels.buffers import Buffer
-from lowbit_video.kernels.formats import get_format, scale_block
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format, scale_block
 from lowbit_video.kernels.launch import recorded
 from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
 from lowbit_video.precision import Precision
@@ -184,7 +184,7 @@ class Call:
             extra.update(cu_seqlens_q=self.sequences.cu_q, cu_seqlens_k=self.sequences.cu_k, max_q=self.sequences.max_q,
                          max_k=self.sequences.max_k)
         if precision.exact:
-            exact_format = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[self.dtype]
+            exact_format = FORMAT_OF_DTYPE[self.dtype]
             formats = dict(q_format=exact_format, k_format=exact_format, pv_format="fp16")
             extra.update(q_strides=self.q_strides, k_strides=self.k_strides, v_strides=self.v_strides)
             q, k, v = self.q, self.k, self.v

@@ -5,6 +5,7 @@ import argparse
 import json
 from pathlib import Path
 
+from lowbit_video.kernels.formats import EXACT_FORMATS
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
 
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
@@ -16,7 +17,7 @@ def _row(variant: KernelVariant) -> tuple[str, ...]:
     where = "CPU" if variant.min_arch is None else _archs(variant)
     dims = f"32-{max(variant.head_dims)}, step 8" if variant.padded else ", ".join(map(str, variant.head_dims))
     qk = ", ".join(q if q == k else f"{q}/{k}" for q, k in variant.qk)
-    exact = all(q in ("fp16", "bf16", "fp32") for q, _ in variant.qk)
+    exact = all(q in EXACT_FORMATS for q, _ in variant.qk)
     return (variant.name, variant.backend, qk, "as Q/K" if exact else ", ".join(variant.pv), where, dims,
             "-" if exact else ", ".join(variant.granularities), ", ".join(variant.dtypes),
             ", ".join(sorted(f.replace("_", " ") for f in variant.features)), variant.note)

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lowbit_video.kernels.formats import QK_FORMATS
+from lowbit_video.kernels.formats import EXACT_FORMATS, QK_FORMATS
 
 PV_FORMATS = ("fp16", "fp8")
-EXACT_SPECS = ("fp16", "bf16", "fp32", "exact")
+EXACT_SPECS = (*EXACT_FORMATS, "exact")
 MIXED_QK = (("int8", "int4"), ("int8", "int2"))
 GRANULARITIES = ("block", "token")
 

@@ -22,7 +22,7 @@ from typing import Any
 from lowbit_video.eval.speed import accuracy, baselines, inputs, timing
 from lowbit_video.eval.speed.shapes import Shape
 from lowbit_video.gpu import Call, plan_workspace
-from lowbit_video.kernels.formats import get_format
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import EXACT_SPECS, Precision
 from lowbit_video.runtime import cuda_driver
@@ -89,7 +89,7 @@ class _Method:
 
 def request_for(shape: Shape, precision: Precision, dtype: str, arch: tuple[int, int], kv_heads: int | None = None) -> Request:
     """What selection would be asked for this shape and precision."""
-    exact = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[dtype]
+    exact = FORMAT_OF_DTYPE[dtype]
     q, k, pv = (exact, exact, exact) if precision.exact else (precision.q, precision.k, precision.pv)
     return Request(device="cuda", arch=arch, q=q, k=k, pv=pv, granularity=precision.granularity, dtype=dtype,
                    head_dim=shape.head_dim, q_len=shape.tokens, kv_len=shape.tokens, heads=shape.heads,

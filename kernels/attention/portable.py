@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..buffers import Buffer, as_buffer
-from ..formats import BLOCK_K, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, get_format
+from ..formats import BLOCK_K, EXACT_FORMATS, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, get_format
 from ..fp8 import to_fp8
 from ..launch import launch
 from ..quant.shapes import ceil_div
@@ -350,7 +350,7 @@ def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int
     batch, q_heads, q_len, head_dim = q_shape
     _, kv_heads, kv_len, _ = kv_shape
     varlen = cu_seqlens_q is not None
-    exact = k_format in ("fp16", "bf16", "fp32")
+    exact = k_format in EXACT_FORMATS
     pv_fp8 = pv_format == "fp8"
     per_token = granularity == "token" and not exact
     if config is None:
