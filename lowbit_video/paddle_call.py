@@ -11,11 +11,7 @@ import paddle
 
 from lowbit_video.attention import run
 from lowbit_video.precision import Precision
-from lowbit_video.runtime.paddle_op import remember
-
-
-def _like_query(q, k, v, key):
-    return paddle.static.MetaTensor(shape=q.shape, dtype=q.dtype)
+from lowbit_video.runtime.paddle_op import like_query, remember
 
 
 def _chosen(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, key: str) -> tuple[paddle.Tensor, paddle.Tensor | None]:
@@ -36,7 +32,7 @@ def _like_query_and_lse(q, k, v, key):
     return paddle.static.MetaTensor(shape=q.shape, dtype=q.dtype), lse
 
 
-@paddle.static.register_op(name="lowbit_attention_call", infer_meta=_like_query, input_names=["q", "k", "v"],
+@paddle.static.register_op(name="lowbit_attention_call", infer_meta=like_query, input_names=["q", "k", "v"],
                            output_names=["out"])
 def call_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, key: str) -> paddle.Tensor:
     """`attention()` with the choices that `key` holds."""

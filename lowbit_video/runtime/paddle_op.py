@@ -52,7 +52,8 @@ def take_failure() -> BaseException | None:
     return _failure.pop() if _failure else None
 
 
-def _like_query(q, k, v, key):
+def like_query(q, k, v, key):
+    """The output's shape and dtype: those of q."""
     return paddle.static.MetaTensor(shape=q.shape, dtype=q.dtype)
 
 
@@ -60,7 +61,7 @@ def _like_query_masked(q, k, v, mask, key):
     return paddle.static.MetaTensor(shape=q.shape, dtype=q.dtype)
 
 
-@paddle.static.register_op(name="lowbit_attention", infer_meta=_like_query, input_names=["q", "k", "v"], output_names=["out"])
+@paddle.static.register_op(name="lowbit_attention", infer_meta=like_query, input_names=["q", "k", "v"], output_names=["out"])
 def attention_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, key: str) -> paddle.Tensor:
     """Attention of [B, N, H, D] tensors by the runner of that key; the output is q's shape and dtype."""
     return _run(key, q, k, v)
