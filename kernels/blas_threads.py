@@ -1,7 +1,7 @@
 """One BLAS thread while the NumPy reference runs.
 
 Its products are small tiles, [512, 64] x [64, 128]: OpenBLAS splits them over its threads, which then spend
-their time waiting for each other. On two busy cores that was 9 to 40 times slower than one thread.
+their time waiting for each other. On two busy cores that was many times slower than one thread.
 """
 from __future__ import annotations
 
