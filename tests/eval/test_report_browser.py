@@ -78,10 +78,11 @@ def test_the_video_plays_and_pauses(page):
     button = page.find_element(By.ID, "play")
     button.click()
     start = page.execute_script("return video.currentTime")
-    wait(page, f"video.currentTime !== {start} && !video.paused")
+    label = "document.getElementById('play').textContent.trim()"  # follows in an event, just after the state itself
+    wait(page, f"video.currentTime !== {start} && !video.paused && {label} === 'Pause'")
     assert button.text == "Pause"
     button.click()
-    wait(page, "video.paused")
+    wait(page, f"video.paused && {label} === 'Play'")
     assert button.text == "Play"
 
 
