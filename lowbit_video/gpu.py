@@ -60,7 +60,7 @@ def plan_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, int,
     if precision.pv == "fp8":
         wanted["v_codes"] = ("float8_e4m3fn", v_code_shape(kv_shape, varlen))
         wanted["v_scale"] = ("float32", (batch, kv_heads, head_dim))
-        scratch = _elements(partial_shape(kv_shape, max_k))
+        scratch += _elements(partial_shape(kv_shape, max_k))
     if precision.smooth_k:
         wanted["k_mean"] = ("float32", (batch, kv_heads, head_dim))
         scratch += _elements(partial_shape(kv_shape, max_k))
@@ -69,7 +69,7 @@ def plan_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, int,
     if precision.smooth_q:
         wanted["q_mean"] = ("float32", (batch, q_heads, head_dim))
         wanted["bias"] = ("float32", (*rows, q_heads, kv_len))
-        scratch = max(scratch, _elements(partial_shape(q_shape, max_q)))
+        scratch += _elements(partial_shape(q_shape, max_q))
     if scratch:
         wanted["partial"] = ("float32", (scratch,))
     parts, size = {}, 0
@@ -154,16 +154,16 @@ class Call:
             q_varlen = dict(cu_seqlens=self.sequences.cu_q, max_len=self.sequences.max_q)
             k_varlen = dict(cu_seqlens=self.sequences.cu_k, max_len=self.sequences.max_k)
         group = self.q_shape[1] // self.kv_shape[1]
-        partial, k_mean, q_mean, v_scale = part("partial"), part("k_mean"), part("q_mean"), part("v_scale")
-        if precision.smooth_k and precision.pv == "fp8":
-            token_stats.launch_kv_stats(self.k, self.k_strides, self.v, self.v_strides, partial, k_mean, v_scale,
-                                        shape=self.kv_shape, **k_varlen)
-        elif precision.smooth_k:
-            token_stats.launch_token_mean(self.k, self.k_strides, partial, k_mean, shape=self.kv_shape, **k_varlen)
-        elif precision.pv == "fp8":
-            token_stats.launch_v_scale(self.v, self.v_strides, partial, v_scale, shape=self.kv_shape, **k_varlen)
+        k_mean, q_mean, v_scale = part("k_mean"), part("q_mean"), part("v_scale")
+        wanted: dict[str, Any] = {}
         if precision.smooth_q:
-            token_stats.launch_token_mean(self.q, self.q_strides, partial, q_mean, shape=self.q_shape, **q_varlen)
+            wanted.update(q=self.q, q_strides=self.q_strides, q_mean=q_mean, q_shape=self.q_shape)
+        if precision.smooth_k:
+            wanted.update(k=self.k, k_strides=self.k_strides, k_mean=k_mean)
+        if precision.pv == "fp8":
+            wanted.update(v=self.v, v_strides=self.v_strides, v_scale=v_scale)
+        if wanted:
+            token_stats.launch_stats(part("partial"), kv_shape=self.kv_shape, **wanted, **self._packing())
         if precision.pv == "fp8":  # first, and K next: the statistics' last reads are still in the L2 cache
             quant_v.launch_quant_v(self.v, self.v_strides, part("v_codes"), v_scale, shape=self.kv_shape, **k_varlen)
         quant_qk.launch_quant_qk(
@@ -179,10 +179,7 @@ class Call:
     def attend(self) -> None:
         """Launches the attention kernel on what `quantise` left."""
         precision, part = self.precision, self.buffers.get
-        extra: dict[str, Any] = {}
-        if self.sequences is not None:
-            extra.update(cu_seqlens_q=self.sequences.cu_q, cu_seqlens_k=self.sequences.cu_k, max_q=self.sequences.max_q,
-                         max_k=self.sequences.max_k)
+        extra = self._packing()
         if precision.exact:
             exact_format = FORMAT_OF_DTYPE[self.dtype]
             formats = dict(q_format=exact_format, k_format=exact_format, pv_format="fp16")
@@ -201,6 +198,13 @@ class Call:
         load_launcher(self.variant.launcher)(
             q, k, v, Buffer(self.out.data_ptr(), self.dtype), q_shape=self.q_shape, kv_shape=self.kv_shape, **formats,
             out_strides=self.out_strides, lse=self.lse, sm_scale=self.scale, is_causal=self.is_causal, arch=self.arch, **extra)
+
+    def _packing(self) -> dict[str, Any]:
+        """What a launcher that takes Q and K is told of a variable-length batch."""
+        if self.sequences is None:
+            return {}
+        return dict(cu_seqlens_q=self.sequences.cu_q, cu_seqlens_k=self.sequences.cu_k, max_q=self.sequences.max_q,
+                    max_k=self.sequences.max_k)
 
     def _pv_dtype(self) -> str | None:
         """The 16-bit type of P and V: V's own; for float32 bfloat16, whose range holds any V, unless V is on the CPU.
@@ -272,7 +276,7 @@ def run_quantize(x: Any, *, format: str, granularity: str, operand: str, smooth:
     if operand == "v":
         codes, scale = runtime.empty(v_code_shape(shape), "float8_e4m3fn", x), runtime.empty(channels, "float32", x)
         with runtime.launch_guard(x):
-            token_stats.launch_v_scale(x, strides, partial, scale, shape=shape)
+            token_stats.launch_stats(partial, v=x, v_strides=strides, v_scale=scale, kv_shape=shape)
             quant_v.launch_quant_v(x, strides, codes, scale, shape=shape)
         return dict(codes=codes, scale=scale, mean=None)
     block = scale_block(operand, granularity)
@@ -280,6 +284,6 @@ def run_quantize(x: Any, *, format: str, granularity: str, operand: str, smooth:
     scale = runtime.empty(scale_shape(shape, block), "float32", x)
     with runtime.launch_guard(x):
         if smooth:
-            token_stats.launch_token_mean(x, strides, partial, mean, shape=shape)
+            token_stats.launch_stats(partial, k=x, k_strides=strides, k_mean=mean, kv_shape=shape)
         quant_qk.launch_quant_qk(x, strides, codes, scale, shape=shape, format=format, block=block, mean=mean)
     return dict(codes=codes, scale=scale, mean=mean)

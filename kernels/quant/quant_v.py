@@ -53,7 +53,7 @@ def launch_quant_v(v: Any, strides: tuple[int, int, int], codes: Any, v_scale: A
                    cu_seqlens: Any = None, max_len: int | None = None) -> None:
     """codes [B, H, D, Npad] e4m3 of v [B, H, N, D], Npad = ceil(N / 128) * 128, permuted within 16, tail zero.
 
-    v: fp16, bf16 or fp32 by `strides` (batch, head, seq) in elements. v_scale [B, H, D] float32 from `launch_v_scale`.
+    v: fp16, bf16 or fp32 by `strides` (batch, head, seq) in elements. v_scale [B, H, D] float32 from `launch_stats`.
     With cu_seqlens int32 [S + 1]: shape (S, H, T, D), codes [H, D, (T // 128 + S) * 128], sequence s from
     column (cu_seqlens[s] // 128 + s) * 128.
     """

@@ -40,6 +40,6 @@ def v_code_shape(shape: tuple[int, int, int, int], varlen: bool = False) -> tupl
 
 
 def partial_shape(shape: tuple[int, int, int, int], max_len: int | None = None) -> tuple[int, int, int, int]:
-    """Shape of the float32 scratch of the statistics' first pass (twice the batch for `launch_kv_stats`)."""
+    """Shape of the float32 scratch of the statistics' first pass, of each tensor that it reduces."""
     batch, heads, tokens, head_dim = shape
     return (batch, heads, ceil_div(max_len or tokens, STATS_CHUNK), head_dim)

@@ -163,23 +163,3 @@ def launch_stats(partial: Any, *, q: Any = None, q_strides: tuple[int, int, int]
         fold_stats_kernel, (q_rows + kv_count * k_rows,), partial, as_buffer(q_mean), as_buffer(k_mean), as_buffer(v_scale),
         cu_q, cu_k, q_rows, k_rows, q_heads, kv_heads, q_len, kv_len, q_chunks, k_chunks, D=head_dim, PAD_D=pad_d, FOLD=FOLD,
         **flags, num_warps=4)
-
-
-def launch_token_mean(x: Any, strides: tuple[int, int, int], partial: Any, mean: Any, *, shape: tuple[int, int, int, int],
-                      cu_seqlens: Any = None, max_len: int | None = None) -> None:
-    """mean [B, H, D] of x [B, H, N, D]; arguments as `launch_stats`."""
-    launch_stats(partial, k=x, k_strides=strides, k_mean=mean, kv_shape=shape, cu_seqlens_k=cu_seqlens, max_k=max_len)
-
-
-def launch_v_scale(v: Any, strides: tuple[int, int, int], partial: Any, v_scale: Any, *, shape: tuple[int, int, int, int],
-                   cu_seqlens: Any = None, max_len: int | None = None) -> None:
-    """v_scale [B, H, D] of v [B, H, N, D]; arguments as `launch_stats`."""
-    launch_stats(partial, v=v, v_strides=strides, v_scale=v_scale, kv_shape=shape, cu_seqlens_k=cu_seqlens, max_k=max_len)
-
-
-def launch_kv_stats(k: Any, k_strides: tuple[int, int, int], v: Any, v_strides: tuple[int, int, int], partial: Any, mean: Any,
-                    v_scale: Any, *, shape: tuple[int, int, int, int], cu_seqlens: Any = None,
-                    max_len: int | None = None) -> None:
-    """K's mean and V's scale; arguments as `launch_stats`, partial twice `shapes.partial_shape`."""
-    launch_stats(partial, k=k, k_strides=k_strides, k_mean=mean, v=v, v_strides=v_strides, v_scale=v_scale, kv_shape=shape,
-                 cu_seqlens_k=cu_seqlens, max_k=max_len)

@@ -20,12 +20,7 @@ from lowbit_video.kernels.formats import QK_FORMATS, scale_block  # noqa: E402
 from lowbit_video.kernels.quant import reference, shapes  # noqa: E402
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk  # noqa: E402
 from lowbit_video.kernels.quant.quant_v import launch_quant_v  # noqa: E402
-from lowbit_video.kernels.quant.token_stats import (  # noqa: E402
-    launch_kv_stats,
-    launch_stats,
-    launch_token_mean,
-    launch_v_scale,
-)
+from lowbit_video.kernels.quant.token_stats import launch_stats  # noqa: E402
 from lowbit_video.kernels.tuning import TileConfig  # noqa: E402
 
 TILE = TileConfig(64, 128, 4, 2)  # the oracle's own tile, so that P is rounded against the same running maxima
@@ -72,18 +67,21 @@ def quantise(x, format, block, shape=None, **options):
     return codes, scale
 
 
+def one_statistic(x, shape, varlen, operand, result):
+    partial, found = poisoned(shapes.partial_shape(shape, varlen.get("max_len"))), poisoned((*shape[:2], shape[3]))
+    launch_stats(buffer(partial), **{operand: buffer(x), f"{operand}_strides": strides(x), result: buffer(found)},
+                 kv_shape=shape, cu_seqlens_k=varlen.get("cu_seqlens"), max_k=varlen.get("max_len"))
+    return found
+
+
 def token_mean(x, shape=None, **varlen):
-    shape = shape or x.shape
-    partial, mean = poisoned(shapes.partial_shape(shape, varlen.get("max_len"))), poisoned((*shape[:2], shape[3]))
-    launch_token_mean(buffer(x), strides(x), buffer(partial), buffer(mean), shape=shape, **varlen)
-    return mean
+    return one_statistic(x, shape or x.shape, varlen, "k", "k_mean")
 
 
 def quantise_v(v, shape=None, **varlen):
     shape = shape or v.shape
-    partial, scale = poisoned(shapes.partial_shape(shape, varlen.get("max_len"))), poisoned((*shape[:2], shape[3]))
+    scale = one_statistic(v, shape, varlen, "v", "v_scale")
     codes = poisoned(shapes.v_code_shape(shape, bool(varlen)), np.uint8)
-    launch_v_scale(buffer(v), strides(v), buffer(partial), buffer(scale), shape=shape, **varlen)
     launch_quant_v(buffer(v), strides(v), buffer(codes), buffer(scale), shape=shape, **varlen)
     return codes, scale
 
@@ -153,7 +151,8 @@ def test_statistics(shape, layout):
     batch, heads, tokens, dim = shape
     partial = poisoned(shapes.partial_shape((2 * batch, heads, tokens, dim)))
     mean, scale = poisoned((batch, heads, dim)), poisoned((batch, heads, dim))
-    launch_kv_stats(buffer(k), strides(k), buffer(v), strides(v), buffer(partial), buffer(mean), buffer(scale), shape=shape)
+    launch_stats(buffer(partial), k=buffer(k), k_strides=strides(k), k_mean=buffer(mean), v=buffer(v), v_strides=strides(v),
+                 v_scale=buffer(scale), kv_shape=shape)
     np.testing.assert_allclose(mean, reference.token_mean(k.astype(np.float32)), atol=1e-6)
     np.testing.assert_array_equal(scale, reference.quantize_v(v.astype(np.float32))[1])
     np.testing.assert_array_equal(token_mean(k), mean)

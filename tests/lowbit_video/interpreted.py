@@ -43,6 +43,16 @@ def test_every_precision_matches_the_reference(framework, spec):
     assert np.abs(framework.numpy(got_lse) - framework.numpy(wanted_lse)).max() < 2e-2
 
 
+@pytest.mark.parametrize("spec", ["int4+fp16", "int4+fp8", "int8+fp8", "int8+fp16"])
+def test_every_choice_of_smoothing_matches_the_reference(framework, spec):
+    q, k, v = tensors(framework, *qkv(heads=2, kv_heads=1, q_len=20, kv_len=33, k_offset=1.0))
+    for smooth_k, smooth_q in ((False, False), (False, True), (True, False), (True, True)):
+        precision = Precision(spec, smooth_k=smooth_k, smooth_q=smooth_q)
+        got, wanted = (run(q, k, v, precision, return_lse=True, backend=backend)[:2] for backend in ("triton", "reference"))
+        assert relative_l1(*map(framework.numpy, (got[0], wanted[0]))) < 4e-3
+        assert np.abs(framework.numpy(got[1]) - framework.numpy(wanted[1])).max() < 2e-2
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtypes(framework, dtype):
     q, k, v = tensors(framework, *qkv(q_len=65), dtype=dtype)

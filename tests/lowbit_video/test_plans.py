@@ -9,6 +9,7 @@ import pytest
 
 from lowbit_video import plans
 from lowbit_video.kernels.variants import VARIANTS
+from lowbit_video.precision import Precision
 
 torch = pytest.importorskip("torch", reason="the tensors of these tests are PyTorch's")
 pytest.importorskip("triton", reason="the launchers need Triton")
@@ -120,6 +121,18 @@ def test_a_repeated_call_launches_the_same_on_its_own_tensors(device, precision,
     assert again == first and len(device.long) == ways, "the second call went through Triton"
     assert same is variant and out_2.shape == out.shape and out_2.dtype == out.dtype and out_2.data_ptr() != out.data_ptr()
     assert (lse_2 is not None) == lse
+
+
+PAIR = ["token_stats_kernel", "fold_stats_kernel"]
+
+
+@pytest.mark.parametrize("precision,statistics,others", [
+    ("int8+fp16", 2, 3), ("int8+fp8", 2, 4), ("int4+fp8", 2, 4), (Precision("int8+fp16", smooth_k=False), 0, 3),
+    (Precision("int4+fp16", smooth_k=False), 2, 3), ("exact", 0, 1)], ids=str)
+def test_the_statistics_of_a_call_are_one_pair_of_launches(device, precision, statistics, others):
+    names = [name for name, *_ in call(device, *tensors(), precision, backend="triton")[0]]
+    assert [name.rpartition(".")[2] for name in names if "token_stats" in name] == PAIR[:statistics]
+    assert len(names) == statistics + others
 
 
 def test_what_the_launches_depend_on_takes_the_long_way_again(device):

@@ -12,6 +12,7 @@ from lowbit_video.attention import run
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.gpu import ALIGNMENT, plan_workspace
 from lowbit_video.kernels.formats import get_format
+from lowbit_video.kernels.quant.shapes import partial_shape
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
 
@@ -141,3 +142,5 @@ def test_workspace_holds_the_quantised_copies_and_nothing_else_of_their_size(spe
     rows = elements // 64 * 4  # one float32 a row: scales per token, Q's correction, the LSE's shift
     per_row = 1 + (precision.granularity == "token") + precision.smooth_q + lse
     assert copies <= plan.size <= copies + rows * per_row + 0.08 * elements
+    reduced = precision.smooth_q + precision.smooth_k + (precision.pv == "fp8")  # each tensor has scratch of its own
+    assert int(np.prod(plan.parts["partial"][2])) == reduced * int(np.prod(partial_shape(shape)))
