@@ -48,12 +48,12 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
         ValueError or TypeError for shapes, layouts, precisions and dtypes that do not fit.
     Source: SageAttention2 (arXiv 2411.10958); accumulation and packing differ, see kernels/.
     """
-    if _traced_by_torch(q):
+    if traced_by_torch(q):
         from lowbit_video import torch_op
 
         return torch_op.attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)
-    if _traced_by_paddle(q):
-        return _paddle_call().attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)
+    if traced_by_paddle(q):
+        return paddle_call().attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)
     out, lse, _ = run(q, k, v, precision, tensor_layout=tensor_layout, is_causal=is_causal, scale=scale,
                       return_lse=return_lse, backend=backend, check_finite=check_finite)
     return (out, lse) if return_lse else out
@@ -63,12 +63,12 @@ def _is_torch(q: Any) -> bool:
     return "torch" in sys.modules and isinstance(q, sys.modules["torch"].Tensor)
 
 
-def _traced_by_torch(q: Any) -> bool:
+def traced_by_torch(q: Any) -> bool:
     """Whether torch.compile traces this call."""
     return _is_torch(q) and sys.modules["torch"].compiler.is_compiling()
 
 
-def _traced_by_paddle(q: Any) -> bool:
+def traced_by_paddle(q: Any) -> bool:
     """Whether to_static traces this call: its AST mode builds a program, its SOT mode simulates the bytecode."""
     if "paddle" not in sys.modules or _is_torch(q):
         return False
@@ -77,7 +77,8 @@ def _traced_by_paddle(q: Any) -> bool:
     return not paddle.in_dynamic_mode() or (simulated is not None and simulated())
 
 
-def _paddle_call() -> Any:
+def paddle_call() -> Any:
+    """The module of Paddle's static operators."""
     name = "lowbit_video.paddle_call"  # Paddle's tracers follow no import statement
     return sys.modules[name] if name in sys.modules else importlib.import_module(name)
 

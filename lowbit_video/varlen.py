@@ -1,7 +1,7 @@
 """`attention_varlen()`: sequences of different lengths packed along one token dimension.
 
 On a GPU one launch serves them all. On the CPU, and for a variant that takes padded batches only, each
-sequence goes through `attention` by itself.
+sequence goes through `attention.run` by itself.
 """
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 
 from lowbit_video import plans
-from lowbit_video.attention import attention, make_request, require_finite, require_one_place, select
+from lowbit_video.attention import (
+    make_request,
+    paddle_call,
+    require_finite,
+    require_one_place,
+    run,
+    select,
+    traced_by_paddle,
+    traced_by_torch,
+)
 from lowbit_video.kernels.variants import KernelVariant
 from lowbit_video.precision import Precision, as_precision
 from lowbit_video.runtime import detect
@@ -30,6 +39,14 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     Returns out [Tq, Hq, D], or (out, lse float32 [Hq, Tq]).
     Raises as `attention`, and ValueError for cu_seqlens that do not fit (checked where they are on the CPU).
     """
+    if traced_by_torch(q):
+        from lowbit_video import torch_op
+
+        return torch_op.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, precision, is_causal,
+                                         scale, return_lse, backend, check_finite)
+    if traced_by_paddle(q):
+        return paddle_call().attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, precision,
+                                              is_causal, scale, return_lse, backend, check_finite)
     out, lse, _ = run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, precision, is_causal=is_causal,
                              scale=scale, return_lse=return_lse, backend=backend, check_finite=check_finite)
     return (out, lse) if return_lse else out
@@ -105,8 +122,8 @@ def _one_by_one(runtime: Any, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seql
             outs.append(runtime.from_numpy(np.zeros((rows, q_heads, runtime.shape(q)[2]), np.float32), q, dtype))
             lses.append(runtime.from_numpy(np.full((q_heads, rows), -np.inf, np.float32), q, "float32"))
             continue
-        out, lse = attention(q[int(q0):int(q1)][None], k[int(k0):int(k1)][None], v[int(k0):int(k1)][None], precision,
-                             is_causal=is_causal, scale=scale, return_lse=True, backend="reference", check_finite=False)
+        out, lse, _ = run(q[int(q0):int(q1)][None], k[int(k0):int(k1)][None], v[int(k0):int(k1)][None], precision,
+                          is_causal=is_causal, scale=scale, return_lse=True, backend="reference", check_finite=False)
         outs.append(out[0])
         lses.append(lse[0])
     if not outs:

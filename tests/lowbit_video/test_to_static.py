@@ -168,6 +168,68 @@ def test_a_compiled_call_of_attention_runs_through_the_operator(monkeypatch, ful
     assert calls == [1]
 
 
+def packed():
+    """q [30, 2, 64], k and v [41, 2, 64] and the beginnings of three sequences, the second without keys."""
+    tensors = [paddle.to_tensor(a[0]) for a in qkv(q_len=30, kv_len=41)]
+    return [*tensors, *(paddle.to_tensor(cu, "int32") for cu in ([0, 12, 13, 30], [0, 20, 20, 41]))]
+
+
+@MODES
+@pytest.mark.parametrize("precision", ["int8+fp16", Precision("int4+fp8", smooth_q=False), "exact"], ids=str)
+def test_attention_of_packed_sequences_is_one_operator(precision, full_graph, monkeypatch):
+    from lowbit_video import paddle_call
+
+    def block(q, k, v, cu_q, cu_k):
+        out, lse = lv.attention_varlen(q * 1.0, k, v, cu_q, cu_k, 17, 21, precision, is_causal=True, return_lse=True)
+        return lv.attention_varlen(out, k, v, cu_q, cu_k, 17, 21, precision, scale=0.5) + 1.0, lse * 2.0
+
+    given, calls, real = packed(), [], paddle_call.run_varlen
+    monkeypatch.setenv("MIN_GRAPH_SIZE", "0")  # SOT runs smaller graphs eagerly
+    monkeypatch.setattr(paddle_call, "run_varlen", lambda *args, **more: calls.append(1) or real(*args, **more))
+    compiled = paddle.jit.to_static(block, full_graph=full_graph)
+    with paddle.no_grad():
+        wanted = block(*given)
+        assert not calls
+        for got, want in zip(compiled(*given), wanted):
+            assert got.shape == want.shape and got.dtype == want.dtype
+            np.testing.assert_allclose(got.numpy(), want.numpy(), atol=1e-5)
+    assert calls == [1, 1]
+    if full_graph:
+        names = [op.name() for op in compiled.concrete_program.main_program.global_block().ops]
+        assert sum("lowbit_attention_call_varlen" in name for name in names) == 2 and not INNARDS & set(names)
+
+
+@MODES
+def test_packed_lengths_may_change_between_calls(full_graph, monkeypatch):
+    from lowbit_video import paddle_call
+
+    def block(q, k, v, cu_q, cu_k, max_q, max_k):
+        return lv.attention_varlen(q * 1.0, k, v, cu_q, cu_k, max_q, max_k, "int8+fp16") + 1.0
+
+    (q, k, v, cu_q, cu_k), calls, real = packed(), [], paddle_call.run_varlen
+    monkeypatch.setenv("MIN_GRAPH_SIZE", "0")  # SOT runs smaller graphs eagerly
+    monkeypatch.setattr(paddle_call, "run_varlen", lambda *args, **more: calls.append(args[5]) or real(*args, **more))
+    compiled = paddle.jit.to_static(block, full_graph=full_graph)
+    with paddle.no_grad():
+        for tokens in (30, 25, 20, 30):
+            cu = paddle.clip(cu_q, max=tokens), cu_k
+            given = q[:tokens], k, v, *cu, *(int(np.diff(c.numpy()).max()) for c in cu)
+            np.testing.assert_allclose(compiled(*given).numpy(), block(*given).numpy(), atol=1e-5)
+    assert calls == [17, 12, 12, 17]
+
+
+def test_an_error_of_packed_sequences_inside_the_graph_can_be_read():
+    paddle_op.take_failure()
+    q, k, v, cu_q, cu_k = packed()
+
+    def block(q, k, v, cu_q, cu_k):
+        return lv.attention_varlen(q, k, v, cu_q, cu_k, 17, 21)
+
+    with pytest.raises(Exception), paddle.no_grad():  # noqa: B017 - Paddle's executor makes a bare SystemError of it
+        paddle.jit.to_static(block, full_graph=True)(q, k, v, cu_q, cu_k + 1)
+    assert "cu_seqlens_k must rise from 0 to the 41 tokens" in str(paddle_op.take_failure())
+
+
 def test_an_error_of_attention_inside_the_graph_can_be_read():
     paddle_op.take_failure()
     q = paddle.zeros([1, 8, 2, 16])

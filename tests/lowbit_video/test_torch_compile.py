@@ -4,6 +4,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import lowbit_video as lv  # noqa: E402
+import lowbit_video.torch_op  # noqa: E402, F401 - registers the operators
 from lowbit_video.precision import Precision  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -41,6 +42,57 @@ def test_the_graph_holds_one_attention():
     torch.compile(lambda q, k, v: lv.attention(q, k, v) + 1, fullgraph=True, backend=keep)(*inputs())
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     assert sum("lowbit_video.attention" in name for name in names) == 1, names
+
+
+def packed():
+    """q [30, 2, 64], k and v [41, 2, 64] and the beginnings of three sequences, the second without keys."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, 2, 64, generator=generator).half() for n in (30, 41, 41)]
+    return *tensors, *(torch.tensor(cu, dtype=torch.int32) for cu in ([0, 12, 13, 30], [0, 20, 20, 41]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("precision", ["int8+fp8", Precision("int4+fp16", smooth_q=False), "exact"], ids=str)
+def test_packed_sequences_break_no_graph_and_give_the_same_result(backend, precision):
+    def block(q, k, v, cu_q, cu_k):
+        out, lse = lv.attention_varlen(q * 1, k, v, cu_q, cu_k, 17, 21, precision, is_causal=True, return_lse=True)
+        return out * 2, lse + 1, lv.attention_varlen(q, k, v, cu_q, cu_k, 17, 21, precision, scale=0.5)
+
+    torch._dynamo.reset()
+    for got, wanted in zip(torch.compile(block, fullgraph=True, backend=backend)(*packed()), block(*packed())):
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_packed_lengths_may_change_between_calls():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *given: lv.attention_varlen(*given, "int8+fp16"), fullgraph=True, backend="aot_eager")
+    q, k, v, cu_q, cu_k = packed()
+    for tokens in (30, 25, 20):
+        cu = cu_q.clamp(max=tokens), cu_k
+        given = q[:tokens], k, v, *cu, *(int(c.diff().max()) for c in cu)
+        assert torch.equal(compiled(*given), lv.attention_varlen(*given, "int8+fp16"))
+
+
+def test_the_graph_holds_one_attention_of_packed_sequences():
+    graphs = []
+    torch._dynamo.reset()
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda *given: lv.attention_varlen(*given, 17, 21) + 1, fullgraph=True, backend=keep)(*packed())
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("lowbit_video.attention_varlen" in name for name in names) == 1, names
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_varlen"])
+def test_the_operators_pass_torchs_own_checks(name):
+    if name == "attention":
+        given = (*inputs(), "int8+fp16", None, None, None, "NHD", False, None, True, "auto", None)
+    else:
+        given = (*packed(), 17, 21, "int8+fp16", None, None, None, False, None, True, "auto", None)
+    torch.library.opcheck(getattr(torch.ops.lowbit_video, name), given)
 
 
 def test_an_error_inside_is_the_callers_own_error():
