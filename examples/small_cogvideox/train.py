@@ -3,7 +3,8 @@
     python examples/small_cogvideox/train.py --minutes 9 --state /tmp/small --out outputs/small
 
 Each run keeps to its `--minutes` of wall clock and goes on from what `--state` holds, so that several short runs make one
-training. `--tiny` runs every stage at toy sizes on a CPU, to see that it works.
+training. `accelerate launch --num_processes 4 examples/small_cogvideox/train.py ...` uses four GPUs: each encodes clips of its
+own and takes `--batch` of them a step. `--tiny` runs every stage at toy sizes on a CPU, to see that it works.
 """
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import words
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
 from clips import ClipPool, as_uint8
 from models import (
     MAX_TOKENS,
@@ -64,17 +66,21 @@ PARTS = prompt_adherence.PARTS
 STAGES = ("vae", "latents", "words", "diffusion", "evaluate")
 TRAIN_SEED, CHECK_SEED, SWEEP_SEED, TEST_SEED = 1000, 2000, 3000, 4000
 AVERAGE_EVERY = 4  # steps
+CLOCK_EVERY = 10  # steps, where several processes have to agree on the time
 CAPTION_DROPOUT = 0.1
 WORDINGS = 4  # captions a clip
 PART_BYTES = 15_500_000
 
 
 class Log:
-    """Prints, and appends rows to `log.csv`, so that a run that breaks leaves its trace."""
+    """Prints, and appends rows to `log.csv`, so that a run that breaks leaves its trace. Only one process `speaks`."""
 
-    def __init__(self, state: Path):
+    def __init__(self, state: Path, speaks: bool):
         self.start = time.time()
         self.path = state / "log.csv"
+        self.speaks = speaks
+        if not speaks:
+            return
         fresh = not self.path.exists()
         self.file = open(self.path, "a", newline="")
         self.rows = csv.writer(self.file)
@@ -82,36 +88,43 @@ class Log:
             self.rows.writerow(["stage", "step", "minutes", "name", "value"])
 
     def say(self, text: str) -> None:
-        print(f"[{time.time() - self.start:6.1f} s] {text}", flush=True)
+        if self.speaks:
+            print(f"[{time.time() - self.start:6.1f} s] {text}", flush=True)
 
     def row(self, stage: str, step: int, minutes: float, **values: float) -> None:
-        for name, value in values.items():
-            self.rows.writerow([stage, step, f"{minutes:.3f}", name, f"{value:.6g}"])
-        self.file.flush()
+        if self.speaks:
+            for name, value in values.items():
+                self.rows.writerow([stage, step, f"{minutes:.3f}", name, f"{value:.6g}"])
+            self.file.flush()
 
 
 class Run:
     """What every stage needs: arguments, sizes, device, deadline, log."""
 
-    def __init__(self, args):
+    def __init__(self, args, accelerator: Accelerator, judges: Judges):
         self.args = args
+        self.accelerator, self.judges = accelerator, judges
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.first = accelerator.is_main_process
         self.state = Path(args.state)
         self.out = Path(args.out)
         for folder in (self.state, self.out):
             folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.state)
+        self.log = Log(self.state, self.first)
         self.sizes = TINY if args.tiny else SIZES
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = accelerator.device if torch.cuda.is_available() else torch.device("cpu")
         self.deadline = time.time() + 60 * args.minutes
-        self.judges = None
-        self.accelerator = None
         self.vae = None
         self.vae_bf16 = True
-        self.latents = None
+        self.latents = self.masks = self.ids = None  # of the encoded clips
         self.ahead = self.word_sets = None  # what workers prepare meanwhile
 
     def left(self) -> float:
         return self.deadline - time.time()
+
+    def own(self, name: str) -> Path:
+        """This process's file of that name in the state folder."""
+        return self.state / (name if self.first else f"{self.rank}-{name}")
 
     def autocast(self):
         """bf16 on the GPU, float32 on the CPU."""
@@ -240,16 +253,17 @@ def train_vae(run: Run) -> None:
     vae = build_vae(run.sizes).to(run.device)
     total = 60 * args.vae_minutes
     spent, step = 0.0, 0
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.95), weight_decay=1e-4,
-                                  fused=run.device.type == "cuda")
     if args.init and "vae" in args.init_parts and not path.exists():
         vae = type(vae).from_pretrained(args.init, subfolder="vae").float().to(run.device)
         if vae.config.latent_channels != run.sizes.latent_channels:
             raise ValueError(f"the autoencoder in {args.init} has {vae.config.latent_channels} latent channels, this training "
                              f"{run.sizes.latent_channels}; --tiny goes on from folders made with --tiny only")
         log.say(f"vae from {args.init}")
-        run.vae = vae.eval().requires_grad_(False)
-        return
+        if not args.vae_goes_on:
+            run.vae = vae.eval().requires_grad_(False)
+            return
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.95), weight_decay=1e-4,
+                                  fused=run.device.type == "cuda")
     if path.exists():
         held = torch.load(path, map_location=run.device, weights_only=True)
         vae.load_state_dict(held["model"])
@@ -347,50 +361,68 @@ def plan_ahead(tokenizer: Path, clips: int, seed: int) -> tuple[ClipPool, np.nda
     return pool, ids.reshape(len(pool), WORDINGS, -1).astype(np.int16)
 
 
-def clip_seed(fresh: bool) -> int:
-    """Of the clips that a run encodes: always the same, or of this moment."""
-    return TRAIN_SEED + 1 + (int(time.time()) % 100_000 if fresh else 0)
+def clip_seed(run: Run) -> int:
+    """Of the clips that a process encodes: always the same, or of this moment."""
+    return TRAIN_SEED + 1 + 10**8 * run.rank + (int(time.time()) % 100_000 if run.args.fresh_clips else 0)
+
+
+def share_of_clips(run: Run) -> int:
+    """How many of the clips one process plans."""
+    return -(-run.args.clips // run.ranks)
+
+
+def latent_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Where shapes are, bool `[B, 1, F, H, W]` in pixels, for the latents: bool `[B, frames, 1, H / 8, W / 8]`."""
+    cells = F.max_pool3d(mask.float(), (1, 8, 8))
+    later = F.max_pool3d(cells[:, :, 1:], (4, 1, 1)) if cells.shape[2] > 1 else cells[:, :, 1:]
+    return (torch.cat([cells[:, :, :1], later], 2) > 0).permute(0, 2, 1, 3, 4)
 
 
 @torch.no_grad()
+def encode(run: Run, pool: ClipPool, part: np.ndarray, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips `part` of a pool, `frames` frames of them: (latents `[B, F, C, h, w]` fp16, latent_mask)."""
+    video, mask = pool.paint(part, 0, frames, run.sizes.height)
+    with run.vae_autocast():
+        found = run.vae.encode(video).latent_dist.mode()
+    return (found.float() * run.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half(), latent_mask(mask)
+
+
 def make_latents(run: Run) -> None:
-    """Encode as many clips as the time allows into `run.latents` `[N, F, C, h, w]` fp16, with token ids `[N, K, L]`."""
+    """Encode as many clips as the time allows: `run.latents` `[N, F, C, h, w]` fp16, `run.masks` bool `[N, F, 1, h, w]` where
+    shapes are, token ids `run.ids` `[N, K, L]`."""
     args, log = run.args, run.log
-    path = run.state / "latents.npy"
+    paths = [run.own(f"{name}.npy") for name in ("latents", "masks", "ids")]
     start = time.time()
-    if path.exists() and not args.fresh_clips:
-        run.ids = torch.from_numpy(np.load(run.state / "ids.npy")).to(run.device)
-        run.latents = torch.from_numpy(np.load(path)).to(run.device)
+    if all(path.exists() for path in paths) and not args.fresh_clips:
+        run.latents, run.masks, run.ids = (torch.from_numpy(np.load(path)).to(run.device) for path in paths)
         log.say(f"{len(run.latents)} encoded clips read in {time.time() - start:.1f} s")
         return
-    pool, ids = run.ahead.get() if run.ahead else plan_ahead(run.tokenizer, args.clips, clip_seed(args.fresh_clips))
+    pool, ids = run.ahead.get() if run.ahead else plan_ahead(run.tokenizer, share_of_clips(run), clip_seed(run))
     pool.device = run.device
-    ids = torch.from_numpy(ids.astype(np.int64))
     log.say(f"{len(pool)} clips planned and put into words, waited {time.time() - start:.1f} s")
-    start, done, latents, batch = time.time(), 0, [], 8 if args.tiny else 32
+    start, done, found, batch = time.time(), 0, [], 8 if args.tiny else 32
     while done < len(pool) and (time.time() - start < args.latent_seconds or done < 64):
         part = np.arange(done, min(done + batch, len(pool)))
         try:
-            video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
-            with run.vae_autocast():
-                found = run.vae.encode(video).latent_dist.mode()
+            found.append(encode(run, pool, part, run.sizes.frames))
         except torch.cuda.OutOfMemoryError:
             batch = max(1, batch // 2)
             torch.cuda.empty_cache()
             continue
-        latents.append((found.float() * run.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half())
         done = int(part[-1]) + 1
-    run.latents = torch.cat(latents)
-    run.ids = ids[:done].to(run.device)
+    run.latents, run.masks = (torch.cat(parts) for parts in zip(*found))
+    run.ids = torch.from_numpy(ids[:done].astype(np.int64)).to(run.device)
     log.say(f"{done} clips encoded in {time.time() - start:.1f} s; latents {tuple(run.latents.shape)}, mean "
-            f"{run.latents.float().mean():.3f}, spread {run.latents.float().std():.3f}")
-    np.save(run.state / "ids.npy", run.ids.cpu().numpy())
-    start, copied = time.time(), run.latents.cpu().numpy()
+            f"{run.latents.float().mean():.3f}, spread {run.latents.float().std():.3f}, {100 * run.masks.float().mean():.1f} % "
+            "of them on shapes")
+    start, copied = time.time(), [part.cpu().numpy() for part in (run.latents, run.masks, run.ids)]
 
     def write() -> None:  # gigabytes: beside the training, and whole or not at all
-        with open(path.with_suffix(".part"), "wb") as file:
-            np.save(file, copied)
-        os.replace(path.with_suffix(".part"), path)
+        for path, array in zip(paths, copied):
+            with open(path.with_suffix(".part"), "wb") as file:
+                np.save(file, array)
+        for path in paths:
+            os.replace(path.with_suffix(".part"), path)
 
     threading.Thread(target=write, daemon=True).start()
     log.say(f"copied in {time.time() - start:.1f} s, being written for the next run")
@@ -444,18 +476,30 @@ def word_sets(tokenizer: Path, count: int):
 # --- text encoder and transformer -------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: TextToVelocity, text_rate: float) -> list[dict]:
-    """AdamW's groups, each with its `scale` of the learning rate: matrices decay, the text encoder learns at `text_rate`."""
-    groups = []
-    for part, scale in ((model.transformer, 1.0), (model.text_encoder, text_rate)):
-        learning = [(n, p) for n, p in part.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in learning if p.ndim > 1 and "shared" not in n and "relative" not in n]
-        chosen = {id(p) for p in matrices}
-        others = [p for _, p in learning if id(p) not in chosen]
-        for parameters, decay in ((matrices, 0.01), (others, 0.0)):
-            if parameters:
-                groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
-    return groups
+def build_optimisers(model: TextToVelocity, args, fused: bool) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices of the transformer's attention and feed-forward layers if asked for.
+
+    Each group has its `scale` of the learning rate: matrices decay, the text encoder learns at `--text-rate`. Muon's steps
+    have AdamW's size (Liu et al., "Muon is Scalable for LLM Training", 2025), so that one learning rate serves both."""
+    groups, by_muon = [], []
+    for part, scale in ((model.transformer, 1.0), (model.text_encoder, args.text_rate)):
+        decayed, others = [], []
+        for name, parameter in part.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if args.muon and "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name:
+                by_muon.append(parameter)
+            elif parameter.ndim > 1 and "shared" not in name and "relative" not in name:
+                decayed.append(parameter)
+            else:
+                others.append(parameter)
+        groups += [{"params": parameters, "weight_decay": decay, "scale": scale}
+                   for parameters, decay in ((decayed, 0.01), (others, 0.0)) if parameters]
+    optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)]
+    if by_muon:
+        optimisers.append(torch.optim.Muon([{"params": by_muon, "scale": 1.0}], lr=args.lr, weight_decay=0.01,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimisers
 
 
 def curriculum(text: str, latent_frames: int) -> list[tuple[int, float]]:
@@ -475,19 +519,23 @@ def curriculum(text: str, latent_frames: int) -> list[tuple[int, float]]:
 
 
 class Cache:
-    """Encoded clips to train on, of the first `frames` latent frames; grows to `capacity` by new clips, then replaces the
-    oldest ones.
+    """Encoded clips to train on, of the first `frames` latent frames; grows to `--clips` (the share of this process) by new
+    clips, then replaces the oldest ones.
 
     It starts with the clips that the latents stage encoded. New ones are planned by a worker process, painted and encoded
     between training steps."""
 
-    def __init__(self, run: Run, frames: int, capacity: int, seed: int):
+    def __init__(self, run: Run, frames: int, seed: int):
         self.run, self.frames = run, frames
-        known = min(len(run.latents), capacity)
-        shape = (capacity, frames, *run.latents.shape[2:])
-        self.latents = torch.empty(shape, dtype=run.latents.dtype, device=run.device)
-        self.ids = torch.zeros((capacity, *run.ids.shape[1:]), dtype=run.ids.dtype, device=run.device)
-        self.latents[:known], self.ids[:known] = run.latents[:known, :frames], run.ids[:known]
+        known = len(run.latents)
+        capacity = max(known, share_of_clips(run))
+
+        def room(start: torch.Tensor) -> torch.Tensor:
+            whole = torch.zeros((capacity, *start.shape[1:]), dtype=start.dtype, device=run.device)
+            whole[:known] = start[:known]
+            return whole
+
+        self.latents, self.masks, self.ids = room(run.latents[:, :frames]), room(run.masks[:, :frames]), room(run.ids)
         self.count, self.oldest, self.fresh = known, 0, 0
         self.seed, self.used = seed, 0
         self.plan, self.coming = None, None
@@ -508,7 +556,6 @@ class Cache:
         pool.device = self.run.device
         self.plan, self.used = (pool, torch.from_numpy(ids.astype(np.int64)).to(self.run.device)), 0
 
-    @torch.no_grad()
     def add(self, clips: int) -> None:
         """Encode `clips` new clips."""
         if self.plan is None or self.used + clips > len(self.plan[0]):
@@ -516,18 +563,16 @@ class Cache:
         pool, ids = self.plan
         part = np.arange(self.used, min(self.used + clips, len(pool)))
         self.used = int(part[-1]) + 1
-        video, _ = pool.paint(part, 0, 4 * (self.frames - 1) + 1, self.run.sizes.height)
-        with self.run.vae_autocast():
-            found = self.run.vae.encode(video).latent_dist.mode()
-        found = (found.float() * self.run.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).to(self.latents.dtype)
+        latents, masks = encode(self.run, pool, part, 4 * (self.frames - 1) + 1)
         rows = (self.oldest + torch.arange(len(part))) % len(self.latents)
         if self.count < len(self.latents):
             rows = torch.arange(self.count, min(self.count + len(part), len(self.latents)))
             self.count = int(rows[-1]) + 1
         else:
             self.oldest = (self.oldest + len(part)) % len(self.latents)
+        taken = slice(len(rows))
         rows = rows.to(self.run.device)
-        self.latents[rows], self.ids[rows] = found[:len(rows)], ids[part[:len(rows)]]
+        self.latents[rows], self.masks[rows], self.ids[rows] = latents[taken], masks[taken], ids[part[taken]]
         self.fresh += len(rows)
 
 
@@ -536,7 +581,7 @@ def train_diffusion(run: Run) -> None:
     args, log, sizes = run.args, run.log, run.sizes
     path = run.state / "diffusion.pt"
     accelerator = run.accelerator
-    torch.manual_seed(int(time.time()))
+    torch.manual_seed(int(time.time()) + 10**6 * run.rank)
     model = TextToVelocity(build_text_encoder(sizes, run.vocabulary), build_transformer(sizes))
     initialise(model)
     if (run.state / "words.pt").exists():
@@ -544,8 +589,7 @@ def train_diffusion(run: Run) -> None:
     model.to(run.device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     model.text_encoder.requires_grad_(args.text_rate > 0)
-    optimiser = torch.optim.AdamW(parameter_groups(model, args.text_rate), lr=args.lr, betas=(0.9, 0.95),
-                                  fused=run.device.type == "cuda")
+    optimisers = build_optimisers(model, args, run.device.type == "cuda")
     scheduler = build_scheduler(sizes)
     alphas = scheduler.alphas_cumprod.to(run.device, torch.float32)
     spent, step, restarted, earlier = 0.0, 0, 0, 0.0
@@ -553,7 +597,8 @@ def train_diffusion(run: Run) -> None:
         held = torch.load(path, map_location=run.device, weights_only=True)
         model.load_state_dict(held["model"])
         averaged.load_state_dict(held["averaged"])
-        optimiser.load_state_dict(held["optimiser"])
+        for optimiser, state in zip(optimisers, held["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         spent, step, earlier = held["seconds"], held["step"], held.get("earlier", 0.0)
         log.say(f"diffusion goes on from step {step}, {spent:.0f} s")
         del held
@@ -572,7 +617,7 @@ def train_diffusion(run: Run) -> None:
     if args.compile and run.device.type == "cuda":
         for block in model.transformer.transformer_blocks:
             block.compile(dynamic=False)  # one compilation for each clip length
-    model, optimiser = accelerator.prepare(model, optimiser)
+    model, *optimisers = accelerator.prepare(model, *optimisers)
     pairs = [(a, b) for a, b in zip(averaged.parameters(), eager.parameters())]
     averages, sources = [a for a, _ in pairs], [b for _, b in pairs]
     total = 60 * args.diffusion_minutes
@@ -581,26 +626,29 @@ def train_diffusion(run: Run) -> None:
     cache, positions = None, model_positions(eager.transformer)
     empty = torch.zeros(run.ids.shape[-1], dtype=run.ids.dtype, device=run.device)
     empty[0] = 1
+    accelerator.wait_for_everyone()
     start = saved = checked = shown = time.time()
     first_step, rate, losses, refresh_every = step, args.lr, [], args.refresh_every
     reserve = args.evaluate_seconds + 12
     if not args.unfinished:  # the schedule ends with this run where its time is the shorter one
         total = max(1.0, min(total, spent + run.left() - reserve))
-    log.say(f"diffusion: {sum(p.numel() for p in eager.parameters()) / 1e6:.2f} M parameters, batch {batch}, "
-            f"{min(total - spent, run.left() - reserve):.0f} s to go in this run, {total - spent:.0f} s in all")
+    log.say(f"diffusion: {sum(p.numel() for p in eager.parameters()) / 1e6:.2f} M parameters, batches of {run.ranks} x "
+            f"{batch}, {min(total - spent, run.left() - reserve):.0f} s to go in this run, {total - spent:.0f} s in all")
 
     writer = None
 
     def keep(beside: bool) -> None:
         """Save state and model folder as they are now; `beside`: written by a thread while the training goes on."""
         nonlocal writer
+        if not run.first:
+            return
         if writer is not None:
             writer.join()
         seconds = spent + time.time() - start
-        state = on_cpu({"model": eager.state_dict(), "averaged": averaged.state_dict(), "optimiser": optimiser.state_dict(),
-                        "seconds": seconds, "step": step, "earlier": earlier})
+        state = on_cpu({"model": eager.state_dict(), "averaged": averaged.state_dict(), "seconds": seconds,
+                        "optimisers": [o.state_dict() for o in optimisers], "step": step, "earlier": earlier})
         parts = [copy.deepcopy(part).cpu() for part in (run.vae, averaged.text_encoder, averaged.transformer)]
-        record = {"seconds": earlier + seconds, "steps": step, "batch": batch, "sizes": describe(sizes)}
+        record = {"seconds": earlier + seconds, "steps": step, "batch": batch * run.ranks, "sizes": describe(sizes)}
 
         def write() -> None:
             save(run.state / "model", *parts, sizes, generation_defaults(sizes))
@@ -626,39 +674,59 @@ def train_diffusion(run: Run) -> None:
         strength = (1 - alphas[times]).sqrt()[:, None, None, None, None]
         noise = torch.randn_like(clean)
         velocity = model(ids, signal * clean + strength * noise, times)
-        loss = F.mse_loss(velocity.float(), signal * noise - strength * clean)
-        accelerator.backward(loss)
+        square = (velocity.float() - signal * noise + strength * clean).square()
+        # Shapes cover a twentieth of a clip. Only where little noise leaves no doubt about where they are do they weigh more,
+        # so that what is expected under much noise keeps unbiased.
+        weight = 1 + (args.shape_weight - 1) * signal.square() * cache.masks[chosen]
+        accelerator.backward((weight * square).mean())
         accelerator.clip_grad_norm_(eager.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        return loss.detach()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return square.detach().mean()
+
+    def clear() -> None:
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+    def clock() -> tuple[float, bool]:
+        """Share of the diffusion time that is over, and whether to stop now, as the first process sees it."""
+        progress = (spent + time.time() - start) / total
+        if args.max_steps:
+            progress = max(progress, (step - first_step) / args.max_steps)
+        over = progress >= 1 or run.left() < reserve
+        if run.ranks > 1:
+            progress, over = broadcast(torch.tensor([progress, over], device=run.device, dtype=torch.float64)).tolist()
+        return progress, bool(over)
 
     try:
         while True:
-            progress = (spent + time.time() - start) / total
-            if args.max_steps:
-                progress = max(progress, (step - first_step) / args.max_steps)
-            if progress >= 1 or run.left() < reserve:
+            if run.ranks == 1 or (step - first_step) % CLOCK_EVERY == 0:
+                progress, over = clock()
+            if over:
                 break
             warm = min(1.0, (step - restarted + 1) / args.warmup)
             lr = rate * warm * max(0.005, 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.15) / 0.85))))
-            for group in optimiser.param_groups:
-                group["lr"] = lr * group["scale"]
+            for optimiser in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = lr * group["scale"]
             frames = next((f for f, end in phases if progress < end), sizes.latent_frames)
             if cache is None or cache.frames != frames:
                 fresh = cache.fresh if cache else 0
                 cache = None  # before the next one is made, since both can be gigabytes
-                cache = Cache(run, frames, max(len(run.latents), args.clips), int(time.time()) % 10**8)
+                cache = Cache(run, frames, int(time.time()) % 10**7 + 10**8 * run.rank)
                 first_frames(eager.transformer, frames, positions)
                 log.say(f"diffusion: {frames} latent frames from {100 * progress:.0f} % on, batch "
                         f"{batch_of(batch, frames, sizes)}; {fresh} clips were encoded on the way before")
             try:
                 losses.append(one_step())
             except torch.cuda.OutOfMemoryError:
+                if run.ranks > 1:  # the others wait for this step
+                    raise
                 batch = max(8, batch // 2)
                 log.say(f"diffusion: out of memory, batch now {batch}")
-                optimiser.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
+                clear()
                 continue
             except Exception as error:
                 compiled = any(b._compiled_call_impl is not None for b in eager.transformer.transformer_blocks)
@@ -667,8 +735,7 @@ def train_diffusion(run: Run) -> None:
                 log.say(f"compiled blocks failed, going on without: {type(error).__name__}: {str(error)[:300]}")
                 for block in eager.transformer.transformer_blocks:
                     block._compiled_call_impl = None
-                optimiser.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
+                clear()
                 continue
             step += 1
             if refresh_every and step % refresh_every == 0:
@@ -684,7 +751,7 @@ def train_diffusion(run: Run) -> None:
             if step - first_step == 1:
                 log.say(f"first step took {time.time() - start:.1f} s")
             if step % 50 == 0 or args.tiny:
-                mean = torch.stack(losses).mean().item()
+                mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
                 losses.clear()
                 minutes = (spent + time.time() - start) / 60
                 if not math.isfinite(mean):
@@ -696,7 +763,8 @@ def train_diffusion(run: Run) -> None:
                     else:
                         initialise(eager)
                         raise RuntimeError("the loss was not finite before the first checkpoint: lower --lr")
-                    optimiser.optimizer.state.clear()
+                    for optimiser in optimisers:
+                        optimiser.optimizer.state.clear()
                     restarted = step
                     log.say(f"diffusion: not finite at step {step}; back to the last checkpoint, learning rate {rate:g}")
                     continue
@@ -706,6 +774,8 @@ def train_diffusion(run: Run) -> None:
                     shown = time.time()
                     log.say(f"diffusion step {step}: loss {mean:.4f}, lr {lr:.1e}, {per_second:.1f} steps/s, {frames} latent "
                             f"frames, {cache.fresh} fresh clips, {cache.count} at hand, {100 * progress:.0f} %")
+            if not run.first:
+                continue
             if time.time() - saved > args.save_seconds:
                 saved = time.time()
                 keep(beside=True)
@@ -778,6 +848,16 @@ def check(run: Run, averaged, step: int, minutes: float, frames: int, count: int
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+def sample_and_judge(run: Run, pipe, captions: list[str], noise: torch.Tensor, generation: dict, kept: int = 0):
+    """Verdicts on videos of all captions, and the first `kept` videos; every process makes its share of them."""
+    mine = list(range(run.rank, len(captions), run.ranks))
+    said = [captions[i] for i in mine]
+    videos = sample_with_pipeline(pipe, said, noise[mine], generation)
+    found = [(i, verdict, video if i < kept else None) for i, verdict, video in zip(mine, run.judges(videos, said), videos)]
+    found = sorted(gather_object(found) if run.ranks > 1 else found, key=lambda row: row[0])
+    return [verdict for _, verdict, _ in found], np.array([video for _, _, video in found[:kept]])
+
+
 def evaluate(run: Run) -> None:
     """The saved folder through diffusers' pipeline in fp32: sweep the guidance on other held-out captions, then 200."""
     args, log = run.args, run.log
@@ -791,16 +871,17 @@ def evaluate(run: Run) -> None:
     started = time.time()
     captions, noise, results = held_out_captions(sweep, SWEEP_SEED), noise_of(sweep, shape, SWEEP_SEED), {}
     for guidance in args.guidance if len(args.guidance) > 1 else ():
-        verdicts = run.judges(sample_with_pipeline(pipe, captions, noise, {**generation, "guidance_scale": guidance}), captions)
+        verdicts, _ = sample_and_judge(run, pipe, captions, noise, {**generation, "guidance_scale": guidance})
         results[guidance] = shares(verdicts)
         log.say(f"guidance {guidance:g}, {sweep} captions: {percent(results[guidance])}")
-        if run.left() < 40 and len(results) > 1:
+        if run.ranks == 1 and run.left() < 40 and len(results) > 1:
             break
     best = max(results, key=lambda g: (sum(results[g][p] for p in PARTS), -g)) if results else args.guidance[0]
     generation["guidance_scale"] = best
     captions = held_out_captions(test, TEST_SEED)
-    videos = sample_with_pipeline(pipe, captions, noise_of(test, shape, TEST_SEED), generation)
-    verdicts = run.judges(videos, captions)
+    verdicts, videos = sample_and_judge(run, pipe, captions, noise_of(test, shape, TEST_SEED), generation, kept=24)
+    if not run.first:
+        return
     figures = shares(verdicts)
     log.say(f"TEST, {test} held-out captions, {generation['num_inference_steps']} steps, guidance {best:g}: {percent(figures)}")
     log.say(f"of one shape: {colour_pairs(verdicts)}")
@@ -910,8 +991,11 @@ def arguments(argv=None):
     parser.add_argument("--fresh-clips", action="store_true", help="encode other clips than the run before")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--muon", action="store_true", help="Muon in place of AdamW for the transformer's inner matrices")
+    parser.add_argument("--shape-weight", type=float, default=1.0, help="weight of the latents on shapes where noise is little")
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the weight average")
+    parser.add_argument("--vae-goes-on", action="store_true", help="train the autoencoder of --init further, for --vae-minutes")
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--vae-lr", type=float, default=1.5e-3)
     parser.add_argument("--kl-weight", type=float, default=2e-4)
@@ -944,47 +1028,62 @@ def arguments(argv=None):
     return args
 
 
+def prepare(run: Run) -> None:
+    """Write the vocabulary, and set workers to what the stages will ask for."""
+    args, workers = run.args, run.judges.pool
+    run.tokenizer = run.state / "model" / "tokenizer"
+    with run.accelerator.main_process_first():
+        build_vocabulary(run.tokenizer)
+    run.vocabulary = len(Tokens(run.tokenizer))
+    if workers and ("latents" in args.stages or "diffusion" in args.stages):
+        if args.fresh_clips or not run.own("latents.npy").exists():
+            run.ahead = workers.apply_async(plan_ahead, (run.tokenizer, share_of_clips(run), clip_seed(run)))
+    if workers and run.first and "words" in args.stages and not (run.state / "diffusion.pt").exists():
+        run.word_sets = workers.apply_async(word_sets, (run.tokenizer, args.word_captions))
+
+
+def stages(run: Run) -> None:
+    """Everything that was asked for, in order. One process trains autoencoder and words, all of them the transformer."""
+    asked, accelerator = set(run.args.stages), run.accelerator
+    if {"vae", "latents", "diffusion"} & asked:
+        with accelerator.main_process_first():
+            train_vae(run)
+    if {"latents", "diffusion"} & asked:
+        make_latents(run)
+    if "words" in asked:
+        with accelerator.main_process_first():
+            train_words(run)
+    if "diffusion" in asked:
+        train_diffusion(run)
+        run.latents = run.masks = None
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+    accelerator.wait_for_everyone()
+    if "evaluate" in asked:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        evaluate(run)
+
+
 def main(argv=None) -> int:
     args = arguments(argv)
-    judges = Judges(1 if args.tiny else None)  # forked before CUDA starts
-    run = Run(args)
-    run.judges = judges
-    run.accelerator = Accelerator(mixed_precision="bf16" if run.device.type == "cuda" else "no")
-    run.log.say(f"{device_name(run.device)}, torch {torch.__version__}, {args.minutes:g} minutes")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    judges = Judges(1 if args.tiny else max(2, min(16, (os.cpu_count() or 1) // processes)))  # forked before CUDA starts
+    accelerator = Accelerator(  # the only buffers are positions, the same everywhere
+        mixed_precision="bf16" if torch.cuda.is_available() else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
+    run = Run(args, accelerator, judges)
+    run.log.say(f"{run.ranks} x {device_name(run.device)}, torch {torch.__version__}, {args.minutes:g} minutes")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     code = 0
-    run.tokenizer = run.state / "model" / "tokenizer"
     try:
-        build_vocabulary(run.tokenizer)
-        run.vocabulary = len(Tokens(run.tokenizer))
-        if judges.pool and ("latents" in args.stages or "diffusion" in args.stages):
-            if args.fresh_clips or not (run.state / "latents.npy").exists():
-                run.ahead = judges.pool.apply_async(plan_ahead, (run.tokenizer, args.clips, clip_seed(args.fresh_clips)))
-        if judges.pool and "words" in args.stages and not (run.state / "diffusion.pt").exists():
-            run.word_sets = judges.pool.apply_async(word_sets, (run.tokenizer, args.word_captions))
-        if {"vae", "latents", "diffusion"} & set(args.stages):
-            train_vae(run)
-        if {"latents", "diffusion"} & set(args.stages):
-            make_latents(run)
-        if "words" in args.stages:
-            try:
-                train_words(run)
-            except Exception as error:  # the diffusion stage also learns without it
-                run.log.say(f"words failed: {type(error).__name__}: {str(error)[:300]}")
-        if "diffusion" in args.stages:
-            train_diffusion(run)
-            run.latents = None
-            if run.device.type == "cuda":
-                torch.cuda.empty_cache()
-        if "evaluate" in args.stages:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            evaluate(run)
+        prepare(run)
+        stages(run)
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
         code = 1
     finally:
-        for last in (plot, pack) if args.pack else (plot,):
+        for last in ((plot, pack) if args.pack else (plot,)) if run.first else ():
             try:
                 last(run)
             except Exception:
@@ -992,6 +1091,8 @@ def main(argv=None) -> int:
                 code = code or 1
         judges.close()
     run.log.say(f"finished with {code}")
+    if code == 0:
+        accelerator.end_training()
     return code
 
 

@@ -1,9 +1,12 @@
 """The small model's training at toy size on a CPU: every stage runs, short clips first, and goes on from a folder."""
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the training code is written in PyTorch")
@@ -57,6 +60,26 @@ def test_fewer_frames_keep_the_positions_of_the_first(train):
         transformer.patch_embed._get_positional_embeddings = made
         train.first_frames(transformer, train.TINY.latent_frames, positions)
         torch.testing.assert_close(transformer(whole, text, times, return_dict=False)[0], wanted_whole)
+
+
+def test_the_latents_of_shapes_are_where_their_pixels_are(train):
+    mask = torch.zeros(1, 1, 9, 16, 24, dtype=torch.bool)
+    mask[0, 0, 0, 3, 9] = True  # the first frame has a latent of its own
+    mask[0, 0, 8, 15, 23] = True  # every other one stands for four frames
+    found = train.latent_mask(mask)
+    assert found.shape == (1, 3, 1, 2, 3) and found.dtype == torch.bool
+    assert found.nonzero().tolist() == [[0, 0, 0, 0, 1], [0, 2, 0, 1, 2]]
+
+
+def test_muon_takes_the_inner_matrices_only(train):
+    args = train.arguments(["--muon", "--text-rate", "0.1"])
+    model = train.TextToVelocity(train.build_text_encoder(train.TINY, 40), train.build_transformer(train.TINY))
+    adam, muon = train.build_optimisers(model, args, fused=False)
+    names = {id(p): n for n, p in model.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert len(taken) == train.TINY.layers * 6 and all(".attn1.to_" in n or ".ff.net." in n for n in taken)
+    rest = [names[id(p)] for group in adam.param_groups for p in group["params"]]
+    assert sorted(rest + list(taken)) == sorted(names.values())
 
 
 def test_swapped_likeness_tells_a_bag_of_words(train, tmp_path):
@@ -113,3 +136,19 @@ def test_arguments_that_cannot_be_meant_are_refused(train, wrong, capsys):
     with pytest.raises(SystemExit):
         train.arguments(wrong)
     assert wrong[0].lstrip("-").split("-")[0] in capsys.readouterr().err
+
+
+def test_two_processes_train_one_model(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(FOLDER / "train.py"),
+               "--tiny", "--vae-minutes", "0.02", "--max-steps", "21", "--refresh-every", "4", "--muon", "--shape-weight", "3",
+               "--guidance", "2", "4", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("finished with 0") == 1  # one of them speaks
+    record = json.loads((tmp_path / "state" / "model" / "training.json").read_text())
+    assert record["batch"] == 2 * 8 and record["steps"] in (21, 30)  # they agree on the time every ten steps
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert evaluation["captions"] == 6 and set(evaluation["guidance_sweep"]) == {"2.0", "4.0"}
+    own, other = (np.load(tmp_path / "state" / name) for name in ("ids.npy", "1-ids.npy"))
+    assert not np.array_equal(own, other)  # each has clips of its own
