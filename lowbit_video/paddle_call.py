@@ -1,4 +1,4 @@
-"""A call of `attention()` or `attention_varlen()` as one operator of Paddle's static graphs, with its choices in the operator's key.
+"""A call of `attention()` or `attention_varlen()` as one operator of Paddle's static graphs, its choices in the operator's key.
 
 What `torch_op.py` is for torch.compile. A processor's attention has an operator of its own (`runtime/paddle_op.py`), which
 runs whatever processor the module has then.
@@ -15,8 +15,8 @@ from lowbit_video.precision import Precision
 from lowbit_video.runtime.paddle_op import like_query, remember
 from lowbit_video.varlen import run_varlen
 
-
 Pair = tuple[paddle.Tensor, paddle.Tensor | None]
+"""out, and lse where it is wanted."""
 
 
 def _chosen(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, key: str) -> Pair:
