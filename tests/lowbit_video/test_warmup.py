@@ -6,7 +6,7 @@ from lowbit_video.warmup import warmup
 
 
 def test_a_cpu_compiles_nothing(framework):
-    shapes = [(1, 17776, 30, 64), (2, 45106, 48, 64)]
+    shapes = [(1, 17776, 30, 64), (2, 45106, 48, 64), ((17776, 226), 30, 64)]
     assert warmup(shapes, "int8+fp8", framework=framework.name, device="cpu") == dict.fromkeys(shapes, 0.0)
 
 
@@ -20,14 +20,51 @@ def test_every_shape_runs_twice_and_the_difference_is_reported(framework, monkey
     runtime = module.detect.runtime_of(like)
     monkeypatch.setattr(runtime, "is_cpu", lambda t: False)
 
-    def wall_ms(runtime, q, k, v, *_):
+    def wall_ms(call, stream):
+        q, k, v = call.args
+        assert call.func is module.run and call.keywords["precision"] == "int8+fp8"
         seen.append((runtime.shape(q), runtime.shape(k)))
         return next(walls)
+
+    monkeypatch.setattr(runtime, "stream", lambda t: 0)
 
     monkeypatch.setattr(module, "_wall_ms", wall_ms)
     taken = warmup([(1, 10, 4, 64), (1, 12, 4, 64)], "int8+fp8", framework=framework.name, device="cpu", kv_heads=2)
     assert taken == {(1, 10, 4, 64): 900.0, (1, 12, 4, 64): 0.0}
     assert seen == [((1, 10, 4, 64), (1, 10, 2, 64))] * 2 + [((1, 12, 4, 64), (1, 12, 2, 64))] * 2
+
+
+def test_packed_sequences_are_called_as_a_model_calls_them(framework, monkeypatch):
+    """The calls run here through the reference, so that they are known to be valid ones."""
+    import sys
+
+    module = sys.modules["lowbit_video.warmup"]
+    like = module.detect.anchor(framework.name, "cpu")
+    runtime = module.detect.runtime_of(like)
+    seen = []
+
+    def wall_ms(call, stream):
+        q, k, v, cu_q, cu_k, max_q, max_k = call.args
+        seen.append((runtime.shape(q), runtime.shape(k), runtime.to_numpy(cu_q).tolist(), max_q, max_k))
+        with monkeypatch.context() as undo:
+            undo.setattr(runtime, "is_cpu", is_cpu)
+            out, lse, variant = call.func(*call.args, **call.keywords, check_finite=False)
+        assert runtime.shape(out) == runtime.shape(q) and lse is not None and variant.backend == "reference"
+        return 7.0 / len(seen)
+
+    is_cpu = runtime.is_cpu
+    monkeypatch.setattr(runtime, "is_cpu", lambda t: False)
+    monkeypatch.setattr(runtime, "stream", lambda t: 0)
+    monkeypatch.setattr(module, "_wall_ms", wall_ms)
+    taken = warmup([((10, 3, 0), 4, 64)], "int8+fp16", framework=framework.name, device="cpu", kv_heads=2, return_lse=True)
+    assert taken == {((10, 3, 0), 4, 64): 3.5}
+    assert seen == [((13, 4, 64), (13, 2, 64), [0, 10, 13, 13], 10, 10)] * 2
+
+
+@pytest.mark.parametrize("shape", [(17776, 30, 64), ((), 30, 64), (1, 2, 3, 4, 5)], ids=str)
+def test_a_shape_of_neither_form_is_refused(framework, shape):
+    with pytest.raises(ValueError, match=r"\(lengths, heads, head_dim\)"):
+        warmup([shape], framework=framework.name, device="cpu")
 
 
 def test_unknown_framework_is_named():
