@@ -20,6 +20,7 @@ from lowbit_video.attention import (
     select,
     traced_by_paddle,
     traced_by_torch,
+    warn_if_slower,
 )
 from lowbit_video.kernels.variants import KernelVariant
 from lowbit_video.precision import Precision, as_precision
@@ -37,6 +38,7 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     max_seqlen_q, max_seqlen_k: the longest sequences; a GPU call relies on them and cannot check without waiting.
     The rest as `attention`; K's mean (smoothing) is that of each sequence.
     Returns out [Tq, Hq, D], or (out, lse float32 [Hq, Tq]).
+    Warns as `attention`, by the longest sequence of k.
     Raises as `attention`, and ValueError for cu_seqlens that do not fit (checked where they are on the CPU).
     """
     if traced_by_torch(q):
@@ -73,6 +75,7 @@ def run_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max
                            return_lse=return_lse, runtime=runtime)
     request = dataclasses.replace(request, varlen=True, q_len=int(max_seqlen_q), kv_len=int(max_seqlen_k))
     variant = select(request, backend)
+    warn_if_slower(variant, request)
     if check_finite or (check_finite is None and request.device == "cpu"):
         require_finite(runtime, q=q, k=k, v=v)
     scale = request.head_dim**-0.5 if scale is None else float(scale)
