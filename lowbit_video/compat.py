@@ -14,7 +14,7 @@ Source: https://github.com/thu-ml/SageAttention for names and arguments; the cod
 """
 from __future__ import annotations
 
-from lowbit_video.attention import attention
+from lowbit_video.attention import attention, traced_by_torch
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
 from lowbit_video.varlen import attention_varlen
@@ -55,7 +55,14 @@ def _triton(q: object) -> str:
 
 def _best_spec(q: object) -> str:
     runtime = detect.runtime_of(q)
-    arch = None if runtime.is_cpu(q) else runtime.arch(q)
+    if runtime.is_cpu(q):
+        arch = None
+    elif traced_by_torch(q):
+        from lowbit_video import torch_op
+
+        arch = torch_op.capability(q.device.index)
+    else:
+        arch = runtime.arch(q)
     return "int8+fp8" if arch is not None and tuple(arch) >= (8, 9) else "int8+fp16"
 
 

@@ -53,6 +53,14 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, spec, gra
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
 
+@torch.compiler.assume_constant_result
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of torch's CUDA device `index`: a constant of the graph, where asking the driver would break it."""
+    from lowbit_video.runtime import torch_runtime
+
+    return torch_runtime.capability(index)
+
+
 def _apart(precision):
     """What makes the precision anew: spec, granularity, smooth_k, smooth_q."""
     if isinstance(precision, str):

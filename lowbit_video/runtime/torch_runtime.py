@@ -46,11 +46,12 @@ def is_cpu(t: torch.Tensor) -> bool:
 
 def arch(t: torch.Tensor) -> tuple[int, int] | None:
     """Compute capability of the GPU that holds the tensor; None on a CPU."""
-    return _capability(t.device.index) if t.is_cuda else None
+    return capability(t.device.index) if t.is_cuda else None
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of the CUDA device of that index."""
     return torch.cuda.get_device_capability(index)
 
 

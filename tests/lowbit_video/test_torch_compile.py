@@ -1,4 +1,6 @@
 """attention() under torch.compile: one graph, the same numbers."""
+import types
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -93,6 +95,23 @@ def test_the_operators_pass_torchs_own_checks(name):
     else:
         given = (*packed(), 17, 21, "int8+fp16", None, None, None, False, None, True, "auto", None)
     torch.library.opcheck(getattr(torch.ops.lowbit_video, name), given)
+
+
+@pytest.mark.parametrize("arch,spec", [((8, 0), "int8+fp16"), ((8, 9), "int8+fp8")])
+def test_asking_for_the_arch_breaks_no_graph(monkeypatch, arch, spec):
+    """The GPU is played: what it is asked for is not known to the tracer."""
+    from lowbit_video import compat
+    from lowbit_video.runtime import torch_runtime
+
+    q, k, v = inputs("HND")
+    wanted = lv.attention(q, k, v, spec, tensor_layout="HND")
+
+    monkeypatch.setattr(torch_runtime, "capability", lambda index: (open("/dev/null").close(), arch)[1])
+    played = types.SimpleNamespace(is_cpu=lambda t: False)
+    monkeypatch.setattr(compat, "detect", types.SimpleNamespace(runtime_of=lambda t: played))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: compat.lowbit_fa(q, k, v) * 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v), wanted)
 
 
 def test_an_error_inside_is_the_callers_own_error():
