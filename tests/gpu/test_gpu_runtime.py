@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lowbit_video as lv
-from lowbit_video import plans
+from lowbit_video import compat, plans
 from lowbit_video.eval.speed import inputs
 from lowbit_video.gpu import plan_workspace
 from lowbit_video.kernels.quant import reference
@@ -129,6 +129,12 @@ def test_warmup_takes_the_first_calls_compilation(gpu):
     assert warmup([shape], "int8+fp8", framework=gpu.name)[shape] < 200.0
 
 
+def test_warmup_takes_the_compilation_of_packed_sequences(gpu):
+    shape = ((1999, 130, 1), 3, 64)
+    assert warmup([shape], "int4+fp8", framework=gpu.name)[shape] >= 0.0
+    assert warmup([shape], "int4+fp8", framework=gpu.name)[shape] < 200.0
+
+
 def test_the_hosts_part_of_a_call_is_short(gpu):
     q, k, v = make(gpu, (1, 2, 256, 64))
     call = lambda: lv.attention(q, k, v, "int8+fp8", tensor_layout="HND")
@@ -169,6 +175,44 @@ def test_torch_compile_keeps_one_graph(gpu):
     compiled = torch.compile(lambda q, k, v: lv.attention(q * 1, k, v, "int8+fp8", tensor_layout="HND") * 2, fullgraph=True)
     wanted = lv.attention(q, k, v, "int8+fp8", tensor_layout="HND") * 2
     assert torch.equal(compiled(q, k, v), wanted)
+
+
+def _packed(gpu):
+    q, k, v = (gpu.runtime.contiguous(x[0]) for x in make(gpu, (1, 1000, 4, 64)))
+    cu_seqlens = gpu.tensor([0, 300, 300, 1000], "int32")
+    return q, k, v, cu_seqlens, cu_seqlens
+
+
+@pytest.mark.parametrize("spec", ["int8+fp16", "int4+fp8"])
+def test_packed_sequences_are_one_operator_of_a_compiled_function(gpu, spec):
+    given = _packed(gpu)
+
+    def block(q, k, v, cu_q, cu_k):
+        out, lse = lv.attention_varlen(q * 1.0, k, v, cu_q, cu_k, 700, 700, spec, return_lse=True)
+        return out * 2.0, lse + 1.0
+
+    wanted = [gpu.numpy(t) for t in block(*given)]
+    if gpu.name == "torch":
+        import torch
+
+        compiled = torch.compile(block, fullgraph=True)
+    else:
+        import paddle
+
+        compiled = paddle.jit.to_static(block, full_graph=True)
+    got = compiled(*given)
+    for one, want in zip(got, wanted):
+        np.testing.assert_array_equal(gpu.numpy(one), want)
+
+
+def test_a_compat_name_that_asks_for_the_arch_breaks_no_graph(gpu):
+    if gpu.name != "torch":
+        pytest.skip("torch.compile needs torch tensors")
+    import torch
+
+    q, k, v = make(gpu, (1, 4, 1000, 64))
+    compiled = torch.compile(lambda q, k, v: compat.sageattn(q, k, v) * 1, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), compat.sageattn(q, k, v))
 
 
 def test_paddle_and_torch_in_one_process(gpu):
