@@ -41,6 +41,7 @@ LN_2 = gl.constexpr(0.6931471805599453)
 M_INIT = gl.constexpr(-1.0e30)  # a running maximum of -inf would give NaN in exp2(m - m)
 FP8_SHIFT = gl.constexpr(8.0)  # P is scaled by 2**8, just under e4m3's largest value 448
 FP8_ONE = gl.constexpr(0x38)  # the bits of 1.0 in e4m3
+LAZY_RISE = gl.constexpr(8.0)  # `lazy`: a row's maximum stays until it is short by more than a factor of 2**8
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup: the M of wgmma
 BLOCK_K = gl.constexpr(_BLOCK_K)  # keys to a K scale
 
@@ -93,20 +94,27 @@ def _beside(x, split):
 
 
 @gluon.jit
+def _logarithms(f, scale, m):
+    return gl.fma(f.to(gl.float32), scale, -m)
+
+
+@gluon.jit
 def _exponentials(f, scale, m):
-    return gl.exp2(gl.fma(f.to(gl.float32), scale, -m))
+    return gl.exp2(_logarithms(f, scale, m))
 
 
 @gluon.jit
 def _softmax(s, scale, m, l, mine, parity, BN: gl.constexpr, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr,
-             MASKED: gl.constexpr, TURN: gl.constexpr):
-    """P of one tile, unpacked, with the new row maximum and the factor for what was summed before.
+             MASKED: gl.constexpr, TURN: gl.constexpr, LINE: gl.constexpr, LAZY: gl.constexpr):
+    """P of one tile, unpacked (LINE: its logarithms), with the new row maximum and the factor for what was summed before.
 
     s: scores [64, BN], int32 or float32; scale: [64] (MASKED: 1.0), makes them base 2; m [64]: running maximum minus the shift.
     TURN: the consumer's turn in the exponentials (barrier `mine`) is waited for once the maximum is known.
     """
     SHIFT: gl.constexpr = FP8_SHIFT if FP8_PV else 0.0
     m_new = gl.maximum(m, gl.max(s, 1).to(gl.float32) * scale - SHIFT)
+    if LAZY:
+        m_new = gl.where(m_new - m > LAZY_RISE, m_new, m)
     if TURN:
         m_new = _before(m_new)
         mbarrier.wait(mine, parity)
@@ -115,6 +123,9 @@ def _softmax(s, scale, m, l, mine, parity, BN: gl.constexpr, FP8_PV: gl.constexp
     m_row = _beside(m_new, s0)
     if not MASKED:
         scale = _beside(scale, s0)
+    if LINE:
+        return (_logarithms(s0, scale, m_row), _logarithms(s1, scale, m_row), _logarithms(s2, scale, m_row),
+                _logarithms(s3, scale, m_row), alpha, m_new, l)
     p0 = _exponentials(s0, scale, m_row)
     p1 = _exponentials(s1, scale, m_row)
     if FP8_PV:
@@ -204,26 +215,83 @@ def _before(x):
 
 
 @gluon.constexpr_function
-def _held_asm(count):
-    """Passes `count` registers on, behind a store on the condition that one has its sign bit set."""
+def _line_asm(count, line):
+    """count registers of four e4m3 codes from 4 count logarithms x <= 8 (base 2): `line` of every eight of them without ex2.
+
+    A code of e4m3 is its own logarithm, 8 x + 56 but for the mantissa: 2 ** f is taken for 1 + f, and below 2 ** -6 (codes
+    under 8), where codes are no logarithms any more, for less than it is. 0.45 off a code makes the values right on average.
+    """
+    slope, bias, one, round_ = "0x48004800", "0x52f252f2", "0x3c003c00", "0x64006400"  # pairs of 8, 56 - 0.45, 1, 1024 in fp16
+    text = "{.reg .b16 a, b; .reg .b32 u, v, s, o, i, k; .reg .f32 e, f, g, h;"
+    text += f" mov.b32 s, {slope}; mov.b32 o, {bias}; mov.b32 i, {one}; mov.b32 k, {round_};"
+    for i in range(count):
+        x = [f"${count * (1 + j) + i}" for j in range(4)]
+        if i % 8 < line:
+            text += f" cvt.rn.f16x2.f32 u, {x[1]}, {x[0]}; cvt.rn.f16x2.f32 v, {x[3]}, {x[2]};"
+            for r in "uv":
+                text += f" fma.rn.relu.f16x2 {r}, {r}, s, o;"
+                text += f" fma.rn.f16x2 {r}, {r}, i, k;"  # rounds: the code is in the low bits
+            text += f" prmt.b32 ${i}, u, v, 0x6420;"
+        else:
+            text += "".join(f" ex2.approx.ftz.f32 {r}, {y};" for r, y in zip("efgh", x))
+            text += " cvt.rn.satfinite.e4m3x2.f32 a, f, e; cvt.rn.satfinite.e4m3x2.f32 b, h, g;"
+            text += f" mov.b32 ${i}, {{a, b}};"
+    return text + "}"
+
+
+@gluon.constexpr_function
+def _register_constraints(count, floats):
+    return ",".join(["=&r"] * count + ["f"] * floats if floats else ["=r"] * count + ["r"] * count)
+
+
+@gluon.jit
+def _pack_line(x0, x1, x2, x3, COUNT: gl.constexpr, LINE: gl.constexpr):
+    """`_pack` in FP8 of the logarithms of P."""
+    return gl.inline_asm_elementwise(_line_asm(COUNT, LINE), _register_constraints(COUNT, 4 * COUNT), [x0, x1, x2, x3],
+                                     dtype=gl.int32, is_pure=False, pack=COUNT)
+
+
+@gluon.constexpr_function
+def _held_asm(count, deep):
+    """Passes `count` registers on, behind a store on the condition that one of the first `deep` has its sign bit set."""
     moves = " ".join(f"mov.b32 ${i}, ${count + i};" for i in range(count))
-    ors = " ".join(f"or.b32 s, s, ${count + i};" for i in range(count))
+    ors = " ".join(f"or.b32 s, s, ${count + i};" for i in range(deep))
     store = "setp.lt.s32 n, s, 0; @n st.shared.b32 [a], a;"
     return f"{{.reg .pred n; .reg .b32 a, s; mov.b32 a, 0; mov.b32 s, 0; {ors} {store} {moves}}}"
 
 
+@gluon.jit
+def _held(p, COUNT: gl.constexpr, DEEP: gl.constexpr):
+    """The packed P, of which a thread has COUNT registers, behind a point that ptxas moves no wait and no arrival above.
+
+    No probability is negative, so that the store never happens; it depends on the exponentials of the first DEEP registers.
+    """
+    return gl.inline_asm_elementwise(_held_asm(COUNT, DEEP), _register_constraints(COUNT, 0), [p], dtype=gl.int32,
+                                     is_pure=False, pack=COUNT)
+
+
 @gluon.constexpr_function
-def _held_constraints(count):
-    return ",".join(["=r"] * count + ["r"] * count)
+def _skip_asm(count):
+    """x times alpha for `count` elements, jumped over where alpha is 1 in the whole warp."""
+    moves = " ".join(f"mov.b32 ${i}, ${count + i};" for i in range(count))
+    tests = " ".join(f"setp.neu.or.f32 n, ${2 * count + i}, 0f3F800000, n;" for i in range(min(count, 4)))
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    return (f"{{.reg .pred n; setp.ne.s32 n, 0, 0; {moves} {tests} vote.sync.any.pred n, n, -1; @!n bra.uni SAME; {products} "
+            "SAME: }")
+
+
+@gluon.constexpr_function
+def _skip_constraints(count):
+    return ",".join(["=&f"] * count + ["f"] * (2 * count))
 
 
 @gluon.jit
-def _held(p, COUNT: gl.constexpr):
-    """The packed P, of which a thread has COUNT registers, behind a point that ptxas moves no wait and no arrival above.
-
-    No probability is negative, so that the store never happens; it depends on every exponential.
-    """
-    return gl.inline_asm_elementwise(_held_asm(COUNT), _held_constraints(COUNT), [p], dtype=gl.int32, is_pure=False, pack=COUNT)
+def _rescale_moved(x, alpha, COUNT: gl.constexpr):
+    """`_rescale`, of which a thread has COUNT elements, that costs next to nothing while no maximum of the warp moves."""
+    a = gl.convert_layout(alpha, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
+    a, x = gl.broadcast(a, x)
+    return gl.inline_asm_elementwise(_skip_asm(COUNT), _skip_constraints(COUNT), [x, a], dtype=gl.float32, is_pure=False,
+                                     pack=COUNT)
 
 
 @gluon.jit
@@ -261,10 +329,12 @@ def _one_column(x):
 
 
 @gluon.jit
-def _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr):
+def _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr, LAZY: gl.constexpr):
     """Adds a finished PV whose P was made under alpha_old; alpha is that of the tile after it."""
     if FP8_PV:
         acc = _rescale(acc, alpha_old) + t
+    elif LAZY:
+        acc = _rescale_moved(t, alpha, t.shape[1] // 2)
     else:
         acc = _rescale(t, alpha)
     if SUM_MMA:
@@ -275,8 +345,8 @@ def _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV: gl.constexpr, SUM_MMA: 
 @gluon.jit
 def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage, phase, turn,
           BN: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, SUM_MMA: gl.constexpr, TOKEN: gl.constexpr,
-          PIN: gl.constexpr, HOLD: gl.constexpr, AHEAD: gl.constexpr, FIRST: gl.constexpr, MASK: gl.constexpr,
-          CAUSAL: gl.constexpr):
+          PIN: gl.constexpr, HOLD: gl.constexpr, LINE: gl.constexpr, LAZY: gl.constexpr, AHEAD: gl.constexpr,
+          FIRST: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr):
     """The softmax of tile i_n, with PV of the tile before it in flight.
 
     AHEAD 0: QK^T of this tile is issued with that PV, and waited for. AHEAD 1: s holds this tile's scores already, and
@@ -311,17 +381,22 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
     if TOKEN and not FIRST and not HOLD:  # one warpgroup at a time in the exponentials
         mbarrier.wait(mine, parity)
     p0, p1, p2, p3, alpha, m, l = _softmax(
-        x, scale, m, l, mine, parity, BN, FP8_PV, SUM_MMA, MASK, TOKEN and HOLD and not FIRST)
+        x, scale, m, l, mine, parity, BN, FP8_PV, SUM_MMA, MASK, TOKEN and HOLD > 0 and not FIRST, LINE, LAZY)
     if PIN:
         p3 = _after(p3)
     if HOLD:
-        p_next = _held(_pack(p0, p1, p2, p3, V_TYPE), BN // 8 if FP8_PV else BN // 4)
+        COUNT: gl.constexpr = BN // 8 if FP8_PV else BN // 4
+        if LINE:
+            p_next = _pack_line(p0, p1, p2, p3, COUNT, LINE)
+        else:
+            p_next = _pack(p0, p1, p2, p3, V_TYPE)
+        p_next = _held(p_next, COUNT, COUNT * HOLD // 8)
     if TOKEN and not FIRST:
         mbarrier.arrive(token.index((W + 1) % NC), count=1)
         turn += 1
     if not FIRST:
         t, tl, p, s = _pv_wait(t, tl, p, s_next if AHEAD else s, SUM_MMA)
-        acc, l = _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV, SUM_MMA)
+        acc, l = _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV, SUM_MMA, LAZY)
     elif AHEAD:
         s = warpgroup_mma_wait(0, deps=(s_next,))
     if AHEAD or not FIRST:
@@ -338,7 +413,8 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
 @gluon.jit
 def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr, BN: gl.constexpr, NC: gl.constexpr,
               STAGES: gl.constexpr, CAUSAL: gl.constexpr, LSE: gl.constexpr, LSE_SHIFT: gl.constexpr, SUM_MMA: gl.constexpr,
-              TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr):
+              TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, LINE: gl.constexpr, LAZY: gl.constexpr,
+              AHEAD: gl.constexpr, UNROLL: gl.constexpr):
     q_s, k_s, v_s, ones_s = tiles
     q_full, q_empty, full, empty, token = barriers
     p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale = pointers
@@ -394,31 +470,31 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
             phase ^= 1
         s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
             n_kv - 1, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, None, m, k_scale, stage,
-            phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, True, True, CAUSAL)
+            phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, True, True, CAUSAL)
         n_full = gl.minimum(n_full, n_kv - 1)
         if CAUSAL:
             for j in range(n_kv - 1 - n_full):
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_kv - 2 - j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, True, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, True, CAUSAL)
         if UNROLL:  # two tiles a turn: the scores of one and the next swap registers without moves
             if n_full % 2 == 1:
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_full - 1, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, False, CAUSAL)
             n_full = n_full // 2 * 2
             for j in range(n_full // 2):
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_full - 1 - 2 * j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, False, CAUSAL)
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_full - 2 - 2 * j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, False, CAUSAL)
         else:
             for j in range(n_full):
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_full - 1 - j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, False, CAUSAL)
         mbarrier.arrive(q_empty, count=1)
         mbarrier.wait(full.index(stage), phase)
         v_t = v_s.index(stage)
@@ -510,8 +586,9 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
                            heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on, D: gl.constexpr,
                            BN: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr,
                            CAUSAL: gl.constexpr, LSE: gl.constexpr, LSE_SHIFT: gl.constexpr, SUM_MMA: gl.constexpr,
-                           TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, AHEAD: gl.constexpr,
-                    UNROLL: gl.constexpr, V_LAYOUT: gl.constexpr, ONES_LAYOUT: gl.constexpr):
+                           TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, LINE: gl.constexpr,
+                           LAZY: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr, V_LAYOUT: gl.constexpr,
+                           ONES_LAYOUT: gl.constexpr):
     V_TYPE: gl.constexpr = v_desc.dtype
     FP8_PV: gl.constexpr = V_TYPE == gl.float8e4nv
     q_s = gl.allocate_shared_memory(q_desc.dtype, [NC, ROWS, D], q_desc.layout)
@@ -547,19 +624,19 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
     if NC == 2:
         gl.warp_specialize([
             (_consumer, (0, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, AHEAD, UNROLL)),
+                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
             (_consumer, (1, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, AHEAD, UNROLL)),
+                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
             (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, D, BN, NC, STAGES, CAUSAL, 1 + AHEAD)),
         ], [4, 1], [CONSUMER_REGS, 24])
     else:
         gl.warp_specialize([
             (_consumer, (0, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, AHEAD, UNROLL)),
+                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
             (_consumer, (1, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, AHEAD, UNROLL)),
+                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
             (_consumer, (2, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, AHEAD, UNROLL)),
+                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
             (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, D, BN, NC, STAGES, CAUSAL, 1 + AHEAD)),
         ], [4, 4, 1], [CONSUMER_REGS, CONSUMER_REGS, 24])
 
@@ -570,9 +647,11 @@ class HopperConfig:
 
     block_n: keys of a tile. consumers: warpgroups of 64 query rows. stages: K/V tiles in shared memory. registers: of a
     consumer's thread. sum_mma: row sums by an all-ones product instead of adds. token: consumers take turns in the
-    exponentials. pin: waits stay behind a quarter of the exponentials. hold: behind all of them, packed, and a consumer waits
-    for its turn with the row maximum in hand. ahead: QK^T runs one tile ahead of the softmax. unroll: two tiles a turn of
-    the loop. persistent: one program a multiprocessor.
+    exponentials. pin: waits stay behind a quarter of the exponentials. hold: behind so many eighths of them, packed, and a
+    consumer waits for its turn with the row maximum in hand. line (FP8, with hold and sum_mma): so many eighths of P without
+    an exponential, as codes of e4m3 are nearly logarithms. lazy (16 bits): a row's maximum, and with it what was summed,
+    stays until it is short by 2**8. ahead: QK^T runs one tile ahead of the softmax. unroll: two tiles a turn of the loop.
+    persistent: one program a multiprocessor.
     """
 
     block_n: int
@@ -582,10 +661,16 @@ class HopperConfig:
     sum_mma: bool = True
     token: bool = False
     pin: bool = False
-    hold: bool = False
+    hold: int = 0
+    line: int = 0
+    lazy: bool = False
     ahead: bool = False
     unroll: bool = False
     persistent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.line and not (self.hold and self.sum_mma):
+            raise ValueError(f"line={self.line} needs hold and sum_mma, given hold={self.hold}, sum_mma={self.sum_mma}")
 
 
 # (head dim, P.V in FP8) -> how to build. eval/speed/NOTES.md has what else was tried.
@@ -650,8 +735,9 @@ def launch_arguments(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, in
                  n_work, *out_strides)
     constants = dict(D=head_dim, BN=block_n, NC=config.consumers, STAGES=config.stages, CONSUMER_REGS=config.registers,
                      CAUSAL=bool(is_causal), LSE=lse is not None, LSE_SHIFT=lse is not None and lse_shift is not None,
-                     SUM_MMA=config.sum_mma, TOKEN=config.token, PIN=config.pin, HOLD=config.hold, AHEAD=int(config.ahead),
-                     UNROLL=config.unroll, V_LAYOUT=v_layout, ONES_LAYOUT=ones_layout, num_warps=4)
+                     SUM_MMA=config.sum_mma, TOKEN=config.token, PIN=config.pin, HOLD=int(config.hold),
+                     LINE=config.line, LAZY=config.lazy, AHEAD=int(config.ahead), UNROLL=config.unroll, V_LAYOUT=v_layout,
+                     ONES_LAYOUT=ones_layout, num_warps=4)
     return n_work, arguments, constants
 
 
