@@ -29,8 +29,9 @@ def add_parsers(subparsers) -> None:
         "tune", help="measure tile shapes and shortest useful lengths for this GPU, and write them as data",
         description="Times the portable kernel over tile shapes, warps and stages, and finds from how many tokens on each "
                     "precision beats exact attention. Writes a JSON file that LOWBIT_VIDEO_TUNING names to use it.")
-    _common(tune)
-    tune.add_argument("--variants", nargs="+", metavar="PRECISION", help="precisions to tune; default: one per family")
+    _common(tune, ("float16", "bfloat16", "float32"))
+    tune.add_argument("--variants", nargs="+", metavar="PRECISION",
+                      help="precisions to tune; default: one per family (float32: exact)")
     tune.add_argument("--jobs", type=int, default=0, metavar="N", help="compile the candidates in N processes first")
     only = tune.add_mutually_exclusive_group()
     only.add_argument("--no-lengths", action="store_true", help="leave the shortest useful lengths out")
@@ -40,12 +41,12 @@ def add_parsers(subparsers) -> None:
     tune.set_defaults(run=run_tune)
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _common(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = ("float16", "bfloat16")) -> None:
     parser.add_argument("--shapes", metavar="LIST",
                         help='";"-separated groups (models, anchors, sweep), model names or B,H,N,D[,causal]')
     parser.add_argument("--framework", choices=("auto", "paddle", "torch"), default="auto",
                         help="whose tensors to use (default: auto, the first of torch and paddle that has a GPU)")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float16")
 
 
 def pick_framework(name: str) -> str:

@@ -15,6 +15,7 @@ from lowbit_video.eval.speed import accuracy, bench, inputs, timing
 from lowbit_video.eval.speed.shapes import Shape
 from lowbit_video.gpu import Call
 from lowbit_video.kernels import tuning
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.tuning import TileConfig
 from lowbit_video.kernels.variants import KernelVariant
 from lowbit_video.precision import Precision
@@ -30,11 +31,42 @@ CANDIDATES = tuple(TileConfig(block_m, block_n, num_warps, num_stages) for block
                    for num_stages in (2, 3, 4))
 SMALL_CANDIDATES = tuple(TileConfig(64, block_n, 4, num_stages) for block_n in (32, 64) for num_stages in (1, 2, 3))
 """Beyond head dim 128."""
+FLOAT32_CANDIDATES = tuple(TileConfig(*tile, num_stages) for tile in ((16, 32, 8), (32, 32, 4), (64, 32, 4), (64, 64, 4))
+                           for num_stages in (1, 2, 3))
+"""For float32 tensors, which fill shared memory and registers sooner."""
 
 
-def candidates(head_dim: int) -> tuple[TileConfig, ...]:
-    """The tiles to try at a head dim."""
+def candidates(head_dim: int, dtype: str) -> tuple[TileConfig, ...]:
+    """The tiles to try at a head dim, for tensors of a dtype."""
+    if dtype == "float32":
+        return FLOAT32_CANDIDATES
     return CANDIDATES if head_dim <= 128 else SMALL_CANDIDATES
+
+
+def chosen_specs(specs: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
+    """The precisions to tune with tensors of a dtype; None: one for each family that its tensors have tiles in.
+
+    Exact attention in float32 has a family of its own. Low-bit tiles and lengths belong to 16-bit tensors, and float32 ones
+    use the same. Raises ValueError for precisions whose rows would say something else than was measured.
+    """
+    own = FORMAT_OF_DTYPE[dtype]
+    chosen = tuple(specs or (("exact",) if own == "fp32" else SPECS))
+    for spec in chosen:
+        precision = Precision(spec)
+        if precision.exact and spec not in ("exact", own):
+            raise ValueError(f"{spec} cannot be tuned with {dtype} tensors: exact attention runs in their own format; pass "
+                             f"'exact', and the dtype that {spec} is stored in")
+        if own == "fp32" and not precision.exact:
+            raise ValueError(f"{spec} cannot be tuned with float32 tensors: its rows are those of 16-bit tensors, which "
+                             "float32 ones share; pass float16 or bfloat16, or tune 'exact'")
+    return chosen
+
+
+def family_of(precision: Precision, dtype: str) -> str:
+    """The tuning family whose tile a precision uses on tensors of a dtype."""
+    if precision.exact:
+        return tuning.family(*(FORMAT_OF_DTYPE[dtype],) * 3)
+    return tuning.family(precision.q, precision.k, precision.pv)
 
 
 def _portable(spec: str, dtype: str, arch: tuple[int, int], shape: Shape) -> KernelVariant | None:
@@ -50,7 +82,7 @@ def _calls(shape: Shape, spec: str, framework: str, dtype: str) -> tuple[Any, li
     q, k, v = inputs.make_inputs(runtime, shape.dims, dtype, like, v_offset=0.5)
     scale = shape.head_dim**-0.5
     calls = [(config, Call(variant, Precision(spec), q, k, v, runtime=runtime, tensor_layout="HND", is_causal=shape.causal,
-                           scale=scale, config=config)) for config in candidates(shape.head_dim)]
+                           scale=scale, config=config)) for config in candidates(shape.head_dim, dtype)]
     return runtime, calls, (q, k, v)
 
 
@@ -125,11 +157,11 @@ def shortest_useful(spec: str, variant: KernelVariant, head_dim: int, framework:
 
 def tune(shapes: Iterable[Shape], *, framework: str, dtype: str, specs: Sequence[str] | None, out: Path, jobs: int = 0,
          lengths: bool = True, tiles: bool = True, log: Callable[[str], None] = print) -> Path:
-    """Measures and writes the tuning file; returns its path."""
-    shapes, specs = tuple(shapes), tuple(specs or SPECS)
+    """Measures and writes the tuning file; returns its path. Raises ValueError for what `chosen_specs` refuses."""
+    shapes, specs = tuple(shapes), chosen_specs(specs, dtype)
     if jobs and tiles:
         work = [(shape, spec, framework, dtype, index) for shape in shapes for spec in specs
-                for index in range(len(candidates(shape.head_dim)))]
+                for index in range(len(candidates(shape.head_dim, dtype)))]
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
             pool.map(_compile, work, chunksize=4)
     like = detect.anchor(framework)
@@ -143,7 +175,7 @@ def tune(shapes: Iterable[Shape], *, framework: str, dtype: str, specs: Sequence
             precision = Precision(spec)
             best = tune_tiles(shape, spec, framework, dtype, log) if tiles else None
             if best is not None:
-                name = "fp16" if precision.exact else tuning.family(precision.q, precision.k, precision.pv)
+                name = family_of(precision, dtype)
                 entries = [e for e in entries if (e.get("family"), e["head_dim"]) != (name, padded)]
                 entries.append(dict(family=name, arch=list(arch), head_dim=padded, config=asdict(best)))
             if lengths and not precision.exact:

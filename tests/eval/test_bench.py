@@ -196,6 +196,38 @@ def test_tuning_is_written_with_where_it_was_measured_and_read_back(tmp_path, mo
     assert lengths["hopper-int8", "fp16", (9, 0), 64] == lengths["triton-int-fp16", "fp16", (9, 0), 64] == 2048
 
 
+@pytest.mark.parametrize("dtype,family", [("float16", "fp16"), ("bfloat16", "fp16"), ("float32", "fp32")])
+def test_exact_rows_are_filed_under_what_lookup_asks_for(tmp_path, monkeypatch, dtype, family):
+    from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
+
+    monkeypatch.setattr(tune.detect, "anchor", lambda framework: None)
+    monkeypatch.setattr(tune.detect, "runtime_of", lambda like: types.SimpleNamespace(arch=lambda t: (9, 0)))
+    monkeypatch.setattr(bench, "environment", lambda framework: {})
+    tile = tuning.TileConfig(32, 32, 4, 1)
+    monkeypatch.setattr(tune, "tune_tiles", lambda *_: tile)
+    path = tune.tune([Shape("", 1, 2, 300, 64)], framework="torch", dtype=dtype, specs=["exact"], out=tmp_path / "tuning.json",
+                     log=lambda text: None)
+    assert tuning.load(str(path)) == {(family, (9, 0), 64): tile}
+    monkeypatch.setenv(tuning.ENVIRONMENT, str(path))
+    own = FORMAT_OF_DTYPE[dtype]
+    assert tuning.lookup(tuning.family(own, own, "fp16"), (9, 0), 64) == tile  # as the launcher asks
+    other = "fp32" if family == "fp16" else "fp16"
+    assert tuning.lookup(other, (9, 0), 64) == tuning.TABLE[other, (9, 0), 64]
+
+
+def test_what_float32_tensors_can_tune():
+    assert tune.chosen_specs(None, "float32") == ("exact",) and tune.chosen_specs(None, "float16") == tune.SPECS
+    assert tune.chosen_specs(["fp32", "exact"], "float32") == ("fp32", "exact")
+    tried = {(t.block_m, t.block_n, t.num_warps, t.num_stages) for t in tune.candidates(64, "float32")}
+    for (family, *_), tile in tuning.TABLE.items():  # measuring may not end with less than what is there
+        assert family != "fp32" or (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages) in tried
+    for specs, dtype, message in ((["int8+fp16"], "float32", "which float32 ones share; pass float16 or bfloat16"),
+                                  (["fp32"], "float16", "exact attention runs in their own format; pass 'exact'"),
+                                  (["fp16"], "bfloat16", "fp16 cannot be tuned with bfloat16 tensors")):
+        with pytest.raises(ValueError, match=message):
+            tune.tune([], framework="torch", dtype=dtype, specs=specs, out=None)
+
+
 def test_every_result_kept_says_where_it_was_measured():
     folder = Path(bench.__file__).parent / "results"
     for path in sorted(folder.glob("*.json")):
