@@ -3,8 +3,9 @@
     from lowbit_video.compat import sageattn_qk_int8_pv_fp16_triton
 
 Every `sageattn...` has a `lowbit_fa...` twin that is the same function. Arguments, their order and
-their defaults are SageAttention's (tensor_layout "HND", sm_scale None = head_dim ** -0.5); an
-argument that cannot be honoured raises, and an unknown one is a TypeError: nothing is swallowed.
+their defaults are SageAttention's (tensor_layout "HND", sm_scale None = head_dim ** -0.5), but for
+qk_quant_gran, which is "per_block", the fastest here; an argument that cannot be honoured raises, and
+an unknown one is a TypeError: nothing is swallowed.
 
 A name that ends in `_triton` runs the portable Triton kernel. One that ends in `_cuda` runs the best
 kernel of that precision on this GPU, whatever language it is written in. Tensors on the CPU go
@@ -14,8 +15,10 @@ Source: https://github.com/thu-ml/SageAttention for names and arguments; the cod
 """
 from __future__ import annotations
 
-from lowbit_video.attention import attention, traced_by_torch
-from lowbit_video.precision import Precision
+import itertools
+
+from lowbit_video.attention import attention, paddle_call, traced_by_paddle, traced_by_torch
+from lowbit_video.precision import GRANULARITIES, Precision, precision_specs
 from lowbit_video.runtime import detect
 from lowbit_video.varlen import attention_varlen
 
@@ -48,22 +51,37 @@ def _check_sums(pv_accum_dtype: str) -> None:
                          f"narrower; pass one of {', '.join(map(repr, FLOAT32_SUMS))}")
 
 
-def _triton(q: object) -> str:
+def _arch(q: object) -> tuple[int, int] | None:
+    """Compute capability of the GPU that q is on, or in a graph being traced will be on; None for a CPU."""
+    if traced_by_paddle(q):
+        return paddle_call().arch_of_graph()
     runtime = detect.runtime_of(q)
-    return "auto" if runtime.is_cpu(q) else "triton"
+    if runtime.is_cpu(q):
+        return None
+    if traced_by_torch(q):
+        from lowbit_video import torch_op
+
+        return torch_op.capability(q.device.index)
+    return runtime.arch(q)
+
+
+def _triton(q: object) -> str:
+    return "auto" if _arch(q) is None else "triton"
 
 
 def _best_spec(q: object) -> str:
-    runtime = detect.runtime_of(q)
-    if runtime.is_cpu(q):
-        arch = None
-    elif traced_by_torch(q):
-        from lowbit_video import torch_op
-
-        arch = torch_op.capability(q.device.index)
-    else:
-        arch = runtime.arch(q)
+    arch = _arch(q)
     return "int8+fp8" if arch is not None and tuple(arch) >= (8, 9) else "int8+fp16"
+
+
+_PRECISIONS = {choices: Precision(*choices) for choices in itertools.product(
+    (spec for spec in precision_specs() if "+" in spec), (None, *GRANULARITIES), (True, False), (None, True, False))}
+"""Made beforehand, by their arguments: Paddle's SOT cannot make a dataclass in a function that it traces."""
+
+
+def _precision(spec: str, granularity: str | None = None, smooth_k: bool = True, smooth_q: bool | None = None) -> Precision:
+    choices = (spec, granularity, smooth_k, smooth_q)
+    return _PRECISIONS[choices] if choices in _PRECISIONS else Precision(*choices)
 
 
 def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, smooth_k=True):
@@ -74,7 +92,7 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, retur
     Returns the output in q's shape, dtype and layout; with return_lse also the natural logarithm of
     the softmax's denominator, float32 [B, Hq, Nq], corrected for smoothing.
     """
-    return attention(q, k, v, Precision(_best_spec(q), smooth_k=smooth_k), tensor_layout=tensor_layout, is_causal=is_causal,
+    return attention(q, k, v, _precision(_best_spec(q), smooth_k=smooth_k), tensor_layout=tensor_layout, is_causal=is_causal,
                      scale=sm_scale, return_lse=return_lse)
 
 
@@ -86,7 +104,7 @@ def sageattn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
     smooth_k: the mean subtracted from K is that of each sequence. return_lse: also the LSE, float32 [Hq, Tq].
     """
     return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                            precision=Precision("int8+fp16", smooth_k=smooth_k), is_causal=is_causal, scale=sm_scale,
+                            precision=_precision("int8+fp16", smooth_k=smooth_k), is_causal=is_causal, scale=sm_scale,
                             return_lse=return_lse)
 
 
@@ -98,7 +116,7 @@ def sageattn_qk_int8_pv_fp16_triton(q, k, v, tensor_layout="HND", quantization_b
     """
     _refuse("quantization_backend", quantization_backend, "triton", "Q and K are quantised by Triton kernels")
     _refuse("attn_mask", attn_mask, None, "the low-bit kernels attend to every key, or causally")
-    return attention(q, k, v, Precision("int8+fp16", smooth_k=smooth_k), tensor_layout=tensor_layout, is_causal=is_causal,
+    return attention(q, k, v, _precision("int8+fp16", smooth_k=smooth_k), tensor_layout=tensor_layout, is_causal=is_causal,
                      scale=sm_scale, return_lse=return_lse, backend=_triton(q))
 
 
@@ -107,7 +125,7 @@ def sageattn_qk_int4_pv_fp16_triton(q, k, v, tensor_layout="HND", quantization_b
     """INT4 Q.K^T (scales per token, Q smoothed too), P.V in 16 bits, portable Triton kernel. Shapes as `sageattn`."""
     _refuse("quantization_backend", quantization_backend, "triton", "Q and K are quantised by Triton kernels")
     _refuse("attn_mask", attn_mask, None, "the low-bit kernels attend to every key, or causally")
-    return attention(q, k, v, Precision("int4+fp16", smooth_k=smooth_k), tensor_layout=tensor_layout, is_causal=is_causal,
+    return attention(q, k, v, _precision("int4+fp16", smooth_k=smooth_k), tensor_layout=tensor_layout, is_causal=is_causal,
                      scale=sm_scale, return_lse=return_lse, backend=_triton(q))
 
 
@@ -120,7 +138,7 @@ def sageattn_qk_int8_pv_fp16_cuda(q, k, v, tensor_layout="HND", is_causal=False,
     """
     _check_sums(pv_accum_dtype)
     _refuse("smooth_v", smooth_v, False, "sums of P.V are float32, which needs no smoothing of V")
-    return attention(q, k, v, Precision("int8+fp16", granularity=_granularity(qk_quant_gran), smooth_k=smooth_k),
+    return attention(q, k, v, _precision("int8+fp16", granularity=_granularity(qk_quant_gran), smooth_k=smooth_k),
                      tensor_layout=tensor_layout, is_causal=is_causal, scale=sm_scale, return_lse=return_lse)
 
 
@@ -129,7 +147,7 @@ def sageattn_qk_int8_pv_fp8_cuda(q, k, v, tensor_layout="HND", is_causal=False, 
     """INT8 Q.K^T, FP8 (e4m3) P.V: the best kernel of that precision on this GPU. Arguments as its fp16 neighbour."""
     _check_sums(pv_accum_dtype)
     _refuse("smooth_v", smooth_v, False, "sums of P.V are float32, which needs no smoothing of V")
-    return attention(q, k, v, Precision("int8+fp8", granularity=_granularity(qk_quant_gran), smooth_k=smooth_k),
+    return attention(q, k, v, _precision("int8+fp8", granularity=_granularity(qk_quant_gran), smooth_k=smooth_k),
                      tensor_layout=tensor_layout, is_causal=is_causal, scale=sm_scale, return_lse=return_lse)
 
 
@@ -142,7 +160,7 @@ def sageattn_multi_precision(q, k, v, q_format="int8", k_format="int4", pv_forma
     smooth_q None: what suits the formats (see `Precision`).
     """
     spec = f"{q_format}+{pv_format}" if q_format == k_format else f"{q_format}/{k_format}+{pv_format}"
-    precision = Precision(spec, granularity=_granularity(qk_quant_gran), smooth_k=smooth_k, smooth_q=smooth_q)
+    precision = _precision(spec, granularity=_granularity(qk_quant_gran), smooth_k=smooth_k, smooth_q=smooth_q)
     return attention(q, k, v, precision, tensor_layout=tensor_layout, is_causal=is_causal, scale=sm_scale,
                      return_lse=return_lse)
 

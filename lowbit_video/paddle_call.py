@@ -12,6 +12,7 @@ import paddle
 
 from lowbit_video.attention import run
 from lowbit_video.precision import Precision
+from lowbit_video.runtime import cuda_driver
 from lowbit_video.runtime.paddle_op import like_query, remember
 from lowbit_video.varlen import run_varlen
 
@@ -100,6 +101,13 @@ def _apart(precision):
         if not precision.exact:
             granularity, smooth_k, smooth_q = precision.granularity, precision.smooth_k, precision.smooth_q
     return f"{spec!r}, {granularity!r}, {smooth_k!r}, {smooth_q!r}"
+
+
+@paddle.jit.not_to_static
+def arch_of_graph() -> tuple[int, int] | None:
+    """Compute capability of Paddle's current device, where a graph being traced will run; None for a CPU."""
+    kind, _, ordinal = paddle.device.get_device().partition(":")
+    return None if kind == "cpu" else cuda_driver.capability(int(ordinal or 0))
 
 
 def attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite):

@@ -218,6 +218,50 @@ def test_packed_lengths_may_change_between_calls(full_graph, monkeypatch):
     assert calls == [17, 12, 12, 17]
 
 
+@MODES
+@pytest.mark.parametrize("name", ["sageattn", "sageattn_qk_int8_pv_fp16_triton", "sageattn_qk_int4_pv_fp16_triton",
+                                  "sageattn_qk_int8_pv_fp16_cuda", "sageattn_qk_int8_pv_fp8_cuda", "sageattn_multi_precision"])
+def test_compat_names_can_be_compiled(name, full_graph, monkeypatch):
+    from lowbit_video import compat
+
+    function = getattr(compat, name)
+
+    def block(q, k, v):
+        return function(q * 1.0, k, v, smooth_k=False) + 1.0
+
+    monkeypatch.setenv("MIN_GRAPH_SIZE", "0")  # SOT runs smaller graphs eagerly
+    tensors = [paddle.to_tensor(a.transpose(0, 2, 1, 3)) for a in qkv(q_len=20)]
+    with paddle.no_grad():
+        got, wanted = paddle.jit.to_static(block, full_graph=full_graph)(*tensors), block(*tensors)
+    assert float((got - wanted).abs().max()) <= 1e-5
+
+
+@MODES
+def test_the_compat_name_of_packed_sequences_can_be_compiled(full_graph, monkeypatch):
+    from lowbit_video import compat
+
+    def block(q, k, v, cu_q, cu_k):
+        return compat.sageattn_varlen(q * 1.0, k, v, cu_q, cu_k, 17, 21) + 1.0
+
+    monkeypatch.setenv("MIN_GRAPH_SIZE", "0")
+    with paddle.no_grad():
+        got, wanted = paddle.jit.to_static(block, full_graph=full_graph)(*packed()), block(*packed())
+    np.testing.assert_allclose(got.numpy(), wanted.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("device,arch,spec", [("cpu", None, "int8+fp16"), ("gpu:0", (8, 0), "int8+fp16"),
+                                              ("cudev:1", (9, 0), "int8+fp8")])
+def test_a_graph_is_traced_for_the_current_device(monkeypatch, device, arch, spec):
+    from lowbit_video import compat, paddle_call
+
+    asked = []
+    monkeypatch.setattr(paddle.device, "get_device", lambda: device)
+    monkeypatch.setattr(paddle_call.cuda_driver, "capability", lambda ordinal: asked.append(ordinal) or arch)
+    monkeypatch.setattr(compat, "traced_by_paddle", lambda q: True)
+    assert compat._best_spec(None) == spec and compat._triton(None) == ("auto" if device == "cpu" else "triton")
+    assert asked == ([] if device == "cpu" else [int(device[-1])] * 2)
+
+
 def test_an_error_of_packed_sequences_inside_the_graph_can_be_read():
     paddle_op.take_failure()
     q, k, v, cu_q, cu_k = packed()
