@@ -94,19 +94,14 @@ def _beside(x, split):
 
 
 @gluon.jit
-def _logarithms(f, scale, m):
-    return gl.fma(f.to(gl.float32), scale, -m)
-
-
-@gluon.jit
 def _exponentials(f, scale, m):
-    return gl.exp2(_logarithms(f, scale, m))
+    return gl.exp2(gl.fma(f.to(gl.float32), scale, -m))
 
 
 @gluon.jit
 def _softmax(s, scale, m, l, mine, parity, BN: gl.constexpr, FP8_PV: gl.constexpr, SUM_MMA: gl.constexpr,
              MASKED: gl.constexpr, TURN: gl.constexpr, LINE: gl.constexpr, LAZY: gl.constexpr):
-    """P of one tile, unpacked (LINE: its logarithms), with the new row maximum and the factor for what was summed before.
+    """P of one tile, unpacked (LINE: packed), with the new row maximum and the factor for what was summed before.
 
     s: scores [64, BN], int32 or float32; scale: [64] (MASKED: 1.0), makes them base 2; m [64]: running maximum minus the shift.
     TURN: the consumer's turn in the exponentials (barrier `mine`) is waited for once the maximum is known.
@@ -124,20 +119,25 @@ def _softmax(s, scale, m, l, mine, parity, BN: gl.constexpr, FP8_PV: gl.constexp
     if not MASKED:
         scale = _beside(scale, s0)
     if LINE:
-        return (_logarithms(s0, scale, m_row), _logarithms(s1, scale, m_row), _logarithms(s2, scale, m_row),
-                _logarithms(s3, scale, m_row), alpha, m_new, l)
-    p0 = _exponentials(s0, scale, m_row)
-    p1 = _exponentials(s1, scale, m_row)
-    if FP8_PV:
-        p2 = _exponentials(s2, scale, m_row)
-        p3 = _exponentials(s3, scale, m_row)
-        if not SUM_MMA:
-            l = _add_rows(l, alpha, (p0 + p1) + (p2 + p3))
-    else:
+        if MASKED:
+            scale = gl.full_like(m_row, 1.0)
+        p0 = _pack_line(s0, s1, s2, s3, scale, m_row, BN // 8, LINE)
+        p1 = p0
         p2 = p0
-        p3 = p1
-        if not SUM_MMA:
-            l = _add_rows(l, alpha, p0 + p1)
+        p3 = p0
+    else:
+        p0 = _exponentials(s0, scale, m_row)
+        p1 = _exponentials(s1, scale, m_row)
+        if FP8_PV:
+            p2 = _exponentials(s2, scale, m_row)
+            p3 = _exponentials(s3, scale, m_row)
+            if not SUM_MMA:
+                l = _add_rows(l, alpha, (p0 + p1) + (p2 + p3))
+        else:
+            p2 = p0
+            p3 = p1
+            if not SUM_MMA:
+                l = _add_rows(l, alpha, p0 + p1)
     return p0, p1, p2, p3, alpha, m_new, l
 
 
@@ -216,24 +216,23 @@ def _before(x):
 
 @gluon.constexpr_function
 def _line_asm(count, line):
-    """count registers of four e4m3 codes from 4 count logarithms x <= 8 (base 2): `line` of every eight of them without ex2.
+    """count registers of four e4m3 codes from 4 count scores, `line` of every eight registers without ex2.
 
-    A code of e4m3 is its own logarithm, 8 x + 56 but for the mantissa: 2 ** f is taken for 1 + f, and below 2 ** -6 (codes
-    under 8), where codes are no logarithms any more, for less than it is. 0.45 off a code makes the values right on average.
+    Beside the scores: count times the scale, minus the maximum, and the latter with 7 - 0.45 / 8 added. A code of e4m3 is its
+    own logarithm, 8 x + 56 but for the mantissa: 2 ** f is taken for 1 + f, and below 2 ** -6 (codes under 8), where codes
+    are no logarithms any more, for less than it is. 0.45 off a code makes the values right on average.
     """
-    slope, bias, one, round_ = "0x48004800", "0x52f252f2", "0x3c003c00", "0x64006400"  # pairs of 8, 56 - 0.45, 1, 1024 in fp16
-    text = "{.reg .b16 a, b; .reg .b32 u, v, s, o, i, k; .reg .f32 e, f, g, h;"
-    text += f" mov.b32 s, {slope}; mov.b32 o, {bias}; mov.b32 i, {one}; mov.b32 k, {round_};"
+    text = "{.reg .b16 a, b; .reg .b32 u, v, s, k; .reg .f32 e, f, g, h;"
+    text += " mov.b32 s, 0x48004800; mov.b32 k, 0x64006400;"  # pairs of 8 and of 1024 in fp16
     for i in range(count):
-        x = [f"${count * (1 + j) + i}" for j in range(4)]
+        scale, shift = f"${5 * count + i}", f"${(7 if i % 8 < line else 6) * count + i}"
+        text += "".join(f" fma.rn.f32 {r}, ${count * (1 + j) + i}, {scale}, {shift};" for j, r in enumerate("efgh"))
         if i % 8 < line:
-            text += f" cvt.rn.f16x2.f32 u, {x[1]}, {x[0]}; cvt.rn.f16x2.f32 v, {x[3]}, {x[2]};"
-            for r in "uv":
-                text += f" fma.rn.relu.f16x2 {r}, {r}, s, o;"
-                text += f" fma.rn.f16x2 {r}, {r}, i, k;"  # rounds: the code is in the low bits
+            text += " cvt.rn.relu.f16x2.f32 u, f, e; cvt.rn.relu.f16x2.f32 v, h, g;"
+            text += " fma.rn.f16x2 u, u, s, k; fma.rn.f16x2 v, v, s, k;"  # rounds: the code is in the low bits
             text += f" prmt.b32 ${i}, u, v, 0x6420;"
         else:
-            text += "".join(f" ex2.approx.ftz.f32 {r}, {y};" for r, y in zip("efgh", x))
+            text += "".join(f" ex2.approx.ftz.f32 {r}, {r};" for r in "efgh")
             text += " cvt.rn.satfinite.e4m3x2.f32 a, f, e; cvt.rn.satfinite.e4m3x2.f32 b, h, g;"
             text += f" mov.b32 ${i}, {{a, b}};"
     return text + "}"
@@ -245,10 +244,16 @@ def _register_constraints(count, floats):
 
 
 @gluon.jit
-def _pack_line(x0, x1, x2, x3, COUNT: gl.constexpr, LINE: gl.constexpr):
-    """`_pack` in FP8 of the logarithms of P."""
-    return gl.inline_asm_elementwise(_line_asm(COUNT, LINE), _register_constraints(COUNT, 4 * COUNT), [x0, x1, x2, x3],
-                                     dtype=gl.int32, is_pure=False, pack=COUNT)
+def _pack_line(s0, s1, s2, s3, scale, m, COUNT: gl.constexpr, LINE: gl.constexpr):
+    """P in FP8, packed as by `_pack`, of the scores."""
+    s0 = s0.to(gl.float32)
+    scale, s0 = gl.broadcast(scale, s0)
+    shift, s0 = gl.broadcast(-m, s0)
+    line_shift, s0 = gl.broadcast(6.94375 - m, s0)
+    return gl.inline_asm_elementwise(
+        _line_asm(COUNT, LINE), _register_constraints(COUNT, 7 * COUNT),
+        [s0, s1.to(gl.float32), s2.to(gl.float32), s3.to(gl.float32), scale, shift, line_shift],
+        dtype=gl.int32, is_pure=False, pack=COUNT)
 
 
 @gluon.constexpr_function
@@ -386,9 +391,8 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
         p3 = _after(p3)
     if HOLD:
         COUNT: gl.constexpr = BN // 8 if FP8_PV else BN // 4
-        if LINE:
-            p_next = _pack_line(p0, p1, p2, p3, COUNT, LINE)
-        else:
+        p_next = p0  # LINE
+        if not LINE:
             p_next = _pack(p0, p1, p2, p3, V_TYPE)
         p_next = _held(p_next, COUNT, COUNT * HOLD // 8)
     if TOKEN and not FIRST:
