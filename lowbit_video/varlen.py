@@ -39,7 +39,7 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     The rest as `attention`; K's mean (smoothing) is that of each sequence.
     Returns out [Tq, Hq, D], or (out, lse float32 [Hq, Tq]).
     Warns as `attention`, by the longest sequence of k.
-    Raises as `attention`, and ValueError for cu_seqlens that do not fit (checked where they are on the CPU).
+    Raises as `attention`, and ValueError for cu_seqlens or longest sequences that do not fit (checked on the CPU only).
     """
     if traced_by_torch(q):
         from lowbit_video import torch_op
@@ -80,7 +80,9 @@ def run_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max
         require_finite(runtime, q=q, k=k, v=v)
     scale = request.head_dim**-0.5 if scale is None else float(scale)
     if variant.backend == "reference":
-        out, lse = _one_by_one(runtime, q, k, v, cu_seqlens_q, cu_seqlens_k, precision, is_causal, scale, return_lse)
+        q_begins = _beginnings(runtime, "q", cu_seqlens_q, runtime.shape(q)[0], max_seqlen_q)
+        k_begins = _beginnings(runtime, "k", cu_seqlens_k, runtime.shape(k)[0], max_seqlen_k)
+        out, lse = _one_by_one(runtime, q, k, v, q_begins, k_begins, precision, is_causal, scale, return_lse)
         return out, lse, variant
     from lowbit_video.gpu import Sequences, run_attention
 
@@ -103,19 +105,19 @@ def _check_lengths(runtime: Any, cu_seqlens_q: Any, cu_seqlens_k: Any) -> int:
     return shapes[0][0] - 1
 
 
-def _beginnings(runtime: Any, name: str, cu_seqlens: Any, tokens: int) -> np.ndarray:
+def _beginnings(runtime: Any, name: str, cu_seqlens: Any, tokens: int, longest: int) -> np.ndarray:
     values = runtime.to_numpy(cu_seqlens)
     if values[0] != 0 or values[-1] != tokens or (np.diff(values) < 0).any():
-        raise ValueError(f"{name} must rise from 0 to the {tokens} tokens that are packed; given: {values.tolist()}")
+        raise ValueError(f"cu_seqlens_{name} must rise from 0 to the {tokens} tokens that are packed; given: {values.tolist()}")
+    if np.diff(values).max() > longest:
+        raise ValueError(f"max_seqlen_{name} is {longest}, but a sequence has {np.diff(values).max()} tokens; a GPU would "
+                         "leave the rest of it out")
     return values
 
 
-def _one_by_one(runtime: Any, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, precision: Precision,
+def _one_by_one(runtime: Any, q: Any, k: Any, v: Any, cu_q: np.ndarray, cu_k: np.ndarray, precision: Precision,
                 is_causal: bool, scale: float, return_lse: bool) -> tuple[Any, Any]:
-    q_tokens, q_heads, _ = runtime.shape(q)
-    cu_q = _beginnings(runtime, "cu_seqlens_q", cu_seqlens_q, q_tokens)
-    cu_k = _beginnings(runtime, "cu_seqlens_k", cu_seqlens_k, runtime.shape(k)[0])
-    dtype = runtime.dtype_name(q)
+    q_heads, dtype = runtime.shape(q)[1], runtime.dtype_name(q)
     outs, lses = [], []
     for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
         rows = int(q1 - q0)

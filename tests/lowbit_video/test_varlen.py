@@ -46,6 +46,10 @@ def test_refusals(framework, monkeypatch):
         attention_varlen(q, k, v, cu_q, cu_k[:-1], 33, 40)
     with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the 59 tokens"):
         attention_varlen(q, k, v, framework.tensor([0, 20, 20, 21, 54, 58], "int32"), cu_k, 33, 40)
+    with pytest.raises(ValueError, match="max_seqlen_q is 32, but a sequence has 33 tokens"):
+        attention_varlen(q, k, v, cu_q, cu_k, 32, 40)
+    with pytest.raises(ValueError, match="max_seqlen_k is 39, but a sequence has 40 tokens"):
+        attention_varlen(q, k, v, cu_q, cu_k, 33, 39)
     monkeypatch.setattr(runtime_of(q), "place", lambda t: "cpu" if t is cu_k else "gpu:0")
     with pytest.raises(ValueError, match="one device; given: q on gpu:0, cu_seqlens_q on gpu:0, cu_seqlens_k on cpu"):
         attention_varlen(q, k, v, cu_q, cu_k, 33, 40)
