@@ -63,6 +63,16 @@ def test_dtypes(framework, dtype):
     assert relative_l1(framework.numpy(got), framework.numpy(wanted)) < (1e-2 if dtype == "bfloat16" else 1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_exact_attention_in_other_dtypes(framework, dtype):
+    q, k, v = tensors(framework, *qkv(heads=2, kv_heads=1, q_len=33, kv_len=70), dtype=dtype)
+    got, wanted = (run(q, k, v, "exact", return_lse=True, backend=backend) for backend in ("triton", "reference"))
+    bound = 1e-2 if dtype == "bfloat16" else 1e-5  # the interpreter truncates P to bfloat16 where a GPU rounds
+    assert got[2].name == "triton-exact" and str(got[0].dtype).endswith(dtype)
+    assert relative_l1(*(framework.numpy(r[0]) for r in (got, wanted))) < bound
+    assert np.abs(framework.numpy(got[1]) - framework.numpy(wanted[1])).max() < bound
+
+
 @pytest.mark.parametrize("head_dim", [32, 40, 96])
 def test_padded_head_dims(framework, head_dim):
     q, k, v = tensors(framework, *qkv(q_len=50, dim=head_dim))
