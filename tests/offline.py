@@ -145,13 +145,19 @@ def _launch_quantisers(case: Quantisers) -> None:
     strides = (17776 * 4 * case.head_dim, case.head_dim, 4 * case.head_dim)
     launch_stats(float32, q=x, q_strides=strides, q_mean=float32, q_shape=shape, k=x, k_strides=strides, k_mean=float32, v=x,
                  v_strides=strides, v_scale=float32, kv_shape=shape)
+    packed = dict(cu_seqlens=buffer("int32"), max_len=9000)
+    launch_stats(float32, q=x, q_strides=strides, q_mean=float32, q_shape=shape, k=x, k_strides=strides, k_mean=float32, v=x,
+                 v_strides=strides, v_scale=float32, kv_shape=shape, cu_seqlens_q=buffer("int32"), cu_seqlens_k=buffer("int32"),
+                 max_q=9000, max_k=9000)
+    launch_quant_qk(x, strides, buffer("uint8"), float32, shape=shape, format="int8", block=128, mean=float32, **packed)
     for format in QK_FORMATS:
         if format != "fp8" or case.arch >= (8, 9):
             for block in {"int8": (128, None), "fp8": (128,)}.get(format, (None,)):
                 launch_quant_qk(x, strides, buffer("uint8"), float32, shape=shape, format=format, block=block, mean=float32,
                                 bias=float32, q_mean=float32, group=3)
     if case.arch >= (8, 9):
-        launch_quant_v(x, strides, buffer("uint8"), float32, shape=shape)
+        for sequences in ({}, packed):
+            launch_quant_v(x, strides, buffer("uint8"), float32, shape=shape, **sequences)
 
 
 def build(case: Attention | Quantisers) -> list[Built]:
