@@ -177,7 +177,7 @@ def test_layouts_and_strided_views_are_read_in_place(gpu, variant, spec):
     np.testing.assert_array_equal(gpu.numpy(fused), before)  # inputs are never written
 
 
-@pytest.mark.parametrize("variant, spec", cases_of("int8+fp16", "int8+fp8", "int4+fp16"))
+@pytest.mark.parametrize("variant, spec", cases_of("int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "fp16"))
 def test_varlen(gpu, variant, spec):
     q_lengths, k_lengths = [700, 0, 1, 130, 64, 17], [900, 3, 1, 0, 640, 128]
     supported(gpu, variant, spec, "float16", heads=4, kv_heads=2, causal=True, lse=True, varlen=True)
