@@ -146,6 +146,9 @@ def time_shape(index, names, rounds):
         mine = [name for name in calls if name != FLASH and table[name][1] == pv]
         fine = [name for name in mine if name in DEFAULTS or errors[name] <= LIMITS[f"int8+{pv}"]]
         best = sorted((name for name in fine if name not in DEFAULTS), key=median.get)[:TOTALS]
+        for name in mine:
+            if name in DEFAULTS:  # beside its total, in the same turns
+                again[f"alone {name}"] = calls[name]
         for name in [name for name in mine if name in DEFAULTS] + best:
             again[f"TOTAL {name}"] = (totals(case, table[name][2]), True)
     later = in_turns(again, rounds)

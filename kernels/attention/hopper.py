@@ -44,6 +44,7 @@ FP8_ONE = gl.constexpr(0x38)  # the bits of 1.0 in e4m3
 LAZY_RISE = gl.constexpr(8.0)  # `lazy`: a row's maximum stays until it is short by more than a factor of 2**8
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup: the M of wgmma
 BLOCK_K = gl.constexpr(_BLOCK_K)  # keys to a K scale
+LINE_SHIFT = gl.constexpr(6.94375)  # `line`: e4m3 starts at 2**-6 with code 8; 0.45 / 8 less makes codes right on average
 
 
 @gluon.jit
@@ -218,9 +219,9 @@ def _before(x):
 def _line_asm(count, line):
     """count registers of four e4m3 codes from 4 count scores, `line` of every eight registers without ex2.
 
-    Beside the scores: count times the scale, minus the maximum, and the latter with 7 - 0.45 / 8 added. A code of e4m3 is its
+    Beside the scores: count times the scale, minus the maximum, and the latter with LINE_SHIFT added. A code of e4m3 is its
     own logarithm, 8 x + 56 but for the mantissa: 2 ** f is taken for 1 + f, and below 2 ** -6 (codes under 8), where codes
-    are no logarithms any more, for less than it is. 0.45 off a code makes the values right on average.
+    are no logarithms any more, for less than it is.
     """
     text = "{.reg .b16 a, b; .reg .b32 u, v, s, k; .reg .f32 e, f, g, h;"
     text += " mov.b32 s, 0x48004800; mov.b32 k, 0x64006400;"  # pairs of 8 and of 1024 in fp16
@@ -249,7 +250,7 @@ def _pack_line(s0, s1, s2, s3, scale, m, COUNT: gl.constexpr, LINE: gl.constexpr
     s0 = s0.to(gl.float32)
     scale, s0 = gl.broadcast(scale, s0)
     shift, s0 = gl.broadcast(-m, s0)
-    line_shift, s0 = gl.broadcast(6.94375 - m, s0)
+    line_shift, s0 = gl.broadcast(LINE_SHIFT - m, s0)
     return gl.inline_asm_elementwise(
         _line_asm(COUNT, LINE), _register_constraints(COUNT, 7 * COUNT),
         [s0, s1.to(gl.float32), s2.to(gl.float32), s3.to(gl.float32), scale, shift, line_shift],

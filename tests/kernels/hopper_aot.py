@@ -1,6 +1,8 @@
 """Compiles the Hopper kernel ahead of time for sm_90a, without a GPU, and prints what ptxas says of each build as JSON.
 
-    python tests/kernels/hopper_aot.py HEAD_DIM PV DTYPE CAUSAL [HEAD_DIM PV DTYPE CAUSAL ...]
+    python tests/kernels/hopper_aot.py HEAD_DIM PV DTYPE CAUSAL FIELDS [HEAD_DIM PV DTYPE CAUSAL FIELDS ...]
+
+FIELDS: JSON object of what differs from the default HopperConfig.
 
 A process of its own, because Triton has one active driver to a process and this one replaces it.
 """
@@ -9,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import triton
@@ -32,7 +35,7 @@ class NoDriver:
 
 
 def compile_kernel(head_dim, pv, dtype, causal, qk="int8", config=None):
-    """The compiled kernel of one default configuration."""
+    """The compiled kernel; config: how it is built, None for the default."""
     buffer = lambda name: Buffer(1 << 20, name)
     f32, shape = buffer("float32"), (2, 6, 1000, head_dim)
     strides = (1000 * 6 * head_dim, head_dim, 6 * head_dim)
@@ -61,6 +64,7 @@ def ptxas(kernel):
 if __name__ == "__main__":
     triton.runtime.driver.set_active(NoDriver())
     words = sys.argv[1:]
-    for i in range(0, len(words), 4):
-        dim, pv_format, half, is_causal = words[i:i + 4]
-        print(json.dumps(ptxas(compile_kernel(int(dim), pv_format, half, is_causal == "1"))), flush=True)
+    for i in range(0, len(words), 5):
+        dim, pv_format, half, is_causal, fields = words[i:i + 5]
+        changed = replace(hopper.CONFIGS[int(dim), pv_format == "fp8"], **json.loads(fields))
+        print(json.dumps(ptxas(compile_kernel(int(dim), pv_format, half, is_causal == "1", config=changed))), flush=True)

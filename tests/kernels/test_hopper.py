@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which exists for Linux only")
@@ -13,12 +16,14 @@ from lowbit_video.kernels.attention import gluon_shim, hopper  # noqa: E402
 from lowbit_video.kernels.buffers import Buffer  # noqa: E402
 
 SHARED_MAX = 227 * 1024  # bytes of shared memory of an sm_90 program
-# (head dim, P.V, dtype, causal) -> most bytes that ptxas may spill; eval/speed/NOTES.md says where
+# (head dim, P.V, dtype, causal, fields beside the default's) -> most bytes that ptxas may spill; eval/speed/NOTES.md says where
 BUILDS = {
-    (64, "fp8", "float16", False): 176,
-    (64, "fp16", "float16", False): 0,
-    (128, "fp8", "bfloat16", True): 0,
-    (128, "fp16", "bfloat16", True): 0,
+    (64, "fp8", "float16", False, "{}"): 176,
+    (64, "fp16", "float16", False, "{}"): 0,
+    (128, "fp8", "bfloat16", True, "{}"): 0,
+    (128, "fp16", "bfloat16", True, "{}"): 0,
+    (64, "fp8", "float16", False, '{"pin": false, "hold": 4, "line": 2}'): 208,
+    (128, "fp16", "bfloat16", True, '{"lazy": true, "hold": 8}'): 0,
 }
 
 
@@ -27,14 +32,72 @@ def test_compiles_ahead_of_time_without_serialised_products():
     script = Path(__file__).with_name("hopper_aot.py")
     run = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    for (head_dim, pv, dtype, causal), line in zip(BUILDS, run.stdout.splitlines(), strict=True):
+    for build, line in zip(BUILDS, run.stdout.splitlines(), strict=True):
+        head_dim, pv, dtype, _, fields = build
         told = json.loads(line)
-        assert told["warnings"] == [], f"{head_dim} {pv}: ptxas serialises wgmma: {told}"
-        assert told["spilled"] <= BUILDS[head_dim, pv, dtype, causal], told
+        assert told["warnings"] == [], f"{build}: ptxas serialises wgmma: {told}"
+        assert told["spilled"] <= BUILDS[build], (build, told)
         assert told["shared"] <= SHARED_MAX, told
         ops = " ".join(told["tensor_ops"])
         assert "IGMMA" in ops and ("E4M3" in ops) == (pv == "fp8"), ops
         assert (".BF16" in ops) == (dtype == "bfloat16" and pv == "fp16"), ops
+
+
+def run_ptx(text: str, registers: dict[str, Any]) -> None:
+    """Runs the instructions of `_line_asm` on NumPy values: float32 for floats, uint32 for registers, by name."""
+    half = lambda r: np.array([registers[r]], np.uint32).view(np.float16)
+    read = lambda word: int(word, 16) if word.startswith("0x") else registers[word]
+    e4m3 = lambda *pair: np.array(pair, np.float32).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint16)[0]
+    for line in text.strip("{}").split(";"):
+        op, *words = line.replace(",", " ").replace("{", " ").replace("}", " ").split() or [".reg"]
+        if op == ".reg":
+            continue
+        out, *given = words
+        if op == "mov.b32":
+            value = read(given[0]) if len(given) == 1 else int(read(given[0])) | int(read(given[1])) << 16
+        elif op == "fma.rn.f32":
+            value = np.float32(np.float64(read(given[0])) * read(given[1]) + read(given[2]))
+        elif op == "ex2.approx.ftz.f32":
+            value = np.exp2(read(given[0]))
+        elif op == "cvt.rn.satfinite.e4m3x2.f32":
+            value = e4m3(read(given[1]), read(given[0]))
+        elif op == "cvt.rn.relu.f16x2.f32":
+            value = np.maximum(np.array([read(given[1]), read(given[0])], np.float32), 0).astype(np.float16).view(np.uint32)[0]
+        elif op == "fma.rn.f16x2":
+            a, b, c = (half(r).astype(np.float64) for r in given)
+            value = (a * b + c).astype(np.float16).view(np.uint32)[0]
+        elif op == "prmt.b32":
+            source = int(read(given[0])) | int(read(given[1])) << 32
+            value = sum((source >> 8 * int(digit, 16) & 255) << 8 * i for i, digit in enumerate(reversed(given[2][2:])))
+        else:
+            raise AssertionError(f"unknown instruction {op!r}")
+        registers[out] = value
+
+
+@pytest.mark.parametrize("line", [1, 3, 8])
+def test_line_packs_codes_of_the_exponentials(line):
+    count, scale, maximum = 16, np.float32(2.0**-9), np.float32(3.7)
+    text = getattr(hopper._line_asm(count, line), "value", hopper._line_asm(count, line))
+    x = np.random.default_rng(0).uniform(-9, 8, (4, count)).astype(np.float32)  # logarithms
+    x[:, 0], x[0, 1], x[1, 1] = 8.0, 8.0, -np.inf
+    registers = {f"${count * (1 + j) + i}": np.float32((x[j, i] + maximum) / scale) for j in range(4) for i in range(count)}
+    for i in range(count):
+        registers |= {f"${5 * count + i}": scale, f"${6 * count + i}": -maximum,
+                      f"${7 * count + i}": np.float32(hopper.LINE_SHIFT.value - maximum)}
+    run_ptx(text, registers)
+    codes = np.array([[int(registers[f"${i}"]) >> 8 * j & 255 for i in range(count)] for j in range(4)], np.uint8)
+    got, wanted = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64), np.exp2(x.astype(np.float64))
+    straight = np.arange(count) % 8 < line
+    assert (np.abs(got - wanted) <= np.where(straight, 0.105, 0.0626) * wanted + np.where(straight, 2.0**-7, 2.0**-10)).all()
+    assert (got[:, 0] == 256).all() and got[1, 1] == 0  # the row's maximum, and what is masked
+    assert text.count("ex2") == 4 * (~straight).sum()
+
+
+def test_line_needs_hold_and_products_for_row_sums():
+    with pytest.raises(ValueError, match="line=2"):
+        hopper.HopperConfig(128, 3, 3, 160, line=2)
+    with pytest.raises(ValueError, match="sum_mma=False"):
+        hopper.HopperConfig(128, 3, 3, 160, hold=4, line=2, sum_mma=False)
 
 
 def arguments(**changes):
