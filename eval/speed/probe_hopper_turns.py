@@ -182,6 +182,7 @@ def main() -> None:
     shapes = [int(index) for index in options.shapes.split(",")]
     dims = {probe_hopper.ANCHORS[index][3] for index in shapes}
     names = [name for name in only if probe_hopper.candidates()[name][0] in dims]
+    os.makedirs(options.out, exist_ok=True)
     results, good = [], []
     for (_, name), answer in probe_hopper.run_jobs([("candidate", name) for name in names], options.workers):
         results.append(dict(answer, check=name))
@@ -216,9 +217,8 @@ def main() -> None:
                   f"{row['tflops']:5.0f} TFLOP/s {flash / row['ms']:.2f}x  {note}", flush=True)
         if results and results[-1].get("clock_power"):
             print("  clock {:.0f} MHz, {:.0f} W while timed".format(*results[-1]["clock_power"]), flush=True)
-    os.makedirs(options.out, exist_ok=True)
-    with open(os.path.join(options.out, "probe_hopper_turns.json"), "w") as f:
-        json.dump(dict(results=results), f, default=str, indent=0)
+        with open(os.path.join(options.out, "probe_hopper_turns.json"), "w") as f:  # after every shape: time may run out
+            json.dump(dict(results=results), f, indent=0)
     print(f"done in {time.time() - began:.0f} s")
 
 
