@@ -1,8 +1,9 @@
 """Prompt adherence: does a video show what its caption asks for, in the small model's world?
 
 From the frames alone: find the background among the world's colours and textures, what stands out from it, its colour,
-its shape (overlap with turned templates) and its motion (path, size and turn over the frames); then compare with the
-meaning of the caption. NumPy only.
+its shape (overlap with turned templates, as blurred as the frames are) and its motion (path, size and turn over the
+frames); then compare with the meaning of the caption. A slightly blurred video, as an autoencoder makes it, reads as the
+sharp one does: an edge between two colours is no third thing. A smear has a colour and a motion, but no shape. NumPy only.
 """
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ FOREGROUND_DISTANCE = 48.0  # RGB distance from the background at which a pixel 
 BACKGROUND_TOLERANCE = 45.0
 BACKGROUND_SHARE = 0.55  # of all pixels that must agree with the background found
 MIN_PRESENCE = 0.8  # share of the frames in which a shape must be seen
-MIN_OVERLAP = 0.72  # intersection over union with the best template
+MIN_OVERLAP = 0.76  # intersection over union with the best template
+FRAME_OVERLAP, FRAME_SHARE = 0.7, 0.75  # at least so much overlap in so many of the frames: a shape that stays one
 STANDS_OUT = 70.0  # mean RGB distance from the background of a colour that counts; the world keeps at least 100
 EDGE_WIDTH = 5  # pixels of a 128-high frame beside a shape within which a mixture of its colour and the ground is its edge
 EDGE_MISS = 45.0  # RGB distance from the line between the two at which it is a mixture no more
@@ -30,6 +32,7 @@ MAX_EDGE = 4.5  # pixels of a 128-high frame between 1/4 and 3/4 of the colour; 
 EDGE_TO_BLUR = 1 / 1.35  # a Gaussian's sigma by the width between 1/4 and 3/4 of the step that it blurs
 BLURS = (0.0, 0.1, 0.2, 0.3)  # of the templates: sigma in radii of gyration
 LEAST_AREA = 60.0  # pixels of a 128-high frame that a thing covers at least
+EXTRA_SHARE = 0.12  # of the largest area: what a second one of the same colour must have at least
 EXTRA_PRESENCE = 0.5  # share of the frames in which a second area of the same colour makes a second thing
 GRID = 40  # samples across the normalised crop that is compared with the templates
 GRID_SPAN = 2.0  # half width of that crop in radii of gyration
@@ -254,7 +257,21 @@ def _colours(offset: np.ndarray, ground: np.ndarray, edge: int) -> list[tuple[st
             place &= ~(_dilate(beside, edge) & (miss < EDGE_MISS**2) & (alpha > 0.15))
         if place.sum() >= max(least, 0.1 * len(nearest)):
             found.append((names[i], rgb, place))
-    return found
+    return [a for a in found if not any(_is_halo(offset, ground, a[2], b, 3 * edge) for b in found if b is not a)]
+
+
+def _is_halo(offset, ground, place: np.ndarray, other, reach: int) -> bool:
+    """True if `place` lies all around another colour and mixes it with the background: a smear of that one."""
+    _, rgb, inner = other
+    alpha, miss = _mix(offset, ground, rgb)
+    mixed = place & (miss < 70.0**2) & (alpha < 0.9) & _dilate(inner, reach)
+    if mixed.sum() < 0.7 * place.sum():
+        return False
+    around = np.ones(len(place), bool)
+    for axis in (1, 2):
+        outside, inside = place.any(axis), inner.any(axis)
+        around &= (outside.argmax(1) < inside.argmax(1)) & (outside[:, ::-1].argmax(1) < inside[:, ::-1].argmax(1))
+    return bool(around.mean() > 0.5)
 
 
 def _mix(offset: np.ndarray, ground: np.ndarray, rgb: np.ndarray):
@@ -329,7 +346,7 @@ def _things(colour: str, alpha: np.ndarray, core: np.ndarray, unit: float) -> li
     second = np.zeros(len(alpha))
     np.maximum.at(second, frame, rest)
     first = np.where(largest >= 0, sizes[largest], 0)
-    extra = (second > LEAST_AREA * unit**2) & (second > 0.2 * first)
+    extra = (second > LEAST_AREA * unit**2) & (second > EXTRA_SHARE * first)
     present = (first > LEAST_AREA * unit**2) & (core & main).any((1, 2))
     if present.mean() < MIN_PRESENCE:
         return []
@@ -387,7 +404,8 @@ def _cut(alpha: np.ndarray) -> np.ndarray:
 
 
 def _shape(alpha, x, y, spread, edges):
-    """Best shape, its mean overlap over the frames, and its turn in every frame (radians, within its symmetry).
+    """Best shape (None if too many frames show another), its mean overlap over the frames, and its turn in every frame
+    (radians, within its symmetry).
 
     The templates are as blurred as the frames (`edges`: width per frame, in pixels); a sharper frame counts more."""
     blur = EDGE_TO_BLUR * np.median(edges) / np.median(spread)
@@ -411,7 +429,8 @@ def _shape(alpha, x, y, spread, edges):
     best_of = {shape: overlap[:, names == shape].max(1) for shape in SYMMETRY}
     shape = max(best_of, key=lambda s: best_of[s] @ weight)
     turn = turns[names == shape][overlap[:, names == shape].argmax(1)]
-    return shape, float(best_of[shape] @ weight), _unwrap(turn, SYMMETRY[shape])
+    steady = weight[best_of[shape] > FRAME_OVERLAP].sum() > FRAME_SHARE
+    return shape if steady else None, float(best_of[shape] @ weight), _unwrap(turn, SYMMETRY[shape])
 
 
 def _unwrap(turn: np.ndarray, period: int | None) -> np.ndarray:

@@ -29,13 +29,33 @@ def blurred(frames, rng):
     return frames + rng.normal(0, 6, frames.shape) + rng.normal(0, 6, 3)
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["true", "blurred"])
-def test_agrees_with_true_renders(soft):
+def smeared(frames, sigma):
+    """Frames `[F, H, W, 3]` under a Gaussian of `sigma` pixels, edges repeated."""
+    frames = np.asarray(frames, np.float32)
+    reach = int(3 * sigma) + 1
+    kernel = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    for axis in (1, 2):
+        size = frames.shape[axis]
+        at = np.clip(np.arange(size)[:, None] + np.arange(-reach, reach + 1), 0, size - 1)
+        matrix = np.zeros((size, size), np.float32)
+        np.add.at(matrix, (np.arange(size)[:, None], at), np.broadcast_to(kernel / kernel.sum(), at.shape))
+        frames = np.moveaxis(np.tensordot(matrix, frames, (1, axis)), 0, axis)
+    return frames
+
+
+def soft(frames, seed=0):
+    """Blurred by 1.5 pixels, with slight noise, uint8."""
+    noise = np.random.default_rng(seed).normal(0, 4, frames.shape).astype(np.float32)
+    return as_uint8(smeared(frames, 1.5) + noise)
+
+
+@pytest.mark.parametrize("change", [lambda f, rng: f, blurred, lambda f, rng: soft(f)], ids=["true", "tinted", "soft"])
+def test_agrees_with_true_renders(change):
     rng = np.random.default_rng(1)
     count = 50
     right = dict.fromkeys(prompt_adherence.PARTS, 0)
-    for caption, frames in renders(count, 40 + soft):
-        verdict = prompt_adherence.score(as_uint8(blurred(frames, rng) if soft else frames), caption)
+    for caption, frames in renders(count, 40):
+        verdict = prompt_adherence.score(as_uint8(change(frames, rng)), caption)
         for part in right:
             right[part] += getattr(verdict, part)
     assert all(n >= count - 1 for n in right.values()), right
@@ -70,10 +90,12 @@ def test_every_motion_is_told_from_every_other():
     ("a red circle moves left and a white star stands still on a blue background",
      "a red circle stands still and a white star moves left on a blue background", "motion"),
 ])
-def test_says_no_to_one_wrong_part(said, shown, part):
-    verdict = prompt_adherence.score(clip(shown), said)
+@pytest.mark.parametrize("change", [lambda f: f, soft], ids=["true", "soft"])
+def test_says_no_to_one_wrong_part(said, shown, part, change):
+    frames = change(clip(shown))
+    verdict = prompt_adherence.score(frames, said)
     assert not getattr(verdict, part), verdict.scene
-    assert prompt_adherence.score(clip(shown), shown).all
+    assert prompt_adherence.score(frames, shown).all
 
 
 @pytest.mark.parametrize("motion", ["moves left", "moves up", "moves down and to the right", "grows", "shrinks"])
@@ -84,6 +106,52 @@ def test_says_no_to_the_reverse(motion):
     assert prompt_adherence.score(frames, caption).all
     backwards = prompt_adherence.score(frames[::-1], caption)
     assert not backwards.motion and backwards.colour and backwards.shape and backwards.background
+
+
+def painted(background, *layers):
+    """Frames of shapes that move left: each layer is (colour, shape, x at first, y, radius), as uint8 `[F, H, W, 3]`."""
+    frames = np.empty((FRAMES, world.HEIGHT, world.WIDTH, 3), np.float32)
+    frames[:] = world.COLOURS[background]
+    y, x = np.mgrid[: world.HEIGHT, : world.WIDTH] + 0.5
+    for colour, shape, left, top, radius in layers:
+        for i, frame in enumerate(frames):
+            name = shape if isinstance(shape, str) else shape[i % len(shape)]
+            inside = 0.5 - world.signed_distance(name, (x - left + 5 * i) / radius, (y - top) / radius) * radius
+            frame += np.clip(inside, 0, 1)[..., None] * (np.array(world.COLOURS[colour]) - frame)
+    return as_uint8(frames)
+
+
+@pytest.mark.parametrize("change", [lambda f: f, soft], ids=["true", "soft"])
+@pytest.mark.parametrize("background, extra", [
+    ("blue", ("red", "circle", 150, 30, 15)),  # a second one of the same colour
+    ("yellow", ("orange", "circle", 150, 30, 15)),  # of the colour that the edges have too
+    ("yellow", ("orange", "circle", 150, 42, 13)),  # the same, touching
+    ("yellow", ("orange", "ring", 150, 90, 45)),  # around it
+], ids=["same colour", "edge colour", "touching", "around"])
+def test_says_no_to_a_shape_too_many(background, extra, change):
+    caption = f"a red circle moves left on a {background} background"
+    circle = ("red", "circle", 150, 90, 21)
+    assert prompt_adherence.score(change(painted(background, circle)), caption).all
+    verdict = prompt_adherence.score(change(painted(background, extra, circle)), caption)
+    assert not verdict.colour, verdict.scene
+
+
+@pytest.mark.parametrize("change", [lambda f: f, soft], ids=["true", "soft"])
+def test_says_no_to_a_shape_that_does_not_stay_the_same(change):
+    frames = change(painted("blue", ("red", ("circle", "star"), 150, 64, 24)))
+    verdict = prompt_adherence.score(frames, "a red circle moves left on a blue background")
+    assert verdict.colour and verdict.motion and verdict.scene.things[0].shape is None, verdict.scene
+
+
+@pytest.mark.parametrize("background", ["blue", "yellow", "white"])
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_an_edge_is_no_thing_and_a_smear_has_no_shape(shape, background):
+    frames = painted(background, ("red", shape, 150, 60, 24))
+    for sigma in (1.5, 2.5):
+        scene = prompt_adherence.look(as_uint8(smeared(frames, sigma)))
+        assert [(t.colour, t.shape, t.motion) for t in scene.things] == [("red", shape, "left")], (sigma, scene)
+    scene = prompt_adherence.look(as_uint8(smeared(frames, 8)))
+    assert all(t.shape is None for t in scene.things), scene
 
 
 def test_says_no_to_noise_and_to_nothing():
