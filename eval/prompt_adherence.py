@@ -25,6 +25,7 @@ MIN_PRESENCE = 0.8  # share of the frames in which a shape must be seen
 MIN_OVERLAP = 0.76  # intersection over union with the best template
 FRAME_OVERLAP, FRAME_SHARE = 0.7, 0.75  # at least so much overlap in so many of the frames: a shape that stays one
 STANDS_OUT = 70.0  # mean RGB distance from the background of a colour that counts; the world keeps at least 100
+COLOUR_MISS = 70.0  # RGB distance from the line between the background and a colour at which a pixel is neither
 EDGE_WIDTH = 5  # pixels of a 128-high frame beside a shape within which a mixture of its colour and the ground is its edge
 EDGE_MISS = 45.0  # RGB distance from the line between the two at which it is a mixture no more
 EDGE_REACH = 10  # pixels of a 128-high frame around a shape in which its edges are looked for
@@ -264,7 +265,7 @@ def _is_halo(offset, ground, place: np.ndarray, other, reach: int) -> bool:
     """True if `place` lies all around another colour and mixes it with the background: a smear of that one."""
     _, rgb, inner = other
     alpha, miss = _mix(offset, ground, rgb)
-    mixed = place & (miss < 70.0**2) & (alpha < 0.9) & _dilate(inner, reach)
+    mixed = place & (miss < COLOUR_MISS**2) & (alpha < 0.9) & _dilate(inner, reach)
     if mixed.sum() < 0.7 * place.sum():
         return False
     around = np.ones(len(place), bool)
@@ -285,7 +286,7 @@ def _mix(offset: np.ndarray, ground: np.ndarray, rgb: np.ndarray):
 def _coverage(offset, ground, rgb, core, others, edge) -> np.ndarray:
     """Share of `rgb` in each pixel, 0..1 `[F, H, W]`; 0 where it is another colour, or the edge of one."""
     alpha, miss = _mix(offset, ground, rgb)
-    alpha = np.where(miss < 70.0**2, alpha, 0)
+    alpha = np.where(miss < COLOUR_MISS**2, alpha, 0)
     near = _dilate(core, edge) if others else None
     for _, other, place in others:
         other_alpha, other_miss = _mix(offset, ground, other)

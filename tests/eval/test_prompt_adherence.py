@@ -169,6 +169,16 @@ def test_says_no_to_noise_and_to_nothing():
     assert not prompt_adherence.score(shuffled, caption).motion
 
 
+def test_connected_areas_are_counted_per_frame():
+    drawn = [["#.#.", "#.#.", "###.", "...#"], ["....", ".##.", "....", "####"], ["....", "....", "....", "...."]]
+    mask = np.array([[[c == "#" for c in row] for row in frame] for frame in drawn])
+    labels, sizes = prompt_adherence._areas(mask)
+    assert sorted(sizes) == [1, 2, 4, 7] and ((labels >= 0) == mask).all()
+    assert len(set(labels[0][mask[0]])) == 2 and labels[0, 0, 0] == labels[0, 0, 2] != labels[0, 3, 3]
+    assert all(sizes[labels[labels >= 0]] == [np.sum(labels == n) for n in labels[labels >= 0]])
+    assert not len(prompt_adherence._areas(mask[2:])[1])
+
+
 def test_what_the_caption_leaves_open_counts_as_met():
     verdict = prompt_adherence.score(clip("a red circle moves left on a blue background"), "a circle")
     assert verdict.shape and verdict.motion and verdict.background
