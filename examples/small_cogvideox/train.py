@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import words
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
+from accelerate.utils import broadcast, gather_object
 from clips import ClipPool, as_uint8
 from models import (
     MAX_TOKENS,
@@ -47,6 +47,7 @@ from models import (
     save,
     write_generation,
 )
+from optimisers import StackedMuon
 from sampling import (
     Judges,
     colour_pairs,
@@ -67,6 +68,8 @@ STAGES = ("vae", "latents", "words", "diffusion", "evaluate")
 TRAIN_SEED, CHECK_SEED, SWEEP_SEED, TEST_SEED = 1000, 2000, 3000, 4000
 AVERAGE_EVERY = 4  # steps
 CLOCK_EVERY = 10  # steps, where several processes have to agree on the time
+SAME = 0.02  # relative distance up to which two bf16 predictions are one
+WORSE = 1.4  # times the best loss of this clip length: the weights go back to the last good ones
 CAPTION_DROPOUT = 0.1
 WORDINGS = 4  # captions a clip
 PART_BYTES = 15_500_000
@@ -479,10 +482,9 @@ def word_sets(tokenizer: Path, count: int):
 
 
 def build_optimisers(model: TextToVelocity, args, fused: bool) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the matrices of the transformer's attention and feed-forward layers if asked for.
+    """AdamW, and Muon for the matrices of the transformer's attention and feed-forward layers unless told otherwise.
 
-    Each group has its `scale` of the learning rate: matrices decay, the text encoder learns at `--text-rate`. Muon's steps
-    have AdamW's size (Liu et al., "Muon is Scalable for LLM Training", 2025), so that one learning rate serves both."""
+    Each group has its `scale` of the learning rate: matrices decay, the text encoder learns at `--text-rate`."""
     groups, by_muon = [], []
     for part, scale in ((model.transformer, 1.0), (model.text_encoder, args.text_rate)):
         decayed, others = [], []
@@ -499,9 +501,53 @@ def build_optimisers(model: TextToVelocity, args, fused: bool) -> list[torch.opt
                    for parameters, decay in ((decayed, 0.01), (others, 0.0)) if parameters]
     optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)]
     if by_muon:
-        optimisers.append(torch.optim.Muon([{"params": by_muon, "scale": 1.0}], lr=args.lr, weight_decay=0.01,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimisers.append(StackedMuon([{"params": by_muon, "scale": 1.0}], lr=args.lr, weight_decay=0.01))
     return optimisers
+
+
+class Predict(torch.nn.Module):
+    """The transformer on noisy latents, text features and times, bf16 on a GPU: what a CUDA graph can hold for one clip length.
+
+    No cast is kept between calls, or a graph would replay the weights of the step that it was made in."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, noisy: torch.Tensor, text: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.is_cuda, cache_enabled=False):
+            return self.transformer(noisy, text, times, return_dict=False)[0].float()
+
+
+def graphed(run: Run, plain: Predict, inputs: tuple[torch.Tensor, ...]):
+    """`plain` as CUDA graphs of its forward and backward pass: launching its thousand kernels one by one takes longer than
+    running them. `plain` itself where that is not asked for, fails or gives other values."""
+    if not (run.args.graphs and run.device.type == "cuda" and run.args.text_rate <= 0):
+        return plain
+    start = time.time()
+    try:
+        made = torch.cuda.make_graphed_callables(Predict(plain.transformer), inputs, allow_unused_input=True)
+        apart = difference(made, plain, inputs)
+    except Exception as error:
+        run.log.say(f"no CUDA graph, going on without: {type(error).__name__}: {str(error)[:300]}")
+        torch.cuda.synchronize()
+        return plain
+    run.log.say(f"CUDA graphs made in {time.time() - start:.1f} s, {apart:.4f} from the plain transformer")
+    return made if apart < SAME else plain
+
+
+def difference(first, second, inputs: tuple[torch.Tensor, ...]) -> float:
+    """How far two predictions lie apart, as a share of the second's size."""
+    one = first(*inputs).detach().clone()
+    other = second(*inputs).detach()
+    return float((one - other).norm() / other.norm().clamp_min(1e-6)) if torch.isfinite(one).all() else math.inf
+
+
+def average_gradients(run: Run, parameters: list[torch.Tensor]) -> None:
+    """The mean of all processes' gradients, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    mean = run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(mean.split([g.numel() for g in gradients]), gradients)])
 
 
 def curriculum(text: str, latent_frames: int) -> list[tuple[int, float]]:
@@ -527,8 +573,9 @@ class Cache:
     It starts with the clips that the latents stage encoded. New ones are planned by a worker process, painted and encoded
     between training steps."""
 
-    def __init__(self, run: Run, frames: int, seed: int):
-        self.run, self.frames = run, frames
+    def __init__(self, run: Run, frames: int, seed: int, read):
+        """`read` makes text features of token ids."""
+        self.run, self.frames, self.read = run, frames, read
         known = len(run.latents)
         capacity = max(known, share_of_clips(run))
 
@@ -538,6 +585,7 @@ class Cache:
             return whole
 
         self.latents, self.masks, self.ids = room(run.latents[:, :frames]), room(run.masks[:, :frames]), room(run.ids)
+        self.text = room(torch.cat([read(part) for part in run.ids.split(256)]))
         self.count, self.oldest, self.fresh = known, 0, 0
         self.seed, self.used = seed, 0
         self.plan, self.coming = None, None
@@ -574,7 +622,9 @@ class Cache:
             self.oldest = (self.oldest + len(part)) % len(self.latents)
         taken = slice(len(rows))
         rows = rows.to(self.run.device)
-        self.latents[rows], self.masks[rows], self.ids[rows] = latents[taken], masks[taken], ids[part[taken]]
+        said = ids[torch.from_numpy(part[taken]).to(ids.device)]
+        self.latents[rows], self.masks[rows] = latents[taken], masks[taken]
+        self.ids[rows], self.text[rows] = said, self.read(said)
         self.fresh += len(rows)
 
 
@@ -583,7 +633,6 @@ def train_diffusion(run: Run) -> None:
     args, log, sizes = run.args, run.log, run.sizes
     path = run.state / "diffusion.pt"
     accelerator = run.accelerator
-    torch.manual_seed(int(time.time()) + 10**6 * run.rank)
     model = TextToVelocity(build_text_encoder(sizes, run.vocabulary), build_transformer(sizes))
     initialise(model)
     if (run.state / "words.pt").exists():
@@ -615,26 +664,33 @@ def train_diffusion(run: Run) -> None:
             earlier, step = before["seconds"], before["steps"]
         restarted = step
         log.say(f"diffusion starts with {', '.join(args.init_parts)} of {args.init}: step {step}, {earlier:.0f} s before")
-    eager = model
     if args.compile and run.device.type == "cuda":
         for block in model.transformer.transformer_blocks:
             block.compile(dynamic=False)  # one compilation for each clip length
-    model, *optimisers = accelerator.prepare(model, *optimisers)
-    pairs = [(a, b) for a, b in zip(averaged.parameters(), eager.parameters())]
+    optimisers = list(accelerator.prepare(*optimisers)) if len(optimisers) > 1 else [accelerator.prepare(*optimisers)]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    if run.ranks > 1:
+        for tensor in (*model.parameters(), *averaged.parameters()):
+            tensor.data = broadcast(tensor.data)
+    torch.manual_seed(int(time.time()) + 10**6 * run.rank)
+    pairs = [(a, b) for a, b in zip(averaged.parameters(), model.parameters())]
     averages, sources = [a for a, _ in pairs], [b for _, b in pairs]
     total = 60 * args.diffusion_minutes
     batch = 8 if args.tiny else args.batch
     phases = curriculum(args.curriculum, sizes.latent_frames)
-    cache, positions = None, model_positions(eager.transformer)
+    cache, positions = None, model_positions(model.transformer)
+    plain, predict = Predict(model.transformer), None
     empty = torch.zeros(run.ids.shape[-1], dtype=run.ids.dtype, device=run.device)
     empty[0] = 1
     accelerator.wait_for_everyone()
     start = saved = checked = shown = time.time()
     first_step, rate, losses, refresh_every = step, args.lr, [], args.refresh_every
+    best, good = math.inf, None  # loss of this clip length, weights to go back to
+    trained_text = args.text_rate > 0
     reserve = args.evaluate_seconds + 12
     if not args.unfinished:  # the schedule ends with this run where its time is the shorter one
         total = max(1.0, min(total, spent + run.left() - reserve))
-    log.say(f"diffusion: {sum(p.numel() for p in eager.parameters()) / 1e6:.2f} M parameters, batches of {run.ranks} x "
+    log.say(f"diffusion: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, batches of {run.ranks} x "
             f"{batch}, {min(total - spent, run.left() - reserve):.0f} s to go in this run, {total - spent:.0f} s in all")
 
     writer = None
@@ -647,7 +703,7 @@ def train_diffusion(run: Run) -> None:
         if writer is not None:
             writer.join()
         seconds = spent + time.time() - start
-        state = on_cpu({"model": eager.state_dict(), "averaged": averaged.state_dict(), "seconds": seconds,
+        state = on_cpu({"model": model.state_dict(), "averaged": averaged.state_dict(), "seconds": seconds,
                         "optimisers": [o.state_dict() for o in optimisers], "step": step, "earlier": earlier})
         parts = [copy.deepcopy(part).cpu() for part in (run.vae, averaged.text_encoder, averaged.transformer)]
         record = {"seconds": earlier + seconds, "steps": step, "batch": batch * run.ranks, "sizes": describe(sizes)}
@@ -664,24 +720,44 @@ def train_diffusion(run: Run) -> None:
         if not beside:
             writer.join()
 
-    def one_step():
+    @torch.no_grad()
+    def read(ids: torch.Tensor) -> torch.Tensor:
+        """Text features `[..., L, width]` bf16 of ids `[..., L]`; of no width where the encoder learns, since they change."""
+        if trained_text:
+            return torch.zeros(*ids.shape, 0, device=run.device)
+        with run.autocast():
+            return model.text_encoder(ids.flatten(0, -2))[0].unflatten(0, ids.shape[:-1]).bfloat16()
+
+    no_text = read(empty[None])[0]
+
+    def draw():
+        """A batch: noisy latents, text features, times, the velocity asked for, the weight of each latent."""
         size = batch_of(batch, cache.frames, sizes)
         chosen = torch.randint(cache.count, (size,), device=run.device)
+        wording = torch.randint(WORDINGS, (size,), device=run.device)
         clean = cache.latents[chosen].float()
-        ids = cache.ids[chosen, torch.randint(WORDINGS, (size,), device=run.device)]
         dropped = torch.rand(size, 1, device=run.device) < CAPTION_DROPOUT
-        ids = torch.where(dropped, empty, ids)
+        if trained_text:
+            with run.autocast():
+                text = model.text_encoder(torch.where(dropped, empty, cache.ids[chosen, wording]))[0].float()
+        else:
+            text = torch.where(dropped[:, None], no_text, cache.text[chosen, wording]).float()
         times = torch.randint(scheduler.config.num_train_timesteps, (size,), device=run.device)
         signal = alphas[times].sqrt()[:, None, None, None, None]
         strength = (1 - alphas[times]).sqrt()[:, None, None, None, None]
         noise = torch.randn_like(clean)
-        velocity = model(ids, signal * clean + strength * noise, times)
-        square = (velocity.float() - signal * noise + strength * clean).square()
-        # Shapes cover a twentieth of a clip. Only where little noise leaves no doubt about where they are do they weigh more,
+        # Shapes cover a tenth of a clip. Only where little noise leaves no doubt about where they are do they weigh more,
         # so that what is expected under much noise keeps unbiased.
         weight = 1 + (args.shape_weight - 1) * signal.square() * cache.masks[chosen]
+        return signal * clean + strength * noise, text, times, signal * noise - strength * clean, weight
+
+    def one_step():
+        noisy, text, times, wanted, weight = draw()
+        square = (predict(noisy, text, times) - wanted).square()
         accelerator.backward((weight * square).mean())
-        accelerator.clip_grad_norm_(eager.parameters(), 1.0)
+        if run.ranks > 1:
+            average_gradients(run, learning)
+        accelerator.clip_grad_norm_(learning, 1.0)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -717,26 +793,31 @@ def train_diffusion(run: Run) -> None:
             if cache is None or cache.frames != frames:
                 fresh = cache.fresh if cache else 0
                 cache = None  # before the next one is made, since both can be gigabytes
-                cache = Cache(run, frames, int(time.time()) % 10**7 + 10**8 * run.rank)
-                first_frames(eager.transformer, frames, positions)
+                predict = None
+                cache = Cache(run, frames, int(time.time()) % 10**7 + 10**8 * run.rank, read)
+                first_frames(model.transformer, frames, positions)
+                restarted, best = step, math.inf
                 log.say(f"diffusion: {frames} latent frames from {100 * progress:.0f} % on, batch "
                         f"{batch_of(batch, frames, sizes)}; {fresh} clips were encoded on the way before")
             try:
+                if predict is None:
+                    predict = graphed(run, plain, draw()[:3])
                 losses.append(one_step())
             except torch.cuda.OutOfMemoryError:
                 if run.ranks > 1:  # the others wait for this step
                     raise
-                batch = max(8, batch // 2)
+                batch, predict = max(8, batch // 2), None
                 log.say(f"diffusion: out of memory, batch now {batch}")
                 clear()
                 continue
             except Exception as error:
-                compiled = any(b._compiled_call_impl is not None for b in eager.transformer.transformer_blocks)
+                compiled = any(b._compiled_call_impl is not None for b in model.transformer.transformer_blocks)
                 if not compiled:
                     raise
                 log.say(f"compiled blocks failed, going on without: {type(error).__name__}: {str(error)[:300]}")
-                for block in eager.transformer.transformer_blocks:
+                for block in model.transformer.transformer_blocks:
                     block._compiled_call_impl = None
+                predict = None
                 clear()
                 continue
             step += 1
@@ -756,20 +837,27 @@ def train_diffusion(run: Run) -> None:
                 mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
                 losses.clear()
                 minutes = (spent + time.time() - start) / 60
-                if not math.isfinite(mean):
-                    rate /= 2
-                    if path.exists():
-                        held = torch.load(path, map_location=run.device, weights_only=True)
-                        eager.load_state_dict(held["averaged"])
-                        averaged.load_state_dict(held["averaged"])
-                    else:
-                        initialise(eager)
-                        raise RuntimeError("the loss was not finite before the first checkpoint: lower --lr")
+                settled = step - restarted > args.warmup
+                if not math.isfinite(mean) or (settled and mean > WORSE * best):
+                    if good is None:
+                        raise RuntimeError(f"the loss is {mean:.3g} at step {step}, without good weights before: lower --lr")
+                    rate *= 0.6
+                    model.load_state_dict(good[0])
+                    averaged.load_state_dict(good[1])
                     for optimiser in optimisers:
                         optimiser.optimizer.state.clear()
                     restarted = step
-                    log.say(f"diffusion: not finite at step {step}; back to the last checkpoint, learning rate {rate:g}")
+                    log.say(f"diffusion: loss {mean:.3g} at step {step}; back to the last good weights, learning rate {rate:g}")
                     continue
+                if settled and mean < best:
+                    best = mean
+                if good is None or (settled and mean < 1.1 * best and step % 500 == 0):
+                    good = tuple({k: v.detach().clone() for k, v in m.state_dict().items()} for m in (model, averaged))
+                if predict is not plain and step - restarted in (50, 1000):
+                    apart = difference(predict, plain, draw()[:3])
+                    log.say(f"after {step - restarted} steps the CUDA graphs lie {apart:.4f} from the plain transformer")
+                    if apart >= SAME:
+                        predict = plain
                 log.row("diffusion", step, minutes, loss=mean, lr=lr)
                 if time.time() - shown > 10:
                     per_second = (step - first_step) / (time.time() - start)
@@ -992,8 +1080,9 @@ def arguments(argv=None):
     parser.add_argument("--clips", type=int, default=40_000)
     parser.add_argument("--fresh-clips", action="store_true", help="encode other clips than the run before")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--muon", action="store_true", help="Muon in place of AdamW for the transformer's inner matrices")
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--no-muon", dest="muon", action="store_false", help="AdamW for the transformer's inner matrices too")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch every kernel by itself")
     parser.add_argument("--shape-weight", type=float, default=1.0, help="weight of the latents on shapes where noise is little")
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the weight average")
@@ -1070,9 +1159,7 @@ def main(argv=None) -> int:
     args = arguments(argv)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     judges = Judges(1 if args.tiny else max(2, min(16, (os.cpu_count() or 1) // processes)))  # forked before CUDA starts
-    accelerator = Accelerator(  # the only buffers are positions, the same everywhere
-        mixed_precision="bf16" if torch.cuda.is_available() else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     run = Run(args, accelerator, judges)
     run.log.say(f"{run.ranks} x {device_name(run.device)}, torch {torch.__version__}, {args.minutes:g} minutes")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -72,7 +72,7 @@ def test_the_latents_of_shapes_are_where_their_pixels_are(train):
 
 
 def test_muon_takes_the_inner_matrices_only(train):
-    args = train.arguments(["--muon", "--text-rate", "0.1"])
+    args = train.arguments(["--text-rate", "0.1"])
     model = train.TextToVelocity(train.build_text_encoder(train.TINY, 40), train.build_transformer(train.TINY))
     adam, muon = train.build_optimisers(model, args, fused=False)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -80,6 +80,42 @@ def test_muon_takes_the_inner_matrices_only(train):
     assert len(taken) == train.TINY.layers * 6 and all(".attn1.to_" in n or ".ff.net." in n for n in taken)
     rest = [names[id(p)] for group in adam.param_groups for p in group["params"]]
     assert sorted(rest + list(taken)) == sorted(names.values())
+
+
+def test_stacked_muon_steps_as_torch_does(train):
+    torch.manual_seed(0)
+    shapes = [(8, 8), (8, 8), (24, 8), (8, 24), (16, 8)]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for start in 2 * [[torch.randn(s) for s in shapes]])
+    still = torch.nn.Parameter(torch.ones(4, 4))
+    stacked = train.StackedMuon([*ours, still], lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = [p.detach().clone() for p in ours]
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        stacked.step()
+        reference.step()
+    for a, b, old in zip(ours, theirs, before):
+        assert (a - b).norm() < 0.03 * (b - old).norm()  # bf16 products
+    assert torch.equal(still, torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"not a tensor of shape \(3,\)"):
+        train.StackedMuon([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+
+
+def test_a_loss_that_jumps_takes_the_good_weights_back(train, tmp_path, capfd, monkeypatch):
+    begun = ["--tiny", "--vae-minutes", "0.01", "--words-seconds", "0.2", "--warmup", "2", "--stages",
+             "vae,latents,words,diffusion", "--curriculum", "5:1", "--state", str(tmp_path / "a"), "--out", str(tmp_path / "o")]
+    forward, calls = train.Predict.forward, []
+
+    def jumps(self, *inputs):
+        calls.append(1)
+        return forward(self, *inputs) * (50 if len(calls) == 12 else 1)
+
+    monkeypatch.setattr(train.Predict, "forward", jumps)
+    assert train.main([*begun, "--max-steps", "20"]) == 0
+    said = capfd.readouterr().out
+    assert said.count("back to the last good weights, learning rate 0.00024") == 1
 
 
 def test_swapped_likeness_tells_a_bag_of_words(train, tmp_path):
@@ -140,7 +176,7 @@ def test_arguments_that_cannot_be_meant_are_refused(train, wrong, capsys):
 
 def test_two_processes_train_one_model(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(FOLDER / "train.py"),
-               "--tiny", "--vae-minutes", "0.02", "--max-steps", "21", "--refresh-every", "4", "--muon", "--shape-weight", "3",
+               "--tiny", "--vae-minutes", "0.02", "--max-steps", "21", "--refresh-every", "4", "--shape-weight", "3",
                "--guidance", "2", "4", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
