@@ -183,7 +183,7 @@ def _guarded(runtime: Any, like: Any, launch: Callable[[], None]) -> Callable[[]
 
 def bench_shape(shape: Shape, *, framework: str, dtype: str = "float16", specs: Iterable[str] = SPECS,
                 wanted: Callable[[str, str], bool] = lambda spec, variant: True, with_baselines: bool = True,
-                budget_ms: float = 300.0, totals_only: bool = False,
+                budget_ms: float = 400.0, totals_only: bool = False,
                 log: Callable[[str], None] = lambda text: None) -> list[Row]:
     """All rows of one shape: checked, then timed in turns. totals_only: the kernel and quantisation are not timed apart."""
     from lowbit_video.runtime import detect

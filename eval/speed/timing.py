@@ -18,6 +18,11 @@ MOST_PASSES = 64
 MEMORY_BYTES_PER_MS = 2.0e9
 """A cautious rate of overwriting, to turn host time into a number of passes."""
 
+LEAST_ROUNDS = 3
+"""Turns of every call, however slow one of them is."""
+SETTLES_MS = 50.0
+"""A call that takes longer needs no run before those that count: what ran before it is a small part of it."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -73,19 +78,24 @@ class Timer:
         return statistics.median(times)
 
 
-def time_together(timer: Timer, calls: dict[str, Callable[[], object]], *, budget_ms: float = 300.0, rounds: int = 3,
+def time_together(timer: Timer, calls: dict[str, Callable[[], object]], *, budget_ms: float = 400.0, rounds: int = 8,
                   max_runs: int = 40) -> dict[str, Timing]:
-    """Times several calls in turns, `rounds` times each, so that clocks and temperature are shared fairly.
+    """Times several calls in turns, all equally often, so that clocks, power and temperature are shared fairly.
 
-    budget_ms: device time of one call's runs over all rounds; at least `rounds` runs, at most max_runs.
+    Every other round goes backwards, and a turn begins with a run that does not count: what ran just before lowers or raises a
+    call by some percent. budget_ms: device time of the slowest call's counted runs over all rounds; fewer rounds, LEAST_ROUNDS
+    at least, where the slowest call would exceed it; at most max_runs a call.
     """
     host = {name: timer.host_us(call) for name, call in calls.items()}
     once = {name: timer.sample(call, 1, host[name])[0] for name, call in calls.items()}
-    runs = {name: max(1, min(max_runs, int(budget_ms / max(once[name], 1e-3))) // rounds) for name in calls}
+    affordable = int(budget_ms / max([*once.values(), 1e-3]))
+    rounds = min(rounds, max(LEAST_ROUNDS, affordable))
+    runs = max(1, min(max_runs, affordable) // rounds)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            samples[name] += timer.sample(call, runs[name], host[name])
+    for turn in range(rounds):
+        for name in list(calls)[::-1 if turn % 2 else 1]:
+            settling = 1 if once[name] < SETTLES_MS else 0
+            samples[name] += timer.sample(calls[name], settling + runs, host[name])[settling:]
     return {name: summarise(times, host[name]) for name, times in samples.items()}
 
 

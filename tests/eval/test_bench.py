@@ -139,12 +139,34 @@ def test_methods_are_timed_in_turns_from_a_cold_cache(monkeypatch):
 
     device = FakeDevice(monkeypatch)
     timer = timing.Timer(Runtime, None)
-    times = timing.time_together(timer, {"a": device.call("a", 2.0), "b": device.call("b", 50.0)}, budget_ms=60.0, rounds=3)
-    assert times["a"].median_ms == pytest.approx(2.0) and times["b"].median_ms == pytest.approx(50.0)  # fills are not counted
-    assert times["a"].runs == 30 and times["b"].runs == 3
-    runs = "".join(device.order)
-    assert runs.endswith("a" * 10 + "b" + "a" * 10 + "b" + "a" * 10 + "b")
-    assert device.fills >= 35
+    calls = {"a": device.call("a", 2.0), "b": device.call("b", 20.0)}
+    times = timing.time_together(timer, calls, budget_ms=240.0, rounds=4)
+    assert times["a"].median_ms == pytest.approx(2.0) and times["b"].median_ms == pytest.approx(20.0)  # fills are not counted
+    assert times["a"].runs == times["b"].runs == 12
+    turns = "".join(device.order)
+    assert turns.endswith("aaaabbbb" + "bbbbaaaa" + "aaaabbbb" + "bbbbaaaa")  # four runs a turn, of which the first settles
+    assert device.fills >= 32
+    device.order.clear()
+    slow = timing.time_together(timer, {"a": calls["a"], "b": device.call("b", 200.0)}, budget_ms=240.0)
+    assert slow["a"].runs == slow["b"].runs == timing.LEAST_ROUNDS
+    assert "".join(device.order).endswith("aab" + "baa" + "aab")
+    quick = timing.time_together(timer, {"a": device.call("a", 0.1)})
+    assert quick["a"].runs == 40 == 8 * 5
+
+
+def test_a_run_that_depends_on_the_one_before_it_biases_neither_call(monkeypatch):
+    device = FakeDevice(monkeypatch)
+    runtime = types.SimpleNamespace(stream=lambda t: 0, empty=lambda *_: types.SimpleNamespace(data_ptr=lambda: 0))
+
+    def call(name):
+        def run():  # slow after another call, as where that one left clocks or power low
+            device.now += 10.0 if device.order and device.order[-1] == name else 11.0
+            device.order.append(name)
+
+        return run
+
+    times = timing.time_together(timing.Timer(runtime, None), {name: call(name) for name in "abc"})
+    assert {round(ms, 6) for t in times.values() for ms in (t.median_ms, t.high_ms)} == {10.0}
 
 
 @pytest.mark.parametrize("causal", [False, True])
