@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..blas_threads import one_blas_thread
-from ..formats import BLOCK_K, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, scale_block
+from ..formats import BLOCK_K, LINE_SHIFT, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, scale_block
 from ..quant import reference as quant
 
 TILE_Q = 512
@@ -35,11 +35,22 @@ def round_significand(x: np.ndarray, bits: int, min_exponent: int) -> np.ndarray
     return x
 
 
+def line_probabilities(x: np.ndarray) -> np.ndarray:
+    """2**x (float32, up to 8) as the Hopper kernel's `line` makes it: a straight line between e4m3's powers of two.
+
+    The code 8 x + 55.55 is rounded twice, to float16 on the way; what lies under zero is zero.
+    """
+    half = np.maximum(x + np.float32(LINE_SHIFT), np.float32(0.0)).astype(np.float16)
+    code = np.rint(half.astype(np.float32) * np.float32(8.0)).astype(np.int32)
+    exponent, mantissa = code >> 3, code & 7
+    return np.ldexp((mantissa + 8 * (exponent > 0)).astype(np.float32), np.maximum(exponent, 1) - 10)
+
+
 @one_blas_thread()
 def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_scale: np.ndarray | None = None,
              k_scale: np.ndarray | None = None, v_scale: np.ndarray | None = None, bias: np.ndarray | None = None,
              p_format: str = "fp32", causal: bool = False, block_n: int = BLOCK_K,
-             sum_rounded: bool = False, backwards: bool = False) -> tuple[np.ndarray, np.ndarray]:
+             sum_rounded: bool = False, backwards: bool = False, line: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """softmax(q k^T) v over decoded codes.
 
     q: [B, Hq, Nq, D] float32, k, v: [B, Hkv, Nkv, D] float32: values of the codes without their scales.
@@ -48,7 +59,9 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
     scale: multiplies the scores. causal: key j is visible to query i if j <= i + Nkv - Nq.
     p_format: what P is rounded to ("fp16", "bf16", "fp8", or "fp32" for not at all); fp8 carries 2**8.
     block_n: keys per tile. sum_rounded: row sums of the rounded P, as kernels that sum by MMA do. backwards: tiles from the
-    last to the first, as the Hopper kernel takes them; FP8 P is rounded on the grid of the maximum so far.
+    last to the first, as the Hopper kernel takes them; FP8 P is rounded on the grid of the maximum so far. line (fp8): so many
+    of eight registers of P come from `line_probabilities`, as in that kernel: of every 64 keys, two registers to 16 of them,
+    one for the first 8 and one for the last 8 of 16 query rows.
     Returns out [B, Hq, Nq, D] float32 and the natural-log LSE [B, Hq, Nq] of the scores given (not corrected
     for K smoothing). A row that sees no key gives zeros and -inf.
     """
@@ -92,6 +105,9 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
                     s -= new_max - shift
                     if not masked:  # subnormal results would make exp2 a hundred times slower, and count for nothing
                         np.maximum(s, np.float32(-126.0), out=s)
+                    if line:
+                        register = np.arange(columns.stop - first) // 16 % 4 * 2 + (start + np.arange(count)[:, None]) // 8 % 2
+                        straight = line_probabilities(s)
                     p = np.exp2(s, out=s)
                     alpha = np.exp2(row_max - new_max)
                     row_max = new_max
@@ -99,6 +115,8 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
                         row_sum = row_sum * alpha + p.sum(axis=1, keepdims=True)
                     if rounding is not None:
                         p = round_significand(p, *rounding)
+                    if line:
+                        p = np.where(register < line, straight, p)
                     if sum_rounded:
                         row_sum = row_sum * alpha + p.sum(axis=1, keepdims=True)
                     acc *= alpha
@@ -117,7 +135,7 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
 def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: str, k_format: str, pv_format: str,
                      granularity: str = "block", smooth_k: bool = True, smooth_q: bool = False, scale: float,
                      causal: bool = False, half: str = "fp16", block_n: int = BLOCK_K,
-                     sum_rounded: bool = False, backwards: bool = False) -> tuple[np.ndarray, np.ndarray]:
+                     sum_rounded: bool = False, backwards: bool = False, line: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Quantise and attend, as the GPU backends do it in their separate kernels.
 
     q: [B, Hq, Nq, D], k, v: [B, Hkv, Nkv, D] float32 holding the caller's (possibly 16-bit) values.
@@ -138,7 +156,7 @@ def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: s
         quant.decode(q_codes, q_format), quant.decode(k_codes, k_format), values, scale=scale,
         q_scale=q_scale, k_scale=quant.expand_scale(k_scale, k.shape[2], block_k),
         v_scale=v_scale, bias=quant.score_bias(q_mean, k, k_mean) if smooth_q else None, p_format=p_format,
-        causal=causal, block_n=block_n, sum_rounded=sum_rounded, backwards=backwards)
+        causal=causal, block_n=block_n, sum_rounded=sum_rounded, backwards=backwards, line=line)
     if smooth_k:
         lse += lse_correction(q, k_mean, scale)
     return out, lse

@@ -125,15 +125,25 @@ def test_causal_gqa_lse_and_unequal_lengths(gpu, variant, spec, q_len, kv_len):
     got = gpu.numpy(lse)[1, 5]
     np.testing.assert_array_equal(np.isinf(got), np.isinf(wanted))
     seen = np.isfinite(wanted)
-    assert np.abs(got[seen] - wanted[seen]).max() < limit(spec, LSE) + 2e-2
+    # a row with two or three keys: its sum is off by as much as one FP8 P, up to 8 % of it where `line` makes it
+    assert np.abs(got[seen] - wanted[seen]).max() < limit(spec, LSE, 0.02) + 2e-2
     assert not gpu.numpy(out)[1, 5][~seen].any()  # rows that see no key are zero
+
+
+def reference_line(head_dim):
+    """The default Hopper build's `line`, for the oracle; 0 where the kernel does not serve the head dim."""
+    from lowbit_video.kernels.attention.hopper import CONFIGS
+
+    return CONFIGS[head_dim, True].line if (head_dim, True) in CONFIGS else 0
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("variant, spec", CASES)
 def test_matches_the_numpy_reference(gpu, variant, spec, head_dim, monkeypatch):
     if variant.backend == "hopper":
-        in_its_order = partial(reference.lowbit_attention, backwards=True, sum_rounded=spec.endswith("fp8"))
+        fp8_pv = spec.endswith("fp8")
+        line = reference_line(head_dim) if fp8_pv else 0
+        in_its_order = partial(reference.lowbit_attention, backwards=True, sum_rounded=fp8_pv, line=line)
         monkeypatch.setattr(reference, "lowbit_attention", in_its_order)
     dtype = dtype_for(spec)
     precision = supported(gpu, variant, spec, dtype, head_dim=head_dim, q_len=201, kv_len=333, lse=True)

@@ -70,6 +70,22 @@ FLOORS_DB = {"int8+fp16": 35.0, "int8+fp8": 26.0, "fp8+fp16": 26.5, "fp8+fp8": 2
              "int8/int2+fp16": 8.6, "int8/int2+fp8": 8.6}
 
 
+def test_line_takes_the_place_of_exponentials_in_the_registers_it_names():
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(-6, 8, 1000)).astype(np.float32)
+    straight = reference.line_probabilities(x)
+    assert np.abs(straight / np.exp2(x) - 1).max() < 0.09 and (np.diff(straight) >= 0).all()
+    assert (reference.line_probabilities(np.float32([8, -60, -np.inf])) == [256, 0, 0]).all()
+    q, k = rng.standard_normal((1, 1, 16, 128), np.float32), rng.standard_normal((1, 1, 128, 128), np.float32)
+    v = np.eye(128, dtype=np.float32)[None, None]  # the output is P over its row's sum
+    both = [reference.attn_fwd(q, k, v, scale=0.2, p_format="fp8", sum_rounded=True, line=line)[0][0, 0] for line in (0, 3)]
+    grid, line = (p / p.max(1, keepdims=True) for p in both)  # the maximum is 256 by either
+    differs = ~np.isclose(line, grid, rtol=1e-3)  # codes are a 16th apart
+    keys = np.arange(128) % 64
+    assert differs[:8, keys < 32].mean() > 0.1 and differs[8:, keys < 16].mean() > 0.1
+    assert not differs[:8, keys >= 32].any() and not differs[8:, keys >= 16].any()
+
+
 @pytest.mark.parametrize("spec", LOW_BIT)
 def test_quality_floor(spec):
     q, k, v = qkv(q_len=1000, k_offset=6.0)
