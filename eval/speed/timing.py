@@ -87,7 +87,7 @@ def time_together(timer: Timer, calls: dict[str, Callable[[], object]], *, budge
     at least, where the slowest call would exceed it; at most max_runs a call.
     """
     host = {name: timer.host_us(call) for name, call in calls.items()}
-    once = {name: timer.sample(call, 1, host[name])[0] for name, call in calls.items()}
+    once = {name: min(timer.sample(call, 2, host[name])) for name, call in calls.items()}
     affordable = int(budget_ms / max([*once.values(), 1e-3]))
     rounds = min(rounds, max(LEAST_ROUNDS, affordable))
     runs = max(1, min(max_runs, affordable) // rounds)
