@@ -69,8 +69,6 @@ def candidates():
         "64f8 token line2 hold6": (64, "fp8", a(token=True, hold=6, line=2)),
         "64f8 token line3 hold4": (64, "fp8", a(token=True, hold=4, line=3)),
         "64f8 token line8 hold4": (64, "fp8", a(token=True, hold=4, line=8)),
-        "64f8 ahead64": (64, "fp8", a(block_n=64, stages=4, ahead=True)),
-        "64f8 ahead64 pin": (64, "fp8", a(block_n=64, stages=4, ahead=True, pin=True)),
         "64f16 base": (64, "fp16", a(sum_mma=False)),
         "64f16 hold": (64, "fp16", a(sum_mma=False, hold=8)),
         "64f16 token hold": (64, "fp16", a(sum_mma=False, token=True, hold=8)),

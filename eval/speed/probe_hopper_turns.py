@@ -24,8 +24,8 @@ from lowbit_video.eval.speed.probe_portable import LIMITS, anchor_error, anchor_
 DEFAULTS = ("64f8 token line3 hold4", "64f16 lazy", "128f8 pin", "128f16 base")
 NAMES = (*DEFAULTS, "64f8 token pin", "64f8 hold", "64f8 token hold", "64f8 token hold6", "64f8 token hold4",
          "64f8 token hold2", "64f8 line2", "64f8 line2 hold4", "64f8 token line1 hold4", "64f8 token line2",
-         "64f8 token line2 hold6", "64f8 token line2 hold4", "64f8 token line8 hold4", "64f16 base", "64f16 hold", "64f16 lazy hold",
-         "64f16 token lazy hold", "128f8 hold", "128f8 hold4", "128f8 token hold", "128f8 line2 hold4",
+         "64f8 token line2 hold6", "64f8 token line2 hold4", "64f8 token line8 hold4", "64f16 base", "64f16 hold",
+         "64f16 lazy hold", "64f16 token lazy hold", "128f8 hold", "128f8 hold4", "128f8 token hold", "128f8 line2 hold4",
          "128f8 token line2 hold4", "128f16 hold", "128f16 hold2", "128f16 token hold", "128f16 lazy", "128f16 lazy hold",
          "128f16 lazy hold2", "128f16 token lazy hold", "128f16 token lazy hold4")
 FLASH = "FlashAttention-2"

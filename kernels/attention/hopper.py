@@ -356,12 +356,11 @@ def _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV: gl.constexpr, SUM_MMA: 
 @gluon.jit
 def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage, phase, turn,
           BN: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, SUM_MMA: gl.constexpr, TOKEN: gl.constexpr,
-          PIN: gl.constexpr, HOLD: gl.constexpr, LINE: gl.constexpr, LAZY: gl.constexpr, AHEAD: gl.constexpr,
-          FIRST: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr):
-    """The softmax of tile i_n, with PV of the tile before it in flight.
+          PIN: gl.constexpr, HOLD: gl.constexpr, LINE: gl.constexpr, LAZY: gl.constexpr, FIRST: gl.constexpr,
+          MASK: gl.constexpr, CAUSAL: gl.constexpr):
+    """The softmax of tile i_n, with PV of the tile before it in flight; QK^T of this one is issued with it, and waited for.
 
-    AHEAD 0: QK^T of this tile is issued with that PV, and waited for. AHEAD 1: s holds this tile's scores already, and
-    QK^T of the next tile is in flight (behind the last tile it multiplies stale bytes that nobody reads).
+    FIRST: there is no tile before, and s holds this one's scores already.
     """
     q_t, k_s, v_s, ones_t = tiles
     full, empty, token = barriers
@@ -372,16 +371,14 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
     FP8_PV: gl.constexpr = V_TYPE == gl.float8e4nv
     scale = q_scale * k_scale
     k_scale = gl.load(p_k_scale + gl.maximum(i_n - 1, 0) * BN // BLOCK_K)
-    if AHEAD or not FIRST:
+    if not FIRST:
         mbarrier.wait(full.index(stage), phase)
         s_next = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-    if not FIRST:
         v_t = v_s.index(stage)
         if FP8_PV:
             v_t = v_t.permute((1, 0))
         t, tl = _pv(p, v_t, ones_t, acc, zero_acc, zero_l, BN, V_TYPE, SUM_MMA, P_LAYOUT)
-        if not AHEAD:
-            s = warpgroup_mma_wait(2 if SUM_MMA else 1, deps=(s_next,))
+        s = warpgroup_mma_wait(2 if SUM_MMA else 1, deps=(s_next,))
     x = s
     if MASK:
         x = _mask(s, scale, i_n, o_row, q_len, kv_len, BN, CAUSAL)
@@ -405,11 +402,8 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
         mbarrier.arrive(token.index((W + 1) % NC), count=1)
         turn += 1
     if not FIRST:
-        t, tl, p, s = _pv_wait(t, tl, p, s_next if AHEAD else s, SUM_MMA)
+        t, tl, p, s = _pv_wait(t, tl, p, s, SUM_MMA)
         acc, l = _accumulate(acc, l, t, tl, alpha_old, alpha, FP8_PV, SUM_MMA, LAZY)
-    elif AHEAD:
-        s = warpgroup_mma_wait(0, deps=(s_next,))
-    if AHEAD or not FIRST:
         mbarrier.arrive(empty.index(stage), count=1)
         stage += 1
         if stage == STAGES:
@@ -423,8 +417,7 @@ def _step(i_n, W: gl.constexpr, tiles, barriers, where, zeros, s, m, l, acc, p, 
 @gluon.jit
 def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr, BN: gl.constexpr, NC: gl.constexpr,
               STAGES: gl.constexpr, CAUSAL: gl.constexpr, LSE: gl.constexpr, LSE_SHIFT: gl.constexpr, SUM_MMA: gl.constexpr,
-              TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, LINE: gl.constexpr, LAZY: gl.constexpr,
-              AHEAD: gl.constexpr, UNROLL: gl.constexpr):
+              TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, LINE: gl.constexpr, LAZY: gl.constexpr):
     q_s, k_s, v_s, ones_s = tiles
     q_full, q_empty, full, empty, token = barriers
     p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale = pointers
@@ -480,31 +473,17 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
             phase ^= 1
         s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
             n_kv - 1, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, None, m, k_scale, stage,
-            phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, True, True, CAUSAL)
+            phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, True, True, CAUSAL)
         n_full = gl.minimum(n_full, n_kv - 1)
         if CAUSAL:
             for j in range(n_kv - 1 - n_full):
                 s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
                     n_kv - 2 - j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, True, CAUSAL)
-        if UNROLL:  # two tiles a turn: the scores of one and the next swap registers without moves
-            if n_full % 2 == 1:
-                s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
-                    n_full - 1, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, False, CAUSAL)
-            n_full = n_full // 2 * 2
-            for j in range(n_full // 2):
-                s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
-                    n_full - 1 - 2 * j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, False, CAUSAL)
-                s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
-                    n_full - 2 - 2 * j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, False, CAUSAL)
-        else:
-            for j in range(n_full):
-                s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
-                    n_full - 1 - j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
-                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, AHEAD, False, False, CAUSAL)
+                    phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, False, True, CAUSAL)
+        for j in range(n_full):
+            s, m, l, acc, p, alpha, k_scale, stage, phase, turn = _step(
+                n_full - 1 - j, W, step_tiles, step_barriers, where, zeros, s, m, l, acc, p, alpha, k_scale, stage,
+                phase, turn, BN, NC, STAGES, SUM_MMA, TOKEN, PIN, HOLD, LINE, LAZY, False, False, CAUSAL)
         mbarrier.arrive(q_empty, count=1)
         mbarrier.wait(full.index(stage), phase)
         v_t = v_s.index(stage)
@@ -545,7 +524,7 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, D: gl.constexpr
 
 @gluon.jit
 def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, D: gl.constexpr, BN: gl.constexpr, NC: gl.constexpr,
-              STAGES: gl.constexpr, CAUSAL: gl.constexpr, LAG: gl.constexpr):
+              STAGES: gl.constexpr, CAUSAL: gl.constexpr):
     q_s, k_s, v_s, ones_s = tiles
     q_full, q_empty, full, empty, token = barriers
     sm_scale, heads_q, heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on = sizes
@@ -565,26 +544,24 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, D: gl.constexpr, B
         for i in gl.static_range(NC):
             async_load(q_desc, [i_bh * q_len + i_m * BM + i * ROWS, 0], q_full, q_s.index(i))
         o_k = i_kv * kv_len
-        for j in range(n_kv + LAG):
+        for j in range(n_kv + 1):
             i_n = n_kv - 1 - j
             mbarrier.wait(empty.index(stage), phase)
             if j < n_kv:
-                if j >= LAG:
+                if j >= 1:
                     mbarrier.expect(full.index(stage), K_BYTES + V_BYTES)
                 else:
                     mbarrier.expect(full.index(stage), K_BYTES)
                 async_load(k_desc, [o_k + i_n * BN, 0], full.index(stage), k_s.index(stage))
-            elif j >= LAG:
+            else:
                 mbarrier.expect(full.index(stage), V_BYTES)
-            else:  # one tile only, and LAG 2
-                mbarrier.expect(full.index(stage), 0)
-            if j >= LAG:
+            if j >= 1:
                 if FP8_PV:
-                    async_load(v_desc, [i_kv * D, (i_n + LAG) * BN], full.index(stage), v_s.index(stage))
+                    async_load(v_desc, [i_kv * D, (i_n + 1) * BN], full.index(stage), v_s.index(stage))
                 else:
                     V4: gl.constexpr = v_desc.layout
                     v_tile = v_s.index(stage)._reinterpret(v_s.dtype, [1, 1, BN, D], V4)
-                    async_load(v_desc, [i_b, i_kvh, (i_n + LAG) * BN, 0], full.index(stage), v_tile)
+                    async_load(v_desc, [i_b, i_kvh, (i_n + 1) * BN, 0], full.index(stage), v_tile)
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -597,8 +574,7 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
                            BN: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr,
                            CAUSAL: gl.constexpr, LSE: gl.constexpr, LSE_SHIFT: gl.constexpr, SUM_MMA: gl.constexpr,
                            TOKEN: gl.constexpr, PIN: gl.constexpr, HOLD: gl.constexpr, LINE: gl.constexpr,
-                           LAZY: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr, V_LAYOUT: gl.constexpr,
-                           ONES_LAYOUT: gl.constexpr):
+                           LAZY: gl.constexpr, V_LAYOUT: gl.constexpr, ONES_LAYOUT: gl.constexpr):
     V_TYPE: gl.constexpr = v_desc.dtype
     FP8_PV: gl.constexpr = V_TYPE == gl.float8e4nv
     q_s = gl.allocate_shared_memory(q_desc.dtype, [NC, ROWS, D], q_desc.layout)
@@ -634,20 +610,20 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
     if NC == 2:
         gl.warp_specialize([
             (_consumer, (0, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
+                         HOLD, LINE, LAZY)),
             (_consumer, (1, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
-            (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, D, BN, NC, STAGES, CAUSAL, 1 + AHEAD)),
+                         HOLD, LINE, LAZY)),
+            (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, D, BN, NC, STAGES, CAUSAL)),
         ], [4, 1], [CONSUMER_REGS, 24])
     else:
         gl.warp_specialize([
             (_consumer, (0, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
+                         HOLD, LINE, LAZY)),
             (_consumer, (1, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
+                         HOLD, LINE, LAZY)),
             (_consumer, (2, tiles, barriers, pointers, sizes, D, BN, NC, STAGES, CAUSAL, LSE, LSE_SHIFT, SUM_MMA, TOKEN, PIN,
-                         HOLD, LINE, LAZY, AHEAD, UNROLL)),
-            (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, D, BN, NC, STAGES, CAUSAL, 1 + AHEAD)),
+                         HOLD, LINE, LAZY)),
+            (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, D, BN, NC, STAGES, CAUSAL)),
         ], [4, 4, 1], [CONSUMER_REGS, CONSUMER_REGS, 24])
 
 
@@ -660,8 +636,7 @@ class HopperConfig:
     exponentials. pin: waits stay behind a quarter of the exponentials. hold: behind so many eighths of them, packed, and a
     consumer waits for its turn with the row maximum in hand. line (FP8, with hold and sum_mma): so many eighths of P without
     an exponential, as codes of e4m3 are nearly logarithms. lazy (16 bits): a row's maximum, and with it what was summed,
-    stays until it is short by 2**8. ahead: QK^T runs one tile ahead of the softmax. unroll: two tiles a turn of the loop.
-    persistent: one program a multiprocessor.
+    stays until it is short by 2**8. persistent: one program a multiprocessor.
     """
 
     block_n: int
@@ -674,8 +649,6 @@ class HopperConfig:
     hold: int = 0
     line: int = 0
     lazy: bool = False
-    ahead: bool = False
-    unroll: bool = False
     persistent: bool = False
 
     def __post_init__(self) -> None:
@@ -746,8 +719,7 @@ def launch_arguments(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, in
     constants = dict(D=head_dim, BN=block_n, NC=config.consumers, STAGES=config.stages, CONSUMER_REGS=config.registers,
                      CAUSAL=bool(is_causal), LSE=lse is not None, LSE_SHIFT=lse is not None and lse_shift is not None,
                      SUM_MMA=config.sum_mma, TOKEN=config.token, PIN=config.pin, HOLD=int(config.hold),
-                     LINE=config.line, LAZY=config.lazy, AHEAD=int(config.ahead), UNROLL=config.unroll, V_LAYOUT=v_layout,
-                     ONES_LAYOUT=ones_layout, num_warps=4)
+                     LINE=config.line, LAZY=config.lazy, V_LAYOUT=v_layout, ONES_LAYOUT=ones_layout, num_warps=4)
     return n_work, arguments, constants
 
 
