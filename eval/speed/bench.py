@@ -314,12 +314,15 @@ def environment(framework: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Short hash of the checkout this file is in, "+" appended if it has changes; outside one LOWBIT_VIDEO_COMMIT, or None."""
+    """LOWBIT_VIDEO_COMMIT where it is set, for copies of a tree; else the short hash of the checkout this file is in, "+"
+    appended if it has changes; None outside one."""
+    if said := os.environ.get("LOWBIT_VIDEO_COMMIT"):
+        return said
     here = str(Path(__file__).resolve().parent)
     git = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
     head = git("rev-parse", "--short", "HEAD")
     if head.returncode:
-        return os.environ.get("LOWBIT_VIDEO_COMMIT")
+        return None
     return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
 
 
