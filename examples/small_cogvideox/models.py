@@ -137,6 +137,11 @@ def save(folder: str | Path, vae, text_encoder, transformer, sizes: Sizes, gener
     half[0].save_pretrained(folder / "vae", max_shard_size=SHARD_SIZE)
     half[1].save_pretrained(folder / "text_encoder", max_shard_size=SHARD_SIZE)
     half[2].save_pretrained(folder / "transformer", max_shard_size=SHARD_SIZE)
+    for name in ("vae", "transformer"):  # where a module was once loaded from is nobody's business
+        path = folder / name / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     build_scheduler(sizes).save_pretrained(folder / "scheduler")
     if not (folder / "tokenizer" / "spiece.model").exists():
         build_vocabulary(folder / "tokenizer")
