@@ -257,3 +257,16 @@ def test_every_result_kept_says_where_it_was_measured():
         about = (content[0] if isinstance(content, list) else content)["about"]
         assert about["gpu"] and about["versions"]["triton"] and about["commit"], path.name
     assert tuning.load_lengths(str(folder / "lengths.json")).keys() == tuning.FASTER_FROM.keys()
+
+
+def test_the_shortest_useful_lengths_are_what_the_results_say():
+    """The longer of lengths.json and the sweep; FP8 Q and K, which the sweep lacks, as INT8 of the same backend."""
+    folder = Path(bench.__file__).parent / "results"
+    rows = [r for r in json.loads((folder / "sweep.json").read_text())["rows"] if r["shape"] == "sweep"]
+    tflops = {(r["method"], r["head_dim"], r["tokens"]): r["tflops"] for r in rows}
+    lengths = sorted({r["tokens"] for r in rows})
+    for (variant, pv, arch, head_dim), tokens in tuning.load_lengths(str(folder / "lengths.json")).items():
+        method = f"int8+{pv} ({variant.replace('triton-fp8', 'triton-int-fp8').replace('hopper-fp8', 'hopper-int8')})"
+        slower = [n for n in lengths if tflops[method, head_dim, n] <= tflops["exact (triton-exact)", head_dim, n]]
+        crossing = lengths[lengths.index(max(slower)) + 1] if slower else lengths[0]
+        assert tuning.FASTER_FROM[variant, pv, arch, head_dim] == max(tokens, crossing), (variant, pv, head_dim)
