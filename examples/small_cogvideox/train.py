@@ -3,8 +3,8 @@
     python examples/small_cogvideox/train.py --minutes 9 --state /tmp/small --out outputs/small
 
 Each run keeps to its `--minutes` of wall clock and goes on from what `--state` holds, so that several short runs make one
-training. `accelerate launch --num_processes 4 examples/small_cogvideox/train.py ...` uses four GPUs: each encodes clips of its
-own and takes `--batch` of them a step. `--tiny` runs every stage at toy sizes on a CPU, to see that it works.
+training. `torchrun --standalone --nproc_per_node 2 examples/small_cogvideox/train.py ...` uses two GPUs: each encodes clips of
+its own and takes `--batch` of them a step. `--tiny` runs every stage at toy sizes on a CPU, to see that it works.
 """
 from __future__ import annotations
 
@@ -1066,10 +1066,10 @@ def arguments(argv=None):
     parser.add_argument("--init-parts", default="vae,transformer", help="what to take from it, of vae, transformer, "
                         "text_encoder; the rest is trained from nothing (default: %(default)s)")
     parser.add_argument("--curriculum", help="latent frames and shares of the diffusion time, the last of them a whole clip's "
-                        "(default: 1:0.3,3:0.3,9:0.4)")
+                        "(default: 1:0.13,9:0.87)")
     parser.add_argument("--text-rate", type=float, default=0.0, help="the text encoder's learning rate beside the transformer, "
                         "as a share of --lr (0: it stays as the words stage left it)")
-    parser.add_argument("--refresh-every", type=int, default=10, help="steps after which new clips are encoded (0: never)")
+    parser.add_argument("--refresh-every", type=int, default=20, help="steps after which new clips are encoded (0: never)")
     parser.add_argument("--refresh-clips", type=int, default=32, help="how many each time; four times as many single frames")
     parser.add_argument("--unfinished", action="store_true",
                         help="more runs follow: the learning rate falls over all of --diffusion-minutes, not this run's share")
@@ -1080,10 +1080,10 @@ def arguments(argv=None):
     parser.add_argument("--clips", type=int, default=40_000)
     parser.add_argument("--fresh-clips", action="store_true", help="encode other clips than the run before")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--no-muon", dest="muon", action="store_false", help="AdamW for the transformer's inner matrices too")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch every kernel by itself")
-    parser.add_argument("--shape-weight", type=float, default=1.0, help="weight of the latents on shapes where noise is little")
+    parser.add_argument("--shape-weight", type=float, default=3.0, help="weight of the latents on shapes where noise is little")
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the weight average")
     parser.add_argument("--vae-goes-on", action="store_true", help="train the autoencoder of --init further, for --vae-minutes")
@@ -1109,7 +1109,7 @@ def arguments(argv=None):
     if args.words_seconds <= 0 and args.text_rate <= 0 and "text_encoder" not in args.init_parts:
         parser.error("--words-seconds 0 leaves the text encoder untrained: give --text-rate, say 0.1")
     most = (TINY if args.tiny else SIZES).latent_frames
-    args.curriculum = args.curriculum or f"1:0.3,3:0.3,{most}:0.4"
+    args.curriculum = args.curriculum or f"1:0.13,{most}:0.87"
     try:
         curriculum(args.curriculum, most)
     except ValueError as error:

@@ -115,7 +115,7 @@ def test_a_loss_that_jumps_takes_the_good_weights_back(train, tmp_path, capfd, m
     monkeypatch.setattr(train.Predict, "forward", jumps)
     assert train.main([*begun, "--max-steps", "20"]) == 0
     said = capfd.readouterr().out
-    assert said.count("back to the last good weights, learning rate 0.00024") == 1
+    assert said.count("back to the last good weights, learning rate 0.0003") == 1
 
 
 def test_swapped_likeness_tells_a_bag_of_words(train, tmp_path):
@@ -176,7 +176,7 @@ def test_arguments_that_cannot_be_meant_are_refused(train, wrong, capsys):
 
 def test_two_processes_train_one_model(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(FOLDER / "train.py"),
-               "--tiny", "--vae-minutes", "0.02", "--max-steps", "21", "--refresh-every", "4", "--shape-weight", "3",
+               "--tiny", "--vae-minutes", "0.02", "--max-steps", "21", "--refresh-every", "4",
                "--guidance", "2", "4", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
