@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import generate  # noqa: E402
+from lowbit_video.eval import prompt_adherence  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline  # noqa: E402
 from lowbit_video.processors import apply, coverage, remove  # noqa: E402
 
@@ -36,6 +37,23 @@ def test_two_steps_are_finite_follow_the_prompt_and_take_the_hook():
     assert 0 < np.abs(low - red).mean() < 0.02
     assert len(coverage(pipe).as_dict()["modules"]) >= 8
     assert remove(pipe)
+
+
+@pytest.mark.parametrize("precision, prompt", [
+    ("int8+fp16", "a small red circle moves left over a blue background"),
+    ("int4+fp8", "a large green star grows on a white background")])
+def test_a_low_bit_video_shows_what_was_asked(precision, prompt):
+    stored = json.loads((MODEL / "generation.json").read_text())
+    pipe = CogVideoXPipeline.from_pretrained(MODEL, dtype="float32", device="cpu")
+    apply(pipe, precision)
+    frames = pipe(prompt, num_inference_steps=12, guidance_scale=stored["guidance_scale"], num_frames=stored["num_frames"],
+                  height=stored["height"], width=stored["width"], max_sequence_length=stored["max_sequence_length"], seed=0,
+                  progress=False).frames[0]
+    frames = np.clip(np.round(np.asarray(frames) * 255), 0, 255).astype(np.uint8)
+    found = prompt_adherence.score(frames, prompt)
+    assert found.all, f"asked for {prompt!r}, seen: {found.scene}"
+    wrong = prompt_adherence.score(frames, "a large blue ring moves up on a striped red background")
+    assert not (wrong.colour or wrong.shape or wrong.motion or wrong.background)
 
 
 @pytest.mark.parametrize("prompt, not_asked", [
