@@ -12,10 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from models import build_text_encoder
+from run import Run, save_state
+from tokens import Tokens
 from torch import nn
 
 from lowbit_video.eval import world
@@ -26,6 +30,7 @@ OF_THE_GROUND = (("texture", world.TEXTURES), ("background", COLOURS))
 NAMES = ("pair", *(name for name, _ in OF_THE_GROUND), *(f"{name} {i}" for i in (1, 2) for name, _ in OF_A_THING))
 CLASSES = (2, *(len(words) for _, words in OF_THE_GROUND), *2 * tuple(len(words) for _, words in OF_A_THING))
 NO_LABEL = -100  # of a second thing that is not there
+TRAIN_SEED, CHECK_SEED = 1002, 2000
 COLLAPSED = 0.98  # swapped_likeness above which an encoder tells hardly more than which words there are
 
 
@@ -158,10 +163,49 @@ def linear_readings(encoder, tokens, captions: int = 3000) -> dict[str, float]:
     return shares
 
 
-def main(argv=None) -> int:
-    from pathlib import Path
+def train_words(run: Run) -> None:
+    """Put the captions' meaning into a text encoder's features, by itself; `words.pt` keeps it for the diffusion stage."""
+    args, log = run.args, run.log
+    path = run.state / "words.pt"
+    started = args.init and "text_encoder" in args.init_parts
+    if path.exists() or (run.state / "diffusion.pt").exists() or args.words_seconds <= 0 or started:
+        log.say("words are learned already, or not asked for")
+        return
+    sets = run.word_sets.get() if run.word_sets else word_sets(run.tokenizer, args.word_captions)
+    (ids, labels), (held_ids, held_labels) = [[torch.from_numpy(part).to(run.device) for part in one] for one in sets]
+    encoder = build_text_encoder(run.sizes, run.vocabulary).to(run.device)
+    start = time.time()
 
-    from tokens import Tokens
+    def note(step: int, loss: float) -> None:
+        log.row("words", step, (time.time() - start) / 60, loss=loss)
+
+    batch = 64 if run.device.type == "cpu" else args.word_batch
+    heads, step = teach(
+        encoder, ids, labels, args.words_seconds, batch, run.autocast, args.words_lr, args.max_steps, note)
+    found = accuracy(encoder, heads, held_ids, held_labels, run.autocast)
+    worst = {kind: f"{NAMES[row.argmin()]} {100 * row.min():.1f} %" for kind, row in zip(("mean", "picked"), found)}
+    log.say(f"words: {step} steps of {batch} in {time.time() - start:.1f} s; held-out captions read right "
+            f"{100 * found.mean():.2f} %, worst {worst}")
+    log.row("words", step, (time.time() - start) / 60, held_out_mean=found[0].mean(), held_out_picked=found[1].mean())
+    say_swapped(run, encoder, step, (time.time() - start) / 60)
+    save_state(path, {"model": encoder.state_dict()})
+
+
+def say_swapped(run: Run, encoder, step: int, minutes: float) -> None:
+    """Log how alike captions with their two colours exchanged are to the encoder: at 1 no colour can find its thing."""
+    alike = swapped_likeness(encoder, Tokens(run.tokenizer))
+    run.log.row("words", step, minutes, swapped_likeness=alike)
+    run.log.say(f"captions with colours exchanged are alike to {alike:.5f} for the text encoder"
+                + (": IT HAS LOST THE ORDER OF WORDS" if alike > COLLAPSED else ""))
+
+
+def word_sets(tokenizer: Path, count: int):
+    """Captions with labels to learn from, and held-out ones to check with: a worker's task while the autoencoder trains."""
+    tokens = Tokens(tokenizer)
+    return caption_set(tokens, count, TRAIN_SEED), caption_set(tokens, 2000, CHECK_SEED, held=True)
+
+
+def main(argv=None) -> int:
     from transformers import T5EncoderModel
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,76 +19,78 @@ pytestmark = pytest.mark.torch
 
 
 @pytest.fixture
-def train(monkeypatch):
-    """train.py as a module, its neighbours importable."""
+def code(monkeypatch):
+    """The modules of the example by name; they are found as its scripts find them, beside each other."""
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
-    import train
+    import train  # imports its neighbours
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # toy sizes gain nothing from more
-    yield train
+    yield SimpleNamespace(train=train, **{path.stem: sys.modules[path.stem] for path in FOLDER.glob("*.py")
+                                          if path.stem in sys.modules and path.stem != "train"})
     torch.set_num_threads(threads)
     for name in set(sys.modules) - before:
         if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
 
 
-def test_curriculum_is_read_and_refused(train):
-    assert train.curriculum("1:0.3,3:0.3,9:0.4", 9) == [(1, pytest.approx(0.3)), (3, pytest.approx(0.6)), (9, 1.0)]
-    assert train.curriculum("9:2", 9) == [(9, 1.0)]
+def test_curriculum_is_read_and_refused(code):
+    assert code.curriculum.curriculum("1:0.3,3:0.3,9:0.4", 9) == [(1, pytest.approx(0.3)), (3, pytest.approx(0.6)), (9, 1.0)]
+    assert code.curriculum.curriculum("9:2", 9) == [(9, 1.0)]
     for text in ("", "9", "1:x,9:1", "0:1,9:1", "10:1", "9:-1,9:2", "9:0.5,1:0.5"):
         with pytest.raises(ValueError, match="--curriculum"):
-            train.curriculum(text, 9)
-    assert train.batch_of(128, 9, train.SIZES) == 128 and train.batch_of(128, 3, train.SIZES) == 352
-    assert train.batch_of(128, 1, train.SIZES) == 512
+            code.curriculum.curriculum(text, 9)
+    assert [code.curriculum.batch_of(128, frames, code.models.SIZES) for frames in (9, 3, 1)] == [128, 352, 512]
 
 
-def test_fewer_frames_keep_the_positions_of_the_first(train):
+def test_fewer_frames_keep_the_positions_of_the_first(code):
     torch.manual_seed(0)
-    transformer = train.build_transformer(train.TINY).eval()
-    noisy, text = torch.randn(2, 2, *train.TINY.latent_shape[1:]), torch.randn(2, train.MAX_TOKENS, train.TINY.text_dim)
-    whole = torch.randn(2, *train.TINY.latent_shape)
+    tiny = code.models.TINY
+    transformer = code.models.build_transformer(tiny).eval()
+    noisy, text = torch.randn(2, 2, *tiny.latent_shape[1:]), torch.randn(2, code.tokens.MAX_TOKENS, tiny.text_dim)
+    whole = torch.randn(2, *code.models.TINY.latent_shape)
     times = torch.tensor([10, 900])
     with torch.no_grad():
         wanted = transformer(noisy, text, times, return_dict=False)[0]  # diffusers makes positions for 2 frames
         wanted_whole = transformer(whole, text, times, return_dict=False)[0]
-        positions = train.model_positions(transformer)
-        train.first_frames(transformer, 2, positions)
+        positions = code.curriculum.model_positions(transformer)
+        code.curriculum.first_frames(transformer, 2, positions)
         made = transformer.patch_embed._get_positional_embeddings
         transformer.patch_embed._get_positional_embeddings = None  # nothing is computed anew
         torch.testing.assert_close(transformer(noisy, text, times, return_dict=False)[0], wanted)
         transformer.patch_embed._get_positional_embeddings = made
-        train.first_frames(transformer, train.TINY.latent_frames, positions)
+        code.curriculum.first_frames(transformer, code.models.TINY.latent_frames, positions)
         torch.testing.assert_close(transformer(whole, text, times, return_dict=False)[0], wanted_whole)
 
 
-def test_the_latents_of_shapes_are_where_their_pixels_are(train):
+def test_the_latents_of_shapes_are_where_their_pixels_are(code):
     mask = torch.zeros(1, 1, 9, 16, 24, dtype=torch.bool)
     mask[0, 0, 0, 3, 9] = True  # the first frame has a latent of its own
     mask[0, 0, 8, 15, 23] = True  # every other one stands for four frames
-    found = train.latent_mask(mask)
+    found = code.latents.latent_mask(mask)
     assert found.shape == (1, 3, 1, 2, 3) and found.dtype == torch.bool
     assert found.nonzero().tolist() == [[0, 0, 0, 0, 1], [0, 2, 0, 1, 2]]
 
 
-def test_muon_takes_the_inner_matrices_only(train):
-    args = train.arguments(["--text-rate", "0.1"])
-    model = train.TextToVelocity(train.build_text_encoder(train.TINY, 40), train.build_transformer(train.TINY))
-    adam, muon = train.build_optimisers(model, args, fused=False)
+def test_muon_takes_the_inner_matrices_only(code):
+    args = code.train.arguments(["--text-rate", "0.1"])
+    tiny = code.models.TINY
+    model = code.models.TextToVelocity(code.models.build_text_encoder(tiny, 40), code.models.build_transformer(tiny))
+    adam, muon = code.diffusion.build_optimisers(model, args, fused=False)
     names = {id(p): n for n, p in model.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert len(taken) == train.TINY.layers * 6 and all(".attn1.to_" in n or ".ff.net." in n for n in taken)
+    assert len(taken) == code.models.TINY.layers * 6 and all(".attn1.to_" in n or ".ff.net." in n for n in taken)
     rest = [names[id(p)] for group in adam.param_groups for p in group["params"]]
     assert sorted(rest + list(taken)) == sorted(names.values())
 
 
-def test_stacked_muon_steps_as_torch_does(train):
+def test_stacked_muon_steps_as_torch_does(code):
     torch.manual_seed(0)
     shapes = [(8, 8), (8, 8), (24, 8), (8, 24), (16, 8)]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for start in 2 * [[torch.randn(s) for s in shapes]])
     still = torch.nn.Parameter(torch.ones(4, 4))
-    stacked = train.StackedMuon([*ours, still], lr=0.02, weight_decay=0.1)
+    stacked = code.optimisers.StackedMuon([*ours, still], lr=0.02, weight_decay=0.1)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     before = [p.detach().clone() for p in ours]
     for _ in range(4):
@@ -100,38 +103,38 @@ def test_stacked_muon_steps_as_torch_does(train):
         assert (a - b).norm() < 0.03 * (b - old).norm()  # bf16 products
     assert torch.equal(still, torch.ones(4, 4))
     with pytest.raises(ValueError, match=r"not a tensor of shape \(3,\)"):
-        train.StackedMuon([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+        code.optimisers.StackedMuon([torch.nn.Parameter(torch.ones(3))], lr=0.1)
 
 
-def test_a_loss_that_jumps_takes_the_good_weights_back(train, tmp_path, capfd, monkeypatch):
+def test_a_loss_that_jumps_takes_the_good_weights_back(code, tmp_path, capfd, monkeypatch):
     begun = ["--tiny", "--vae-minutes", "0.01", "--words-seconds", "0.2", "--warmup", "2", "--stages",
              "vae,latents,words,diffusion", "--curriculum", "5:1", "--state", str(tmp_path / "a"), "--out", str(tmp_path / "o")]
-    forward, calls = train.Predict.forward, []
+    forward, calls = code.graphs.Predict.forward, []
 
     def jumps(self, *inputs):
         calls.append(1)
         return forward(self, *inputs) * (50 if len(calls) == 12 else 1)
 
-    monkeypatch.setattr(train.Predict, "forward", jumps)
-    assert train.main([*begun, "--max-steps", "20"]) == 0
+    monkeypatch.setattr(code.graphs.Predict, "forward", jumps)
+    assert code.train.main([*begun, "--max-steps", "20"]) == 0
     said = capfd.readouterr().out
     assert said.count("back to the last good weights, learning rate 0.0003") == 1
 
 
-def test_swapped_likeness_tells_a_bag_of_words(train, tmp_path):
-    train.build_vocabulary(tmp_path)
-    tokens = train.Tokens(tmp_path)
+def test_swapped_likeness_tells_a_bag_of_words(code, tmp_path):
+    code.tokens.build_vocabulary(tmp_path)
+    tokens = code.tokens.Tokens(tmp_path)
     torch.manual_seed(0)
-    encoder = train.build_text_encoder(train.TINY, len(tokens))
-    assert train.words.swapped_likeness(encoder, tokens) < train.words.COLLAPSED
+    encoder = code.models.build_text_encoder(code.models.TINY, len(tokens))
+    assert code.words.swapped_likeness(encoder, tokens) < code.words.COLLAPSED
     torch.nn.init.zeros_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
-    assert train.words.swapped_likeness(encoder, tokens) > 0.999
+    assert code.words.swapped_likeness(encoder, tokens) > 0.999
 
 
-def test_stages_run_from_nothing_and_go_on_from_the_folder(train, tmp_path, capfd):
+def test_stages_run_from_nothing_and_go_on_from_the_folder(code, tmp_path, capfd):
     first = ["--tiny", "--vae-minutes", "0.02", "--max-steps", "6", "--refresh-every", "2", "--check-seconds", "0", "--stages",
              "vae,latents,words,diffusion", "--curriculum", "1:0.5,2:0.25,5:0.25"]
-    assert train.main([*first, "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
+    assert code.train.main([*first, "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
     said = capfd.readouterr().out
     for frames in (1, 2, 5):
         assert f"{frames} latent frames from" in said
@@ -140,7 +143,7 @@ def test_stages_run_from_nothing_and_go_on_from_the_folder(train, tmp_path, capf
     model = tmp_path / "a" / "model"
     assert json.loads((model / "training.json").read_text())["steps"] == 6
     config = json.loads((model / "transformer" / "config.json").read_text())
-    assert config["sample_frames"] == train.TINY.frames
+    assert config["sample_frames"] == code.models.TINY.frames
     with open(tmp_path / "a" / "log.csv", newline="") as file:
         assert {"vae", "words", "diffusion"} <= {row["stage"] for row in csv.DictReader(file)}
     # the encoder beside the transformer is the words stage's own
@@ -153,24 +156,24 @@ def test_stages_run_from_nothing_and_go_on_from_the_folder(train, tmp_path, capf
 
     more = ["--tiny", "--max-steps", "3", "--init", str(model), "--text-rate", "0.1", "--curriculum", "5:1", "--stages",
             "latents,words,diffusion", "--state", str(tmp_path / "b"), "--out", str(tmp_path / "out")]
-    assert train.main(more) == 0
+    assert code.train.main(more) == 0
     assert json.loads((tmp_path / "b" / "model" / "training.json").read_text())["steps"] == 9
     again = load_file(tmp_path / "b" / "model" / "vae" / "diffusion_pytorch_model.safetensors")
     before = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
-def test_a_toy_training_refuses_the_shipped_autoencoder(train, tmp_path, capfd):
+def test_a_toy_training_refuses_the_shipped_autoencoder(code, tmp_path, capfd):
     begun = ["--tiny", "--init", str(FOLDER / "model"), "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
-    assert train.main(begun) == 1
+    assert code.train.main(begun) == 1
     assert "16 latent channels, this training 4; --tiny goes on from" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [["--curriculum", "1:1"], ["--init-parts", "scheduler"], ["--words-seconds", "0"],
                                    ["--stages", "nothing"]])
-def test_arguments_that_cannot_be_meant_are_refused(train, wrong, capsys):
+def test_arguments_that_cannot_be_meant_are_refused(code, wrong, capsys):
     with pytest.raises(SystemExit):
-        train.arguments(wrong)
+        code.train.arguments(wrong)
     assert wrong[0].lstrip("-").split("-")[0] in capsys.readouterr().err
 
 

@@ -1,0 +1,104 @@
+"""The stage `evaluate`, and the quick look in the middle of the training."""
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from autoencoder import reconstruct
+from models import build_scheduler, load_pipeline, write_generation
+from run import Run, device_name
+from sampling import (
+    colour_pairs,
+    contact_sheet,
+    held_out_captions,
+    noise_of,
+    percent,
+    sample_quickly,
+    sample_with_pipeline,
+    save_gif,
+    shares,
+)
+from tokens import Tokens
+
+from lowbit_video.eval import prompt_adherence
+
+CHECK_SEED, SWEEP_SEED, TEST_SEED = 2000, 3000, 4000
+
+
+def check(run: Run, averaged, step: int, minutes: float, frames: int, count: int = 64) -> None:
+    """A quick look in the middle: held-out captions, the averaged weights, guidance 4, clips of `frames` latent frames.
+
+    Motion cannot be judged while clips are short."""
+    count = 4 if run.args.tiny else count
+    captions = held_out_captions(count, CHECK_SEED)
+    ids = torch.from_numpy(Tokens(run.state / "model" / "tokenizer")(captions)).to(run.device)
+    videos = sample_quickly(averaged.text_encoder, averaged.transformer, run.vae, build_scheduler(run.sizes), ids,
+                            noise_of(count, (frames, *run.sizes.latent_shape[1:]), CHECK_SEED), guidance=4.0,
+                            steps=3 if run.args.tiny else 25, autocast=run.autocast, vae_autocast=run.vae_autocast)
+    if frames == 1:
+        videos = videos.repeat(5, axis=1)  # the scorer asks for as many
+    verdicts = run.judges(videos, captions)
+    figures = shares(verdicts)
+    run.log.say(f"check at step {step}, clips of {frames} latent frames: {percent(figures)}")
+    run.log.say(f"colours of one shape and its background: {colour_pairs(verdicts)}")
+    run.log.row("check", step, minutes, **figures)
+    contact_sheet(videos, captions, verdicts, run.out / "check.png", rows=12)
+
+
+def sample_and_judge(run: Run, pipe, captions: list[str], noise: torch.Tensor, generation: dict, kept: int = 0):
+    """Verdicts on videos of all captions, and the first `kept` videos; every process makes its share of them."""
+    mine = list(range(run.rank, len(captions), run.ranks))
+    said = [captions[i] for i in mine]
+    videos = sample_with_pipeline(pipe, said, noise[mine], generation)
+    found = [(i, verdict, video if i < kept else None) for i, verdict, video in zip(mine, run.judges(videos, said), videos)]
+    found = sorted(gather_object(found) if run.ranks > 1 else found, key=lambda row: row[0])
+    return [verdict for _, verdict, _ in found], np.array([video for _, _, video in found[:kept]])
+
+
+def evaluate(run: Run) -> None:
+    """The saved folder through diffusers' pipeline in fp32: sweep the guidance on other held-out captions, then 200."""
+    args, log = run.args, run.log
+    folder = run.state / "model"
+    pipe = load_pipeline(folder, run.device)
+    sweep, test = (4, 6) if args.tiny else (args.sweep_captions, args.test_captions)
+    generation = json.loads((folder / "generation.json").read_text())
+    if args.tiny:
+        generation["num_inference_steps"] = 2
+    shape = run.sizes.latent_shape
+    started = time.time()
+    captions, noise, results = held_out_captions(sweep, SWEEP_SEED), noise_of(sweep, shape, SWEEP_SEED), {}
+    for guidance in args.guidance if len(args.guidance) > 1 else ():
+        verdicts, _ = sample_and_judge(run, pipe, captions, noise, {**generation, "guidance_scale": guidance})
+        results[guidance] = shares(verdicts)
+        log.say(f"guidance {guidance:g}, {sweep} captions: {percent(results[guidance])}")
+        if run.ranks == 1 and run.left() < 40 and len(results) > 1:
+            break
+    best = args.guidance[0]
+    if results:
+        best = max(results, key=lambda g: (sum(results[g][p] for p in prompt_adherence.PARTS), -g))
+    generation["guidance_scale"] = best
+    captions = held_out_captions(test, TEST_SEED)
+    verdicts, videos = sample_and_judge(run, pipe, captions, noise_of(test, shape, TEST_SEED), generation, kept=24)
+    if not run.first:
+        return
+    figures = shares(verdicts)
+    log.say(f"TEST, {test} held-out captions, {generation['num_inference_steps']} steps, guidance {best:g}: {percent(figures)}")
+    log.say(f"of one shape: {colour_pairs(verdicts)}")
+    psnr, seen = reconstruct(run, pipe.vae, 8 if args.tiny else 96)
+    log.say(f"vae as saved: {psnr:.2f} dB on held-out clips, {percent(seen)}; evaluation took {time.time() - started:.0f} s")
+    if not args.tiny:
+        write_generation(folder, generation)
+    contact_sheet(videos, captions, verdicts, run.out / "contact_sheet.png")
+    for i in range(min(6, test)):
+        save_gif(videos[i], run.out / f"sample_{i}.gif")
+    record = {
+        "captions": test, "generation": generation, "adherence": figures, "vae_psnr_db": psnr, "vae_adherence": seen,
+        "colour_pairs": colour_pairs(verdicts),
+        "guidance_sweep": {str(g): r for g, r in results.items()}, "device": device_name(run.device),
+        "torch": torch.__version__, "dtype": "float32",
+        "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in prompt_adherence.PARTS if not getattr(v, p)]}
+                   for c, v in zip(captions, verdicts) if not v.all]}
+    (run.out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")

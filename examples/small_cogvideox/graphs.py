@@ -1,0 +1,48 @@
+"""The transformer as CUDA graphs: one launch a pass instead of a thousand."""
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from run import Run
+
+SAME = 0.02  # relative distance up to which two bf16 predictions are one
+
+
+class Predict(torch.nn.Module):
+    """The transformer on noisy latents, text features and times, bf16 on a GPU: what a CUDA graph can hold for one clip length.
+
+    No cast is kept between calls, or a graph would replay the weights of the step that it was made in."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, noisy: torch.Tensor, text: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.is_cuda, cache_enabled=False):
+            return self.transformer(noisy, text, times, return_dict=False)[0].float()
+
+
+def graphed(run: Run, plain: Predict, inputs: tuple[torch.Tensor, ...]):
+    """`plain` as CUDA graphs of its forward and backward pass: launching its thousand kernels one by one takes longer than
+    running them. `plain` itself where that is not asked for, fails or gives other values."""
+    if not (run.args.graphs and run.device.type == "cuda" and run.args.text_rate <= 0):
+        return plain
+    start = time.time()
+    try:
+        made = torch.cuda.make_graphed_callables(Predict(plain.transformer), inputs, allow_unused_input=True)
+        apart = difference(made, plain, inputs)
+    except Exception as error:
+        run.log.say(f"no CUDA graph, going on without: {type(error).__name__}: {str(error)[:300]}")
+        torch.cuda.synchronize()
+        return plain
+    run.log.say(f"CUDA graphs made in {time.time() - start:.1f} s, {apart:.4f} from the plain transformer")
+    return made if apart < SAME else plain
+
+
+def difference(first, second, inputs: tuple[torch.Tensor, ...]) -> float:
+    """How far two predictions lie apart, as a share of the second's size."""
+    one = first(*inputs).detach().clone()
+    other = second(*inputs).detach()
+    return float((one - other).norm() / other.norm().clamp_min(1e-6)) if torch.isfinite(one).all() else math.inf
