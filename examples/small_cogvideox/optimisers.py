@@ -12,7 +12,8 @@ class StackedMuon(torch.optim.Optimizer):
     """Muon with momentum after Nesterov, all matrices of a shape in one stack.
 
     The values are those of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, whose steps have AdamW's size. It takes
-    matrix after matrix, though: 48 of them keep the host busy for 27 ms a step, a stack for 2.
+    matrix after matrix, though: 48 of them made a training step 27 ms longer (72 instead of 46). In stacks, and with the
+    transformer as CUDA graphs, a whole step took 20.
 
     Args:
         params: parameters or groups, matrices only.
