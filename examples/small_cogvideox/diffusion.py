@@ -160,13 +160,13 @@ def train_diffusion(run: Run) -> None:
 
     @torch.no_grad()
     def read(ids: torch.Tensor) -> torch.Tensor:
-        """Text features `[..., L, width]` bf16 of ids `[..., L]`; of no width where the encoder learns, since they change."""
+        """Text features `[..., L, width]` bf16 of ids `[..., L]`; the ids where the encoder learns, since features change."""
         if trained_text:
-            return torch.zeros(*ids.shape, 0, device=run.device)
+            return ids
         with run.autocast():
             return model.text_encoder(ids.flatten(0, -2))[0].unflatten(0, ids.shape[:-1]).bfloat16()
 
-    no_text = read(empty[None])[0]
+    no_caption = read(empty[None])[0]
 
     def draw():
         """A batch: noisy latents, text features, times, the velocity asked for, the weight of each latent."""
@@ -174,12 +174,12 @@ def train_diffusion(run: Run) -> None:
         chosen = torch.randint(cache.count, (size,), device=run.device)
         wording = torch.randint(WORDINGS, (size,), device=run.device)
         clean = cache.latents[chosen].float()
-        dropped = torch.rand(size, 1, device=run.device) < CAPTION_DROPOUT
+        dropped = torch.rand(size, *no_caption.ndim * [1], device=run.device) < CAPTION_DROPOUT
+        text = torch.where(dropped, no_caption, cache.captions[chosen, wording])
         if trained_text:
             with run.autocast():
-                text = model.text_encoder(torch.where(dropped, empty, cache.ids[chosen, wording]))[0].float()
-        else:
-            text = torch.where(dropped[:, None], no_text, cache.text[chosen, wording]).float()
+                text = model.text_encoder(text)[0]
+        text = text.float()
         times = torch.randint(scheduler.config.num_train_timesteps, (size,), device=run.device)
         signal = alphas[times].sqrt()[:, None, None, None, None]
         strength = (1 - alphas[times]).sqrt()[:, None, None, None, None]

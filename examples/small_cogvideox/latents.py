@@ -99,7 +99,7 @@ class Cache:
     between training steps."""
 
     def __init__(self, run: Run, frames: int, seed: int, read):
-        """`read` makes text features of token ids."""
+        """`read` makes of token ids `[..., L]` what a training step wants of a caption: features, or the ids as they are."""
         self.run, self.frames, self.read = run, frames, read
         known = len(run.latents)
         capacity = max(known, share_of_clips(run))
@@ -109,8 +109,8 @@ class Cache:
             whole[:known] = start[:known]
             return whole
 
-        self.latents, self.masks, self.ids = room(run.latents[:, :frames]), room(run.masks[:, :frames]), room(run.ids)
-        self.text = room(torch.cat([read(part) for part in run.ids.split(256)]))
+        self.latents, self.masks = room(run.latents[:, :frames]), room(run.masks[:, :frames])
+        self.captions = room(torch.cat([read(part) for part in run.ids.split(256)]))
         self.count, self.oldest, self.fresh = known, 0, 0
         self.seed, self.used = seed, 0
         self.plan, self.coming = None, None
@@ -147,7 +147,6 @@ class Cache:
             self.oldest = (self.oldest + len(part)) % len(self.latents)
         taken = slice(len(rows))
         rows = rows.to(self.run.device)
-        said = ids[torch.from_numpy(part[taken]).to(ids.device)]
         self.latents[rows], self.masks[rows] = latents[taken], masks[taken]
-        self.ids[rows], self.text[rows] = said, self.read(said)
+        self.captions[rows] = self.read(ids[torch.from_numpy(part[taken]).to(ids.device)])
         self.fresh += len(rows)

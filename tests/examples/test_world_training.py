@@ -106,6 +106,34 @@ def test_stacked_muon_steps_as_torch_does(code):
         code.optimisers.StackedMuon([torch.nn.Parameter(torch.ones(3))], lr=0.1)
 
 
+def test_gradients_are_averaged_in_one_message_and_put_back_in_place(code):
+    parameters = [torch.nn.Parameter(torch.zeros(s)) for s in ((2, 3), (4,), (1,))]
+    parameters[0].grad, parameters[1].grad = torch.arange(6.0).reshape(2, 3), torch.full((4,), 8.0)
+    messages = []
+
+    def reduce(sent, how):  # with another process whose gradients are zero
+        messages.append(sent)
+        return sent / 2 if how == "mean" else sent
+
+    code.diffusion.average_gradients(SimpleNamespace(accelerator=SimpleNamespace(reduce=reduce)), parameters)
+    assert len(messages) == 1 and parameters[2].grad is None
+    assert torch.equal(parameters[0].grad, torch.arange(6.0).reshape(2, 3) / 2)
+    assert torch.equal(parameters[1].grad, torch.full((4,), 4.0))
+
+
+@pytest.mark.parametrize("factor, kept", [(1.0, True), (1.05, False), (float("nan"), False)])
+def test_graphs_that_give_other_values_are_dropped(code, monkeypatch, factor, kept):
+    said = []
+    run = SimpleNamespace(args=SimpleNamespace(graphs=True, text_rate=0.0), device=SimpleNamespace(type="cuda"),
+                          log=SimpleNamespace(say=said.append))
+    plain = code.graphs.Predict(lambda noisy, text, times, return_dict: (noisy * 2,))
+    made = lambda *given: factor * plain(*given)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *given, **options: made)
+    inputs = torch.ones(2, 3), torch.ones(2), torch.ones(2)
+    assert code.graphs.graphed(run, plain, inputs) is (made if kept else plain)
+    assert len(said) == 1 and "from the plain transformer" in said[0]
+
+
 def test_a_loss_that_jumps_takes_the_good_weights_back(code, tmp_path, capfd, monkeypatch):
     begun = ["--tiny", "--vae-minutes", "0.01", "--words-seconds", "0.2", "--warmup", "2", "--stages",
              "vae,latents,words,diffusion", "--curriculum", "5:1", "--state", str(tmp_path / "a"), "--out", str(tmp_path / "o")]
