@@ -12,13 +12,13 @@ import json
 import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lowbit_video.eval import settings
 from lowbit_video.eval.speed import accuracy, baselines, inputs, timing
 from lowbit_video.eval.speed.shapes import Shape
 from lowbit_video.gpu import Call, plan_workspace
@@ -314,16 +314,8 @@ def environment(framework: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """LOWBIT_VIDEO_COMMIT where it is set, for copies of a tree; else the short hash of the checkout this file is in, "+"
-    appended if it has changes; None outside one."""
-    if said := os.environ.get("LOWBIT_VIDEO_COMMIT"):
-        return said
-    here = str(Path(__file__).resolve().parent)
-    git = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
-    head = git("rev-parse", "--short", "HEAD")
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    """LOWBIT_VIDEO_COMMIT where it is set, for copies of a tree; else the checkout's, as evaluations record it."""
+    return os.environ.get("LOWBIT_VIDEO_COMMIT") or settings.commit()
 
 
 COLUMNS = (("method", "method", "{}"), ("total ms", "total_ms", "{:.3f}"), ("kernel ms", "kernel_ms", "{:.3f}"),

@@ -270,3 +270,11 @@ def test_the_shortest_useful_lengths_are_what_the_results_say():
         slower = [n for n in lengths if tflops[method, head_dim, n] <= tflops["exact (triton-exact)", head_dim, n]]
         crossing = lengths[lengths.index(max(slower)) + 1] if slower else lengths[0]
         assert tuning.FASTER_FROM[variant, pv, arch, head_dim] == max(tokens, crossing), (variant, pv, head_dim)
+
+
+def test_a_named_commit_goes_before_the_checkouts(monkeypatch):
+    monkeypatch.delenv("LOWBIT_VIDEO_COMMIT", raising=False)
+    monkeypatch.setattr(bench.settings, "commit", lambda: "abc1234+")
+    assert bench.commit() == "abc1234+"
+    monkeypatch.setenv("LOWBIT_VIDEO_COMMIT", "def5678")
+    assert bench.commit() == "def5678"
