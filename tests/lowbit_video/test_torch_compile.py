@@ -33,7 +33,8 @@ def test_no_graph_break_and_the_same_result(backend, layout, precision):
         assert torch.equal(got, wanted)
 
 
-def test_the_graph_holds_one_attention():
+def called_in_graph(function, given):
+    """Names of what the graph of the compiled function calls."""
     graphs = []
     torch._dynamo.reset()
 
@@ -41,8 +42,12 @@ def test_the_graph_holds_one_attention():
         graphs.append(graph)
         return graph.forward
 
-    torch.compile(lambda q, k, v: lv.attention(q, k, v) + 1, fullgraph=True, backend=keep)(*inputs())
-    names = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    torch.compile(function, fullgraph=True, backend=keep)(*given)
+    return [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def test_the_graph_holds_one_attention():
+    names = called_in_graph(lambda q, k, v: lv.attention(q, k, v) + 1, inputs())
     assert sum("lowbit_video.attention" in name for name in names) == 1, names
 
 
@@ -76,15 +81,7 @@ def test_packed_lengths_may_change_between_calls():
 
 
 def test_the_graph_holds_one_attention_of_packed_sequences():
-    graphs = []
-    torch._dynamo.reset()
-
-    def keep(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compile(lambda *given: lv.attention_varlen(*given, 17, 21) + 1, fullgraph=True, backend=keep)(*packed())
-    names = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    names = called_in_graph(lambda *given: lv.attention_varlen(*given, 17, 21) + 1, packed())
     assert sum("lowbit_video.attention_varlen" in name for name in names) == 1, names
 
 
