@@ -189,3 +189,16 @@ def test_what_the_caption_leaves_open_counts_as_met():
 def test_refuses_what_is_no_video(frames):
     with pytest.raises(ValueError, match="frames are"):
         prompt_adherence.score(frames, "a red circle")
+
+
+@pytest.mark.parametrize("name", ["half disc", "bar"])
+def test_what_is_no_shape_of_the_world_gets_no_name(name):
+    frames = np.empty((9, 128, 192, 3), np.uint8)
+    frames[:] = world.COLOURS["blue"]
+    y, x = np.mgrid[:128, :192]
+    for i, frame in enumerate(frames):
+        dx, dy = x - 60 - 8 * i, y - 64
+        inside = (dx**2 + dy**2 < 28**2) & (dx > 0) if name == "half disc" else (abs(dx) < 30) & (abs(dy) < 6)
+        frame[inside] = world.COLOURS["red"]
+    thing, = prompt_adherence.look(frames).things
+    assert (thing.colour, thing.motion, thing.shape) == ("red", "right", None), thing
