@@ -12,4 +12,4 @@ for name, folder in MAPPED.items():
     packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder)]
 
 setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED},
-      package_data={"lowbit_video.eval": ["page/*"]})
+      package_data={"lowbit_video.eval.report": ["assets/*"]})

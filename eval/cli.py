@@ -115,8 +115,9 @@ def named_path(text: str) -> tuple[str, str]:
 
 def load(args):
     """(pipeline, settings) of the arguments."""
-    from ..pipelines.cogvideox import CogVideoXPipeline
-    from .settings import for_model
+    from lowbit_video.pipelines.cogvideox import CogVideoXPipeline
+
+    from .compare.settings import for_model
 
     settings = for_model(args.model, steps=args.steps, guidance=args.guidance, frames=args.frames, height=args.height,
                          width=args.width, fps=args.fps)
@@ -125,9 +126,9 @@ def load(args):
 
 def run_compare(args) -> int:
     """`eval compare`."""
-    from .candidates import as_candidate
-    from .compare import compare, read_prompts
-    from .registry import choose
+    from .compare.candidates import as_candidate
+    from .compare.paired import compare, read_prompts
+    from .metrics.registry import choose
 
     prompts, candidates = read_prompts(args.prompts), [as_candidate(name) for name in args.precisions]
     choose(args.metrics, dict(args.weights))  # mistakes first, the model afterwards
@@ -145,8 +146,8 @@ def run_compare(args) -> int:
 
 def run_layers(args) -> int:
     """`eval layers`."""
-    from .candidates import as_candidate
-    from .layers import as_text, measure_layers
+    from .compare.candidates import as_candidate
+    from .compare.layers import as_text, measure_layers
 
     candidates = [as_candidate(name) for name in args.precisions]
     pipe, settings = load(args)
@@ -166,7 +167,7 @@ def run_report(args) -> int:
 
 def run_metrics(args) -> int:
     """`eval metrics`."""
-    from .registry import metrics
+    from .metrics.registry import metrics
 
     for metric in metrics().values():
         way = {None: "compare only", True: "higher is better", False: "lower is better"}[metric.higher_is_better]
@@ -177,7 +178,7 @@ def run_metrics(args) -> int:
 
 def report(folder, args, **places) -> None:
     """Write the report and say where it is."""
-    from .report import write_report
+    from .report.write import write_report
 
     write_report(folder, speed=args.speed, speed_shape=args.speed_shape, films=not args.no_films, say=say, **places)
 

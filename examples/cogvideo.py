@@ -2,7 +2,7 @@
 
     python examples/cogvideo.py --prompt "a small red circle moves left over a blue background" --compare
 
-What it does, in the library's own words (`lowbit_video/generate.py` adds checks, timing and reports):
+What it does, in the library's own words (`lowbit_video/app/generate.py` adds checks, timing and reports):
 
     pipe = CogVideoXPipeline.from_pretrained(folder)
     apply(pipe, "int8+fp16")                        # or pipe.set_attn_processor(LowBitAttnProcessor(...))
@@ -14,8 +14,8 @@ What it does, in the library's own words (`lowbit_video/generate.py` adds checks
 import argparse
 import sys
 
-from lowbit_video import generate
-from lowbit_video.cli import guarded
+from lowbit_video.app import generate
+from lowbit_video.app.cli import guarded
 
 
 def main() -> int:

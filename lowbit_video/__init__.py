@@ -8,13 +8,13 @@
 
 Importing this package imports NumPy, but no framework and no Triton, and asks no device.
 """
-from lowbit_video.attention import attention
-from lowbit_video.errors import NonFiniteError, UnsupportedError
-from lowbit_video.precision import Precision
-from lowbit_video.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove
-from lowbit_video.quantize import Quantized, dequantize, quantize
-from lowbit_video.varlen import attention_varlen
-from lowbit_video.warmup import warmup
+from .api import attention
+from .errors import NonFiniteError, UnsupportedError
+from .hook.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove
+from .precision import Precision
+from .quantized import Quantized, dequantize, quantize
+from .varlen import attention_varlen
+from .warming import warmup
 
 __version__ = "0.1.0"
 __all__ = ["ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "UnsupportedError", "apply",

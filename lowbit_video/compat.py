@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import itertools
 
-from lowbit_video.attention import attention, paddle_call, traced_by_paddle, traced_by_torch
-from lowbit_video.precision import GRANULARITIES, Precision, precision_specs
-from lowbit_video.runtime import detect
-from lowbit_video.varlen import attention_varlen
+from .api import attention, paddle_call, traced_by_paddle, traced_by_torch
+from .precision import GRANULARITIES, Precision, precision_specs
+from .runtime import detect
+from .varlen import attention_varlen
 
 GRANULARITY_OF = {"per_block": "block", "per_token": "token", "per_warp": "token", "per_thread": "token"}
 """SageAttention's names for what shares a scale, and ours. Per warp (16 or 32 rows) and per thread (every
@@ -59,7 +59,7 @@ def _arch(q: object) -> tuple[int, int] | None:
     if runtime.is_cpu(q):
         return None
     if traced_by_torch(q):
-        from lowbit_video import torch_op
+        from .graph import torch_ops as torch_op
 
         return torch_op.capability(q.device.index)
     return runtime.arch(q)

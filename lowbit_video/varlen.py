@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_video import plans
-from lowbit_video.attention import (
+from lowbit_video.kernels.variants import KernelVariant
+
+from .api import (
     make_request,
     paddle_call,
     require_finite,
@@ -22,9 +23,9 @@ from lowbit_video.attention import (
     traced_by_torch,
     warn_if_slower,
 )
-from lowbit_video.kernels.variants import KernelVariant
-from lowbit_video.precision import Precision, as_precision
-from lowbit_video.runtime import detect
+from .engine import replay as plans
+from .precision import Precision, as_precision
+from .runtime import detect
 
 
 def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int,
@@ -42,7 +43,7 @@ def attention_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
     Raises as `attention`, and ValueError for cu_seqlens or longest sequences that do not fit (checked on the CPU only).
     """
     if traced_by_torch(q):
-        from lowbit_video import torch_op
+        from .graph import torch_ops as torch_op
 
         return torch_op.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, precision, is_causal,
                                          scale, return_lse, backend, check_finite)
@@ -84,7 +85,7 @@ def run_varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max
         k_begins = _beginnings(runtime, "k", cu_seqlens_k, runtime.shape(k)[0], max_seqlen_k)
         out, lse = _one_by_one(runtime, q, k, v, q_begins, k_begins, precision, is_causal, scale, return_lse)
         return out, lse, variant
-    from lowbit_video.gpu import Sequences, run_attention
+    from .engine.gpu import Sequences, run_attention
 
     if not all(runtime.strides(cu) == (1,) for cu in (cu_seqlens_q, cu_seqlens_k)):
         cu_seqlens_q, cu_seqlens_k, key = runtime.contiguous(cu_seqlens_q), runtime.contiguous(cu_seqlens_k), None

@@ -2,7 +2,7 @@
 import paddle
 from paddle import nn
 
-from lowbit_video.processors import ExactAttnProcessor
+from lowbit_video.hook.processors import ExactAttnProcessor
 
 
 class Attention(nn.Layer):

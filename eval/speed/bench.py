@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lowbit_video.eval import settings
-from lowbit_video.eval.speed import accuracy, baselines, inputs, timing
-from lowbit_video.eval.speed.shapes import Shape
-from lowbit_video.gpu import Call, plan_workspace
+from lowbit_video.engine.gpu import Call, plan_workspace
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import EXACT_SPECS, Precision
 from lowbit_video.runtime import cuda_driver
+
+from ..compare import settings
+from . import accuracy, baselines, inputs, timing
+from .shapes import Shape
 
 SPECS = ("int8+fp16", "int8+fp8", "fp8+fp8", "int8/int4+fp16", "int8/int4+fp8", "int4+fp16", "int4+fp8", "int8/int2+fp16",
          "int2+fp16")
@@ -126,7 +127,7 @@ def _call_counting_memory(method: _Method, out_bytes: int) -> tuple[Any, float |
 
 def _methods(shape: Shape, dtype: str, runtime: Any, like: Any, specs: Iterable[str], wanted: Callable[[str, str], bool],
              with_baselines: bool) -> tuple[list[_Method], list[tuple[str, str]], Any]:
-    from lowbit_video.attention import attention
+    from lowbit_video.api import attention
 
     q, k, v = inputs.make_inputs(runtime, shape.dims, dtype, like)
     v1 = runtime.empty(shape.dims, dtype, like)
@@ -258,7 +259,7 @@ def precompile(shapes: Iterable[Shape], framework: str, dtype: str, specs: Itera
 
 
 def _compile_one(job: tuple[Shape, str, str, str]) -> None:
-    from lowbit_video.attention import attention
+    from lowbit_video.api import attention
     from lowbit_video.runtime import detect
 
     shape, framework, dtype, spec = job
@@ -355,7 +356,7 @@ def save(rows: list[Row], about: dict[str, Any], folder: Path, stem: str, plots:
     paths[0].write_text(json.dumps(dict(about=about, rows=[dataclasses.asdict(r) for r in rows]), indent=1) + "\n")
     paths[1].write_text(markdown(rows, about))
     if plots and importlib.util.find_spec("matplotlib"):
-        from lowbit_video.eval.speed import plot
+        from . import plot
 
         paths.append(plot.plot_kernels(rows, about, folder / f"{stem}.png"))
     return paths

@@ -67,11 +67,11 @@ def pick_framework(name: str) -> str:
 
 
 def run_kernels(args: argparse.Namespace) -> int:
-    from lowbit_video.eval.speed import shapes
+    from . import shapes
 
     chosen_shapes = shapes.parse_shapes(args.shapes, args.quick)
     framework = pick_framework(args.framework)
-    from lowbit_video.eval.speed import bench
+    from . import bench
 
     specs = bench.QUICK_SPECS if args.quick and not args.variants else bench.specs_for(args.variants)
     wanted = bench.chosen(args.variants)
@@ -91,11 +91,11 @@ def run_kernels(args: argparse.Namespace) -> int:
 
 
 def run_tune(args: argparse.Namespace) -> int:
-    from lowbit_video.eval.speed import shapes
+    from . import shapes
 
     chosen_shapes = shapes.parse_shapes(args.shapes or "2,30,17776,64;1,24,32768,128")
     framework = pick_framework(args.framework)
-    from lowbit_video.eval.speed import tune
+    from . import tune
 
     path = tune.tune(chosen_shapes, framework=framework, dtype=args.dtype, specs=args.variants, out=args.out, jobs=args.jobs,
                      lengths=not args.no_lengths, tiles=not args.lengths_only, log=lambda text: print(text, flush=True))

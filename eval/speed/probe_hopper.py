@@ -21,16 +21,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 
-from lowbit_video.eval.speed.probe_portable import (
-    LIMITS,
-    Case,
-    anchor_error,
-    anchor_reference,
-    exact_rows,
-    flash_ms,
-    make_inputs,
-    relative_l1,
-)
+from .probe_portable import LIMITS, Case, anchor_error, anchor_reference, exact_rows, flash_ms, make_inputs, relative_l1
 
 ANCHORS = ((2, 30, 17776, 64), (1, 24, 32768, 128), (4, 32, 8192, 128), (2, 48, 45106, 64))
 CAUSAL_SHAPES = ((1, 24, 32768, 64), (1, 24, 32768, 128))

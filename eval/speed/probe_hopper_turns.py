@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 
-from lowbit_video.eval.speed import probe_hopper
-from lowbit_video.eval.speed.probe_portable import LIMITS, anchor_error, anchor_reference, make_inputs, relative_l1
+from . import probe_hopper
+from .probe_portable import LIMITS, anchor_error, anchor_reference, make_inputs, relative_l1
 
 DEFAULTS = ("64f8 token line3 hold4", "64f16 lazy", "128f8 pin", "128f16 base")
 NAMES = (*DEFAULTS, "64f8 token pin", "64f8 hold", "64f8 token hold", "64f8 token hold6", "64f8 token hold4",

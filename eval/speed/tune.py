@@ -11,15 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowbit_video.eval.speed import accuracy, bench, inputs, timing
-from lowbit_video.eval.speed.shapes import Shape
-from lowbit_video.gpu import Call
+from lowbit_video.engine.gpu import Call
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.tuning import TileConfig
 from lowbit_video.kernels.variants import KernelVariant
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
+
+from . import accuracy, bench, inputs, timing
+from .shapes import Shape
 
 SPECS = ("int8+fp16", "int8+fp8", "fp8+fp8", "int4+fp16", "int4+fp8", "int2+fp16", "exact")
 """One precision for each tuning family."""
@@ -132,8 +133,9 @@ def shortest_useful(spec: str, variant: KernelVariant, head_dim: int, framework:
     Exact attention is PyTorch's own on torch tensors, this project's exact kernel on Paddle's. Twice the longest length if
     it never does.
     """
-    from lowbit_video.attention import attention
-    from lowbit_video.eval.speed import baselines
+    from lowbit_video.api import attention
+
+    from . import baselines
 
     like = detect.anchor(framework)
     runtime = detect.runtime_of(like)

@@ -22,10 +22,10 @@ import torch
 from models import load_pipeline
 from sampling import Judges, held_out_captions, noise_of, percent, sample_with_pipeline, shares
 
-from lowbit_video.eval import prompt_adherence
-from lowbit_video.eval.bootstrap import bootstrap
-from lowbit_video.eval.psnr import psnr
-from lowbit_video.eval.ssim import ssim
+from lowbit_video.eval.metrics.psnr import psnr
+from lowbit_video.eval.metrics.ssim import ssim
+from lowbit_video.eval.report.bootstrap import bootstrap
+from lowbit_video.eval.world import judge
 
 PRECISIONS = ("fp16", "int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
@@ -33,7 +33,7 @@ CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence i
 
 def figures_of(video, caption, reference, half):
     """One video: the scorer's verdict; PSNR (dB) and SSIM against the reference, PSNR (dB) against fp16, or None."""
-    verdict = prompt_adherence.score(video, caption)
+    verdict = judge.score(video, caption)
     if reference is None:
         return verdict, None
     pairs = ((psnr, reference), (ssim, reference), (psnr, half))
@@ -112,7 +112,7 @@ def main(argv=None) -> int:
         return 0
     started = time.time()
     judges = Judges()  # forked before CUDA starts
-    from lowbit_video.processors import LowBitAttnProcessor
+    from lowbit_video.hook.processors import LowBitAttnProcessor
 
     generation = json.loads((Path(args.model) / "generation.json").read_text())
     generation["num_inference_steps"] = args.steps or generation["num_inference_steps"]

@@ -23,7 +23,7 @@ from sampling import (
 )
 from tokens import Tokens
 
-from lowbit_video.eval import prompt_adherence
+from lowbit_video.eval.world import judge
 
 CHECK_SEED, SWEEP_SEED, TEST_SEED = 2000, 3000, 4000
 
@@ -78,7 +78,7 @@ def evaluate(run: Run) -> None:
             break
     best = args.guidance[0]
     if results:
-        best = max(results, key=lambda g: (sum(results[g][p] for p in prompt_adherence.PARTS), -g))
+        best = max(results, key=lambda g: (sum(results[g][p] for p in judge.PARTS), -g))
     generation["guidance_scale"] = best
     captions = held_out_captions(test, TEST_SEED)
     verdicts, videos = sample_and_judge(run, pipe, captions, noise_of(test, shape, TEST_SEED), generation, kept=24)
@@ -99,6 +99,6 @@ def evaluate(run: Run) -> None:
         "colour_pairs": colour_pairs(verdicts),
         "guidance_sweep": {str(g): r for g, r in results.items()}, "device": device_name(run.device),
         "torch": torch.__version__, "dtype": "float32",
-        "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in prompt_adherence.PARTS if not getattr(v, p)]}
+        "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in judge.PARTS if not getattr(v, p)]}
                    for c, v in zip(captions, verdicts) if not v.all]}
     (run.out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -6,7 +6,7 @@ import tarfile
 
 from run import Run
 
-from lowbit_video.eval import prompt_adherence
+from lowbit_video.eval.world import judge
 
 PART_BYTES = 15_500_000
 
@@ -25,7 +25,7 @@ def plot(run: Run) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     panels = ((axes[0], "autoencoder, PSNR of training batches (dB)", [("vae", "psnr_db")]),
               (axes[1], "v-prediction loss", [("diffusion", "loss")]),
-              (axes[2], "64 held-out captions, share met", [("check", p) for p in prompt_adherence.PARTS]))
+              (axes[2], "64 held-out captions, share met", [("check", p) for p in judge.PARTS]))
     for axis, title, names in panels:
         for name in names:
             if name in curves:

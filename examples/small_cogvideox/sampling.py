@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from clips import as_uint8
 
-from lowbit_video.eval import prompt_adherence, world
+from lowbit_video.eval import world
+from lowbit_video.eval.world import judge
 
 
 def noise_of(count: int, shape, seed: int) -> torch.Tensor:
@@ -67,10 +68,10 @@ class Judges:
         workers = workers or min(16, os.cpu_count() or 1)
         self.pool = multiprocessing.get_context("fork").Pool(workers) if workers > 1 else None
 
-    def __call__(self, videos, captions: list[str]) -> list[prompt_adherence.Adherence]:
+    def __call__(self, videos, captions: list[str]) -> list[judge.Adherence]:
         pairs = list(zip(videos, captions))
-        return self.pool.starmap(prompt_adherence.score, pairs, chunksize=2) if self.pool else [
-            prompt_adherence.score(*pair) for pair in pairs]
+        return self.pool.starmap(judge.score, pairs, chunksize=2) if self.pool else [
+            judge.score(*pair) for pair in pairs]
 
     def close(self) -> None:
         if self.pool:
@@ -79,7 +80,7 @@ class Judges:
 
 def shares(verdicts) -> dict[str, float]:
     """Share of the videos that meet each part, and all of them."""
-    return {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in (*prompt_adherence.PARTS, "all")}
+    return {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in (*judge.PARTS, "all")}
 
 
 def colour_pairs(verdicts) -> dict[str, int]:
@@ -112,7 +113,7 @@ def contact_sheet(videos, captions, verdicts, path, columns: int = 6, rows: int 
             tile = Image.fromarray(videos[row, frame]).resize((width, height), Image.BILINEAR)
             sheet.paste(tile, (column * (width + 2), row * (height + 2)))
         left = columns * (width + 2) + 4
-        missed = [part for part in prompt_adherence.PARTS if not getattr(verdicts[row], part)]
+        missed = [part for part in judge.PARTS if not getattr(verdicts[row], part)]
         lines = [captions[row][i:i + 90] for i in range(0, len(captions[row]), 90)][:2]
         lines += [f"seen: {verdicts[row].scene}"[:92], f"missed: {', '.join(missed)}" if missed else "as asked"]
         draw.multiline_text((left, row * (height + 2) + 2), "\n".join(lines), fill="red" if missed else "black", spacing=1)

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from lowbit_video.runtime import cuda_driver, triton_driver
+from . import cuda_driver, triton_driver
 
 NAME = "paddle"
 _DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16, "float32": paddle.float32, "int8": paddle.int8,

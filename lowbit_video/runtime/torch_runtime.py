@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lowbit_video.runtime import triton_driver
+from . import triton_driver
 
 NAME = "torch"
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "int8", "uint8", "int32", "float8_e4m3fn")}

@@ -11,7 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 
-from lowbit_video.runtime import cuda_driver
+from . import cuda_driver
 
 _LAUNCH = threading.RLock()
 """Triton's active driver is one per process: a launch holds this while the driver is ours."""

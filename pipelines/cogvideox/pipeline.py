@@ -23,11 +23,11 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
-from .config import DIFFUSERS_VERSION, ConfigError, read_json, write_json
+from ..shared.config import DIFFUSERS_VERSION, ConfigError, read_json, write_json
+from ..shared.t5 import T5EncoderModel
+from ..shared.t5_tokenizer import T5Tokenizer
 from .scheduler import CogVideoXDDIMScheduler, CogVideoXScheduler
 from .scheduler_dpm import CogVideoXDPMScheduler
-from .text_encoder import T5EncoderModel
-from .tokenizer import T5Tokenizer
 from .transformer import CogVideoXTransformer3DModel
 from .vae import AutoencoderKLCogVideoX
 

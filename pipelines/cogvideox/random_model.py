@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ..shared.t5 import T5EncoderModel
+from ..shared.t5_tokenizer import T5Tokenizer
 from .pipeline import CogVideoXPipeline, on_device
 from .scheduler import CogVideoXDDIMScheduler
 from .scheduler_dpm import CogVideoXDPMScheduler
-from .text_encoder import T5EncoderModel
-from .tokenizer import T5Tokenizer
 from .transformer import CogVideoXTransformer3DModel
 from .vae import AutoencoderKLCogVideoX
 

@@ -17,9 +17,9 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .config import keep_config
+from ..shared.config import keep_config
+from ..shared.weights import Model
 from .rotary import THETA, get_3d_rotary_pos_embed, get_3d_sincos_pos_embed, get_resize_crop_region_for_grid
-from .weights import Model
 
 # of the LayerNorm over each head of q and k
 QK_NORM_EPSILON = 1e-6
@@ -42,7 +42,7 @@ class Attention(nn.Layer):
     ):
         super().__init__()
         # here, because importing this module must not need the processors' own imports
-        from lowbit_video.processors import ExactAttnProcessor
+        from lowbit_video.hook.processors import ExactAttnProcessor
 
         self.heads = heads
         self.head_dim = head_dim

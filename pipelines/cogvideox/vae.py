@@ -22,8 +22,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .config import Config, ConfigError, keep_config
-from .weights import Model
+from ..shared.config import Config, ConfigError, keep_config
+from ..shared.weights import Model
 
 NORM_EPS = 1e-6  # of every norm outside the residual blocks; those take it from the config
 LOGVAR_RANGE = (-30.0, 20.0)

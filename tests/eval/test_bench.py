@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowbit_video import cli
+from lowbit_video.app import cli
 from lowbit_video.eval.speed import accuracy, bench, shapes, timing, tune
 from lowbit_video.eval.speed.shapes import Shape
 from lowbit_video.kernels import tuning

@@ -17,11 +17,11 @@ sys.path.insert(0, str(HERE))
 from planted import Noise, NotANumber, SwapHeads, ZeroTail  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
-from lowbit_video.eval.candidates import Candidate, as_candidate  # noqa: E402
-from lowbit_video.eval.compare import Progress, clock, compare, read_prompts  # noqa: E402
-from lowbit_video.eval.settings import Settings, for_model  # noqa: E402
-from lowbit_video.eval.store import Store  # noqa: E402
-from lowbit_video.eval.summary import CLEARLY_ABOVE, FAILED, summarise  # noqa: E402
+from lowbit_video.eval.compare.candidates import Candidate, as_candidate  # noqa: E402
+from lowbit_video.eval.compare.paired import Progress, clock, compare, read_prompts  # noqa: E402
+from lowbit_video.eval.compare.settings import Settings, for_model  # noqa: E402
+from lowbit_video.eval.compare.store import Store  # noqa: E402
+from lowbit_video.eval.report.summary import CLEARLY_ABOVE, FAILED, summarise  # noqa: E402
 from lowbit_video.eval.video import read_video  # noqa: E402
 
 PROMPTS = ["a red ball", "two blue squares", "a green star"]
@@ -101,8 +101,8 @@ KILLED = """
 import sys
 sys.path.insert(0, {here!r})
 from toy_pipeline import ToyPipeline
-from lowbit_video.eval.compare import compare
-from lowbit_video.eval.settings import Settings
+from lowbit_video.eval.compare.paired import compare
+from lowbit_video.eval.compare.settings import Settings
 settings = Settings("toy", steps=2)
 compare(ToyPipeline(), {prompts!r}, ["int8+fp16", "planted:Noise"], {out!r}, settings=settings, metrics=["psnr"])
 """

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from planted import Noise, SwapHeads, ZeroTail, only_in_layer_1  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
-from lowbit_video.eval.candidates import Candidate  # noqa: E402
-from lowbit_video.eval.layers import LayerTable, as_text, fit_shares, measure_layers, step_groups  # noqa: E402
-from lowbit_video.eval.settings import Settings  # noqa: E402
+from lowbit_video.eval.compare.candidates import Candidate  # noqa: E402
+from lowbit_video.eval.compare.layers import LayerTable, as_text, fit_shares, measure_layers, step_groups  # noqa: E402
+from lowbit_video.eval.compare.settings import Settings  # noqa: E402
 
 PLANTED = "transformer_blocks.1.attn1"
 STEPS = 4

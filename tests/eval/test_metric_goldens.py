@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowbit_video.eval import lpips as lpips_file
-from lowbit_video.eval.fvd import frechet_distance
-from lowbit_video.eval.ms_ssim import ms_ssim, scales_for
-from lowbit_video.eval.psnr import psnr
-from lowbit_video.eval.ssim import ssim
+from lowbit_video.eval.metrics import lpips as lpips_file
+from lowbit_video.eval.metrics.fvd import frechet_distance
+from lowbit_video.eval.metrics.ms_ssim import ms_ssim, scales_for
+from lowbit_video.eval.metrics.psnr import psnr
+from lowbit_video.eval.metrics.ssim import ssim
 from lowbit_video.eval.video import BadVideoError
 
 HERE = Path(__file__).parent

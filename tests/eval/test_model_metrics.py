@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lowbit_video.eval import adherence, clip_temporal, clipsim, fvd, registry, vqa
-from lowbit_video.eval.context import Context
+from lowbit_video.eval.metrics import adherence, clip_temporal, clipsim, fvd, registry, vqa
+from lowbit_video.eval.metrics.shared.context import Context
 from lowbit_video.eval.video import BadVideoError
 
 RNG = np.random.default_rng(0)

@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 
-from lowbit_video.eval import registry
-from lowbit_video.eval.context import Context
-from lowbit_video.eval.ms_ssim import ms_ssim
-from lowbit_video.eval.psnr import CEILING_DB, psnr
-from lowbit_video.eval.ssim import ssim
+from lowbit_video.eval.metrics import registry
+from lowbit_video.eval.metrics.ms_ssim import ms_ssim
+from lowbit_video.eval.metrics.psnr import CEILING_DB, psnr
+from lowbit_video.eval.metrics.shared.context import Context
+from lowbit_video.eval.metrics.ssim import ssim
 from lowbit_video.eval.video import BadVideoError, read_video
 
 PAIRED = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}

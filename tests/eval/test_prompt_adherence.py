@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from lowbit_video.eval import prompt_adherence, world
+from lowbit_video.eval import world
+from lowbit_video.eval.world import judge
 
 FRAMES = 17
 
@@ -53,9 +54,9 @@ def soft(frames, seed=0):
 def test_agrees_with_true_renders(change):
     rng = np.random.default_rng(1)
     count = 50
-    right = dict.fromkeys(prompt_adherence.PARTS, 0)
+    right = dict.fromkeys(judge.PARTS, 0)
     for caption, frames in renders(count, 40):
-        verdict = prompt_adherence.score(as_uint8(change(frames, rng)), caption)
+        verdict = judge.score(as_uint8(change(frames, rng)), caption)
         for part in right:
             right[part] += getattr(verdict, part)
     assert all(n >= count - 1 for n in right.values()), right
@@ -69,11 +70,11 @@ def test_every_motion_is_told_from_every_other():
     for motion, words in world._MOTION_WORDS.items():
         caption = f"a red star {words[0].format(v='moves')} on a blue background"
         frames = clip(caption)
-        assert prompt_adherence.look(frames).things[0].motion == motion
+        assert judge.look(frames).things[0].motion == motion
         for other, other_words in world._MOTION_WORDS.items():
             wanted = f"a red star {other_words[0].format(v='moves')} on a blue background"
             if other != motion and other in ("left", "up-right", "still", "spin", "grow", "bounce-up-down"):
-                assert not prompt_adherence.score(frames, wanted).motion, (motion, other)
+                assert not judge.score(frames, wanted).motion, (motion, other)
 
 
 @pytest.mark.parametrize("said, shown, part", [
@@ -93,9 +94,9 @@ def test_every_motion_is_told_from_every_other():
 @pytest.mark.parametrize("change", [lambda f: f, soft], ids=["true", "soft"])
 def test_says_no_to_one_wrong_part(said, shown, part, change):
     frames = change(clip(shown))
-    verdict = prompt_adherence.score(frames, said)
+    verdict = judge.score(frames, said)
     assert not getattr(verdict, part), verdict.scene
-    assert prompt_adherence.score(frames, shown).all
+    assert judge.score(frames, shown).all
 
 
 @pytest.mark.parametrize("motion", ["moves left", "moves up", "moves down and to the right", "grows", "shrinks"])
@@ -103,8 +104,8 @@ def test_says_no_to_the_reverse(motion):
     caption = f"a large yellow cross {motion} over a checkered purple background".replace(
         "large ", "" if motion in ("grows", "shrinks") else "large ")
     frames = clip(caption)
-    assert prompt_adherence.score(frames, caption).all
-    backwards = prompt_adherence.score(frames[::-1], caption)
+    assert judge.score(frames, caption).all
+    backwards = judge.score(frames[::-1], caption)
     assert not backwards.motion and backwards.colour and backwards.shape and backwards.background
 
 
@@ -131,15 +132,15 @@ def painted(background, *layers):
 def test_says_no_to_a_shape_too_many(background, extra, change):
     caption = f"a red circle moves left on a {background} background"
     circle = ("red", "circle", 150, 90, 21)
-    assert prompt_adherence.score(change(painted(background, circle)), caption).all
-    verdict = prompt_adherence.score(change(painted(background, extra, circle)), caption)
+    assert judge.score(change(painted(background, circle)), caption).all
+    verdict = judge.score(change(painted(background, extra, circle)), caption)
     assert not verdict.colour, verdict.scene
 
 
 @pytest.mark.parametrize("change", [lambda f: f, soft], ids=["true", "soft"])
 def test_says_no_to_a_shape_that_does_not_stay_the_same(change):
     frames = change(painted("blue", ("red", ("circle", "star"), 150, 64, 24)))
-    verdict = prompt_adherence.score(frames, "a red circle moves left on a blue background")
+    verdict = judge.score(frames, "a red circle moves left on a blue background")
     assert verdict.colour and verdict.motion and verdict.scene.things[0].shape is None, verdict.scene
 
 
@@ -148,9 +149,9 @@ def test_says_no_to_a_shape_that_does_not_stay_the_same(change):
 def test_an_edge_is_no_thing_and_a_smear_has_no_shape(shape, background):
     frames = painted(background, ("red", shape, 150, 60, 24))
     for sigma in (1.5, 2.5):
-        scene = prompt_adherence.look(as_uint8(smeared(frames, sigma)))
+        scene = judge.look(as_uint8(smeared(frames, sigma)))
         assert [(t.colour, t.shape, t.motion) for t in scene.things] == [("red", shape, "left")], (sigma, scene)
-    scene = prompt_adherence.look(as_uint8(smeared(frames, 8)))
+    scene = judge.look(as_uint8(smeared(frames, 8)))
     assert all(t.shape is None for t in scene.things), scene
 
 
@@ -158,29 +159,29 @@ def test_says_no_to_noise_and_to_nothing():
     caption = "a red circle moves left on a blue background"
     noise = np.random.default_rng(0).integers(0, 256, (FRAMES, 128, 192, 3), np.uint8)
     for frames in (noise, np.zeros_like(noise), np.full_like(noise, 128)):
-        verdict = prompt_adherence.score(frames, caption)
+        verdict = judge.score(frames, caption)
         assert not (verdict.colour or verdict.shape or verdict.motion or verdict.background), verdict.scene
     empty = np.broadcast_to(np.array(world.COLOURS["blue"], np.uint8), noise.shape)
-    verdict = prompt_adherence.score(empty, caption)
+    verdict = judge.score(empty, caption)
     assert verdict.background and not (verdict.colour or verdict.shape or verdict.motion)
     frozen = np.repeat(clip(caption)[:1], FRAMES, 0)
-    assert not prompt_adherence.score(frozen, caption).motion
+    assert not judge.score(frozen, caption).motion
     shuffled = clip(caption)[np.random.default_rng(0).permutation(FRAMES)]
-    assert not prompt_adherence.score(shuffled, caption).motion
+    assert not judge.score(shuffled, caption).motion
 
 
 def test_connected_areas_are_counted_per_frame():
     drawn = [["#.#.", "#.#.", "###.", "...#"], ["....", ".##.", "....", "####"], ["....", "....", "....", "...."]]
     mask = np.array([[[c == "#" for c in row] for row in frame] for frame in drawn])
-    labels, sizes = prompt_adherence._areas(mask)
+    labels, sizes = judge._areas(mask)
     assert sorted(sizes) == [1, 2, 4, 7] and ((labels >= 0) == mask).all()
     assert len(set(labels[0][mask[0]])) == 2 and labels[0, 0, 0] == labels[0, 0, 2] != labels[0, 3, 3]
     assert all(sizes[labels[labels >= 0]] == [np.sum(labels == n) for n in labels[labels >= 0]])
-    assert not len(prompt_adherence._areas(mask[2:])[1])
+    assert not len(judge._areas(mask[2:])[1])
 
 
 def test_what_the_caption_leaves_open_counts_as_met():
-    verdict = prompt_adherence.score(clip("a red circle moves left on a blue background"), "a circle")
+    verdict = judge.score(clip("a red circle moves left on a blue background"), "a circle")
     assert verdict.shape and verdict.motion and verdict.background
 
 
@@ -188,7 +189,7 @@ def test_what_the_caption_leaves_open_counts_as_met():
                          ids=["float", "one image", "two frames"])
 def test_refuses_what_is_no_video(frames):
     with pytest.raises(ValueError, match="frames are"):
-        prompt_adherence.score(frames, "a red circle")
+        judge.score(frames, "a red circle")
 
 
 @pytest.mark.parametrize("name", ["half disc", "bar"])
@@ -200,5 +201,5 @@ def test_what_is_no_shape_of_the_world_gets_no_name(name):
         dx, dy = x - 60 - 8 * i, y - 64
         inside = (dx**2 + dy**2 < 28**2) & (dx > 0) if name == "half disc" else (abs(dx) < 30) & (abs(dy) < 6)
         frame[inside] = world.COLOURS["red"]
-    thing, = prompt_adherence.look(frames).things
+    thing, = judge.look(frames).things
     assert (thing.colour, thing.motion, thing.shape) == ("red", "right", None), thing

@@ -14,15 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from planted import NotANumber, SwapHeads  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
-from lowbit_video.cli import main  # noqa: E402
-from lowbit_video.eval.bootstrap import Interval  # noqa: E402
-from lowbit_video.eval.candidates import Candidate  # noqa: E402
-from lowbit_video.eval.charts import frontier, over_floor, over_floor_text, ticks, times  # noqa: E402
-from lowbit_video.eval.compare import compare  # noqa: E402
-from lowbit_video.eval.layers import measure_layers  # noqa: E402
-from lowbit_video.eval.report import load, markdown, read_speed, write_report  # noqa: E402
-from lowbit_video.eval.report_page import short_names  # noqa: E402
-from lowbit_video.eval.settings import Settings  # noqa: E402
+from lowbit_video.app.cli import main  # noqa: E402
+from lowbit_video.eval.compare.candidates import Candidate  # noqa: E402
+from lowbit_video.eval.compare.layers import measure_layers  # noqa: E402
+from lowbit_video.eval.compare.paired import compare  # noqa: E402
+from lowbit_video.eval.compare.settings import Settings  # noqa: E402
+from lowbit_video.eval.report.bootstrap import Interval  # noqa: E402
+from lowbit_video.eval.report.charts import frontier, over_floor, over_floor_text, ticks, times  # noqa: E402
+from lowbit_video.eval.report.page import short_names  # noqa: E402
+from lowbit_video.eval.report.write import load, markdown, read_speed, write_report  # noqa: E402
 from lowbit_video.eval.video import read_video  # noqa: E402
 
 PROMPTS = ['a "red" <b>ball</b> </script>', "two blue squares"]

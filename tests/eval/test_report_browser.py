@@ -26,11 +26,11 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
-from lowbit_video.eval.candidates import Candidate  # noqa: E402
-from lowbit_video.eval.compare import compare  # noqa: E402
-from lowbit_video.eval.layers import measure_layers  # noqa: E402
-from lowbit_video.eval.report import write_report  # noqa: E402
-from lowbit_video.eval.settings import Settings  # noqa: E402
+from lowbit_video.eval.compare.candidates import Candidate  # noqa: E402
+from lowbit_video.eval.compare.layers import measure_layers  # noqa: E402
+from lowbit_video.eval.compare.paired import compare  # noqa: E402
+from lowbit_video.eval.compare.settings import Settings  # noqa: E402
+from lowbit_video.eval.report.write import write_report  # noqa: E402
 
 PROMPTS = ["a red ball", "two blue squares", "one green star"]
 

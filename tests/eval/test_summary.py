@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from lowbit_video.eval.bootstrap import bootstrap, mean, ratio_of_means
-from lowbit_video.eval.summary import CLEARLY_ABOVE, FAILED, UNKNOWN, WITHIN, summarise
+from lowbit_video.eval.report.bootstrap import bootstrap, mean, ratio_of_means
+from lowbit_video.eval.report.summary import CLEARLY_ABOVE, FAILED, UNKNOWN, WITHIN, summarise
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():

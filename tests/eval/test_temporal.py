@@ -4,11 +4,11 @@ import pytest
 
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
-from lowbit_video.eval.dynamic_degree import dynamic_degree
-from lowbit_video.eval.flicker import flicker
-from lowbit_video.eval.motion_smoothness import motion_smoothness
+from lowbit_video.eval.metrics.dynamic_degree import dynamic_degree
+from lowbit_video.eval.metrics.flicker import flicker
+from lowbit_video.eval.metrics.motion_smoothness import motion_smoothness
+from lowbit_video.eval.metrics.warping_error import warping_error
 from lowbit_video.eval.video import BadVideoError
-from lowbit_video.eval.warping_error import warping_error
 
 
 def moving_disc(frames=5, speed=2.0, flash=0.0, jerk=0.0, size=(64, 80)):

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from lowbit_video.eval import registry
-from lowbit_video.eval.tensor import BadTensorError
+from lowbit_video.eval.metrics import registry
+from lowbit_video.eval.metrics.shared.tensor import BadTensorError
 
 TENSOR = {name: getattr(m.module, name) for name, m in registry.metrics().items() if m.kind == "tensor"}
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-from lowbit_video import cli, generate  # noqa: E402
-from lowbit_video.eval.psnr import psnr  # noqa: E402
+from lowbit_video.app import cli, generate  # noqa: E402
+from lowbit_video.eval.metrics.psnr import psnr  # noqa: E402
+from lowbit_video.hook.processors import LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline, read_video  # noqa: E402
-from lowbit_video.processors import LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "cogvideo.py"
 SMALL = ["--steps", "2", "--frames", "9", "--height", "48", "--width", "80"]
@@ -204,7 +204,7 @@ def test_the_small_model_is_the_default_with_its_own_settings_and_is_judged(mode
     assert "scorer: colour" in out and "hint: this small model knows" in out
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "__file__", str(tmp_path / "elsewhere" / "lowbit_video" / "generate.py"))
+    monkeypatch.setattr(generate, "__file__", str(tmp_path / "elsewhere" / "lowbit_video" / "app" / "generate.py"))
     assert generate.small_model() == folder
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-from lowbit_video import generate  # noqa: E402
-from lowbit_video.eval import prompt_adherence  # noqa: E402
+from lowbit_video.app import generate  # noqa: E402
+from lowbit_video.eval.world import judge  # noqa: E402
+from lowbit_video.hook.processors import apply, coverage, remove  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline  # noqa: E402
-from lowbit_video.processors import apply, coverage, remove  # noqa: E402
 
 MODEL = Path(__file__).parents[2] / "examples" / "small_cogvideox" / "model"
 LARGEST_FILE, LARGEST_FOLDER = 16e6, 60e6  # bytes
@@ -50,9 +50,9 @@ def test_a_low_bit_video_shows_what_was_asked(precision, prompt):
                   height=stored["height"], width=stored["width"], max_sequence_length=stored["max_sequence_length"], seed=0,
                   progress=False).frames[0]
     frames = np.clip(np.round(np.asarray(frames) * 255), 0, 255).astype(np.uint8)
-    found = prompt_adherence.score(frames, prompt)
+    found = judge.score(frames, prompt)
     assert found.all, f"asked for {prompt!r}, seen: {found.scene}"
-    wrong = prompt_adherence.score(frames, "a large blue ring moves up on a striped red background")
+    wrong = judge.score(frames, "a large blue ring moves up on a striped red background")
     assert not (wrong.colour or wrong.shape or wrong.motion or wrong.background)
 
 

@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lowbit_video import gpu as launch
-from lowbit_video import plans
-from lowbit_video.attention import run
+from lowbit_video.api import run
+from lowbit_video.engine import gpu as launch
+from lowbit_video.engine import replay as plans
 from lowbit_video.eval.speed import accuracy, inputs
 from lowbit_video.kernels.attention import reference
 from lowbit_video.kernels.variants import VARIANTS, Request

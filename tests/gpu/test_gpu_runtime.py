@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import lowbit_video as lv
-from lowbit_video import compat, plans
+from lowbit_video import compat
+from lowbit_video.engine import replay as plans
+from lowbit_video.engine.gpu import plan_workspace
 from lowbit_video.eval.speed import inputs
-from lowbit_video.gpu import plan_workspace
 from lowbit_video.kernels.quant import reference
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
-from lowbit_video.warmup import warmup
+from lowbit_video.warming import warmup
 
 pytestmark = pytest.mark.gpu
 

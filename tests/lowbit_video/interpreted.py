@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
-from lowbit_video.attention import run
-from lowbit_video.gpu import run_quantize
+from lowbit_video.api import run
+from lowbit_video.engine.gpu import run_quantize
 from lowbit_video.kernels.formats import scale_block
 from lowbit_video.kernels.quant import reference
 from lowbit_video.kernels.variants import VARIANTS

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import lowbit_video as lv
-from lowbit_video.attention import make_request, run, select, warn_if_slower
+from lowbit_video.api import make_request, run, select, warn_if_slower
 from lowbit_video.errors import SlowerThanExactWarning
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request

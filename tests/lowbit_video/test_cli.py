@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from lowbit_video import cli, kernel_table
+from lowbit_video.app import cli, kernel_table
 from lowbit_video.kernels.variants import VARIANTS
 
 
@@ -115,7 +115,7 @@ def test_groups_register_below_their_name(monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ["kernels", "--help"])
 def test_light_commands_import_no_framework(command):
-    code = (f"import sys, lowbit_video.cli as c\ntry: c.main([{command!r}])\nexcept SystemExit: pass\n"
+    code = (f"import sys, lowbit_video.app.cli as c\ntry: c.main([{command!r}])\nexcept SystemExit: pass\n"
             "bad = {'paddle', 'torch', 'triton', 'matplotlib'} & set(sys.modules)\nassert not bad, bad")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from lowbit_video import cli, doctor
+from lowbit_video.app import cli, doctor
 from lowbit_video.kernels.variants import VARIANTS
 
 

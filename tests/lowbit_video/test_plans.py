@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lowbit_video import plans
+from lowbit_video.engine import replay as plans
 from lowbit_video.errors import SlowerThanExactWarning
 from lowbit_video.kernels.variants import VARIANTS
 from lowbit_video.precision import Precision
@@ -15,7 +15,7 @@ from lowbit_video.precision import Precision
 torch = pytest.importorskip("torch", reason="the tensors of these tests are PyTorch's")
 pytest.importorskip("triton", reason="the launchers need Triton")
 pytestmark = pytest.mark.torch
-attention = importlib.import_module("lowbit_video.attention")  # the package shows the function of that name
+attention = importlib.import_module("lowbit_video.api")
 
 
 class Compiled:
@@ -334,7 +334,7 @@ def test_threads_may_keep_plans_at_once(monkeypatch):
 
 def test_a_spy_on_the_launcher_sees_every_first_call(device, monkeypatch):
     """What the GPU tests rely on to tell which kernel ran: no plan of an earlier call stands in once they are cleared."""
-    from lowbit_video import gpu
+    from lowbit_video.engine import gpu
 
     call(device, *tensors(), "int8+fp8")
     seen, real = [], gpu.load_launcher

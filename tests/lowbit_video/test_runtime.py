@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowbit_video.attention import run
+from lowbit_video.api import run
+from lowbit_video.engine.gpu import ALIGNMENT, plan_workspace
 from lowbit_video.errors import UnsupportedError
-from lowbit_video.gpu import ALIGNMENT, plan_workspace
 from lowbit_video.kernels.formats import get_format
 from lowbit_video.kernels.quant.shapes import partial_shape
 from lowbit_video.precision import Precision

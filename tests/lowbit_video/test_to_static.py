@@ -4,9 +4,9 @@ import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 import lowbit_video as lv  # noqa: E402
+from lowbit_video.graph import slots  # noqa: E402
+from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
-from lowbit_video.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
-from lowbit_video.runtime import paddle_op  # noqa: E402
 
 import toy_model  # noqa: E402
 from helpers import qkv  # noqa: E402
@@ -124,11 +124,11 @@ def test_an_output_that_is_not_contiguous_is_taken_as_it_is():
 def test_an_error_inside_the_graph_can_be_read():
     model = toy_model.model(heads=4, head_dim=16)
     apply(model, LowBitAttnProcessor("int8+fp16"))
-    paddle_op.take_failure()
+    slots.take_failure()
     with pytest.raises(Exception):  # noqa: B017 - Paddle's executor makes a bare SystemError of it
         run(paddle.jit.to_static(model, full_graph=True), toy_model.inputs(rotary_dim=16))
-    assert "head_dim 16" in str(paddle_op.take_failure())
-    assert paddle_op.take_failure() is None
+    assert "head_dim 16" in str(slots.take_failure())
+    assert slots.take_failure() is None
 
 
 @MODES
@@ -152,7 +152,7 @@ def test_attention_itself_is_one_operator(precision, layout, full_graph):
 
 @MODES
 def test_a_compiled_call_of_attention_runs_through_the_operator(monkeypatch, full_graph):
-    from lowbit_video import paddle_call
+    from lowbit_video.graph import paddle_ops as paddle_call
 
     def block(q, k, v):
         return lv.attention(q * 1.0, k, v) + 1.0
@@ -177,7 +177,7 @@ def packed():
 @MODES
 @pytest.mark.parametrize("precision", ["int8+fp16", Precision("int4+fp8", smooth_q=False), "exact"], ids=str)
 def test_attention_of_packed_sequences_is_one_operator(precision, full_graph, monkeypatch):
-    from lowbit_video import paddle_call
+    from lowbit_video.graph import paddle_ops as paddle_call
 
     def block(q, k, v, cu_q, cu_k):
         out, lse = lv.attention_varlen(q * 1.0, k, v, cu_q, cu_k, 17, 21, precision, is_causal=True, return_lse=True)
@@ -201,7 +201,7 @@ def test_attention_of_packed_sequences_is_one_operator(precision, full_graph, mo
 
 @MODES
 def test_packed_lengths_may_change_between_calls(full_graph, monkeypatch):
-    from lowbit_video import paddle_call
+    from lowbit_video.graph import paddle_ops as paddle_call
 
     def block(q, k, v, cu_q, cu_k, max_q, max_k):
         return lv.attention_varlen(q * 1.0, k, v, cu_q, cu_k, max_q, max_k, "int8+fp16") + 1.0
@@ -252,7 +252,8 @@ def test_the_compat_name_of_packed_sequences_can_be_compiled(full_graph, monkeyp
 @pytest.mark.parametrize("device,arch,spec", [("cpu", None, "int8+fp16"), ("gpu:0", (8, 0), "int8+fp16"),
                                               ("cudev:1", (9, 0), "int8+fp8")])
 def test_a_graph_is_traced_for_the_current_device(monkeypatch, device, arch, spec):
-    from lowbit_video import compat, paddle_call
+    from lowbit_video import compat
+    from lowbit_video.graph import paddle_ops as paddle_call
 
     asked = []
     monkeypatch.setattr(paddle.device, "get_device", lambda: device)
@@ -263,7 +264,7 @@ def test_a_graph_is_traced_for_the_current_device(monkeypatch, device, arch, spe
 
 
 def test_an_error_of_packed_sequences_inside_the_graph_can_be_read():
-    paddle_op.take_failure()
+    slots.take_failure()
     q, k, v, cu_q, cu_k = packed()
 
     def block(q, k, v, cu_q, cu_k):
@@ -271,11 +272,11 @@ def test_an_error_of_packed_sequences_inside_the_graph_can_be_read():
 
     with pytest.raises(Exception), paddle.no_grad():  # noqa: B017 - Paddle's executor makes a bare SystemError of it
         paddle.jit.to_static(block, full_graph=True)(q, k, v, cu_q, cu_k + 1)
-    assert "cu_seqlens_k must rise from 0 to the 41 tokens" in str(paddle_op.take_failure())
+    assert "cu_seqlens_k must rise from 0 to the 41 tokens" in str(slots.take_failure())
 
 
 def test_an_error_of_attention_inside_the_graph_can_be_read():
-    paddle_op.take_failure()
+    slots.take_failure()
     q = paddle.zeros([1, 8, 2, 16])
 
     def itself(q):
@@ -283,4 +284,4 @@ def test_an_error_of_attention_inside_the_graph_can_be_read():
 
     with pytest.raises(Exception), paddle.no_grad():  # noqa: B017 - Paddle's executor makes a bare SystemError of it
         paddle.jit.to_static(itself, full_graph=True)(q)
-    assert "head_dim 16" in str(paddle_op.take_failure())
+    assert "head_dim 16" in str(slots.take_failure())

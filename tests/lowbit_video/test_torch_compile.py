@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import lowbit_video as lv  # noqa: E402
-import lowbit_video.torch_op  # noqa: E402, F401 - registers the operators
+import lowbit_video.graph.torch_ops  # noqa: E402, F401 - registers the operators
 from lowbit_video.precision import Precision  # noqa: E402
 
 pytestmark = pytest.mark.torch

@@ -2,7 +2,7 @@
 import pytest
 
 from lowbit_video.errors import UnsupportedError
-from lowbit_video.warmup import warmup
+from lowbit_video.warming import warmup
 
 
 def test_a_cpu_compiles_nothing(framework):
@@ -14,7 +14,7 @@ def test_every_shape_runs_twice_and_the_difference_is_reported(framework, monkey
     """On a GPU the first call compiles; here the calls are recorded and the clock is ours."""
     import sys
 
-    module = sys.modules["lowbit_video.warmup"]
+    module = sys.modules["lowbit_video.warming"]
     seen, walls = [], iter((905.0, 5.0, 3.0, 4.0))
     like = module.detect.anchor(framework.name, "cpu")
     runtime = module.detect.runtime_of(like)
@@ -38,7 +38,7 @@ def test_packed_sequences_are_called_as_a_model_calls_them(framework, monkeypatc
     """The calls run here through the reference, so that they are known to be valid ones."""
     import sys
 
-    module = sys.modules["lowbit_video.warmup"]
+    module = sys.modules["lowbit_video.warming"]
     like = module.detect.anchor(framework.name, "cpu")
     runtime = module.detect.runtime_of(like)
     seen = []

@@ -10,16 +10,16 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = {"kernels": "lowbit_video.kernels", "pipelines": "lowbit_video.pipelines", "eval": "lowbit_video.eval",
            "lowbit_video": "lowbit_video", "examples": "examples"}
-ORDER = ["kernels", "lowbit_video", "pipelines", "eval", "examples"]
+ORDER = ["kernels", "lowbit_video", "pipelines", "eval", "lowbit_video/app", "examples"]
 """Each layer may import itself and those before it."""
-COMPOSITION_ROOTS = {"lowbit_video/cli.py", "lowbit_video/doctor.py", "lowbit_video/generate.py"}
-"""May import every layer, inside functions only."""
 FRAMEWORKS = {"paddle", "torch", "triton", "diffusers", "transformers"}
 
 
 def layer_of(module: str) -> str | None:
-    for layer in ("kernels", "pipelines", "eval"):
-        if module == FOLDERS[layer] or module.startswith(FOLDERS[layer] + "."):
+    rooms = {"kernels": "lowbit_video.kernels", "pipelines": "lowbit_video.pipelines", "eval": "lowbit_video.eval",
+             "lowbit_video/app": "lowbit_video.app"}
+    for layer, room in rooms.items():
+        if module == room or module.startswith(room + "."):
             return layer
     top = module.split(".")[0]
     return top if top in ("lowbit_video", "examples") else None
@@ -52,12 +52,10 @@ def imported(path: pathlib.Path):
 @pytest.mark.parametrize("path", list(sources()), ids=lambda p: str(p.relative_to(ROOT)))
 def test_layers_import_downwards_only(path):
     relative = str(path.relative_to(ROOT))
-    own = ORDER.index(relative.split("/")[0])
-    for module, line, top_level in imported(path):
+    own = next(ORDER.index(layer) for layer in reversed(ORDER) if relative.startswith(f"{layer}/"))
+    for module, line, _ in imported(path):
         layer = layer_of(module)
-        if layer is None or ORDER.index(layer) <= own:
-            continue
-        assert relative in COMPOSITION_ROOTS and not top_level, f"{relative}:{line} imports {module}, which lies above it"
+        assert layer is None or ORDER.index(layer) <= own, f"{relative}:{line} imports {module}, which lies above it"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
@@ -67,12 +65,13 @@ def test_kernels_know_no_framework(path):
 
 
 def test_the_attention_layers_below_the_processors():
-    for name in ("attention", "quantize", "precision", "errors"):
+    for name in ("api", "quantized", "precision", "errors"):
         modules = {module for module, *_ in imported(ROOT / "lowbit_video" / f"{name}.py")}
-        assert not any(module.startswith("lowbit_video.processors") for module in modules)
+        assert not any(module.startswith("lowbit_video.hook") for module in modules)
     for path in (ROOT / "lowbit_video" / "runtime").glob("*.py"):
         for module, line, _ in imported(path):
-            assert not module.startswith(("lowbit_video.attention", "lowbit_video.processors")), f"{path.name}:{line}"
+            above = ("lowbit_video.api", "lowbit_video.engine", "lowbit_video.hook")
+            assert not module.startswith(above), f"{path.name}:{line}"
 
 
 def test_no_file_shadows_triton():

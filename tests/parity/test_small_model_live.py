@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-from lowbit_video.eval.psnr import psnr  # noqa: E402
+from lowbit_video.eval.metrics.psnr import psnr  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline  # noqa: E402
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")

@@ -5,8 +5,8 @@ import numpy as np
 import paddle
 import pytest
 
-from lowbit_video.pipelines.cogvideox.text_encoder import T5EncoderModel, relative_position_buckets
-from lowbit_video.pipelines.cogvideox.tokenizer import T5Tokenizer
+from lowbit_video.pipelines.shared.t5 import T5EncoderModel, relative_position_buckets
+from lowbit_video.pipelines.shared.t5_tokenizer import T5Tokenizer
 
 pytest.importorskip("torch", reason="needs PyTorch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")

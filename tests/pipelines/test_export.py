@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lowbit_video.pipelines import check_writable, export_to_video, read_video, side_by_side
-from lowbit_video.pipelines.cogvideox import export as module
+from lowbit_video.pipelines.shared import video_files as module
 
 
 def video(frames=9, height=48, width=64):

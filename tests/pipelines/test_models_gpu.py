@@ -5,8 +5,8 @@ import numpy as np
 import paddle
 import pytest
 
-from lowbit_video.pipelines.cogvideox.text_encoder import T5EncoderModel
 from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
+from lowbit_video.pipelines.shared.t5 import T5EncoderModel
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 # of the largest output; float32 products may be TF32 on some devices

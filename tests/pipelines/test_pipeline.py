@@ -10,7 +10,7 @@ import pytest
 
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, make_random_pipeline
 from lowbit_video.pipelines.cogvideox import pipeline as module
-from lowbit_video.pipelines.cogvideox.config import ConfigError
+from lowbit_video.pipelines.shared.config import ConfigError
 
 from golden_cases import GOLDENS, cases
 

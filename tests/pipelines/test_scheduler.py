@@ -6,7 +6,7 @@ import paddle
 import pytest
 
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
-from lowbit_video.pipelines.cogvideox.config import ConfigError
+from lowbit_video.pipelines.shared.config import ConfigError
 
 from golden_cases import GOLDENS, cases
 

@@ -6,9 +6,9 @@ import numpy as np
 import paddle
 import pytest
 
-from lowbit_video.pipelines.cogvideox.config import ConfigError
-from lowbit_video.pipelines.cogvideox.text_encoder import T5EncoderModel, relative_position_buckets
-from lowbit_video.pipelines.cogvideox.weights import read_header
+from lowbit_video.pipelines.shared.config import ConfigError
+from lowbit_video.pipelines.shared.t5 import T5EncoderModel, relative_position_buckets
+from lowbit_video.pipelines.shared.weights import read_header
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 KINDS = ("t5_gated", "t5_relu")

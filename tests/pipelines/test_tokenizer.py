@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowbit_video.pipelines.cogvideox.config import ConfigError
-from lowbit_video.pipelines.cogvideox.tokenizer import T5Tokenizer
+from lowbit_video.pipelines.shared.config import ConfigError
+from lowbit_video.pipelines.shared.t5_tokenizer import T5Tokenizer
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 KINDS = ("tokenizer", "tokenizer_json")

@@ -4,8 +4,8 @@ import paddle
 import pytest
 
 from lowbit_video.pipelines.cogvideox import vae as module
-from lowbit_video.pipelines.cogvideox.config import ConfigError
 from lowbit_video.pipelines.cogvideox.vae import AutoencoderKLCogVideoX
+from lowbit_video.pipelines.shared.config import ConfigError
 
 from golden_cases import GOLDENS, cases
 

@@ -12,9 +12,9 @@ import pytest
 from paddle import nn
 from safetensors.numpy import load_file, save_file
 
-from lowbit_video.pipelines.cogvideox import weights
-from lowbit_video.pipelines.cogvideox.config import ConfigError, keep_config
-from lowbit_video.pipelines.cogvideox.weights import Model, WeightsError, dtype_name, read_header
+from lowbit_video.pipelines.shared import weights
+from lowbit_video.pipelines.shared.config import ConfigError, keep_config
+from lowbit_video.pipelines.shared.weights import Model, WeightsError, dtype_name, read_header
 
 STEM = "diffusion_pytorch_model"
 

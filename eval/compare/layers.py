@@ -1,0 +1,363 @@
+"""Where the error comes from: per layer, step and head, every candidate against exact attention on the same q, k, v.
+
+One exact run is recorded: at each attention call every candidate runs as well, on the same hidden states (hence the same
+q, k, v), its output before the output projection is compared head by head, and the exact result goes on. Then short runs
+measure what reaches the final latent: the candidate in one layer only (all steps), in one group of steps only (all layers),
+and everywhere. The share of each (layer, step, head) is the local squared error, scaled so that the sums over each layer
+and over each step group are those measured (iterative proportional fitting).
+"""
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..metrics import registry
+from .candidates import Candidate, applied, as_candidate, floor_candidate
+from .settings import Settings, environment
+
+METRICS = ("sqnr", "cosine", "relative_l1", "rmse", "max_error")
+STEP_GROUPS = 4
+FIT_ROUNDS = 200
+FILE = "layers.npz"
+DETAIL = ("share", "squared_error")  # arrays of the same shape as the metrics
+
+
+class Tapped:
+    """An attention module seen by a processor: everything is the module's own, and what enters `to_out` is kept in `seen`."""
+
+    def __init__(self, attn: Any) -> None:
+        self._attn, self.seen = attn, None
+        self.to_out = [self._tap, *[attn.to_out[i] for i in range(1, len(attn.to_out))]]
+
+    def _tap(self, x: Any) -> Any:
+        self.seen = x  # [B, N, H * D], text tokens first
+        return self._attn.to_out[0](x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attn, name)
+
+
+class StepClock:
+    """Counts denoising steps; its `tick` is the pipeline's `callback_on_step_end`, and keeps the latents."""
+
+    def __init__(self) -> None:
+        self.step, self.latents = 0, None
+
+    def tick(self, pipe: Any, step: int, timestep: Any, values: dict) -> dict:
+        """One step has ended."""
+        self.step, self.latents = step + 1, values["latents"]
+        return values
+
+
+class Recorder:
+    """The processor of one module in the recorded run: exact goes on, candidates are measured beside it."""
+
+    def __init__(self, candidates: list[Any], clock: StepClock) -> None:
+        from lowbit_video.hook.processors import ExactAttnProcessor
+
+        self.exact, self.candidates, self.clock = ExactAttnProcessor(), candidates, clock
+        self.rows: dict[int, list[np.ndarray]] = {}  # step -> one [C, metrics + 1, H] a call
+
+    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
+                 image_rotary_emb: Any = None) -> tuple[Any, Any]:
+        """As any processor; gives what exact attention gives."""
+        from lowbit_video.runtime.detect import runtime_of
+
+        to_numpy = runtime_of(hidden_states).to_numpy
+        inputs = (hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        tapped = Tapped(attn)
+        result = self.exact(tapped, *inputs)
+        exact = heads_of(to_numpy(tapped.seen), attn.heads)
+        rows = np.zeros((len(self.candidates), len(METRICS) + 1, attn.heads))
+        for row, candidate in zip(rows, self.candidates):
+            tapped = Tapped(attn)
+            (candidate or self.exact)(tapped, *inputs)
+            row[:] = head_errors(heads_of(to_numpy(tapped.seen), attn.heads), exact)
+        self.rows.setdefault(self.clock.step, []).append(rows)
+        return result
+
+
+def heads_of(joined: np.ndarray, heads: int) -> np.ndarray:
+    """[B, N, H * D] -> [B, N, H, D]."""
+    return joined.reshape(*joined.shape[:2], heads, -1)
+
+
+def head_errors(output: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Every kernel-level metric, and last the sum of squared errors, of each head: [len(METRICS) + 1, H].
+
+    output, exact: [B, N, H, D]. One head at a time: a long video's heads together would not fit twice in float64.
+    """
+    functions = [getattr(registry.metric(name).module, name) for name in METRICS]
+    out = np.empty((len(METRICS) + 1, output.shape[2]))
+    for head in range(output.shape[2]):
+        pair = output[:, :, head], exact[:, :, head]
+        out[:-1, head] = [function(*pair) for function in functions]
+        out[-1, head] = np.square(pair[0].astype(np.float64) - pair[1]).sum()
+    return out
+
+
+class Gated:
+    """A processor that works in some steps only; the others are exact."""
+
+    def __init__(self, processor: Any, clock: StepClock, steps: range) -> None:
+        from lowbit_video.hook.processors import ExactAttnProcessor
+
+        self.inside, self.outside, self.clock, self.steps = processor, ExactAttnProcessor(), clock, steps
+
+    def __call__(self, *arguments: Any, **named: Any) -> tuple[Any, Any]:
+        """As any processor."""
+        return (self.inside if self.clock.step in self.steps else self.outside)(*arguments, **named)
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The table, as `load` gives it; later choices of bit width per layer read this.
+
+    candidates [C], layers [L]: names. errors: metric -> [C, L, S, H] over steps and heads (mean over calls in a step),
+    and "squared_error". share: [C, L, S, H], each candidate's part sums to 1. latent_error [C]: relative L2 error of the
+    final latent with the candidate everywhere. layer_error [C, L], step_error [C, G]: the same with the candidate in one
+    layer, or in one group of steps, only (NaN where not measured). floor_error: of the exact twin. about: settings,
+    prompt, seed, machine.
+    """
+
+    candidates: list[str]
+    layers: list[str]
+    errors: dict[str, np.ndarray]
+    share: np.ndarray
+    latent_error: np.ndarray
+    layer_error: np.ndarray
+    step_error: np.ndarray
+    floor_error: float
+    about: dict
+
+    def of(self, candidate: str, figure: str = "share") -> np.ndarray:
+        """[L, S, H] of one candidate: "share", "squared_error", or a metric's name.
+
+        Raises:
+            KeyError: no such candidate or figure (lists what exists).
+        """
+        if candidate not in self.candidates:
+            raise KeyError(f"no candidate {candidate!r} in this table; there are: {', '.join(self.candidates)}")
+        if figure != "share" and figure not in self.errors:
+            raise KeyError(f"no figure {figure!r} in this table; there are: share, {', '.join(self.errors)}")
+        return (self.share if figure == "share" else self.errors[figure])[self.candidates.index(candidate)]
+
+    def by_layer(self, candidate: str, figure: str = "share") -> dict[str, float]:
+        """One value a layer: the sum of shares, or the mean of a metric over steps and heads."""
+        values = self.of(candidate, figure)
+        reduced = values.sum(axis=(1, 2)) if figure in DETAIL else values.mean(axis=(1, 2))
+        return dict(zip(self.layers, reduced.tolist()))
+
+    def worst(self, candidate: str, count: int = 5) -> list[tuple[str, int, int, float]]:
+        """The (layer, step, head, share) with the largest shares."""
+        share = self.of(candidate)
+        order = np.argsort(share, axis=None)[::-1][:count]
+        places = zip(*np.unravel_index(order, share.shape))
+        return [(self.layers[layer], int(step), int(head), float(share[layer, step, head])) for layer, step, head in places]
+
+    def choose(self, limit: float, figure: str = "relative_l1", order: Sequence[str] | None = None) -> dict[str, str]:
+        """For each layer the first candidate whose mean error is within the limit; a layer without one stays exact.
+
+        Args:
+            limit: at most this (at least this, for a metric where higher is better). order: candidates, cheapest first.
+
+        Returns:
+            {module name: candidate}, as `lowbit_video.apply(pipe, None, modules=...)` takes it.
+        """
+        higher = registry.metric(figure).higher_is_better
+        chosen = {}
+        for candidate in order or self.candidates:
+            for layer, value in self.by_layer(candidate, figure).items():
+                if layer not in chosen and (value >= limit if higher else value <= limit):
+                    chosen[layer] = candidate
+        return chosen
+
+    def save(self, path) -> None:
+        """Write one compressed npz, float32, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".part-{path.name}")
+        with open(part, "wb") as file:
+            np.savez_compressed(
+                file, candidates=np.array(self.candidates), layers=np.array(self.layers), share=self.share.astype(np.float32),
+                latent_error=self.latent_error, layer_error=self.layer_error, step_error=self.step_error,
+                floor_error=self.floor_error, about=json.dumps(self.about),
+                **{f"error_{name}": array.astype(np.float32) for name, array in self.errors.items()})
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path) -> LayerTable:
+        """Read a table.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: an npz that is not a layer table.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        if "share" not in arrays or "about" not in arrays:
+            raise ValueError(f"{path}: not a layer table; make one with `lowbit-video eval layers`")
+        errors = {name[6:]: array for name, array in arrays.items() if name.startswith("error_")}
+        return cls(arrays["candidates"].tolist(), arrays["layers"].tolist(), errors, arrays["share"], arrays["latent_error"],
+                   arrays["layer_error"], arrays["step_error"], float(arrays["floor_error"]), json.loads(str(arrays["about"])))
+
+
+def by_module(candidate: Candidate, names: list[str], **hook: Any) -> dict[str, Any]:
+    """The candidate's processor for each module; modules that its patterns leave alone are not in it."""
+    from lowbit_video.hook.processors import LowBitAttnProcessor
+
+    wanted = candidate.make()
+    chosen = dict.fromkeys(names, wanted)
+    if isinstance(wanted, dict):
+        chosen = {name: processor for pattern, processor in wanted.items() for name in names
+                  if fnmatch.fnmatchcase(name, pattern)}
+    made: dict[Any, Any] = {}
+    for name, processor in chosen.items():
+        if not callable(processor):
+            processor = made.setdefault(str(processor), LowBitAttnProcessor(processor, **hook))
+        chosen[name] = processor
+    return chosen
+
+
+def fit_shares(squared_error: np.ndarray, layer_error: np.ndarray, step_error: np.ndarray, groups: list[range]) -> np.ndarray:
+    """Scale local squared errors [L, S, H] so that layers and step groups sum as measured; the whole sums to 1.
+
+    layer_error [L], step_error [G]: relative errors of the final latent (squared here: independent errors add as squares).
+
+    Source: iterative proportional fitting (Deming and Stephan 1940).
+    """
+    share = np.array(squared_error, np.float64)
+    if not share.any():
+        return share
+    layers, steps = np.square(layer_error), np.square(step_error)
+    if layers.sum() == 0 or steps.sum() == 0:
+        return share / share.sum()
+    for _ in range(FIT_ROUNDS):
+        rows = share.sum(axis=(1, 2))
+        share *= np.divide(layers / layers.sum(), rows, out=np.zeros_like(rows), where=rows > 0)[:, None, None]
+        for group, part in zip(groups, steps / steps.sum()):
+            total = share[:, group].sum()
+            share[:, group] *= part / total if total > 0 else 0.0
+    return share / share.sum()
+
+
+def step_groups(steps: int, groups: int = STEP_GROUPS) -> list[range]:
+    """Steps 0..steps-1 in at most `groups` runs of nearly equal length."""
+    edges = np.linspace(0, steps, min(groups, steps) + 1).round().astype(int)
+    return [range(a, b) for a, b in zip(edges, edges[1:])]
+
+
+def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, settings: Settings | None = None,
+                   measured_shares: bool = True, backend: str = "auto", fallback: str | None = None,
+                   say: Callable[[str], None] = print) -> LayerTable:
+    """Record one prompt.
+
+    Args:
+        pipe: as in `compare`; its call takes `callback_on_step_end` and output_type="latent".
+        candidates: precisions, "module:Class" names, or `Candidate`s.
+        measured_shares: measure what reaches the final latent (layers + step groups + 1 runs a candidate, without the
+            VAE); otherwise shares are those of the local squared error alone.
+        backend, fallback: of the low-bit hook.
+
+    Raises:
+        ValueError: no candidates, an unknown one, or a model without attention modules that take a processor.
+    """
+    from lowbit_video.hook.report import attention_modules, transformer_of
+
+    from .paired import Progress
+
+    settings = settings or Settings()
+    candidates = [as_candidate(c) for c in candidates]
+    if not candidates:
+        raise ValueError("no candidates given; name precisions or module:Class")
+    names = list(attention_modules(transformer_of(pipe)))
+    if not names:
+        raise ValueError("the model has no attention module that takes a processor")
+    clock, hook = StepClock(), {"backend": backend, "fallback": fallback}
+
+    def latents_of(modules: Any, whole: Candidate | None = None) -> np.ndarray:
+        """The final latents with the given processors by module name."""
+        from lowbit_video.runtime.detect import runtime_of
+
+        clock.step = 0
+        arguments = {**settings.arguments(), "seed": seed, "output_type": "latent", "progress": False}
+        with applied(pipe, whole or Candidate("modules", lambda: modules)):
+            pipe(prompt, **arguments, callback_on_step_end=clock.tick)
+        return runtime_of(clock.latents).to_numpy(clock.latents).astype(np.float64)
+
+    import time
+
+    planned = ["record", "floor"]
+    for candidate in candidates if measured_shares else []:
+        planned += [candidate.label] * (1 + len(by_module(candidate, names, **hook)) + STEP_GROUPS)
+    progress = Progress(planned, say)
+
+    def timed(label: str, text: str, modules: Any, whole: Candidate | None = None) -> np.ndarray:
+        begin = time.perf_counter()
+        latents = latents_of(modules, whole)
+        progress.done(label, time.perf_counter() - begin, text)
+        return latents
+
+    per_candidate = [by_module(c, names, **hook) for c in candidates]
+    recorders = {name: Recorder([processors.get(name) for processors in per_candidate], clock) for name in names}
+    exact = timed("record", "recorded every candidate beside exact attention", recorders)
+    size = np.linalg.norm(exact)
+    steps = clock.step
+    groups = step_groups(steps)
+    table = np.array([[np.mean(recorders[name].rows[step], axis=0) for step in range(steps)] for name in names])
+    table = table.transpose(2, 3, 0, 1, 4)  # [C, metrics, L, S, H]
+    errors = {metric: table[:, i] for i, metric in enumerate((*METRICS, "squared_error"))}
+
+    def error(latents: np.ndarray) -> float:
+        return float(np.linalg.norm(latents - exact) / size)
+
+    floor = error(timed("floor", "floor: exact attention, reordered", None, floor_candidate()))
+    shape = len(candidates), len(names)
+    latent_error, layer_error = np.full(shape[0], np.nan), np.full(shape, np.nan)
+    step_error = np.full((shape[0], len(groups)), np.nan)
+    share = np.zeros(errors["squared_error"].shape)
+    for c, candidate in enumerate(candidates):
+        local = errors["squared_error"][c]
+        if not measured_shares:
+            share[c] = local / local.sum() if local.any() else local
+            continue
+        fresh = lambda: by_module(candidate, names, **hook)  # noqa: B023 - used within this round only
+        latent_error[c] = error(timed(candidate.label, f"{candidate.label} everywhere", fresh()))
+        layer_error[c] = 0.0
+        for name, processor in fresh().items():
+            latents = timed(candidate.label, f"{candidate.label} in {name} only", {name: processor})
+            layer_error[c, names.index(name)] = error(latents)
+        for g, group in enumerate(groups):
+            gated = {name: Gated(processor, clock, group) for name, processor in fresh().items()}
+            text = f"{candidate.label} in steps {group.start}-{group.stop - 1} only"
+            step_error[c, g] = error(timed(candidate.label, text, gated))
+        share[c] = fit_shares(local, layer_error[c], step_error[c], groups)
+    about = {"prompt": prompt, "seed": seed, "settings": settings.as_dict(), "steps": steps, "environment": environment(),
+             "step_groups": [[g.start, g.stop] for g in groups], "shares": "measured" if measured_shares else "local"}
+    return LayerTable([c.label for c in candidates], names, errors, share, latent_error, layer_error, step_error, floor, about)
+
+
+def as_text(table: LayerTable) -> str:
+    """The table for a terminal: a row a layer, and for each candidate its SQNR (mean over steps and heads) and share."""
+    width = max(len(name) for name in [*table.layers, "final latent error"])
+    head = f"{'layer':<{width}}" + "".join(f"  {name:>22}" for name in table.candidates)
+    lines = [head, f"{'':<{width}}" + "".join(f"  {'SQNR dB':>13}{'share':>9}" for _ in table.candidates)]
+    for layer in table.layers:
+        cells = ""
+        for candidate in table.candidates:
+            sqnr, share = table.by_layer(candidate, "sqnr")[layer], table.by_layer(candidate)[layer]
+            cells += f"  {sqnr:>13.1f}{100 * share:>8.1f}%"
+        lines.append(f"{layer:<{width}}{cells}")
+    if not np.isnan(table.latent_error).all():
+        lines.append(f"{'final latent error':<{width}}" + "".join(f"  {100 * e:>21.3f}%" for e in table.latent_error)
+                     + f"   (floor {100 * table.floor_error:.2g} %)")
+    for candidate in table.candidates:
+        layer, step, head_index, share = table.worst(candidate, 1)[0]
+        lines.append(f"{candidate}: the largest share, {100 * share:.1f} %, is {layer}, step {step}, head {head_index}")
+    return "\n".join(lines)

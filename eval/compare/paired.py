@@ -1,0 +1,268 @@
+"""Pairs done right: every candidate's video beside the exact one of the same prompt and noise, and the noise floor beside both.
+
+For each prompt and seed: the exact run, its harmlessly different twin (the floor), then each candidate. A finished video is
+a line in results.jsonl and a lossless clip; whatever is finished is never made again, and a kill loses at most the video
+in the making. Only the exact video is needed again (as the reference) when a later start adds candidates to a prompt.
+"""
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..metrics import registry
+from ..metrics.shared.context import Context
+from ..video import BadVideoError, as_video
+from .candidates import EXACT, FLOOR, Candidate, applied, as_candidate, floor_candidate
+from .clips import write_lossless
+from .settings import Settings, environment
+from .store import Store
+
+PER_FRAME = ("psnr", "ssim")  # figures kept frame by frame as well, for the curves beside a video
+SAME = ("steps", "guidance", "frames", "height", "width")  # settings that all videos of a folder must share
+
+
+def read_prompts(path) -> list[str]:
+    """Prompts of a text file, one a line; blank lines and lines that begin with # are left out.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: no prompt in it, or one twice (named).
+    """
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in prompts if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it; write one a line")
+    if twice := sorted({p for p in prompts if prompts.count(p) > 1}):
+        raise ValueError(f"{path}: {twice[0]!r} stands there more than once; a prompt's runs are told apart by its text")
+    return prompts
+
+
+def generate(pipe, prompt: str, seed: int, settings: Settings, candidate: Candidate | None = None,
+             **hook) -> tuple[np.ndarray, dict]:
+    """One video: float32 [F, H, W, 3] in [0, 1], and what is to be recorded of its making.
+
+    Args:
+        candidate: hooked in for this call only; None runs the pipeline as it is, exact.
+        hook: `backend`, `fallback` of the hook.
+    """
+    begin = time.perf_counter()
+    arguments = {"seed": seed, "output_type": "np", "progress": False, **settings.arguments()}
+    note = {}
+    if candidate is None:
+        output = pipe(prompt, **arguments)
+    else:
+        with applied(pipe, candidate, **hook):
+            output = pipe(prompt, **arguments)
+            note = coverage_note(pipe)
+    note["seconds"] = round(time.perf_counter() - begin, 3)
+    if timings := getattr(output, "timings", None):
+        note["timings"] = {stage: round(seconds, 3) for stage, seconds in timings.items()}
+    return np.asarray(output.frames[0]), note
+
+
+def coverage_note(pipe) -> dict:
+    """What the hooked attention modules ran: {"attention": {variant: calls}, "fallbacks": modules}."""
+    from lowbit_video.hook.report import coverage
+
+    report = coverage(pipe)
+    return {"attention": report.variants(), "fallbacks": len(report.fallbacks)}
+
+
+def figures(video, reference, metrics: Sequence[registry.Metric], context: Context) -> dict:
+    """Every figure of one video: {"figures": {name: value}, "frames": {name: [..]}, "features": {name: [..]}}.
+
+    reference: the exact video, or None for the exact video itself (its paired metrics are left out).
+    """
+    values, frames, features = {}, {}, {}
+    for metric in metrics:
+        if metric.kind == "paired":
+            if reference is not None and metric.name in PER_FRAME:
+                rows = getattr(metric.module, metric.name)(video, reference)
+                frames[metric.name] = [round(float(x), 5) for x in rows]
+                values[metric.name] = float(rows.mean())
+            elif reference is not None:
+                values[metric.name] = metric.module.measure(video, reference, context)
+        elif metric.kind == "set":
+            features[metric.name] = [float(x) for x in metric.module.features(video, context)]
+        else:
+            value = metric.module.measure(video, None, context)
+            if isinstance(value, Mapping):
+                values.update({f"{metric.name}.{part}": float(x) for part, x in value.items()})
+            elif value is not None:
+                values[metric.name] = float(value)
+    return {"figures": values, "frames": frames, "features": features}
+
+
+class Progress:
+    """One line a finished video, with the time left as the medians of what ran so far foretell it."""
+
+    def __init__(self, todo: Iterable[str], say: Callable[[str], None]) -> None:
+        self.left, self.say = list(todo), say
+        self.total, self.seconds = len(self.left), {}
+
+    def done(self, run: str, seconds: float, text: str) -> None:
+        """Count one finished video."""
+        self.left.remove(run)
+        self.seconds.setdefault(run, []).append(seconds)
+        every = statistics.median([s for runs in self.seconds.values() for s in runs])
+        remaining = sum(statistics.median(self.seconds[r]) if r in self.seconds else every for r in self.left)
+        self.say(f"[{self.total - len(self.left):>{len(str(self.total))}}/{self.total}] {text}  {seconds:.1f} s"
+                 + (f", about {clock(remaining)} left" if self.left else ", all done"))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person reads them: 45 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: Sequence[int] = (0,),
+            settings: Settings | None = None, metrics: Sequence[str] | None = None, weights: Mapping[str, str] | None = None,
+            limit: int | None = None, backend: str = "auto", fallback: str | None = None,
+            say: Callable[[str], None] = print) -> Path:
+    """Make and measure every video that the folder `out` does not have yet.
+
+    Args:
+        pipe: called as pipe(prompt, seed=..., output_type="np", ...) -> .frames; hooked by `lowbit_video.apply`.
+        prompts: captions; see `read_prompts`.
+        candidates: precisions, "module:Class" names, or `Candidate`s.
+        out: the folder of results.
+        seeds: one video per prompt and seed; a pair shares its seed, hence its noise.
+        settings: steps, guidance, size; a folder's videos all share them.
+        metrics: names, or None for all that can run here. weights: local weights of the model-based ones.
+        limit: look at the first `limit` prompts only.
+        backend, fallback: of the low-bit hook.
+        say: takes each line of progress.
+
+    Returns:
+        The path of results.jsonl.
+
+    Raises:
+        ValueError: no prompts, seeds or candidates; an unknown one; settings other than those the folder was begun with.
+    """
+    settings = settings or Settings()
+    candidates = [as_candidate(c) for c in candidates]
+    prompts = list(prompts)[:limit]
+    for name, given in (("prompts", prompts), ("seeds", seeds), ("candidates", candidates)):
+        if not given:
+            raise ValueError(f"no {name} given; an evaluation needs at least one")
+    if len({c.label for c in candidates}) < len(candidates):
+        raise ValueError(f"a candidate is named twice: {', '.join(c.label for c in candidates)}")
+    weights = dict(weights or {})
+    chosen, lacking = registry.choose(metrics, weights)
+    if lacking:
+        say(f"not run here: {', '.join(lacking)} (`lowbit-video eval metrics` says what they need)")
+    store = Store(out)
+    try:
+        check_settings(store, settings)
+        labels = [EXACT, FLOOR, *[c.label for c in candidates]]
+        plan = [(p, s, r) for p in prompts for s in seeds for r in labels]
+        todo = [key for key in plan if not store.has(*key)]
+        if len(plan) > len(todo):
+            say(f"{len(plan) - len(todo)} of {len(plan)} videos are finished already; {len(todo)} to make")
+        if not todo:
+            return store.path
+        store.append({"kind": "run", "settings": settings.as_dict(), "prompts": prompts, "seeds": list(seeds), "runs": labels,
+                      "metrics": [m.name for m in chosen], "missing": lacking, "backend": backend,
+                      "environment": environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+        _run(pipe, store, todo, candidates, settings, chosen, weights, {"backend": backend, "fallback": fallback}, say)
+    finally:
+        store.close()
+    return store.path
+
+
+def check_settings(store: Store, settings: Settings) -> None:
+    """Refuse to mix videos that were made otherwise.
+
+    Raises:
+        ValueError: names each setting that differs.
+    """
+    for run in store.runs()[:1]:
+        differ = [f"{name} {run['settings'].get(name)} -> {getattr(settings, name)}" for name in SAME
+                  if run["settings"].get(name) != getattr(settings, name)]
+        if Path(run["settings"]["model"]).name != Path(settings.model).name:
+            differ.append(f"model {run['settings']['model']} -> {settings.model}")
+        if differ:
+            raise ValueError(f"{store.folder} was begun with other settings ({'; '.join(differ)}); give another --out")
+
+
+def _run(pipe, store, todo, candidates, settings, metrics, weights, hook, say) -> None:
+    progress = Progress([run for _, _, run in todo], say)
+    models: dict = {}
+    width = max(len(run) for _, _, run in todo)
+    made = {FLOOR: floor_candidate(), **{c.label: c for c in candidates}}
+    for prompt, seed in dict.fromkeys((p, s) for p, s, _ in todo):
+        runs = [r for p, s, r in todo if (p, s) == (prompt, seed)]
+        reference = _reference(pipe, store, prompt, seed, settings, runs, say)
+        for run in runs:
+            begin = time.perf_counter()
+            if run == EXACT:
+                video, note = reference.video, reference.note
+            else:
+                video, note = generate(pipe, prompt, seed, settings, made[run], **(hook if run != FLOOR else {}))
+            line = {"kind": "video", "prompt": prompt, "seed": seed, "run": run, **note}
+            context = Context(prompt, weights, {}, models)
+            try:
+                as_video(video)
+                line.update(figures(video, None if run == EXACT else reference.video, metrics, context))
+                line["clip"] = _keep(store, prompt, seed, run, video, settings.fps)
+            except BadVideoError as error:  # a candidate that gives NaN is a result, and a bad one
+                if run in (EXACT, FLOOR):
+                    raise
+                line["error"] = str(error)
+            store.append(line)
+            spent = time.perf_counter() - begin + (note["seconds"] if run == EXACT else 0)
+            progress.done(run, spent, f"{run:<{width}}  seed {seed}  {headline(line):<25}  {prompt[:48]}")
+        reference.path.unlink(missing_ok=True)
+
+
+class _Reference:
+    """The exact video of the prompt in work, on disk as float32 until its last candidate is finished."""
+
+    def __init__(self, path: Path, video: np.ndarray, note: dict) -> None:
+        self.path, self.video, self.note = path, video, note
+
+
+def _reference(pipe, store: Store, prompt: str, seed: int, settings: Settings, runs: list[str], say) -> _Reference:
+    path = store.folder / "work" / f"{clip_name(store, prompt, seed, EXACT)}.npy"
+    if EXACT not in runs and path.is_file():
+        return _Reference(path, np.load(path), {})
+    if EXACT not in runs:
+        say(f"making the exact video again, as the reference of what is left: {prompt[:60]}")
+    video, note = generate(pipe, prompt, seed, settings)
+    video = np.asarray(video, np.float32)
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        np.save(file, video)
+    os.replace(part, path)
+    return _Reference(path, video, note)
+
+
+def clip_name(store: Store, prompt: str, seed: int, run: str) -> str:
+    """A file name for one video: position of the prompt among all seen, seed, run."""
+    import hashlib
+
+    key = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    return f"{key}-s{seed}-{Candidate(run, dict).slug}"
+
+
+def _keep(store: Store, prompt: str, seed: int, run: str, video: np.ndarray, fps: float) -> str:
+    name = f"clips/{clip_name(store, prompt, seed, run)}.mp4"
+    write_lossless(store.folder / name, video, fps)
+    return name
+
+
+def headline(line: dict) -> str:
+    """The one or two figures shown while it runs."""
+    if "error" in line:
+        return f"FAILED: {line['error']}"
+    values = line["figures"]
+    return "  ".join(f"{name} {values[name]:.{digits}f}{unit}" for name, digits, unit in (("psnr", 1, " dB"), ("ssim", 4, ""))
+                     if name in values)

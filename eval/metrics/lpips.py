@@ -1,0 +1,104 @@
+"""LPIPS: the distance between a video and its paired reference in the feature space of an AlexNet, per frame."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..video import BadVideoError, as_pair
+from .shared.context import missing_model
+
+NAME = "lpips"
+UNIT = ""
+HIGHER_IS_BETTER = False
+KIND = "paired"
+PERFECT = 0.0
+WEIGHTS_KEY = "lpips"
+WHAT = (
+    "a folder with AlexNet (torchvision's alexnet, names features.N.weight) and the linear layers of LPIPS 0.1 "
+    "(lpips/weights/v0.1/alex.pth, names linN.model.1.weight) as .safetensors, .npz or .pth"
+)
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS's own normalisation of pictures in [-1, 1]
+# index of the convolution, stride, padding, whether a pooling comes first
+LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
+SMALLEST = 63  # pixels; AlexNet's strides leave nothing of a smaller frame
+
+
+def missing(weights) -> str | None:
+    """Why it cannot run, or None."""
+    return missing_model(weights, WEIGHTS_KEY, WHAT, ("paddle",))
+
+
+def load_weights(path) -> dict[str, np.ndarray]:
+    """Read every array of a file, or of a folder's files: name -> float32 array.
+
+    Raises:
+        FileNotFoundError: no readable file, or one of AlexNet's or LPIPS's arrays is not in them (named).
+    """
+    path = Path(path)
+    readable = (".safetensors", ".npz", ".pth", ".pt")
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in readable)
+    arrays: dict[str, np.ndarray] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            arrays.update(load_file(file))
+        elif file.suffix == ".npz":
+            arrays.update(np.load(file))
+        else:
+            import torch
+
+            arrays.update({k: v.numpy() for k, v in torch.load(file, map_location="cpu", weights_only=True).items()})
+    wanted = [f"features.{i}.{part}" for i, *_ in LAYERS for part in ("weight", "bias")]
+    wanted += [f"lin{level}.model.1.weight" for level in range(len(LAYERS))]
+    if lacking := [name for name in wanted if name not in arrays]:
+        raise FileNotFoundError(f"{path}: no array {', '.join(lacking)}; lpips {WHAT}")
+    return {name: np.asarray(arrays[name], np.float32) for name in wanted}
+
+
+def lpips(video, reference, weights: dict[str, np.ndarray]) -> np.ndarray:
+    """LPIPS 0.1 with AlexNet, one figure a frame.
+
+    Args:
+        video, reference: [F, H, W, 3], uint8 or float in [0, 1]; H and W at least 63.
+        weights: what `load_weights` gives.
+
+    Returns:
+        float64 [F], 0 for identical frames.
+
+    Raises:
+        BadVideoError: see `video.as_pair`; or frames too small.
+
+    Source: Zhang et al. 2018, and the layout of their published weights.
+    """
+    import paddle
+    import paddle.nn.functional as F
+
+    video, reference = as_pair(video, reference)
+    if min(video.shape[1:3]) < SMALLEST:
+        size = "x".join(map(str, video.shape[1:3]))
+        raise BadVideoError(f"lpips needs frames of at least {SMALLEST}x{SMALLEST} pixels, these are {size}")
+    tensors = {name: paddle.to_tensor(array) for name, array in weights.items()}
+
+    def taps(frame: np.ndarray):
+        x = ((frame * 2 - 1 - SHIFT) / SCALE).astype(np.float32).transpose(2, 0, 1)[None]
+        x = paddle.to_tensor(x)  # [1, 3, H, W]
+        for index, stride, pad, pool in LAYERS:
+            x = F.max_pool2d(x, 3, 2) if pool else x
+            x = F.relu(F.conv2d(x, tensors[f"features.{index}.weight"], tensors[f"features.{index}.bias"], stride, pad))
+            yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+    out = np.zeros(len(video))
+    with paddle.no_grad():
+        for i, (a, b) in enumerate(zip(video, reference)):
+            for level, (x, y) in enumerate(zip(taps(a), taps(b))):
+                out[i] += float(F.conv2d((x - y).square(), tensors[f"lin{level}.model.1.weight"]).mean())
+    return out
+
+
+def measure(video, reference=None, context=None) -> float:
+    """The metric's one figure for a pair: the mean over frames."""
+    if NAME not in context.models:
+        context.models[NAME] = load_weights(context.weights[WEIGHTS_KEY])
+    return float(lpips(video, reference, context.models[NAME]).mean())

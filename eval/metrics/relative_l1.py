@@ -1,0 +1,24 @@
+"""Relative L1 error of an attention output: the sum of absolute errors beside the sum of absolute values."""
+from __future__ import annotations
+
+import numpy as np
+
+from .shared.tensor import as_arrays, ratio
+
+NAME = "relative_l1"
+UNIT = ""
+HIGHER_IS_BETTER = False
+KIND = "tensor"
+PERFECT = 0.0
+
+
+def relative_l1(output, reference, axis=None) -> np.ndarray:
+    """sum |output - reference| / sum |reference| over `axis` (None: all).
+
+    Raises:
+        BadTensorError: see `tensor.as_arrays`.
+
+    Source: the "Relative L1" of the SageAttention papers.
+    """
+    output, reference = as_arrays(output, reference)
+    return ratio(np.abs(output - reference).sum(axis=axis), np.abs(reference).sum(axis=axis))

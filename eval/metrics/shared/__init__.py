@@ -1,0 +1,1 @@
+"""What several metrics use: context, optical flow, CLIP, checked arrays."""

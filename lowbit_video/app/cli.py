@@ -1,0 +1,96 @@
+"""`lowbit-video`: the command line, where everything comes together, imported only when it is used.
+
+Each subcommand lives in a module of its own that registers itself:
+
+    def add_parsers(subparsers):                      # what argparse's add_subparsers() returned
+        parser = subparsers.add_parser("kernels", help="...")
+        parser.set_defaults(run=run)                  # run(args) -> exit status or None
+
+`bench` and `eval` are groups: their modules get the subparsers below them. A caller's mistake
+(ValueError, OSError, ImportError, ...) ends as one line and exit status 2; Ctrl-C as 130.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+COMMANDS = {
+    "generate": ("lowbit_video.app.generate", "make a video, optionally beside its full-precision twin"),
+    "kernels": ("lowbit_video.app.kernel_table", "the table of kernels that exist"),
+    "doctor": ("lowbit_video.app.doctor", "what this machine can run, and why not"),
+}
+"""Commands: module and one line of help."""
+GROUPS = {
+    "bench": ("lowbit_video.eval.speed.cli", "how fast: benchmarks and tuning"),
+    "eval": ("lowbit_video.eval.cli", "how good: paired comparisons, layers, report"),
+}
+"""Groups of commands: the module registers what is below."""
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the module of the chosen command is imported, the others are named.
+
+    Raises ImportError where the chosen command's module is not there.
+    """
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(prog="lowbit-video", description="Low-bit attention for video diffusion transformers.")
+    parser.add_argument("--version", action="version", version=f"lowbit_video {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    for name, (module, text) in COMMANDS.items():
+        if name == chosen:
+            importlib.import_module(module).add_parsers(subparsers)
+        else:
+            subparsers.add_parser(name, help=text, add_help=False)
+    for name, (module, text) in GROUPS.items():
+        group = subparsers.add_parser(name, help=text, description=text.capitalize() + ".")
+        if name == chosen:
+            below = group.add_subparsers(dest=f"{name}_command", metavar="command", required=True)
+            _import_group(name, module).add_parsers(below)
+    return parser
+
+
+def _import_group(name: str, module: str):
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            raise ImportError(f"this installation has no `{name}` commands (module {module} is missing)") from None
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 for a caller's mistake, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    return guarded(lambda: _run(argv, chosen), "lowbit-video")
+
+
+def _run(argv: list[str], chosen: str | None) -> int:
+    parser = build_parser(chosen)
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0 if chosen is None else 2
+    return args.run(args) or 0
+
+
+def guarded(work: Callable[[], int], name: str) -> int:
+    """Runs the work; a caller's mistake and Ctrl-C become one line on stderr and an exit status."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; no unfinished file was left", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From a checked call to launches: options, selection, the CPU and the GPU engine, replay."""

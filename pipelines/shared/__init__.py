@@ -1,0 +1,1 @@
+"""What every pipeline shares: configs, weights, T5, video files."""
