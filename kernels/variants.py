@@ -5,6 +5,8 @@ answers with a reason or None, and backend="auto" takes the first variant that h
 """
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .formats import EXACT_FORMATS, FORMATS
@@ -42,7 +44,6 @@ class Request:
     only_if_faster: bool = False
     interpret: bool = False
     v_aligned: bool = True
-    op: str = "attention"
 
     def __str__(self) -> str:
         where = f"sm_{self.arch[0]}{self.arch[1]}" if self.arch else self.device
@@ -56,7 +57,8 @@ class KernelVariant:
 
     qk: pairs of Q and K format. pv: formats of P.V. min_arch, max_arch: inclusive compute capabilities, None
     for a CPU kernel. head_dims: those served natively; padded: whether any multiple of 8 from 32 to the largest
-    is served by padding. launcher: "module:function", imported when used. note: a word for the tables.
+    is served by padding. launcher: "module:function" from this folder on, imported when used. needs: names in NEEDS.
+    interpreted: whether Triton's CPU interpreter runs it too. note: a word for the tables.
     """
 
     name: str
@@ -71,7 +73,8 @@ class KernelVariant:
     granularities: tuple[str, ...] = ("block", "token")
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
     features: frozenset[str] = field(default_factory=lambda: frozenset({"causal", "lse", "gqa", "varlen", "smooth_q"}))
-    op: str = "attention"
+    needs: tuple[str, ...] = ()
+    interpreted: bool = False
     note: str = ""
 
     @property
@@ -84,10 +87,13 @@ class KernelVariant:
         return tuple(pv if q in EXACT_FORMATS else f"{q if q == k else f'{q}/{k}'}+{pv}"
                      for q, k in self.qk for pv in self.pv if q not in EXACT_FORMATS or pv == q)
 
+    def load(self) -> Callable:
+        """The launcher."""
+        module, _, function = self.launcher.partition(":")
+        return getattr(importlib.import_module(module, __package__), function)
+
     def why_not(self, request: Request) -> str | None:
         """Why this kernel cannot serve the request, or None if it can."""
-        if request.op != self.op:
-            return f"it is a kernel for {self.op}, not {request.op}"
         if (request.q, request.k) not in self.qk:
             return f"Q.K in {request.q}/{request.k} is not among its formats ({_pairs(self.qk)})"
         if request.pv not in self.pv:
@@ -113,8 +119,9 @@ class KernelVariant:
         missing = [name for name, wanted in used.items() if wanted and name not in self.features]
         if missing:
             return f"it does not support {', '.join(missing)}"
-        if self.backend == "hopper" and request.pv == "fp16" and not request.v_aligned:
-            return "V's address or strides are not multiples of 16 bytes (a contiguous copy's are)"
+        for need in self.needs:
+            if reason := NEEDS[need](request):
+                return reason
         if request.only_if_faster and request.arch is not None and not exact:
             from .tuning import faster_from
 
@@ -126,20 +133,30 @@ class KernelVariant:
     def _why_not_here(self, request: Request) -> str | None:
         if self.min_arch is None:
             return None if request.device == "cpu" else "it runs on CPU tensors only"
-        if request.interpret and self.backend == "triton":
+        if request.interpret and self.interpreted:
             return None
         if request.device != "cuda":
             return "it needs an NVIDIA GPU"
-        if self.backend == "hopper":
-            from .attention.gluon_shim import why_not_gluon
-
-            reason = why_not_gluon()
-            if reason:
-                return reason
         if request.arch < self.min_arch or (self.max_arch and request.arch > self.max_arch):
             wanted = _sm(self.min_arch) + ("" if self.max_arch == self.min_arch else " or later")
             return f"it needs {wanted}; this GPU is {_sm(request.arch)}"
         return None
+
+
+def _gluon(request: Request) -> str | None:
+    from .attention.gluon_shim import why_not_gluon
+
+    return why_not_gluon()
+
+
+def _v_by_tma(request: Request) -> str | None:
+    if request.pv == "fp16" and not request.v_aligned:
+        return "V's address or strides are not multiples of 16 bytes (a contiguous copy's are)"
+    return None
+
+
+NEEDS: dict[str, Callable[[Request], str | None]] = {"gluon": _gluon, "v by tma": _v_by_tma}
+"""What a kernel may need beside formats, sizes and a GPU: each says why a request does not meet it, or None."""
 
 
 def _sm(arch: Arch) -> str:
@@ -156,31 +173,33 @@ _EXACT_QK = tuple((name, name) for name in EXACT_FORMATS)
 
 VARIANTS: tuple[KernelVariant, ...] = (
     KernelVariant(
-        "hopper-int8", "hopper", (("int8", "int8"),), ("fp16", "fp8"), "lowbit_video.kernels.attention.hopper:launch_attn_fwd",
+        "hopper-int8", "hopper", (("int8", "int8"),), ("fp16", "fp8"), ".attention.hopper:launch_attn_fwd",
         min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False, granularities=("block",),
-        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), note="Gluon: TMA, warp specialisation"),
+        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("gluon", "v by tma"),
+        note="Gluon: TMA, warp specialisation"),
     KernelVariant(
-        "hopper-fp8", "hopper", _FP8_QK, ("fp8",), "lowbit_video.kernels.attention.hopper:launch_attn_fwd",
+        "hopper-fp8", "hopper", _FP8_QK, ("fp8",), ".attention.hopper:launch_attn_fwd",
         min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False, granularities=("block",),
-        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), note="Gluon: TMA, warp specialisation"),
+        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("gluon", "v by tma"),
+        note="Gluon: TMA, warp specialisation"),
     KernelVariant(
-        "triton-int-fp16", "triton", _INTEGER_QK, ("fp16",), "lowbit_video.kernels.attention.portable:launch_attn_fwd",
-        min_arch=(8, 0)),
+        "triton-int-fp16", "triton", _INTEGER_QK, ("fp16",), ".attention.portable:launch_attn_fwd",
+        min_arch=(8, 0), interpreted=True),
     KernelVariant(
-        "triton-int-fp8", "triton", _INTEGER_QK, ("fp8",), "lowbit_video.kernels.attention.portable:launch_attn_fwd",
-        min_arch=(8, 9)),
+        "triton-int-fp8", "triton", _INTEGER_QK, ("fp8",), ".attention.portable:launch_attn_fwd",
+        min_arch=(8, 9), interpreted=True),
     KernelVariant(
-        "triton-fp8", "triton", _FP8_QK, ("fp16", "fp8"), "lowbit_video.kernels.attention.portable:launch_attn_fwd",
-        min_arch=(8, 9)),
+        "triton-fp8", "triton", _FP8_QK, ("fp16", "fp8"), ".attention.portable:launch_attn_fwd",
+        min_arch=(8, 9), interpreted=True),
     KernelVariant(
         "triton-exact", "triton", _EXACT_QK, EXACT_FORMATS,
-        "lowbit_video.kernels.attention.portable:launch_attn_fwd", min_arch=(8, 0), note="full precision, the same kernel"),
+        ".attention.portable:launch_attn_fwd", min_arch=(8, 0), interpreted=True, note="full precision, the same kernel"),
     KernelVariant(
         "reference-lowbit", "reference", _INTEGER_QK + _FP8_QK, ("fp16", "fp8"),
-        "lowbit_video.kernels.attention.reference:lowbit_attention", note="NumPy, the oracle of the others"),
+        ".attention.reference:lowbit_attention", note="NumPy, the oracle of the others"),
     KernelVariant(
         "reference-exact", "reference", _EXACT_QK, EXACT_FORMATS,
-        "lowbit_video.kernels.attention.reference:attn_fwd", note="NumPy, float32"),
+        ".attention.reference:lowbit_attention", note="NumPy, float32"),
 )
 """Every kernel there is, the preferred one first."""
 

@@ -8,14 +8,16 @@
 
 Importing this package imports NumPy, but no framework and no Triton, and asks no device.
 """
-from .api import attention
+from .api import attention, attention_varlen
 from .errors import NonFiniteError, UnsupportedError
-from .hook.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove
+from .hook.apply import apply, remove
+from .hook.frames import declare_attention
+from .hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from .hook.report import coverage
 from .precision import Precision
 from .quantized import Quantized, dequantize, quantize
-from .varlen import attention_varlen
 from .warming import warmup
 
 __version__ = "0.1.0"
 __all__ = ["ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "UnsupportedError", "apply",
-           "attention", "attention_varlen", "coverage", "dequantize", "quantize", "remove", "warmup"]
+           "attention", "attention_varlen", "coverage", "declare_attention", "dequantize", "quantize", "remove", "warmup"]

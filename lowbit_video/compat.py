@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import itertools
 
-from .api import attention, paddle_call, traced_by_paddle, traced_by_torch
+from .api import attention, attention_varlen
+from .graph.tracing import paddle_ops, traced_by_paddle, traced_by_torch
 from .precision import GRANULARITIES, Precision, precision_specs
 from .runtime import detect
-from .varlen import attention_varlen
 
 GRANULARITY_OF = {"per_block": "block", "per_token": "token", "per_warp": "token", "per_thread": "token"}
 """SageAttention's names for what shares a scale, and ours. Per warp (16 or 32 rows) and per thread (every
@@ -54,14 +54,14 @@ def _check_sums(pv_accum_dtype: str) -> None:
 def _arch(q: object) -> tuple[int, int] | None:
     """Compute capability of the GPU that q is on, or in a graph being traced will be on; None for a CPU."""
     if traced_by_paddle(q):
-        return paddle_call().arch_of_graph()
+        return paddle_ops().arch_of_graph()
     runtime = detect.runtime_of(q)
     if runtime.is_cpu(q):
         return None
     if traced_by_torch(q):
-        from .graph import torch_ops as torch_op
+        from .graph import torch_ops
 
-        return torch_op.capability(q.device.index)
+        return torch_ops.capability(q.device.index)
     return runtime.arch(q)
 
 

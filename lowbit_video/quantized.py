@@ -8,7 +8,8 @@ import numpy as np
 
 from lowbit_video.kernels.formats import QK_FORMATS, scale_block
 
-from .api import LAYOUTS, require_finite
+from .engine.checks import require_finite
+from .engine.options import LAYOUTS
 from .precision import GRANULARITIES
 from .runtime import detect
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .api import run
+from .engine.options import options_of
+from .engine.packing import Packing
+from .engine.run import run
 from .precision import Precision
 from .runtime import cuda_driver, detect
-from .varlen import run_varlen
 
 Shape = tuple[int, int, int, int] | tuple[tuple[int, ...], int, int]
 """(batch, tokens, heads, head_dim), or (lengths, heads, head_dim) of sequences packed for `attention_varlen`."""
@@ -42,12 +43,11 @@ def warmup(shapes: Iterable[Shape], precision: str | Precision = "int8+fp16", *,
         heads, head_dim = shape[-2:]
         q = runtime.empty((*rows, heads, head_dim), dtype, like)
         k, v = (runtime.empty((*rows, kv_heads or heads, head_dim), dtype, like) for _ in "kv")
-        options = dict(precision=precision, is_causal=is_causal, return_lse=return_lse, backend=backend)
-        if lengths is None:
-            call = functools.partial(run, q, k, v, **options)
-        else:
+        options, packing = options_of(precision, "NHD", is_causal, None, return_lse, backend, None), None
+        if lengths is not None:
             cu_seqlens = runtime.from_numpy(np.array([0, *accumulate(lengths)], np.int32), like, "int32")
-            call = functools.partial(run_varlen, q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)
+            packing = Packing(cu_seqlens, cu_seqlens, max(lengths), max(lengths))
+        call = functools.partial(run, q, k, v, options=options, packing=packing)
         first, second = (_wall_ms(call, runtime.stream(q)) for _ in range(2))
         taken[shape] = max(0.0, first - second)
     return taken

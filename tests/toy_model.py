@@ -2,9 +2,10 @@
 import paddle
 from paddle import nn
 
-from lowbit_video.hook.processors import ExactAttnProcessor
+from lowbit_video import ExactAttnProcessor, declare_attention
 
 
+@declare_attention
 class Attention(nn.Layer):
     def __init__(self, heads=2, head_dim=32, qk_norm=True):
         super().__init__()

@@ -66,7 +66,7 @@ def as_candidate(named: Any) -> Candidate:
 
 def applied(pipe, candidate: Candidate, *, backend: str = "auto", fallback: str | None = None):
     """Hook the candidate into the pipeline: the handle of `lowbit_video.apply`, a context manager."""
-    from lowbit_video.hook.processors import apply
+    from lowbit_video.hook.apply import apply
 
     wanted = candidate.make()
     if isinstance(wanted, dict):

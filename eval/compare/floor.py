@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit_video.hook.processors import ExactAttnProcessor, exact_attend
+from lowbit_video.hook.attend import exact_attend
+from lowbit_video.hook.processors import ExactAttnProcessor
 from lowbit_video.runtime.detect import runtime_of
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.engine.gpu import Call, plan_workspace
+from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import EXACT_SPECS, Precision
@@ -165,8 +166,7 @@ def _methods(shape: Shape, dtype: str, runtime: Any, like: Any, specs: Iterable[
             if precision.exact:
                 method.name = f"exact ({variant.name})"
             else:
-                one = Call(variant, precision, q, k, v, runtime=runtime, tensor_layout="HND", is_causal=shape.causal,
-                           scale=scale)
+                one = Call(variant, AttentionOptions(precision, "HND", shape.causal, scale), q, k, v, runtime=runtime)
                 method.attend, method.quantise = _guarded(runtime, q, one.attend), _guarded(runtime, q, one.quantise)
                 method.call_v1 = lambda run=run: run(v1)
                 method.limit = max(SANE_L1[precision.q], SANE_L1[precision.k]) + (PV_L1 if precision.pv == "fp8" else 0)

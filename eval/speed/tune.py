@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.engine.gpu import Call
+from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.tuning import TileConfig
@@ -81,9 +82,9 @@ def _calls(shape: Shape, spec: str, framework: str, dtype: str) -> tuple[Any, li
     if variant is None:
         return runtime, [], None
     q, k, v = inputs.make_inputs(runtime, shape.dims, dtype, like, v_offset=0.5)
-    scale = shape.head_dim**-0.5
-    calls = [(config, Call(variant, Precision(spec), q, k, v, runtime=runtime, tensor_layout="HND", is_causal=shape.causal,
-                           scale=scale, config=config)) for config in candidates(shape.head_dim, dtype)]
+    options = AttentionOptions(spec, "HND", shape.causal, shape.head_dim**-0.5)
+    calls = [(config, Call(variant, options, q, k, v, runtime=runtime, config=config))
+             for config in candidates(shape.head_dim, dtype)]
     return runtime, calls, (q, k, v)
 
 

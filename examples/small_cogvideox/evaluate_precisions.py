@@ -112,7 +112,7 @@ def main(argv=None) -> int:
         return 0
     started = time.time()
     judges = Judges()  # forked before CUDA starts
-    from lowbit_video.hook.processors import LowBitAttnProcessor
+    from lowbit_video import LowBitAttnProcessor
 
     generation = json.loads((Path(args.model) / "generation.json").read_text())
     generation["num_inference_steps"] = args.steps or generation["num_inference_steps"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..blas_threads import one_blas_thread
-from ..formats import BLOCK_K, LINE_SHIFT, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, scale_block
+from ..formats import BLOCK_K, EXACT_FORMATS, LINE_SHIFT, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, scale_block
 from ..quant import reference as quant
 
 TILE_Q = 512
@@ -136,12 +136,15 @@ def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: s
                      granularity: str = "block", smooth_k: bool = True, smooth_q: bool = False, scale: float,
                      causal: bool = False, half: str = "fp16", block_n: int = BLOCK_K,
                      sum_rounded: bool = False, backwards: bool = False, line: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise and attend, as the GPU backends do it in their separate kernels.
+    """Quantise and attend, as the GPU backends do it in their separate kernels; the launcher of the CPU's variants.
 
     q: [B, Hq, Nq, D], k, v: [B, Hkv, Nkv, D] float32 holding the caller's (possibly 16-bit) values.
+    q_format: an exact one ("fp16", "bf16", "fp32") quantises nothing and rounds nothing.
     half: "fp16" or "bf16", the 16-bit type of V and P where pv_format is "fp16".
     Returns out [B, Hq, Nq, D] float32 and LSE [B, Hq, Nq], corrected for smoothing.
     """
+    if q_format in EXACT_FORMATS:
+        return attn_fwd(q, k, v, scale=scale, causal=causal)
     block_k = scale_block("k", granularity)
     k_mean = quant.token_mean(k) if smooth_k else None
     q_mean = quant.token_mean(q) if smooth_q else None

@@ -191,7 +191,7 @@ def compile_transformer(pipe: Any) -> None:
     """Compile the pipeline's transformer; its attention stays one operator that runs the processor set at the time."""
     import paddle
 
-    from ..hook.processors import slot_of
+    from ..hook.base import slot_of
     from ..hook.report import attention_modules
 
     for module in attention_modules(pipe.transformer).values():
@@ -202,13 +202,13 @@ def compile_transformer(pipe: Any) -> None:
 @contextlib.contextmanager
 def _readable_failures() -> Iterator[None]:
     """Errors raised inside a compiled graph come out as themselves, not as Paddle's SystemError."""
-    from ..graph import slots
+    from ..graph.failures import take_failure
 
-    slots.take_failure()
+    take_failure()
     try:
         yield
     except (SystemError, RuntimeError, OSError, ValueError) as error:
-        failure = slots.take_failure()
+        failure = take_failure()
         if failure is None or failure is error or failure is error.__cause__:
             raise
         raise failure from error
@@ -230,7 +230,7 @@ def run_pipeline(pipe: Any, job: Job, progress: bool = True) -> Run:
     """
     import numpy as np
 
-    from ..hook.processors import coverage
+    from ..hook.report import coverage
 
     wanted = {"negative_prompt": job.negative_prompt, "num_inference_steps": job.steps, "guidance_scale": job.guidance,
               "num_frames": job.frames, "height": job.height, "width": job.width}
@@ -267,7 +267,7 @@ def make(job: Job, say: Any = print) -> dict[str, Any]:
     pipe, load_s = _load(job, dtype, device)
     from lowbit_video.pipelines.shared.video_files import export_to_video
 
-    from ..hook.processors import apply, remove
+    from ..hook.apply import apply, remove
 
     if job.hooked:
         apply(pipe, None if job.precision in EXACT else job.precision, job.modules, fallback=job.fallback, backend=job.backend)

@@ -7,7 +7,6 @@ of a call is one allocation, one launch a kernel and little else. Nothing here s
 from __future__ import annotations
 
 import functools
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,12 @@ from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format, scale_block
 from lowbit_video.kernels.launch import recorded
 from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
+from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..precision import Precision
-from . import replay as plans
+from . import replay
+from .options import AttentionOptions
+from .packing import Packing
 
 ALIGNMENT = 256
 """Bytes between the beginnings of the workspace's parts; TMA needs 16, whole cache lines are faster."""
@@ -81,60 +83,39 @@ def plan_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, int,
     return Workspace(parts, max(size, ALIGNMENT))
 
 
-@functools.cache
-def load_launcher(path: str) -> Any:
-    """The function that "module:function" names, imported on first use."""
-    module, _, function = path.partition(":")
-    if not module.startswith("lowbit_video"):
-        module = f"lowbit_video.{module}"
-    return getattr(importlib.import_module(module), function)
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """How a variable-length batch is packed: int32 [S + 1] beginnings on the device, and the longest sequences."""
-
-    cu_q: Any
-    cu_k: Any
-    count: int
-    max_q: int
-    max_k: int
-
-
 class Call:
     """One attention call on a GPU: `quantise()` fills the workspace, `attend()` computes the output from it.
 
     The two are apart for benchmarks, which time the kernel without quantisation; `run()` does both. Each launch
     method must run inside `runtime.launch_guard(q)`, as `run()` does.
 
-    q, k, v: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND"); with `sequences` packed [T, H, D].
+    q, k, v: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND"); with `packing` [T, H, D]. options: with a number for a scale.
+    config: how the attention kernel is built, in place of the tuning table's choice.
     """
 
-    def __init__(self, variant: Any, precision: Precision, q: Any, k: Any, v: Any, *, runtime: Any, tensor_layout: str = "NHD",
-                 is_causal: bool = False, scale: float, return_lse: bool = False, sequences: Sequences | None = None,
-                 config: Any = None) -> None:
+    def __init__(self, variant: KernelVariant, options: AttentionOptions, q: Any, k: Any, v: Any, *, runtime: Any,
+                 packing: Packing | None = None, config: Any = None) -> None:
         q, k, v = (_rows_contiguous(x, runtime) for x in (q, k, v))
         self.tensors = (q, k, v)  # keeps their memory, which the buffers only point at
-        self.variant, self.precision, self.runtime, self.sequences = variant, precision, runtime, sequences
-        self.scale, self.is_causal, self.config = scale, is_causal, config
+        self.variant, self.options, self.runtime, self.packing, self.config = variant, options, runtime, packing, config
         self.arch = runtime.arch(q) or INTERPRETED_ARCH
-        self.q_shape, self.q_strides = _geometry(q, runtime, tensor_layout, sequences)
-        self.kv_shape, self.k_strides = _geometry(k, runtime, tensor_layout, sequences)
-        self.v_strides = _geometry(v, runtime, tensor_layout, sequences)[1]
+        self.q_shape, self.q_strides = _geometry(q, runtime, options.tensor_layout, packing)
+        self.kv_shape, self.k_strides = _geometry(k, runtime, options.tensor_layout, packing)
+        self.v_strides = _geometry(v, runtime, options.tensor_layout, packing)[1]
         self.dtype = runtime.dtype_name(q)
         self.q, self.k, self.v = (Buffer(x.data_ptr(), self.dtype) for x in (q, k, v))
         shape = runtime.shape(q)
         self.out = runtime.empty(shape, self.dtype, q)
-        self.out_strides = _geometry(self.out, runtime, tensor_layout, sequences)[1]
+        self.out_strides = _geometry(self.out, runtime, options.tensor_layout, packing)[1]
         batch, q_heads, q_len, _ = self.q_shape
-        rows = (q_heads, q_len) if sequences else (batch, q_heads, q_len)
-        self.lse = runtime.empty(rows, "float32", q) if return_lse else None
+        rows = (q_heads, q_len) if packing else (batch, q_heads, q_len)
+        self.lse = runtime.empty(rows, "float32", q) if options.return_lse else None
         self.workspace, self.buffers = None, {}
-        if not precision.exact:
-            varlen = dict(varlen=True, max_q=sequences.max_q, max_k=sequences.max_k) if sequences else {}
-            plan = plan_workspace(self.q_shape, self.kv_shape, precision, return_lse, **varlen)
-            self.workspace = runtime.empty((plan.size,), "uint8", q)
-            self.buffers = plan.buffers(self.workspace.data_ptr())
+        if not options.precision.exact:
+            varlen = dict(varlen=True, max_q=packing.max_q, max_k=packing.max_k) if packing else {}
+            layout = plan_workspace(self.q_shape, self.kv_shape, options.precision, options.return_lse, **varlen)
+            self.workspace = runtime.empty((layout.size,), "uint8", q)
+            self.buffers = layout.buffers(self.workspace.data_ptr())
 
     def run(self) -> Any:
         """Launches everything; returns out, or (out, lse)."""
@@ -145,15 +126,15 @@ class Call:
 
     def quantise(self) -> None:
         """Launches the kernels that fill the workspace: statistics, then codes. Exact variants have none."""
-        if self.precision.exact:
+        if self.options.precision.exact:
             return
         from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
 
-        precision, part = self.precision, self.buffers.get
+        precision, part = self.options.precision, self.buffers.get
         q_varlen, k_varlen = {}, {}
-        if self.sequences is not None:
-            q_varlen = dict(cu_seqlens=self.sequences.cu_q, max_len=self.sequences.max_q)
-            k_varlen = dict(cu_seqlens=self.sequences.cu_k, max_len=self.sequences.max_k)
+        if self.packing is not None:
+            q_varlen = dict(cu_seqlens=self.packing.cu_q, max_len=self.packing.max_q)
+            k_varlen = dict(cu_seqlens=self.packing.cu_k, max_len=self.packing.max_k)
         group = self.q_shape[1] // self.kv_shape[1]
         k_mean, q_mean, v_scale = part("k_mean"), part("q_mean"), part("v_scale")
         wanted: dict[str, Any] = {}
@@ -174,12 +155,12 @@ class Call:
         shift = part("lse_shift")
         quant_qk.launch_quant_qk(
             self.q, self.q_strides, part("q_codes"), part("q_scale"), shape=self.q_shape, format=precision.q, block=None,
-            mean=q_mean, lse_shift=shift, k_mean=None if shift is None else k_mean, sm_scale=self.scale,
+            mean=q_mean, lse_shift=shift, k_mean=None if shift is None else k_mean, sm_scale=self.options.scale,
             group=group, **q_varlen)
 
     def attend(self) -> None:
         """Launches the attention kernel on what `quantise` left."""
-        precision, part = self.precision, self.buffers.get
+        precision, part = self.options.precision, self.buffers.get
         extra = self._packing()
         if precision.exact:
             exact_format = FORMAT_OF_DTYPE[self.dtype]
@@ -196,16 +177,17 @@ class Call:
                 extra.update(v_strides=self.v_strides, pv_dtype=self._pv_dtype())
         if self.config is not None:
             extra["config"] = self.config
-        load_launcher(self.variant.launcher)(
+        self.variant.load()(
             q, k, v, Buffer(self.out.data_ptr(), self.dtype), q_shape=self.q_shape, kv_shape=self.kv_shape, **formats,
-            out_strides=self.out_strides, lse=self.lse, sm_scale=self.scale, is_causal=self.is_causal, arch=self.arch, **extra)
+            out_strides=self.out_strides, lse=self.lse, sm_scale=self.options.scale, is_causal=self.options.is_causal,
+            arch=self.arch, **extra)
 
     def _packing(self) -> dict[str, Any]:
         """What a launcher that takes Q and K is told of a variable-length batch."""
-        if self.sequences is None:
+        if self.packing is None:
             return {}
-        return dict(cu_seqlens_q=self.sequences.cu_q, cu_seqlens_k=self.sequences.cu_k, max_q=self.sequences.max_q,
-                    max_k=self.sequences.max_k)
+        return dict(cu_seqlens_q=self.packing.cu_q, cu_seqlens_k=self.packing.cu_k, max_q=self.packing.max_q,
+                    max_k=self.packing.max_k)
 
     def _pv_dtype(self) -> str | None:
         """The 16-bit type of P and V: V's own; for float32 bfloat16, whose range holds any V, unless V is on the CPU.
@@ -226,37 +208,34 @@ def _rows_contiguous(x: Any, runtime: Any) -> Any:
     return x if strides[-1] == 1 or runtime.shape(x)[-1] == 1 else runtime.contiguous(x)
 
 
-def _geometry(x: Any, runtime: Any, tensor_layout: str, sequences: Sequences | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _geometry(x: Any, runtime: Any, tensor_layout: str, packing: Packing | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape (B, H, N, D) and strides (batch, head, seq) in elements; packed: (S, H, T, D) and (0, head, seq)."""
     shape, strides = runtime.shape(x), runtime.strides(x)
-    if sequences is not None:
+    if packing is not None:
         tokens, heads, head_dim = shape
-        return (sequences.count, heads, tokens, head_dim), (0, strides[1], strides[0])
+        return (packing.count(runtime), heads, tokens, head_dim), (0, strides[1], strides[0])
     if tensor_layout == "HND":
         return tuple(shape), tuple(strides[:3])
     batch, tokens, heads, head_dim = shape
     return (batch, heads, tokens, head_dim), (strides[0], strides[2], strides[1])
 
 
-def run_attention(variant: Any, precision: Precision, q: Any, k: Any, v: Any, *, runtime: Any, tensor_layout: str,
-                  is_causal: bool, scale: float, return_lse: bool, sequences: Sequences | None = None,
-                  key: tuple | None = None) -> Any:
-    """Attention by a selected variant: out, or (out, lse). Arguments as `Call`; nothing is checked again here.
+def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, Any], options: AttentionOptions,
+           packing: Packing | None, runtime: Any, key: tuple | None = None) -> tuple[Any, Any]:
+    """(out, lse or None) of checked tensors by a selected variant. options.scale: a number.
 
-    key: of `plans.key_of`; what is launched is kept as its plan.
+    key: of `replay.key_of`; what is launched is kept as its plan.
     """
-    call = Call(variant, precision, q, k, v, runtime=runtime, tensor_layout=tensor_layout, is_causal=is_causal, scale=scale,
-                return_lse=return_lse, sequences=sequences)
-    if key is None:
-        return call.run()
-    with recorded() as launches:
-        result = call.run()
-    if all(used is given for used, given in zip(call.tensors, (q, k, v))):  # no copy was made
-        tensors = (q, k, v) if sequences is None else (q, k, v, sequences.cu_q, sequences.cu_k)
-        plan = plans.make(launches, variant, runtime, tensors, call.out, call.lse, call.workspace)
-        if plan is not None:
-            plans.keep(key, plan)
-    return result
+    given = packing and packing.contiguous(runtime)
+    call = Call(variant, options, *tensors, runtime=runtime, packing=given)
+    with runtime.launch_guard(call.tensors[0]), recorded() as launches:
+        call.quantise()
+        call.attend()
+    copied = given is not packing or any(used is not one for used, one in zip(call.tensors, tensors))
+    if key is not None and not copied:
+        tensors = tensors if packing is None else (*tensors, packing.cu_q, packing.cu_k)
+        replay.keep(key, replay.make(launches, variant, runtime, tensors, call.out, call.lse, call.workspace))
+    return call.out, call.lse
 
 
 def run_quantize(x: Any, *, format: str, granularity: str, operand: str, smooth: bool, tensor_layout: str,

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .options import AttentionOptions
+
 MOST_PLANS = 512
 """Plans kept; when there are more, the oldest go."""
 LAUNCHER_VERSIONS = ("3.6.",)
@@ -54,35 +56,32 @@ class Step(NamedTuple):
     patches: tuple[tuple[int, int, int, tuple | None], ...]
 
 
-def key_of(runtime: Any, tensors: Sequence[Any], *choices: Any) -> tuple | None:
-    """Everything that a plan depends on; None where there is none: on a CPU, for choices that cannot be looked up, or while
-    LOWBIT_VIDEO_PLANS is "0".
+def key_of(runtime: Any, tensors: Sequence[Any], options: AttentionOptions, lengths: tuple[int, int] | None) -> tuple | None:
+    """Everything that a plan depends on; None where there is none: on a CPU, where values are looked at, for choices that
+    are tensors (their value may change), or while LOWBIT_VIDEO_PLANS is "0".
 
-    The address pattern counts too: q, k and v may be one tensor.
+    lengths: the longest packed sequences. The address pattern counts too: q, k and v may be one tensor.
     """
     signatures = [runtime.signature(t) for t in tensors]
-    if None in signatures or os.environ.get(ENVIRONMENT) == "0":
+    if None in signatures or options.check_finite or os.environ.get(ENVIRONMENT) == "0":
         return None
-    if any(hasattr(choice, "data_ptr") for choice in choices):  # a tensor's value may change
+    if any(hasattr(choice, "data_ptr") for choice in (options.scale, *(lengths or ()))):
         return None
     pointers = [t.data_ptr() for t in tensors]
-    key = (runtime.NAME, *signatures, tuple(pointer % ALIGNMENT for pointer in pointers),
-           tuple(pointers.index(pointer) for pointer in pointers), choices)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+    return (runtime.NAME, *signatures, tuple(pointer % ALIGNMENT for pointer in pointers),
+            tuple(pointers.index(pointer) for pointer in pointers), options, lengths)
 
 
 def find(key: tuple | None) -> Plan | None:
-    """The plan of a key, if there is one and nobody watches Triton's launches."""
+    """The plan of a key, if there is one and no profiler's hook is set."""
     plan = _PLANS.get(key)
     return None if plan is None or _watched() else plan
 
 
-def keep(key: tuple, plan: Plan) -> None:
-    """Remembers a plan; forgets the oldest beyond MOST_PLANS."""
+def keep(key: tuple, plan: Plan | None) -> None:
+    """Remembers a plan, if it is one; forgets the oldest beyond MOST_PLANS."""
+    if plan is None:
+        return
     with _KEEPING:
         _PLANS[key] = plan
         while len(_PLANS) > MOST_PLANS:

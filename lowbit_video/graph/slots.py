@@ -1,74 +1,41 @@
-"""Attention as one operator of Paddle's static graphs.
+"""Slots: what an attention module's processors find ready on it, so that a compiler can trace through them.
 
-`paddle.jit.to_static` would trace through the Python that quantises and launches kernels, or break
-the graph at it. A registered operator is opaque: the graph holds one `lowbit_attention` per module,
-with any batch, length, heads and head dim, and runs the module's processor eagerly when it is reached.
-So a processor set after the compilation is the one that runs, and calls are counted as in eager mode.
+A Paddle graph holds one `lowbit_attention` operator a module, with any batch, length, heads and head dim; the operator knows
+the module by its slot's key, and runs the processor that the module has when it is reached. So a processor set after the
+compilation is the one that runs, and calls are counted as in eager mode.
 """
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
-import paddle
-
-_keys = itertools.count(1)
-_runners: weakref.WeakValueDictionary[str, Runner] = weakref.WeakValueDictionary()
-_failure: list[BaseException] = []
+from ..runtime.detect import runtime_of
+from .runners import register
 
 
-class Runner:
-    """Runs one attention module's attention; a graph knows it by `key`, its owner keeps it alive.
+class Slot:
+    """One attention module's slot; the module owns it.
 
-    run: `run(q, k, v)` or `run(q, k, v, mask)` on eager [B, N, H, D] tensors.
+    runtime: of the module's tensors. frame: of the module's protocol (`hook/frames`). run: `run(module, q, k, v, mask=None)`,
+    eagerly, by the processor that the module has then. operator, masked_operator, key: with Paddle, the operators that stand
+    for the attention in a static graph, and the key by which they find this slot.
     """
 
-    def __init__(self, run: Callable) -> None:
-        self.run = run
-        self.key = f"attention_{next(_keys)}"  # a string: SOT makes a tensor of an integer that it sees vary
-        _runners[self.key] = self
+    def __init__(self, attn: Any, like: Any, frame: Callable, run: Callable) -> None:
+        self.runtime, self.frame = runtime_of(like), frame
+        self.module, self._run = weakref.ref(attn), run
+        self.operator = self.masked_operator = self.key = None
+        if self.runtime.NAME == "paddle":
+            from . import paddle_ops
 
+            self.key = register(self)
+            self.operator, self.masked_operator = paddle_ops.module_op, paddle_ops.masked_module_op
 
-def _run(key: str, *tensors: paddle.Tensor) -> paddle.Tensor:
-    runner = _runners.get(key)
-    if runner is None:
-        raise RuntimeError("a compiled graph calls the attention of a model that is gone; compile the model that is in use")
-    try:
-        # The executor takes the output's memory and drops its strides: it must be contiguous.
-        return runner.run(*tensors).contiguous()
-    except BaseException as error:  # Ctrl-C as well: the executor swallows it
-        remember(error)
-        raise
+    def run(self, *tensors: Any) -> Any:
+        """The attention of [B, N, H, D] q, k, v, and a mask if there is one."""
+        return self._run(self.module(), *tensors)
 
-
-def remember(error: BaseException) -> None:
-    """Keeps an error for `take_failure`."""
-    _failure[:] = [error]
-
-
-def take_failure() -> BaseException | None:
-    """The last error raised inside the operator, once: Paddle's executor shows it as a bare SystemError."""
-    return _failure.pop() if _failure else None
-
-
-def like_query(q, k, v, key):
-    """The output's shape and dtype: those of q."""
-    return paddle.static.MetaTensor(shape=q.shape, dtype=q.dtype)
-
-
-def _like_query_masked(q, k, v, mask, key):
-    return paddle.static.MetaTensor(shape=q.shape, dtype=q.dtype)
-
-
-@paddle.static.register_op(name="lowbit_attention", infer_meta=like_query, input_names=["q", "k", "v"], output_names=["out"])
-def attention_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, key: str) -> paddle.Tensor:
-    """Attention of [B, N, H, D] tensors by the runner of that key; the output is q's shape and dtype."""
-    return _run(key, q, k, v)
-
-
-@paddle.static.register_op(name="lowbit_attention_masked", infer_meta=_like_query_masked,
-                           input_names=["q", "k", "v", "mask"], output_names=["out"])
-def masked_attention_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask: paddle.Tensor, key: str) -> paddle.Tensor:
-    """The same under a mask."""
-    return _run(key, q, k, v, mask)
+    def __reduce__(self) -> tuple:
+        # A copied module must not answer to the original's key: its copy of the slot is None, and it makes its own.
+        return type(None), ()

@@ -1,7 +1,7 @@
 """Processors with a known defect: what an evaluation must catch."""
 import numpy as np
 
-from lowbit_video.hook.processors import ExactAttnProcessor
+from lowbit_video import ExactAttnProcessor
 from lowbit_video.runtime.detect import runtime_of
 
 

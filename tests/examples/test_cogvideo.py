@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+from lowbit_video import LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.app import cli, generate  # noqa: E402
 from lowbit_video.eval.metrics.psnr import psnr  # noqa: E402
-from lowbit_video.hook.processors import LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline, read_video  # noqa: E402
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "cogvideo.py"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+from lowbit_video import apply, coverage, remove  # noqa: E402
 from lowbit_video.app import generate  # noqa: E402
 from lowbit_video.eval.world import judge  # noqa: E402
-from lowbit_video.hook.processors import apply, coverage, remove  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline  # noqa: E402
 
 MODEL = Path(__file__).parents[2] / "examples" / "small_cogvideox" / "model"

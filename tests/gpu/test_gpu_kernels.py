@@ -8,15 +8,16 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lowbit_video.api import run
 from lowbit_video.engine import gpu as launch
 from lowbit_video.engine import replay as plans
+from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.packing import Packing
+from lowbit_video.engine.run import run
 from lowbit_video.eval.speed import accuracy, inputs
 from lowbit_video.kernels.attention import reference
-from lowbit_video.kernels.variants import VARIANTS, Request
+from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver
-from lowbit_video.varlen import run_varlen
 
 pytestmark = pytest.mark.gpu
 
@@ -67,8 +68,8 @@ ITEM = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 def attend(gpu, variant, precision, q, k, v, *, causal=False, lse=False, layout="HND", scale=None):
     """out, lse of one call whose output, LSE and workspace held NaN patterns."""
-    call = launch.Call(variant, precision, q, k, v, runtime=gpu.runtime, tensor_layout=layout, is_causal=causal,
-                       scale=scale or gpu.runtime.shape(q)[-1] ** -0.5, return_lse=lse)
+    options = AttentionOptions(precision, layout, causal, scale or gpu.runtime.shape(q)[-1] ** -0.5, lse)
+    call = launch.Call(variant, options, q, k, v, runtime=gpu.runtime)
     out_bytes = int(np.prod(gpu.runtime.shape(call.out))) * ITEM[gpu.runtime.dtype_name(call.out)]
     poison(gpu.runtime, call.out, out_bytes)
     if call.lse is not None:
@@ -150,8 +151,8 @@ def test_matches_the_numpy_reference(gpu, variant, spec, head_dim, monkeypatch):
     q, k, v = (gpu.numpy(x) for x in make(gpu, (1, 2, 333, head_dim), dtype))
     q = q[:, :, :201]
     got, got_lse = attend(gpu, variant, precision, *(gpu.tensor(x, dtype) for x in (q, k, v)), lse=True)
-    wanted, wanted_lse, _ = run(*(gpu.cpu(x, dtype) for x in (q, k, v)), precision, tensor_layout="HND", return_lse=True,
-                                backend="reference")
+    wanted, wanted_lse, _ = run(*(gpu.cpu(x, dtype) for x in (q, k, v)),
+                                AttentionOptions(precision, "HND", return_lse=True, backend="reference"))
     got, wanted = gpu.numpy(got), gpu.numpy(wanted)
     # sums in another order move scores across a code's edge here and there; 16-bit outputs round once more
     assert accuracy.relative_l1(got, wanted) < {"bfloat16": 6e-3, "float32": 2e-3}.get(dtype, 4e-3)
@@ -195,8 +196,9 @@ def test_varlen(gpu, variant, spec):
     packed = lambda lengths, heads: rng.standard_normal((sum(lengths), heads, 64), dtype=np.float32)
     q, k, v = packed(q_lengths, 4), packed(k_lengths, 2) + 1, packed(k_lengths, 2)
     cu = [np.cumsum([0, *lengths]).astype(np.int32) for lengths in (q_lengths, k_lengths)]
-    got, got_lse, ran = run_varlen(*(gpu.tensor(x) for x in (q, k, v)), *(gpu.tensor(c, "int32") for c in cu), 700, 900, spec,
-                                   is_causal=True, return_lse=True, backend=variant.backend)
+    options = AttentionOptions(spec, is_causal=True, return_lse=True, backend=variant.backend)
+    packing = Packing(*(gpu.tensor(c, "int32") for c in cu), 700, 900)
+    got, got_lse, ran = run(*(gpu.tensor(x) for x in (q, k, v)), options, packing)
     assert ran.name == variant.name
     got, got_lse = gpu.numpy(got), gpu.numpy(got_lse)
     for q0, q1, k0, k1 in zip(cu[0], cu[0][1:], cu[1], cu[1][1:]):
@@ -310,8 +312,8 @@ class Launches:
 def launches(monkeypatch):
     """Records the launchers that ran; no plan of an earlier test stands in for one."""
     plans.clear()
-    seen, real = Launches([]), launch.load_launcher
-    monkeypatch.setattr(launch, "load_launcher", lambda path: seen.paths.append(path) or real(path))
+    seen, real = Launches([]), KernelVariant.load
+    monkeypatch.setattr(KernelVariant, "load", lambda variant: seen.paths.append(variant.launcher) or real(variant))
     return seen
 
 
@@ -320,7 +322,7 @@ def test_the_asked_for_variant_is_what_ran(gpu, variant, spec, launches):
     dtype = dtype_for(spec)
     supported(gpu, variant, spec, dtype, q_len=128)
     q, k, v = make(gpu, (1, 2, 128, 64), dtype)
-    _, _, ran = run(q, k, v, spec, tensor_layout="HND", backend=variant.backend)
+    _, _, ran = run(q, k, v, AttentionOptions(spec, "HND", backend=variant.backend))
     assert ran.name == variant.name and launches.paths == [variant.launcher]
-    _, _, automatic = run(q, k, v, spec, tensor_layout="HND")
+    _, _, automatic = run(q, k, v, AttentionOptions(spec, "HND"))
     assert automatic.backend in ("hopper", "triton") and launches.paths[1:] == [automatic.launcher]

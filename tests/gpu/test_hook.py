@@ -26,8 +26,8 @@ def video(pipe):
 
 @pytest.mark.parametrize("precision", ["int8+fp16", "int8+fp8", "int8/int4+fp16", "int4+fp8", "fp8+fp8"])
 def test_a_gpu_kernel_runs_in_every_module_and_remove_restores(pipe, precision):
+    from lowbit_video import apply, coverage, remove
     from lowbit_video.eval.metrics.psnr import psnr
-    from lowbit_video.hook.processors import apply, coverage, remove
 
     exact = video(pipe)
     apply(pipe, precision)
@@ -41,8 +41,8 @@ def test_a_gpu_kernel_runs_in_every_module_and_remove_restores(pipe, precision):
 
 
 def test_a_compiled_transformer_equals_the_eager_one(pipe):
+    from lowbit_video import apply, coverage, remove
     from lowbit_video.app import generate
-    from lowbit_video.hook.processors import apply, coverage, remove
     from lowbit_video.runtime.detect import default_paddle_device
 
     device = default_paddle_device()

@@ -8,14 +8,15 @@ import os
 import numpy as np
 import pytest
 
-from lowbit_video.api import run
 from lowbit_video.engine.gpu import run_quantize
+from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.packing import Packing
+from lowbit_video.engine.run import run
 from lowbit_video.kernels.formats import scale_block
 from lowbit_video.kernels.quant import reference
 from lowbit_video.kernels.variants import VARIANTS
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
-from lowbit_video.varlen import run_varlen
 
 from helpers import qkv, sqnr_db
 
@@ -35,8 +36,8 @@ def relative_l1(got, wanted):
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_precision_matches_the_reference(framework, spec):
     q, k, v = tensors(framework, *qkv(heads=2, kv_heads=1, q_len=70, kv_len=131))
-    got, got_lse, variant = run(q, k, v, spec, return_lse=True, is_causal=True, backend="triton")
-    wanted, wanted_lse, other = run(q, k, v, spec, return_lse=True, is_causal=True, backend="reference")
+    got, got_lse, variant = run(q, k, v, AttentionOptions(spec, return_lse=True, is_causal=True, backend="triton"))
+    wanted, wanted_lse, other = run(q, k, v, AttentionOptions(spec, return_lse=True, is_causal=True, backend="reference"))
     assert variant.backend == "triton" and other.backend == "reference"
     # a score that rounding puts on the other side of a code's edge moves single elements, not the sum
     assert relative_l1(framework.numpy(got), framework.numpy(wanted)) < 2e-3
@@ -48,7 +49,8 @@ def test_every_choice_of_smoothing_matches_the_reference(framework, spec):
     q, k, v = tensors(framework, *qkv(heads=2, kv_heads=1, q_len=20, kv_len=33, k_offset=1.0))
     for smooth_k, smooth_q in ((False, False), (False, True), (True, False), (True, True)):
         precision = Precision(spec, smooth_k=smooth_k, smooth_q=smooth_q)
-        got, wanted = (run(q, k, v, precision, return_lse=True, backend=backend)[:2] for backend in ("triton", "reference"))
+        got, wanted = (run(q, k, v, AttentionOptions(precision, return_lse=True, backend=backend))[:2]
+                       for backend in ("triton", "reference"))
         assert relative_l1(*map(framework.numpy, (got[0], wanted[0]))) < 4e-3
         assert np.abs(framework.numpy(got[1]) - framework.numpy(wanted[1])).max() < 2e-2
 
@@ -56,8 +58,8 @@ def test_every_choice_of_smoothing_matches_the_reference(framework, spec):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtypes(framework, dtype):
     q, k, v = tensors(framework, *qkv(q_len=65), dtype=dtype)
-    got, _, _ = run(q, k, v, "int8+fp16", backend="triton")
-    wanted, _, _ = run(q, k, v, "int8+fp16", backend="reference")
+    got, _, _ = run(q, k, v, AttentionOptions("int8+fp16", backend="triton"))
+    wanted, _, _ = run(q, k, v, AttentionOptions("int8+fp16", backend="reference"))
     # the interpreter truncates float32 to bfloat16 where a GPU rounds
     assert str(got.dtype).endswith(dtype)
     assert relative_l1(framework.numpy(got), framework.numpy(wanted)) < (1e-2 if dtype == "bfloat16" else 1e-4)
@@ -66,7 +68,8 @@ def test_dtypes(framework, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_exact_attention_in_other_dtypes(framework, dtype):
     q, k, v = tensors(framework, *qkv(heads=2, kv_heads=1, q_len=33, kv_len=70), dtype=dtype)
-    got, wanted = (run(q, k, v, "exact", return_lse=True, backend=backend) for backend in ("triton", "reference"))
+    got, wanted = (run(q, k, v, AttentionOptions("exact", return_lse=True, backend=backend))
+                   for backend in ("triton", "reference"))
     bound = 1e-2 if dtype == "bfloat16" else 1e-5  # the interpreter truncates P to bfloat16 where a GPU rounds
     assert got[2].name == "triton-exact" and str(got[0].dtype).endswith(dtype)
     assert relative_l1(*(framework.numpy(r[0]) for r in (got, wanted))) < bound
@@ -77,20 +80,21 @@ def test_exact_attention_in_other_dtypes(framework, dtype):
 def test_padded_head_dims(framework, head_dim):
     q, k, v = tensors(framework, *qkv(q_len=50, dim=head_dim))
     for spec in ("int8+fp8", "int4+fp16"):
-        got, wanted = (framework.numpy(run(q, k, v, spec, backend=backend)[0]) for backend in ("triton", "reference"))
+        got, wanted = (framework.numpy(run(q, k, v, AttentionOptions(spec, backend=backend))[0])
+                       for backend in ("triton", "reference"))
         assert relative_l1(got, wanted) < 2e-3
 
 
 def test_layouts_and_strided_views_are_read_in_place(framework):
     arrays = qkv(q_len=65)
-    wanted = framework.numpy(run(*tensors(framework, *arrays), "int8+fp8", backend="triton")[0])
+    wanted = framework.numpy(run(*tensors(framework, *arrays), AttentionOptions("int8+fp8", backend="triton"))[0])
     swapped = tensors(framework, *(a.transpose(0, 2, 1, 3) for a in arrays))
-    hnd = framework.numpy(run(*swapped, "int8+fp8", tensor_layout="HND", backend="triton")[0])
+    hnd = framework.numpy(run(*swapped, AttentionOptions("int8+fp8", tensor_layout="HND", backend="triton"))[0])
     np.testing.assert_array_equal(hnd.transpose(0, 2, 1, 3), wanted)
     fused = framework.tensor(np.concatenate(arrays, 2), "float16")  # as one projection for q, k and v leaves them
     views = [fused[:, :, i:i + 2] for i in (0, 2, 4)]
     before = framework.numpy(fused).copy()
-    np.testing.assert_array_equal(framework.numpy(run(*views, "int8+fp8", backend="triton")[0]), wanted)
+    np.testing.assert_array_equal(framework.numpy(run(*views, AttentionOptions("int8+fp8", backend="triton"))[0]), wanted)
     np.testing.assert_array_equal(framework.numpy(fused), before)
 
 
@@ -130,7 +134,7 @@ def test_varlen_matches_the_reference(framework, spec):
     q, k, v = (a[0] for a in qkv(heads=2, kv_heads=1, q_len=sum(q_lengths), kv_len=sum(k_lengths)))
     q, k, v = tensors(framework, q, k, v)
     cu = [framework.tensor(np.repeat(np.cumsum([0, *lengths]), 2), "int32")[::2] for lengths in (q_lengths, k_lengths)]
-    results = [run_varlen(q, k, v, *cu, 70, 140, spec, is_causal=True, return_lse=True, backend=backend)
+    results = [run(q, k, v, AttentionOptions(spec, is_causal=True, return_lse=True, backend=backend), Packing(*cu, 70, 140))
                for backend in ("triton", "reference")]
     got, wanted = (framework.numpy(r[0]) for r in results)
     assert relative_l1(got, wanted) < 2e-3 and results[0][2].backend == "triton"
@@ -142,7 +146,7 @@ def test_varlen_matches_the_reference(framework, spec):
 def test_paddle_and_torch_give_the_same_bits_in_one_process():
     paddle, torch = pytest.importorskip("paddle"), pytest.importorskip("torch", reason="torch is not installed")
     arrays = [a.astype(np.float16) for a in qkv(q_len=40)]
-    outs = [run(*(make(a) for a in arrays), Precision("int8+fp8"), backend="triton")[0]
+    outs = [run(*(make(a) for a in arrays), AttentionOptions(Precision("int8+fp8"), backend="triton"))[0]
             for make in (paddle.to_tensor, torch.from_numpy, paddle.to_tensor)]
     for out in outs[1:]:
         np.testing.assert_array_equal(np.asarray(out), outs[0].numpy())

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 import lowbit_video as lv
-from lowbit_video.api import make_request, run, select, warn_if_slower
+from lowbit_video.engine.checks import request_of
+from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.run import run
+from lowbit_video.engine.select import select, warn_if_slower
 from lowbit_video.errors import SlowerThanExactWarning
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
@@ -167,10 +170,9 @@ def test_features_a_variant_lacks_are_named():
 
 def test_run_says_which_variant_ran(framework):
     q, k, v = tensors(framework, *qkv(q_len=16))
-    assert run(q, k, v, "int8+fp16")[2].name == "reference-lowbit"
-    assert run(q, k, v, "exact")[2].name == "reference-exact"
-    request = make_request(q, k, v, lv.Precision("int4+fp8"), tensor_layout="NHD", is_causal=True, return_lse=False,
-                           runtime=runtime_of(q))
+    assert run(q, k, v, AttentionOptions("int8+fp16"))[2].name == "reference-lowbit"
+    assert run(q, k, v, AttentionOptions("exact"))[2].name == "reference-exact"
+    request = request_of(q, k, v, AttentionOptions("int4+fp8", is_causal=True), None, runtime_of(q))
     assert (request.q_len, request.heads, request.head_dim, request.smooth_q, request.causal) == (16, 2, 64, True, True)
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-from lowbit_video.hook.processors import LowBitAttnProcessor, apply, coverage  # noqa: E402
+from lowbit_video import LowBitAttnProcessor, apply, coverage  # noqa: E402
 
 import toy_model  # noqa: E402
 

@@ -1,6 +1,5 @@
 """A repeated call launches what the first one did, with its own addresses; Triton and the GPU are played by recorders."""
 import contextlib
-import importlib
 import math
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -8,14 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lowbit_video.engine import replay as plans
+from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.packing import Packing
+from lowbit_video.engine.run import run
 from lowbit_video.errors import SlowerThanExactWarning
-from lowbit_video.kernels.variants import VARIANTS
+from lowbit_video.kernels.variants import VARIANTS, KernelVariant
 from lowbit_video.precision import Precision
+from lowbit_video.runtime import detect
 
 torch = pytest.importorskip("torch", reason="the tensors of these tests are PyTorch's")
 pytest.importorskip("triton", reason="the launchers need Triton")
 pytestmark = pytest.mark.torch
-attention = importlib.import_module("lowbit_video.api")
 
 
 class Compiled:
@@ -72,7 +74,7 @@ def device(monkeypatch):
                   launch_guard=lambda t: contextlib.nullcontext(),
                   signature=lambda t: (t.shape, t.stride(), t.dtype, 0))
     runtime = types.SimpleNamespace(**{**vars(torch_runtime), **played})
-    monkeypatch.setattr(attention.detect, "same_runtime", lambda **tensors: runtime)
+    monkeypatch.setattr(detect, "same_runtime", lambda **tensors: runtime)
     plans.clear()
     yield types.SimpleNamespace(log=log, long=long, kept=kept, runtime=runtime)
     plans.clear()
@@ -100,7 +102,7 @@ def tensors(tokens=200, heads=2, head_dim=64):
 def call(device, q, k, v, precision, **more):
     device.log.clear()
     before = len(device.kept)
-    out, lse, variant = attention.run(q, k, v, precision, **more)
+    out, lse, variant = run(q, k, v, AttentionOptions(precision, **more))
     fresh = device.kept[before:]
     named = dict(zip("qkv", (q, k, v)))
     for number, t in enumerate(fresh):
@@ -178,14 +180,14 @@ def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision,
         v = torch.randn(*v.shape[:3], 68).half()[..., :64]
     elif spoilt == "last stride":
         v = torch.randn(*v.shape[:3], 128).half()[..., ::2]
-    assert attention.run(q, k, v, precision)[2].backend == backend
+    assert run(q, k, v, AttentionOptions(precision))[2].backend == backend
     if backend == "triton":
         with pytest.raises(ValueError, match="hopper-int8: V's address or strides are not multiples of 16 bytes"):
-            attention.run(q, k, v, precision, backend="hopper")
+            run(q, k, v, AttentionOptions(precision, backend="hopper"))
 
 
 def test_a_copied_input_and_an_unknown_triton_make_no_plan(device, monkeypatch):
-    attention.run(*(torch.randn(1, 200, 2, 128).half()[..., ::2] for _ in range(3)), "int8+fp16")
+    run(*(torch.randn(1, 200, 2, 128).half()[..., ::2] for _ in range(3)), AttentionOptions("int8+fp16"))
     monkeypatch.setattr(plans, "LAUNCHER_VERSIONS", ("2.",))
     call(device, *tensors(), "int8+fp16")
     assert not plans._PLANS
@@ -216,7 +218,7 @@ def test_a_profilers_hook_sees_every_launch(device, monkeypatch):
 
 def test_a_cpu_call_has_no_plan():
     plans.clear()
-    attention.run(*tensors(tokens=8), "int8+fp16")
+    run(*tensors(tokens=8), AttentionOptions("int8+fp16"))
     assert not plans._PLANS
 
 
@@ -225,12 +227,11 @@ def test_variants_that_run_on_a_gpu_are_all_covered():
 
 
 def test_a_repeated_varlen_call_and_its_strided_beginnings(device):
-    varlen = importlib.import_module("lowbit_video.varlen")
     cu = torch.tensor([0, 0, 150, 150, 200, 200], dtype=torch.int32)
 
     def once(cu_q, cu_k):
         device.log.clear()
-        varlen.run_varlen(*(torch.randn(200, 2, 64).half() for _ in range(3)), cu_q, cu_k, 150, 150, "int8+fp8")
+        run(*(torch.randn(200, 2, 64).half() for _ in range(3)), AttentionOptions("int8+fp8"), Packing(cu_q, cu_k, 150, 150))
         return {a.data_ptr() if hasattr(a, "data_ptr") else a for *_, arguments in device.log for a in arguments
                 if hasattr(a, "data_ptr") or isinstance(a, int)}
 
@@ -290,7 +291,7 @@ def test_a_failure_leaves_no_plan_and_no_recording(device, monkeypatch):
     device.runtime.empty = no_memory
     device.log.clear()
     with pytest.raises(MemoryError):
-        attention.run(*tensors(), "int8+fp16")
+        run(*tensors(), AttentionOptions("int8+fp16"))
     assert not device.log
 
 
@@ -308,7 +309,7 @@ def test_the_environment_turns_plans_off_at_any_time(device, monkeypatch):
 def test_threads_repeat_calls_each_with_its_own_tensors(device):
     def one(tokens):
         q, k, v = tensors(tokens=tokens)
-        out = attention.run(q, k, v, "int8+fp8", return_lse=True)[:2]
+        out = run(q, k, v, AttentionOptions("int8+fp8", return_lse=True))[:2]
         return [t.data_ptr() for t in (q, k, v, *out)], (q, k, v, *out)
 
     with ThreadPoolExecutor(8) as pool:
@@ -334,11 +335,9 @@ def test_threads_may_keep_plans_at_once(monkeypatch):
 
 def test_a_spy_on_the_launcher_sees_every_first_call(device, monkeypatch):
     """What the GPU tests rely on to tell which kernel ran: no plan of an earlier call stands in once they are cleared."""
-    from lowbit_video.engine import gpu
-
     call(device, *tensors(), "int8+fp8")
-    seen, real = [], gpu.load_launcher
-    monkeypatch.setattr(gpu, "load_launcher", lambda path: seen.append(path) or real(path))
+    seen, real = [], KernelVariant.load
+    monkeypatch.setattr(KernelVariant, "load", lambda variant: seen.append(variant.launcher) or real(variant))
     call(device, *tensors(), "int8+fp8")
     assert not seen
     plans.clear()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.errors import NonFiniteError, UnsupportedError  # noqa: E402
-from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 
 import toy_model  # noqa: E402
 from helpers import sqnr_db  # noqa: E402

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowbit_video.api import run
 from lowbit_video.engine.gpu import ALIGNMENT, plan_workspace
+from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.run import run
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.kernels.formats import get_format
 from lowbit_video.kernels.quant.shapes import partial_shape
@@ -122,7 +123,7 @@ def test_triton_on_cpu_tensors_is_refused_outside_the_interpreter(framework):
         pytest.skip("Triton interprets in this process")
     q, k, v = (framework.tensor(a, "float16") for a in qkv(q_len=20))
     with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
-        run(q, k, v, "int8+fp16", backend="triton")
+        run(q, k, v, AttentionOptions("int8+fp16", backend="triton"))
 
 
 @pytest.mark.parametrize("spec", ["int8+fp16", "int8+fp8", "int4+fp8", "int8/int2+fp16", "fp8+fp8"])

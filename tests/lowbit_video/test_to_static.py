@@ -4,8 +4,8 @@ import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 import lowbit_video as lv  # noqa: E402
-from lowbit_video.graph import slots  # noqa: E402
-from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
+from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
+from lowbit_video.graph.failures import take_failure  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 
 import toy_model  # noqa: E402
@@ -124,11 +124,11 @@ def test_an_output_that_is_not_contiguous_is_taken_as_it_is():
 def test_an_error_inside_the_graph_can_be_read():
     model = toy_model.model(heads=4, head_dim=16)
     apply(model, LowBitAttnProcessor("int8+fp16"))
-    slots.take_failure()
+    take_failure()
     with pytest.raises(Exception):  # noqa: B017 - Paddle's executor makes a bare SystemError of it
         run(paddle.jit.to_static(model, full_graph=True), toy_model.inputs(rotary_dim=16))
-    assert "head_dim 16" in str(slots.take_failure())
-    assert slots.take_failure() is None
+    assert "head_dim 16" in str(take_failure())
+    assert take_failure() is None
 
 
 @MODES
@@ -152,14 +152,14 @@ def test_attention_itself_is_one_operator(precision, layout, full_graph):
 
 @MODES
 def test_a_compiled_call_of_attention_runs_through_the_operator(monkeypatch, full_graph):
-    from lowbit_video.graph import paddle_ops as paddle_call
+    from lowbit_video.graph import paddle_ops
 
     def block(q, k, v):
         return lv.attention(q * 1.0, k, v) + 1.0
 
-    tensors, calls, real = [paddle.to_tensor(a) for a in qkv(q_len=20)], [], paddle_call.run
+    tensors, calls, real = [paddle.to_tensor(a) for a in qkv(q_len=20)], [], paddle_ops.run
     monkeypatch.setenv("MIN_GRAPH_SIZE", "0")  # SOT runs smaller graphs eagerly
-    monkeypatch.setattr(paddle_call, "run", lambda *given, **more: calls.append(1) or real(*given, **more))
+    monkeypatch.setattr(paddle_ops, "run", lambda *given, **more: calls.append(1) or real(*given, **more))
     compiled = paddle.jit.to_static(block, full_graph=full_graph)
     with paddle.no_grad():
         block(*tensors)
@@ -177,15 +177,15 @@ def packed():
 @MODES
 @pytest.mark.parametrize("precision", ["int8+fp16", Precision("int4+fp8", smooth_q=False), "exact"], ids=str)
 def test_attention_of_packed_sequences_is_one_operator(precision, full_graph, monkeypatch):
-    from lowbit_video.graph import paddle_ops as paddle_call
+    from lowbit_video.graph import paddle_ops
 
     def block(q, k, v, cu_q, cu_k):
         out, lse = lv.attention_varlen(q * 1.0, k, v, cu_q, cu_k, 17, 21, precision, is_causal=True, return_lse=True)
         return lv.attention_varlen(out, k, v, cu_q, cu_k, 17, 21, precision, scale=0.5) + 1.0, lse * 2.0
 
-    given, calls, real = packed(), [], paddle_call.run_varlen
+    given, calls, real = packed(), [], paddle_ops.run
     monkeypatch.setenv("MIN_GRAPH_SIZE", "0")  # SOT runs smaller graphs eagerly
-    monkeypatch.setattr(paddle_call, "run_varlen", lambda *args, **more: calls.append(1) or real(*args, **more))
+    monkeypatch.setattr(paddle_ops, "run", lambda *args, **more: calls.append(1) or real(*args, **more))
     compiled = paddle.jit.to_static(block, full_graph=full_graph)
     with paddle.no_grad():
         wanted = block(*given)
@@ -201,14 +201,14 @@ def test_attention_of_packed_sequences_is_one_operator(precision, full_graph, mo
 
 @MODES
 def test_packed_lengths_may_change_between_calls(full_graph, monkeypatch):
-    from lowbit_video.graph import paddle_ops as paddle_call
+    from lowbit_video.graph import paddle_ops
 
     def block(q, k, v, cu_q, cu_k, max_q, max_k):
         return lv.attention_varlen(q * 1.0, k, v, cu_q, cu_k, max_q, max_k, "int8+fp16") + 1.0
 
-    (q, k, v, cu_q, cu_k), calls, real = packed(), [], paddle_call.run_varlen
+    (q, k, v, cu_q, cu_k), calls, real = packed(), [], paddle_ops.run
     monkeypatch.setenv("MIN_GRAPH_SIZE", "0")  # SOT runs smaller graphs eagerly
-    monkeypatch.setattr(paddle_call, "run_varlen", lambda *args, **more: calls.append(args[5]) or real(*args, **more))
+    monkeypatch.setattr(paddle_ops, "run", lambda *args, **more: calls.append(args[4].max_q) or real(*args, **more))
     compiled = paddle.jit.to_static(block, full_graph=full_graph)
     with paddle.no_grad():
         for tokens in (30, 25, 20, 30):
@@ -253,18 +253,18 @@ def test_the_compat_name_of_packed_sequences_can_be_compiled(full_graph, monkeyp
                                               ("cudev:1", (9, 0), "int8+fp8")])
 def test_a_graph_is_traced_for_the_current_device(monkeypatch, device, arch, spec):
     from lowbit_video import compat
-    from lowbit_video.graph import paddle_ops as paddle_call
+    from lowbit_video.graph import paddle_ops
 
     asked = []
     monkeypatch.setattr(paddle.device, "get_device", lambda: device)
-    monkeypatch.setattr(paddle_call.cuda_driver, "capability", lambda ordinal: asked.append(ordinal) or arch)
+    monkeypatch.setattr(paddle_ops.cuda_driver, "capability", lambda ordinal: asked.append(ordinal) or arch)
     monkeypatch.setattr(compat, "traced_by_paddle", lambda q: True)
     assert compat._best_spec(None) == spec and compat._triton(None) == ("auto" if device == "cpu" else "triton")
     assert asked == ([] if device == "cpu" else [int(device[-1])] * 2)
 
 
 def test_an_error_of_packed_sequences_inside_the_graph_can_be_read():
-    slots.take_failure()
+    take_failure()
     q, k, v, cu_q, cu_k = packed()
 
     def block(q, k, v, cu_q, cu_k):
@@ -272,11 +272,11 @@ def test_an_error_of_packed_sequences_inside_the_graph_can_be_read():
 
     with pytest.raises(Exception), paddle.no_grad():  # noqa: B017 - Paddle's executor makes a bare SystemError of it
         paddle.jit.to_static(block, full_graph=True)(q, k, v, cu_q, cu_k + 1)
-    assert "cu_seqlens_k must rise from 0 to the 41 tokens" in str(slots.take_failure())
+    assert "cu_seqlens_k must rise from 0 to the 41 tokens" in str(take_failure())
 
 
 def test_an_error_of_attention_inside_the_graph_can_be_read():
-    slots.take_failure()
+    take_failure()
     q = paddle.zeros([1, 8, 2, 16])
 
     def itself(q):
@@ -284,4 +284,4 @@ def test_an_error_of_attention_inside_the_graph_can_be_read():
 
     with pytest.raises(Exception), paddle.no_grad():  # noqa: B017 - Paddle's executor makes a bare SystemError of it
         paddle.jit.to_static(itself, full_graph=True)(q)
-    assert "head_dim 16" in str(slots.take_failure())
+    assert "head_dim 16" in str(take_failure())

@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import lowbit_video as lv  # noqa: E402
 import lowbit_video.graph.torch_ops  # noqa: E402, F401 - registers the operators
+from lowbit_video.engine.options import text_of  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -88,9 +89,9 @@ def test_the_graph_holds_one_attention_of_packed_sequences():
 @pytest.mark.parametrize("name", ["attention", "attention_varlen"])
 def test_the_operators_pass_torchs_own_checks(name):
     if name == "attention":
-        given = (*inputs(), "int8+fp16", None, None, None, "NHD", False, None, True, "auto", None)
+        given = (*inputs(), None, text_of("int8+fp16", "NHD", False, None, True, "auto", None))
     else:
-        given = (*packed(), 17, 21, "int8+fp16", None, None, None, False, None, True, "auto", None)
+        given = (*packed(), 17, 21, None, text_of("int8+fp16", "NHD", False, None, True, "auto", None))
     torch.library.opcheck(getattr(torch.ops.lowbit_video, name), given)
 
 

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
+from lowbit_video.api import attention_varlen
 from lowbit_video.runtime.detect import runtime_of
-from lowbit_video.varlen import attention_varlen
 
 from helpers import naive_attention, qkv
 

@@ -1,6 +1,9 @@
 """warmup() without a GPU: nothing to compile, and says so."""
+from dataclasses import replace
+
 import pytest
 
+from lowbit_video import warming as module
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.warming import warmup
 
@@ -12,9 +15,6 @@ def test_a_cpu_compiles_nothing(framework):
 
 def test_every_shape_runs_twice_and_the_difference_is_reported(framework, monkeypatch):
     """On a GPU the first call compiles; here the calls are recorded and the clock is ours."""
-    import sys
-
-    module = sys.modules["lowbit_video.warming"]
     seen, walls = [], iter((905.0, 5.0, 3.0, 4.0))
     like = module.detect.anchor(framework.name, "cpu")
     runtime = module.detect.runtime_of(like)
@@ -22,7 +22,7 @@ def test_every_shape_runs_twice_and_the_difference_is_reported(framework, monkey
 
     def wall_ms(call, stream):
         q, k, v = call.args
-        assert call.func is module.run and call.keywords["precision"] == "int8+fp8"
+        assert call.func is module.run and call.keywords["options"].precision.spec == "int8+fp8"
         seen.append((runtime.shape(q), runtime.shape(k)))
         return next(walls)
 
@@ -36,19 +36,16 @@ def test_every_shape_runs_twice_and_the_difference_is_reported(framework, monkey
 
 def test_packed_sequences_are_called_as_a_model_calls_them(framework, monkeypatch):
     """The calls run here through the reference, so that they are known to be valid ones."""
-    import sys
-
-    module = sys.modules["lowbit_video.warming"]
     like = module.detect.anchor(framework.name, "cpu")
     runtime = module.detect.runtime_of(like)
     seen = []
 
     def wall_ms(call, stream):
-        q, k, v, cu_q, cu_k, max_q, max_k = call.args
+        (q, k, v), (cu_q, cu_k, max_q, max_k) = call.args, call.keywords["packing"]
         seen.append((runtime.shape(q), runtime.shape(k), runtime.to_numpy(cu_q).tolist(), max_q, max_k))
         with monkeypatch.context() as undo:
             undo.setattr(runtime, "is_cpu", is_cpu)
-            out, lse, variant = call.func(*call.args, **call.keywords, check_finite=False)
+            out, lse, variant = call.func(*call.args, replace(call.keywords["options"], check_finite=False), call.keywords["packing"])
         assert runtime.shape(out) == runtime.shape(q) and lse is not None and variant.backend == "reference"
         return 7.0 / len(seen)
 

@@ -1,0 +1,87 @@
+"""What a caller chooses of an attention call, as one value that travels whole: to a plan's key, a graph's operator, a kernel.
+
+A new option is a field here with its check, an argument of the public functions, and its use in a kernel.
+"""
+from __future__ import annotations
+
+import ast
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowbit_video.kernels.variants import BACKENDS
+
+from ..precision import Precision, as_precision
+
+LAYOUTS = ("NHD", "HND")
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """The choices of one call; the meaning of each is told by `lowbit_video.attention`.
+
+    scale: None, a number, or a tensor of one element, which makes a call without a plan. only_if_faster: refuse
+    (UnsupportedError) where exact attention is measured to be faster.
+    Raises ValueError for a layout, backend or precision that does not exist, listing those that do.
+    """
+
+    precision: Precision
+    tensor_layout: str = "NHD"
+    is_causal: bool = False
+    scale: Any = None
+    return_lse: bool = False
+    backend: str = "auto"
+    check_finite: bool | None = None
+    only_if_faster: bool = False
+
+    def __post_init__(self) -> None:
+        for name, convert in (("precision", as_precision), ("is_causal", bool), ("return_lse", bool)):
+            object.__setattr__(self, name, convert(getattr(self, name)))
+        if self.tensor_layout not in LAYOUTS:
+            raise ValueError(f"unknown tensor_layout {self.tensor_layout!r}; there are: 'NHD' [batch, tokens, heads, head_dim] "
+                             "and 'HND' [batch, heads, tokens, head_dim]")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {self.backend!r}; there are: {', '.join(BACKENDS)}")
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.precision, self.tensor_layout, self.is_causal, self.scale, self.return_lse, self.backend,
+                     self.check_finite, self.only_if_faster))
+
+    def __hash__(self) -> int:  # asked for at every call
+        return self._hash
+
+    def scaled(self, head_dim: int) -> AttentionOptions:
+        """The same with the scale as a number: head_dim ** -0.5 where none was chosen."""
+        return replace(self, scale=head_dim**-0.5 if self.scale is None else float(self.scale))
+
+
+_known = functools.lru_cache(maxsize=512)(AttentionOptions)
+
+
+def options_of(precision: Any, tensor_layout: str, is_causal: bool, scale: Any, *rest: Any) -> AttentionOptions:
+    """The options of these choices, in AttentionOptions' order; the same choices give the same object."""
+    try:
+        return (AttentionOptions if hasattr(scale, "data_ptr") else _known)(precision, tensor_layout, is_causal, scale, *rest)
+    except TypeError:  # unhashable: AttentionOptions says what is wrong with it
+        return AttentionOptions(precision, tensor_layout, is_causal, scale, *rest)
+
+
+def text_of(precision, *rest) -> str:
+    """The choices as text, which is all that every tracer takes for a constant; plain Python, which they all follow."""
+    spec, granularity, smooth_k, smooth_q = precision, None, None, None
+    if hasattr(precision, "spec"):  # Paddle's SOT cannot ask isinstance() of a dataclass
+        spec = precision.spec
+        if not precision.exact:
+            granularity, smooth_k, smooth_q = precision.granularity, precision.smooth_k, precision.smooth_q
+    text = f"({spec!r}, {granularity!r}, {smooth_k!r}, {smooth_q!r})"
+    for choice in rest:
+        text = f"{text}, {choice!r}"
+    return text
+
+
+@functools.lru_cache(maxsize=512)
+def of_text(text: str) -> AttentionOptions:
+    """The options that `text_of` wrote down."""
+    (spec, granularity, smooth_k, smooth_q), *rest = ast.literal_eval(text)
+    return options_of(Precision(spec, granularity=granularity, smooth_k=smooth_k, smooth_q=smooth_q), *rest)

@@ -1,0 +1,41 @@
+"""One attention call, from tensors and options to the result: replay it, or check, select and launch it."""
+from __future__ import annotations
+
+from typing import Any
+
+from lowbit_video.kernels.variants import KernelVariant
+
+from ..runtime import detect
+from . import cpu, gpu, replay
+from .checks import request_of, require_finite
+from .options import AttentionOptions
+from .packing import Packing
+from .select import select, warn_if_slower
+
+ENGINES = {"cpu": cpu.attend, "cuda": gpu.attend}
+"""What runs a variant of each device."""
+
+
+def run(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None = None
+        ) -> tuple[Any, Any, KernelVariant]:
+    """(out, lse or None, the variant that ran) of q, k, v as `lowbit_video.attention` takes them.
+
+    With `packing` they are [tokens, heads, head_dim], as `lowbit_video.attention_varlen` takes them.
+    """
+    if packing is None:
+        tensors, lengths = (q, k, v), None
+        runtime = detect.same_runtime(q=q, k=k, v=v)
+    else:
+        tensors, lengths = (q, k, v, packing.cu_q, packing.cu_k), (packing.max_q, packing.max_k)
+        runtime = detect.same_runtime(q=q, k=k, v=v, cu_seqlens_q=packing.cu_q, cu_seqlens_k=packing.cu_k)
+    key = replay.key_of(runtime, tensors, options, lengths)
+    plan = replay.find(key)
+    if plan is not None and (result := plan.run(runtime, tensors)) is not None:
+        return (*result, plan.variant)
+    request = request_of(q, k, v, options, packing, runtime)
+    variant = select(request, options.backend)
+    warn_if_slower(variant, request)
+    if options.check_finite or (options.check_finite is None and request.device == "cpu"):
+        require_finite(runtime, q=q, k=k, v=v)
+    out, lse = ENGINES[variant.device](variant, request, (q, k, v), options.scaled(request.head_dim), packing, runtime, key)
+    return out, lse, variant

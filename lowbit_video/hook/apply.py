@@ -1,0 +1,111 @@
+"""`apply()` and `remove()`: a model's attention hooked, and given back exactly as it was."""
+from __future__ import annotations
+
+import fnmatch
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from ..precision import Precision, as_precision
+from .base import AttnProcessor, slot_of
+from .processors import LowBitAttnProcessor
+from .report import attention_modules, named_modules, transformer_of
+
+
+class Applied:
+    """What one `apply` changed; `remove()`, or leaving it as a context manager, takes it back."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        self._before: list[tuple[weakref.ref, Any]] = []
+
+    def _set(self, module: Any, processor: Any) -> None:
+        self._before.append((weakref.ref(module), module.processor))
+        module.set_processor(processor)
+
+    def _restore(self) -> None:
+        for reference, processor in reversed(self._before):
+            module = reference()
+            if module is not None:
+                module.set_processor(processor)
+        self._before.clear()
+
+    def remove(self) -> None:
+        """Restore what was there before this `apply`, together with whatever was applied on top of it."""
+        model = self._model()
+        stack = _applied.get(model, []) if model is not None else []
+        while self in stack:
+            stack.pop()._restore()
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+_applied: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None = "int8+fp16",
+          modules: Mapping[str, str | Precision | AttnProcessor | None] | None = None, *, fallback: str | None = None,
+          backend: str = "auto", check_finite: bool | None = None) -> Applied:
+    """Hook a model's attention.
+
+    model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch.
+    precision: for every attention module; None leaves those alone that no pattern names.
+    modules: name patterns (`fnmatch`) to a precision, a processor, or None for "leave alone";
+        where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
+    fallback, backend, check_finite: as in LowBitAttnProcessor.
+    returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
+    Raises ValueError for a pattern that names no module or a model without attention modules, UnsupportedError for an
+    attention class that no frame declares (`declare_attention`); no processor is changed then.
+    """
+    model = transformer_of(model_or_pipe)
+    targets = attention_modules(model)
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (set_processor, to_q, ...)")
+    choice: dict[str, Any] = dict.fromkeys(targets, precision)
+    for pattern, wanted in (modules or {}).items():
+        names = [name for name in targets if fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise ValueError(f"the pattern {pattern!r} names no attention module; there are: {_some(list(targets))}; "
+                             "try a pattern such as 'transformer_blocks.0.*'")
+        choice.update(dict.fromkeys(names, wanted))
+    made: dict[Any, AttnProcessor] = {}
+
+    def processor_for(wanted: Any) -> Any:
+        if callable(wanted):
+            return wanted
+        wanted = as_precision(wanted)
+        if wanted not in made:
+            made[wanted] = LowBitAttnProcessor(wanted, fallback=fallback, backend=backend, check_finite=check_finite)
+        return made[wanted]
+
+    processors = {name: processor_for(wanted) for name, wanted in choice.items() if wanted is not None}
+    parts = {"": model, **dict(named_modules(model))}
+    for name, processor in processors.items():
+        if isinstance(processor, AttnProcessor):
+            slot_of(targets[name], targets[name].to_q.weight, owner=parts[name.rpartition(".")[0]])
+            processor.records.of(targets[name]).name = name
+    handle = Applied(model)
+    for name, processor in processors.items():
+        handle._set(targets[name], processor)
+    _applied.setdefault(model, []).append(handle)
+    return handle
+
+
+def remove(model_or_pipe: Any) -> bool:
+    """Take back the latest `apply`: every module has again the very processor it had before.
+
+    Nested applies come off one at a time. returns: whether there was something to take back.
+    """
+    stack = _applied.get(transformer_of(model_or_pipe))
+    if not stack:
+        return False
+    stack.pop()._restore()
+    return True
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

@@ -1,0 +1,42 @@
+"""`Attend`: the one type of attention that processors hold and wrappers compose over, and exact attention as one."""
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ..engine.options import options_of
+from ..engine.run import run
+from ..runtime.detect import runtime_of
+
+
+class Attend(Protocol):
+    """Attention of [B, N, H, D] tensors: out shaped as q, or (out, lse float32 [B, H, N]) with return_lse.
+
+    A wrapper takes one and gives one, so a processor never learns what is done around its attention (several GPUs, say).
+    """
+
+    def __call__(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
+                 return_lse: bool = False) -> Any: ...
+
+
+def exact_attend(q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
+                 return_lse: bool = False) -> Any:
+    """Exact attention of [B, N, H, D] tensors; with return_lse also the log-sum-exp [B, H, N]."""
+    if return_lse:
+        return run(q, k, v, options_of("exact", "NHD", is_causal, scale, True, "auto", None))[:2]
+    return runtime_of(q).exact_attention(q, k, v, is_causal=is_causal, scale=scale)
+
+
+def exact_attend_masked(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Exact attention of [B, N, H, D] tensors under a mask (see `frames.cogvideox`), scale D**-0.5.
+
+    Raises ValueError for a mask whose shape does not fit.
+    """
+    batch, tokens, heads = q.shape[0], q.shape[1], q.shape[2]
+    shape = list(mask.shape)
+    wide = {2: [shape[0], 1, 1, shape[-1]], 3: [shape[0], 1, *shape[1:]]}.get(len(shape), shape)
+    fits = len(wide) == 4 and all(size in (1, full) for size, full in zip(wide, (batch, heads, tokens, k.shape[1])))
+    if not fits or wide[3] != k.shape[1]:
+        raise ValueError(f"the attention mask has shape {shape}; with {batch} samples, {heads} heads and {tokens} tokens it "
+                         f"must be [{batch}, {tokens}], [{batch}, {tokens}, {tokens}] or broadcast to "
+                         f"[{batch}, {heads}, {tokens}, {tokens}]")
+    return runtime_of(q).masked_attention(q, k, v, mask.reshape(wide))

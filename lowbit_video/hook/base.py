@@ -1,0 +1,105 @@
+"""`AttnProcessor`: what every processor does: a frame, an attention in its middle, and the book-keeping.
+
+A processor is what an attention module calls for its whole work: projections, norms, positions, attention, output projection.
+All but the attention is the frame's (`frames/`), chosen by the module's class; the attention is `attend`, of type `Attend`. The
+code knows no framework, so the same processor serves our Paddle model and diffusers' torch modules.
+"""
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from ..errors import NonFiniteError, UnsupportedError
+from ..graph.slots import Slot
+from ..graph.tracing import traced_by_paddle
+from .frames import frame_of
+from .report import Record, Records
+
+_active = threading.local()
+
+
+class AttnProcessor:
+    """The frame of a module around an `attend`, and the book-keeping.
+
+    Subclasses define `attend`. Wrappers (sequence parallel) may replace `processor.attend` by another `Attend`. One processor
+    may serve any number of modules.
+
+    records: what ran, per attention module. low_bit: whether the coverage report counts it as hooked.
+    """
+
+    low_bit = False
+
+    def __init__(self) -> None:
+        self.records = Records()
+
+    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
+                 image_rotary_emb: Any = None) -> tuple[Any, Any]:
+        """What the module's frame computes (see `frames`); diffusers passes on only arguments that stand here by name.
+
+        Raises UnsupportedError for a module whose class no frame declares.
+        """
+        slot = slot_of(attn, hidden_states)
+        return slot.frame(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    def attention_of(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of the graph that Paddle traces."""
+        slot = attn.attention_slot
+        if slot.operator is None or attn.processor is not self or not traced_by_paddle(q):
+            return self.run(attn, q, k, v, mask)
+        if mask is None:
+            return slot.operator(q, k, v, slot.key)
+        return slot.masked_operator(q, k, v, mask, slot.key)
+
+    def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        """Attention for one module, counted in its record: [B, N, H, D] in and out."""
+        outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
+        try:
+            if mask is None:
+                return self.attend(q, k, v)
+            return self.attend_masked(q, k, v, mask)
+        except (UnsupportedError, NonFiniteError) as error:
+            raise type(error)(f"{_describe(attn, _active.record)}: {error}") from error
+        finally:
+            _active.record = outer
+
+    def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
+               return_lse: bool = False) -> Any:
+        """Attention of [B, N, H, D] tensors: out, or (out, lse [B, H, N]) with return_lse."""
+        raise NotImplementedError
+
+    def attend_masked(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        """Attention under a mask; a processor that cannot serve masks refuses, it never drops them."""
+        raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given; {self} supports no mask; "
+                               "try a processor with fallback='exact', or pass no mask")
+
+    def note(self, variant: str, reason: str = "") -> None:
+        """Count one call for the module that is running; outside a module it is a no-op."""
+        record = getattr(_active, "record", None)
+        if record is not None:
+            record.note(variant, reason)
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    __repr__ = __str__
+
+
+def _run_module(attn: Any, *tensors: Any) -> Any:
+    """The attention of a module by the processor that it has now: what its operator in a graph runs."""
+    if not isinstance(attn.processor, AttnProcessor):
+        raise TypeError(f"this graph was compiled with a lowbit_video processor and cannot run "
+                        f"{type(attn.processor).__name__}; compile the model again")
+    return attn.processor.run(attn, *tensors)
+
+
+def slot_of(attn: Any, like: Any, owner: Any = None) -> Slot:
+    """The module's slot, made for tensors of `like`'s framework when first asked for. owner: as `frames.frame_of`."""
+    slot = getattr(attn, "attention_slot", None)
+    if slot is None:
+        slot = attn.attention_slot = Slot(attn, like, frame_of(attn, owner), _run_module)
+    return slot
+
+
+def _describe(attn: Any, record: Record) -> str:
+    own = getattr(attn, "full_name", type(attn).__name__.lower)()
+    return f"attention module {record.name or own!r}"
