@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
 from .base import AttnProcessor, slot_of
 from .processors import LowBitAttnProcessor
@@ -86,7 +87,10 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     parts = {"": model, **dict(named_modules(model))}
     for name, processor in processors.items():
         if isinstance(processor, AttnProcessor):
-            slot_of(targets[name], targets[name].to_q.weight, owner=parts[name.rpartition(".")[0]])
+            try:
+                slot_of(targets[name], targets[name].to_q.weight, owner=parts[name.rpartition(".")[0]])
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{name} of {type(model).__name__}: {error}") from None
             processor.records.of(targets[name]).name = name
     handle = Applied(model)
     for name, processor in processors.items():

@@ -41,11 +41,13 @@ def test_packed_sequences_are_called_as_a_model_calls_them(framework, monkeypatc
     seen = []
 
     def wall_ms(call, stream):
-        (q, k, v), (cu_q, cu_k, max_q, max_k) = call.args, call.keywords["packing"]
-        seen.append((runtime.shape(q), runtime.shape(k), runtime.to_numpy(cu_q).tolist(), max_q, max_k))
+        q, k, _ = call.args
+        options, packing = call.keywords["options"], call.keywords["packing"]
+        beginnings = runtime.to_numpy(packing.cu_q).tolist()
+        seen.append((runtime.shape(q), runtime.shape(k), beginnings, packing.max_q, packing.max_k))
         with monkeypatch.context() as undo:
             undo.setattr(runtime, "is_cpu", is_cpu)
-            out, lse, variant = call.func(*call.args, replace(call.keywords["options"], check_finite=False), call.keywords["packing"])
+            out, lse, variant = call.func(*call.args, replace(options, check_finite=False), packing)
         assert runtime.shape(out) == runtime.shape(q) and lse is not None and variant.backend == "reference"
         return 7.0 / len(seen)
 
