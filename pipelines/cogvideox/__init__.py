@@ -10,7 +10,7 @@ _MODULE_OF = {
     "CogVideoXDPMScheduler": ".scheduler_dpm",
     "CogVideoXPipeline": ".pipeline",
     "CogVideoXTransformer3DModel": ".transformer",
-    "PipelineOutput": ".pipeline",
+    "PipelineOutput": "..shared.output",
     "T5EncoderModel": "..shared.t5",
     "T5Tokenizer": "..shared.t5_tokenizer",
     "check_writable": "..shared.video_files",
