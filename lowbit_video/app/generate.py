@@ -7,14 +7,12 @@ twin is, is printed and written to report.json.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,33 +185,6 @@ def resolve_dtype(name: str, device: str, folder: str) -> str:
     return "bfloat16" if rotary else "float16"
 
 
-def compile_transformer(pipe: Any) -> None:
-    """Compile the pipeline's transformer; its attention stays one operator that runs the processor set at the time."""
-    import paddle
-
-    from ..hook.processors import slot_of
-    from ..hook.report import attention_modules
-
-    for module in attention_modules(pipe.transformer).values():
-        slot_of(module, module.to_q.weight)
-    pipe.transformer = paddle.jit.to_static(pipe.transformer, full_graph=True)
-
-
-@contextlib.contextmanager
-def _readable_failures() -> Iterator[None]:
-    """Errors raised inside a compiled graph come out as themselves, not as Paddle's SystemError."""
-    from ..graph import slots
-
-    slots.take_failure()
-    try:
-        yield
-    except (SystemError, RuntimeError, OSError, ValueError) as error:
-        failure = slots.take_failure()
-        if failure is None or failure is error or failure is error.__cause__:
-            raise
-        raise failure from error
-
-
 @dataclass
 class Run:
     """One run of the pipeline: video float32 [F, H, W, 3] in [0, 1], seconds by stage, the coverage report."""
@@ -234,9 +205,8 @@ def run_pipeline(pipe: Any, job: Job, progress: bool = True) -> Run:
 
     wanted = {"negative_prompt": job.negative_prompt, "num_inference_steps": job.steps, "guidance_scale": job.guidance,
               "num_frames": job.frames, "height": job.height, "width": job.width}
-    with _readable_failures():
-        result = pipe(job.prompt, seed=job.seed, output_type="np", progress=progress,
-                      **{name: value for name, value in wanted.items() if value is not None})
+    result = pipe(job.prompt, seed=job.seed, output_type="np", progress=progress,
+                  **{name: value for name, value in wanted.items() if value is not None})
     video = result.frames[0]
     broken = int(video.size - np.count_nonzero(np.isfinite(video)))
     if broken:
@@ -311,12 +281,12 @@ def _random_model(out: Path, say: Any) -> Path:
 
 
 def _load(job: Job, dtype: str, device: str) -> tuple[Any, float]:
-    from lowbit_video.pipelines.cogvideox.pipeline import CogVideoXPipeline
+    from lowbit_video.pipelines import load
 
     start = time.perf_counter()
-    pipe = CogVideoXPipeline.from_pretrained(job.model, dtype=dtype, device=device)
+    pipe = load(job.model, dtype=dtype, device=device)
     if job.compile:
-        compile_transformer(pipe)
+        pipe.compile()
     return pipe, time.perf_counter() - start
 
 

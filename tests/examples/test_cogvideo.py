@@ -91,7 +91,7 @@ def test_compiled_equals_eager(model, precision):
     for compiled in (False, True):
         pipe = CogVideoXPipeline.from_pretrained(model, device="cpu")
         if compiled:
-            generate.compile_transformer(pipe)
+            pipe.compile()
         apply(pipe, precision)
         run = generate.run_pipeline(pipe, job, progress=False)
         videos.append(run.video)
