@@ -161,7 +161,7 @@ def write_generation(folder: str | Path, generation: dict) -> None:
 
 def generation_defaults(sizes: Sizes) -> dict:
     return {"num_inference_steps": 25, "guidance_scale": 4.0, "num_frames": sizes.frames, "height": sizes.height,
-            "width": sizes.width, "fps": 8, "max_sequence_length": MAX_TOKENS}
+            "width": sizes.width, "fps": 8, "max_sequence_length": MAX_TOKENS, "world": "shapes"}
 
 
 def load_pipeline(folder: str | Path, device, dtype=torch.float32) -> CogVideoXPipeline:
