@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+
+from lowbit_video.eval.metrics.psnr import psnr
+from lowbit_video.eval.metrics.ssim import ssim
+from lowbit_video.eval.report.quality_plot import plot_quality
+from lowbit_video.pipelines import export_to_video, side_by_side
 
 from ..files import write_json
 from .job import Job
 from .run_pipeline import run_pipeline, seconds_line, timed
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def compare_twin(pipe: Any, job: Job, video: np.ndarray, out: Path, files: dict[str, Path], say: Any) -> dict[str, Any]:
@@ -17,11 +21,6 @@ def compare_twin(pipe: Any, job: Job, video: np.ndarray, out: Path, files: dict[
 
     returns: seconds by stage, PSNR (dB) and SSIM of every frame and their means.
     """
-    from lowbit_video.eval.metrics.psnr import psnr
-    from lowbit_video.eval.metrics.ssim import ssim
-    from lowbit_video.eval.report.quality_plot import plot_quality
-    from lowbit_video.pipelines.shared.video_files import export_to_video, side_by_side
-
     say("\nfull precision, the same seed:")
     twin = run_pipeline(pipe, job)
     files["full_precision"] = out / "full_precision.mp4"

@@ -13,8 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit_video import pipelines
 from lowbit_video.pipelines.shared.generation import read_generation
 
+from .. import apply, remove
 from ..files import write_json
 from .compare_twin import compare_twin
 from .job import EXACT, SMALL_MODEL, Job, add_arguments, fill, job_of, shows_shapes, small_model
@@ -31,15 +33,13 @@ def check_before(job: Job) -> None:
     Raises ImportError naming the package to install, ValueError for a device that is not there, OSError
     for a folder that cannot be written.
     """
-    from lowbit_video.pipelines.shared.video_files import check_writable
-
     if importlib.util.find_spec("paddle") is None:
         raise ImportError("the pipeline needs PaddlePaddle: pip install 'lowbit_video[cpu]', or paddlepaddle-gpu from Paddle's "
                           "own index")
     if job.compare and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--compare draws a plot and needs matplotlib: pip install 'lowbit_video[eval]', or leave out "
                           "--compare")
-    check_writable(Path(job.out) / "video.mp4")
+    pipelines.check_writable(Path(job.out) / "video.mp4")
     if job.model is not None and Path(job.model).is_dir():
         read_generation(job.model)
 
@@ -64,15 +64,11 @@ def make(job: Job, say: Any = print) -> dict[str, Any]:
         + (", compiled" if job.compile else ""))
     say(f"prompt: {job.prompt}")
     pipe, load_s = load_pipeline(job, dtype, device)
-    from lowbit_video.pipelines.shared.video_files import export_to_video
-
-    from ..hook.processors import apply, remove
-
     if job.hooked:
         apply(pipe, None if job.precision in EXACT else job.precision, job.modules, fallback=job.fallback, backend=job.backend)
     run = run_pipeline(pipe, job)
     files = {"video": out / "video.mp4"}
-    run.seconds["mp4"] = timed(export_to_video, run.video, files["video"], job.fps)
+    run.seconds["mp4"] = timed(pipelines.export_to_video, run.video, files["video"], job.fps)
     say(seconds_line({"load": load_s, **run.seconds}, job.steps))
     say(f"\n{run.coverage}")
     frames, height, width = run.video.shape[:3]
@@ -101,11 +97,9 @@ def _write_report(report: dict[str, Any], files: dict[str, Path], out: Path) -> 
 
 
 def _random_model(out: Path, say: Any) -> Path:
-    from lowbit_video.pipelines.cogvideox.random_model import make_random_pipeline
-
     folder = out / "random_model"
     say(f"no --model given and no trained model at {SMALL_MODEL}: making a small random one in {folder}")
-    make_random_pipeline(folder, seed=0)
+    pipelines.make_random_pipeline(folder, seed=0)
     return folder
 
 

@@ -6,14 +6,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from lowbit_video import pipelines
+
+from .. import coverage
 from ..files import read_json
 from ..runtime.detect import default_paddle_device
 from .job import Job
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def resolve_device(name: str) -> str:
@@ -45,10 +47,8 @@ def resolve_dtype(name: str, device: str, folder: str) -> str:
 
 def load_pipeline(job: Job, dtype: str, device: str) -> tuple[Any, float]:
     """(the pipeline of the job's model, compiled if asked for, seconds that it took)."""
-    from lowbit_video.pipelines import load
-
     start = time.perf_counter()
-    pipe = load(job.model, dtype=dtype, device=device)
+    pipe = pipelines.load(job.model, dtype=dtype, device=device)
     if job.compile:
         pipe.compile()
     return pipe, time.perf_counter() - start
@@ -68,10 +68,6 @@ def run_pipeline(pipe: Any, job: Job, progress: bool = True) -> Run:
 
     Raises ValueError for sizes that the model does not make (before the work) and for a video with NaN.
     """
-    import numpy as np
-
-    from ..hook.processors import coverage
-
     wanted = {"negative_prompt": job.negative_prompt, "num_inference_steps": job.steps, "guidance_scale": job.guidance,
               "num_frames": job.frames, "height": job.height, "width": job.width}
     result = pipe(job.prompt, seed=job.seed, output_type="np", progress=progress,

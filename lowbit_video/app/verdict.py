@@ -1,18 +1,17 @@
 """What the scorer of the world of shapes sees in a video of the small model."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+
+from lowbit_video.eval import world
+from lowbit_video.eval.world import judge
+from lowbit_video.pipelines.shared.video_files import as_uint8
 
 
 def judge_shapes(video: np.ndarray, prompt: str, say: Any) -> dict[str, Any]:
     """Which parts of the prompt the video shows, what the scorer sees and a hint for the prompt: printed and returned."""
-    from lowbit_video.eval import world
-    from lowbit_video.eval.world import judge
-    from lowbit_video.pipelines.shared.video_files import as_uint8
-
     verdict = judge.score(as_uint8(video), prompt)
     meaning = verdict.meaning
     stated = {"background": meaning.background or meaning.texture,
