@@ -115,13 +115,13 @@ def named_path(text: str) -> tuple[str, str]:
 
 def load(args):
     """(pipeline, settings) of the arguments."""
-    from lowbit_video.pipelines.cogvideox import CogVideoXPipeline
+    from lowbit_video.pipelines import load as load_pipeline
 
     from .compare.settings import for_model
 
     settings = for_model(args.model, steps=args.steps, guidance=args.guidance, frames=args.frames, height=args.height,
                          width=args.width, fps=args.fps)
-    return CogVideoXPipeline.from_pretrained(args.model, dtype=args.dtype, device=args.device), settings
+    return load_pipeline(args.model, dtype=args.dtype, device=args.device), settings
 
 
 def run_compare(args) -> int:

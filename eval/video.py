@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lowbit_video.pipelines.shared import video_files
+
 UINT8_MAX = 255.0
 RANGE_SLACK = 1e-4  # how far past [0, 1] float rounding may carry a pixel before we call it a wrong range
 
@@ -66,7 +68,7 @@ def as_uint8(video, name: str = "video") -> np.ndarray:
     array = np.asarray(video)
     if array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3 and array.size:
         return array
-    return np.rint(as_video(video, name) * UINT8_MAX).astype(np.uint8)
+    return video_files.as_uint8(as_video(video, name))
 
 
 def luma(video: np.ndarray) -> np.ndarray:
@@ -80,14 +82,13 @@ def read_video(path) -> np.ndarray:
     Raises:
         BadVideoError: no such file, or no decoder can read it (says so with the decoder's words).
     """
-    import imageio.v3 as iio
-
     path = Path(path)
     if not path.is_file():
         raise BadVideoError(f"{path}: no such video file")
     try:
-        frames = np.asarray(iio.imread(path, plugin="FFMPEG"))
+        frames, _ = video_files.read_video(path)
     except Exception as error:  # imageio raises whatever its plugin raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise BadVideoError(f"{path}: not a readable video ({reason})") from error
     return as_uint8(frames, str(path))

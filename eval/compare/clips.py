@@ -1,28 +1,25 @@
 """Clips on disk: lossless RGB H.264 as the record of a run, and small reels of all runs of a prompt for the report."""
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
+
+from lowbit_video.files import write_whole
 
 from ..video import as_uint8
 
 
 def encode(path: Path, frames: np.ndarray, fps: float, arguments: list[str], codec: str) -> None:
-    """Write frames [F, H, W, 3] uint8 to `path` by way of a temporary name, so that no half-written file stays."""
+    """Write frames [F, H, W, 3] uint8 to `path`, whole or not at all."""
     import imageio
 
-    part = path.with_name(f".part-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with write_whole(path) as part:
         with imageio.get_writer(part, format="FFMPEG", mode="I", fps=fps, codec=codec, macro_block_size=1, quality=None,
                                 pixelformat=arguments[1], output_params=arguments[2:], ffmpeg_log_level="error") as writer:
             for frame in frames:
                 writer.append_data(frame)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_lossless(path, video, fps: float) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lowbit_video.files import write_whole
 
 from ..metrics import registry
 from .candidates import Candidate, applied, as_candidate, floor_candidate
@@ -183,14 +184,12 @@ class LayerTable:
         """Write one compressed npz, float32, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".part-{path.name}")
-        with open(part, "wb") as file:
+        with write_whole(path) as part, open(part, "wb") as file:
             np.savez_compressed(
                 file, candidates=np.array(self.candidates), layers=np.array(self.layers), share=self.share.astype(np.float32),
                 latent_error=self.latent_error, layer_error=self.layer_error, step_error=self.step_error,
                 floor_error=self.floor_error, about=json.dumps(self.about),
                 **{f"error_{name}": array.astype(np.float32) for name, array in self.errors.items()})
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path) -> LayerTable:

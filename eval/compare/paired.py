@@ -6,13 +6,14 @@ in the making. Only the exact video is needed again (as the reference) when a la
 """
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from lowbit_video.files import write_whole
 
 from ..metrics import registry
 from ..metrics.shared.context import Context
@@ -238,10 +239,8 @@ def _reference(pipe, store: Store, prompt: str, seed: int, settings: Settings, r
     video, note = generate(pipe, prompt, seed, settings)
     video = np.asarray(video, np.float32)
     path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        np.save(file, video)
-    os.replace(part, path)
+    with write_whole(path) as part:
+        np.save(part, video)
     return _Reference(path, video, note)
 
 

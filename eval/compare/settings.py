@@ -1,7 +1,6 @@
 """What is asked of the pipeline for every video of an evaluation, and the machine it ran on."""
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -10,10 +9,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from lowbit_video.pipelines.shared.generation import read_generation
+
 DEFAULT_FPS = 8
-GENERATION_FILE = "generation.json"  # a model folder's own defaults
-ALIASES = {"steps": ("steps", "num_inference_steps"), "guidance": ("guidance", "guidance_scale"),
-           "frames": ("frames", "num_frames"), "height": ("height",), "width": ("width",), "fps": ("fps",)}
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,9 @@ def for_model(folder, **asked) -> Settings:
     Raises:
         ValueError: a generation.json that is not a JSON object.
     """
-    path = Path(folder) / GENERATION_FILE
-    stored = json.loads(path.read_text()) if path.is_file() else {}
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    values = {}
-    for name, keys in ALIASES.items():
-        found = [asked.get(name)] + [stored.get(key) for key in keys]
-        values[name] = next((value for value in found if value is not None), None)
-    values["fps"] = values["fps"] or DEFAULT_FPS
-    return Settings(model=str(folder), **values)
+    values = {**read_generation(folder), **{name: value for name, value in asked.items() if value is not None}}
+    values = {name: values.get(name) for name in ("steps", "guidance", "frames", "height", "width", "fps")}
+    return Settings(model=str(folder), **{**values, "fps": values["fps"] or DEFAULT_FPS})
 
 
 def environment() -> dict:

@@ -26,6 +26,7 @@ from lowbit_video.eval.metrics.psnr import psnr
 from lowbit_video.eval.metrics.ssim import ssim
 from lowbit_video.eval.report.bootstrap import bootstrap
 from lowbit_video.eval.world import judge
+from lowbit_video.pipelines.shared.generation import read_stored
 
 PRECISIONS = ("fp16", "int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
@@ -114,7 +115,7 @@ def main(argv=None) -> int:
     judges = Judges()  # forked before CUDA starts
     from lowbit_video import LowBitAttnProcessor
 
-    generation = json.loads((Path(args.model) / "generation.json").read_text())
+    generation = read_stored(args.model)
     generation["num_inference_steps"] = args.steps or generation["num_inference_steps"]
     captions = held_out_captions(args.captions, CAPTION_SEED)
     pipe = load_pipeline(args.model, args.device, torch.float32)

@@ -24,6 +24,7 @@ from sampling import (
 from tokens import Tokens
 
 from lowbit_video.eval.world import judge
+from lowbit_video.pipelines.shared.generation import read_stored
 
 CHECK_SEED, SWEEP_SEED, TEST_SEED = 2000, 3000, 4000
 
@@ -64,7 +65,7 @@ def evaluate(run: Run) -> None:
     folder = run.state / "model"
     pipe = load_pipeline(folder, run.device)
     sweep, test = (4, 6) if args.tiny else (args.sweep_captions, args.test_captions)
-    generation = json.loads((folder / "generation.json").read_text())
+    generation = read_stored(folder)
     if args.tiny:
         generation["num_inference_steps"] = 2
     shape = run.sizes.latent_shape

@@ -1,7 +1,7 @@
 """The stage `latents`: clips through the autoencoder, before the transformer trains and while it does."""
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from clips import ClipPool
 from run import Run
 from tokens import Tokens
+
+from lowbit_video.files import write_whole
 
 CLIP_SEED = 1001
 WORDINGS = 4  # captions a clip
@@ -81,11 +83,9 @@ def make_latents(run: Run) -> None:
     start, copied = time.time(), [part.cpu().numpy() for part in (run.latents, run.masks, run.ids)]
 
     def write() -> None:  # gigabytes: beside the training, and whole or not at all
-        for path, array in zip(paths, copied):
-            with open(path.with_suffix(".part"), "wb") as file:
-                np.save(file, array)
-        for path in paths:
-            os.replace(path.with_suffix(".part"), path)
+        with contextlib.ExitStack() as complete:
+            for path, array in zip(paths, copied):
+                np.save(complete.enter_context(write_whole(path)), array)
 
     threading.Thread(target=write, daemon=True).start()
     log.say(f"copied in {time.time() - start:.1f} s, being written for the next run")

@@ -11,6 +11,9 @@ from tokens import MAX_TOKENS, Tokens, build_vocabulary
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from lowbit_video.files import write_json
+from lowbit_video.pipelines.shared.generation import GENERATION_NAME
+
 SHARD_SIZE = "15MB"
 
 
@@ -156,12 +159,12 @@ def save(folder: str | Path, vae, text_encoder, transformer, sizes: Sizes, gener
 
 def write_generation(folder: str | Path, generation: dict) -> None:
     """What the demo uses unless told otherwise: steps, guidance, clip size, rate."""
-    (Path(folder) / "generation.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_json(Path(folder) / GENERATION_NAME, generation, indent=2)
 
 
 def generation_defaults(sizes: Sizes) -> dict:
     return {"num_inference_steps": 25, "guidance_scale": 4.0, "num_frames": sizes.frames, "height": sizes.height,
-            "width": sizes.width, "fps": 8, "max_sequence_length": MAX_TOKENS}
+            "width": sizes.width, "fps": 8, "max_sequence_length": MAX_TOKENS, "world": "shapes"}
 
 
 def load_pipeline(folder: str | Path, device, dtype=torch.float32) -> CogVideoXPipeline:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from models import SIZES, TINY
 from sampling import Judges
+
+from lowbit_video.files import write_whole
 
 
 class Log:
@@ -77,8 +78,8 @@ class Run:
 
 def save_state(path: Path, content: dict) -> None:
     """All or nothing: a run killed while writing keeps the state before."""
-    torch.save(content, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with write_whole(path) as part:
+        torch.save(content, part)
 
 
 def on_cpu(content):

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ..shared.pipeline import on_device
 from ..shared.t5 import T5EncoderModel
 from ..shared.t5_tokenizer import T5Tokenizer
-from .pipeline import CogVideoXPipeline, on_device
+from .pipeline import CogVideoXPipeline
 from .scheduler import CogVideoXDDIMScheduler
 from .scheduler_dpm import CogVideoXDPMScheduler
 from .transformer import CogVideoXTransformer3DModel

@@ -1,1 +1,1 @@
-"""What every pipeline shares: configs, weights, T5, video files."""
+"""What every pipeline shares: the pipeline's frame, the denoising loop, inputs, configs, weights, T5, video files."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from lowbit_video import files
 
 CONFIG_NAME = "config.json"
 # The version whose behaviour and files this package reproduces.
@@ -56,35 +57,18 @@ def keep_config(init: Callable) -> Callable:
     return init_and_keep
 
 
-def read_json(path: str) -> dict:
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
         ConfigError: no such file, not JSON, or not an object.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
+    return files.read_json(path, ConfigError)
 
 
-def write_json(path: str, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object under a temporary name, then renames, so that no half-written file is left."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False)
-            file.write("\n")
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object as diffusers lays it out, whole or not at all."""
+    files.write_json(path, value, indent=2, sort_keys=True, ensure_ascii=False)
 
 
 def load_config(

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from lowbit_video.files import write_whole
+
 from .config import ConfigError, read_json, write_json
 
 MODEL_NAME = "spiece.model"
@@ -101,15 +103,8 @@ class T5Tokenizer:
         """Writes spiece.model and tokenizer_config.json, which transformers' T5Tokenizer reads."""
         folder = os.fspath(folder)
         os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, MODEL_NAME)
-        temporary = f"{path}.tmp{os.getpid()}"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(self.pieces.serialized_model_proto())
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        with write_whole(os.path.join(folder, MODEL_NAME)) as temporary:
+            temporary.write_bytes(self.pieces.serialized_model_proto())
         config = {**self.config, **SPECIAL_TOKENS, "extra_ids": self.extra_ids, "tokenizer_class": "T5Tokenizer"}
         write_json(os.path.join(folder, CONFIG_NAME), config)
 

@@ -1,4 +1,4 @@
-"""Videos as mp4 files: written under a temporary name and renamed when complete, so that no half-written file is left."""
+"""Videos as mp4 files: written whole or not at all, read back, joined side by side."""
 from __future__ import annotations
 
 import os
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from lowbit_video.files import write_whole
 
 CODEC = "libx264"
 QUALITY = 8  # imageio's scale, 0 (smallest file) to 10 (best)
@@ -57,15 +59,12 @@ def export_to_video(frames: Any, path: str | os.PathLike, fps: float = 8) -> str
     if fps <= 0:
         raise ValueError(f"fps is {fps}; it must be above 0")
     path = check_writable(path)
-    stem, extension = os.path.splitext(path)
-    if extension.lower() != ".mp4":
+    if os.path.splitext(path)[1].lower() != ".mp4":
         raise ValueError(f"cannot write {path}: only .mp4 is supported")
-    # ffmpeg tells the format by the ending, so the temporary name keeps it.
-    temporary = f"{stem}.tmp{os.getpid()}{extension}"
     height, width = frames.shape[1:3]
     # Colour at half resolution, which every player takes, needs even sides.
     pixel_format = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
-    try:
+    with write_whole(path) as temporary:
         writer = imageio.get_writer(
             temporary, format="FFMPEG", fps=fps, codec=CODEC, quality=QUALITY, macro_block_size=1, pixelformat=pixel_format
         )
@@ -74,10 +73,6 @@ def export_to_video(frames: Any, path: str | os.PathLike, fps: float = 8) -> str
                 writer.append_data(frame)
         finally:
             writer.close()  # by hand: after an error `with` leaves the encoder running, and its file would come back
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     return path
 
 

@@ -25,6 +25,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from lowbit_video.files import write_whole
+
 from .config import CONFIG_NAME, DIFFUSERS_VERSION, Config, ConfigError, known_keys, load_config, read_json, write_json
 
 __all__ = [
@@ -354,16 +356,9 @@ def save_weights(
     names = [f"{filename_stem}.safetensors"]
     if count > 1:
         names = [f"{filename_stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    temporary = [os.path.join(folder, f".{name}.tmp{os.getpid()}") for name in names]
-    try:
-        for path, shard in zip(temporary, shards):
-            _write_file(path, shard, state, linear)
-        for path, name in zip(temporary, names):
-            os.replace(path, os.path.join(folder, name))
-    finally:
-        for path in temporary:
-            if os.path.exists(path):
-                os.remove(path)
+    with contextlib.ExitStack() as complete:
+        for name, shard in zip(names, shards):
+            _write_file(complete.enter_context(write_whole(os.path.join(folder, name))), shard, state, linear)
     index_name = f"{filename_stem}.safetensors.index.json"
     if count > 1:
         weight_map = {item[0]: name for name, shard in zip(names, shards) for item in shard}
@@ -376,7 +371,7 @@ def save_weights(
         write_json(os.path.join(folder, CONFIG_NAME), model.config_json())
 
 
-def _write_file(path: str, shard: list, state: dict[str, paddle.Tensor], linear: set[str]) -> None:
+def _write_file(path: os.PathLike, shard: list, state: dict[str, paddle.Tensor], linear: set[str]) -> None:
     """Writes one safetensors file, one tensor in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -78,7 +78,7 @@ def test_pairs_share_their_noise_and_the_record_is_whole(finished):
     a, b = (read_video(folder / v["clip"]) for v in (exact, line))
     assert a.shape == b.shape == (5, 48, 72, 3) and 0 < np.abs(a.astype(int) - b).mean() < 3
     assert said[-1].startswith("[21/21]") and "left" in said[-2] and any("FAILED" in s for s in said)
-    assert not list((folder / "work").iterdir()) and not list(folder.glob("clips/.part*"))
+    assert not list((folder / "work").iterdir()) and not list(folder.glob("clips/.*"))
 
 
 def test_a_second_start_repeats_nothing_and_a_new_candidate_is_added(finished, pipe):

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.app import cli, generate  # noqa: E402
+from lowbit_video.app import job as job_module
 from lowbit_video.eval.metrics.psnr import psnr  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline, read_video  # noqa: E402
 
@@ -91,7 +92,7 @@ def test_compiled_equals_eager(model, precision):
     for compiled in (False, True):
         pipe = CogVideoXPipeline.from_pretrained(model, device="cpu")
         if compiled:
-            generate.compile_transformer(pipe)
+            pipe.compile()
         apply(pipe, precision)
         run = generate.run_pipeline(pipe, job, progress=False)
         videos.append(run.video)
@@ -140,14 +141,14 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments, message", WRONG.values(), ids=WRONG)
 def test_wrong_requests_are_named_before_the_model_is_loaded(model, tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(generate, "_load", lambda *args: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(generate, "load_pipeline", lambda *args: pytest.fail("the model was loaded first"))
     assert command(model, tmp_path / "out", *arguments) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
 
 
 def test_an_output_folder_that_cannot_be_written_is_named_first(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "_load", lambda *args: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(generate, "load_pipeline", lambda *args: pytest.fail("the model was loaded first"))
     (tmp_path / "file").write_text("x")
     assert command(model, tmp_path / "file") == 2
     assert f"cannot write into {tmp_path / 'file'}" in capsys.readouterr().err
@@ -155,7 +156,7 @@ def test_an_output_folder_that_cannot_be_written_is_named_first(model, tmp_path,
 
 
 def test_compare_without_matplotlib_says_so_first(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "_load", lambda *args: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(generate, "load_pipeline", lambda *args: pytest.fail("the model was loaded first"))
     find = generate.importlib.util.find_spec
     monkeypatch.setattr(generate.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     assert command(model, tmp_path, "--compare") == 2
@@ -194,7 +195,7 @@ def test_the_small_model_is_the_default_with_its_own_settings_and_is_judged(mode
     folder = tmp_path / generate.SMALL_MODEL
     shutil.copytree(model, folder)
     (folder / "generation.json").write_text(json.dumps({"num_inference_steps": 2, "guidance_scale": 2.5, "num_frames": 9,
-                                                        "height": 48, "width": 80, "fps": 10}))
+                                                        "height": 48, "width": 80, "fps": 10, "world": "shapes"}))
     monkeypatch.setattr(generate, "small_model", lambda: folder)
     assert cli.main(["generate", "--out", str(tmp_path / "out"), "--guidance", "1", "--prompt", "a panda plays chess"]) == 0
     out = capsys.readouterr().out
@@ -204,15 +205,29 @@ def test_the_small_model_is_the_default_with_its_own_settings_and_is_judged(mode
     assert "scorer: colour" in out and "hint: this small model knows" in out
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "__file__", str(tmp_path / "elsewhere" / "lowbit_video" / "app" / "generate.py"))
+    monkeypatch.setattr(job_module, "__file__", str(tmp_path / "elsewhere" / "lowbit_video" / "app" / "job.py"))
     assert generate.small_model() == folder
+
+
+def test_a_copy_of_the_small_model_is_judged_wherever_it_lies(model, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    for settings, judged in ((SCRIPT.parent / "small_cogvideox" / "model" / "generation.json", True), (None, False)):
+        if settings:
+            shutil.copy(settings, folder)
+        else:
+            (folder / "generation.json").unlink()
+        assert command(folder, tmp_path / "out") == 0
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert ("adherence" in report) == judged
+        assert report["job"]["prompt"] == (job_module.SMALL_PROMPT if judged else job_module.OTHER_PROMPT)
 
 
 def test_a_failing_comparison_loses_nothing(model, tmp_path, monkeypatch):
     def broken(*args):
         raise MemoryError("the twin did not fit")
 
-    monkeypatch.setattr(generate, "_compare", broken)
+    monkeypatch.setattr(generate, "compare_twin", broken)
     with pytest.raises(MemoryError):
         command(model, tmp_path, "--compare")
     assert len(read_video(tmp_path / "video.mp4")[0]) == 9

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import apply, coverage, remove  # noqa: E402
 from lowbit_video.app import generate  # noqa: E402
+from lowbit_video.app.verdict import judge_shapes  # noqa: E402
 from lowbit_video.eval.world import judge  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline  # noqa: E402
 
@@ -19,7 +20,7 @@ CALL = dict(num_inference_steps=2, num_frames=9, height=64, width=96, seed=0, pr
 def test_the_folder_is_small_and_is_the_default_model():
     sizes = [path.stat().st_size for path in MODEL.rglob("*") if path.is_file()]
     assert max(sizes) < LARGEST_FILE and sum(sizes) < LARGEST_FOLDER
-    assert generate.small_model() == MODEL and generate.is_small_model(MODEL)
+    assert generate.small_model() == MODEL and generate.shows_shapes(MODEL)
     stored = json.loads((MODEL / "generation.json").read_text())
     config = json.loads((MODEL / "transformer" / "config.json").read_text())
     assert stored["num_frames"] == config["sample_frames"] and stored["height"] == 8 * config["sample_height"]
@@ -60,7 +61,7 @@ def test_a_low_bit_video_shows_what_was_asked(precision, prompt):
     ("a panda plays the guitar", 4), ("a red circle", 2), ("a small red circle moves left over a blue background", 0)])
 def test_the_verdict_judges_only_what_the_prompt_says(prompt, not_asked):
     said = []
-    verdict = generate._verdict(np.full((9, 64, 96, 3), 0.5, np.float32), prompt, said.append)
+    verdict = judge_shapes(np.full((9, 64, 96, 3), 0.5, np.float32), prompt, said.append)
     assert [verdict[part] for part in ("colour", "shape", "motion", "background")].count(None) == not_asked
     assert said[0].count("not asked for") == not_asked and said[0].count(" NO") == 4 - not_asked
     assert bool(verdict["hint"]) == (not_asked > 0)

@@ -42,7 +42,6 @@ def test_a_gpu_kernel_runs_in_every_module_and_remove_restores(pipe, precision):
 
 def test_a_compiled_transformer_equals_the_eager_one(pipe):
     from lowbit_video import apply, coverage, remove
-    from lowbit_video.app import generate
     from lowbit_video.runtime.detect import default_paddle_device
 
     device = default_paddle_device()
@@ -51,7 +50,7 @@ def test_a_compiled_transformer_equals_the_eager_one(pipe):
                     "pd_op_to_kernel_pass refuses the graph; needs Paddle's own GPU build")
     apply(pipe, "int8+fp16")
     eager = video(pipe)
-    generate.compile_transformer(pipe)
+    pipe.compile()
     compiled = video(pipe)
     assert all(module.calls == 4 for module in coverage(pipe).modules)
     remove(pipe)

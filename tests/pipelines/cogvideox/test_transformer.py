@@ -9,7 +9,7 @@ from lowbit_video.pipelines.cogvideox import transformer as module
 from lowbit_video.pipelines.cogvideox.rotary import get_3d_rotary_pos_embed, get_resize_crop_region_for_grid
 from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
 
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 KINDS = ("transformer_2b", "transformer_5b", "transformer_5b_learned", "transformer_15")
 TOLERANCE = 1e-4
 

@@ -10,7 +10,7 @@ from lowbit_video.pipelines.shared.config import ConfigError
 from lowbit_video.pipelines.shared.t5 import T5EncoderModel, relative_position_buckets
 from lowbit_video.pipelines.shared.weights import read_header
 
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 KINDS = ("t5_gated", "t5_relu")
 TOLERANCE = 1e-4
 TINY = dict(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)

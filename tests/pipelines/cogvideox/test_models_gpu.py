@@ -8,7 +8,7 @@ import pytest
 from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
 from lowbit_video.pipelines.shared.t5 import T5EncoderModel
 
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 # of the largest output; float32 products may be TF32 on some devices
 RELATIVE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
 

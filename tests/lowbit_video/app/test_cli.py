@@ -39,7 +39,7 @@ def test_kernels_writes_and_checks_a_readme(tmp_path, capsys):
 
 
 def test_the_readmes_table_is_the_generated_one():
-    readme = pathlib.Path(__file__).parents[2] / "README.md"
+    readme = pathlib.Path(__file__).parents[3] / "README.md"
     if kernel_table.BEGIN not in readme.read_text(encoding="utf-8"):
         pytest.skip(f"README.md has no {kernel_table.BEGIN} block")
     assert kernel_table.check(readme), "run: lowbit-video kernels --write README.md"

@@ -182,8 +182,8 @@ def test_peak_memory_while_loading(tmp_path):
         import json, os, sys, threading, time
         import numpy as np, paddle
         from paddle import nn
-        from lowbit_video.pipelines.cogvideox.config import keep_config
-        from lowbit_video.pipelines.cogvideox.weights import Model
+        from lowbit_video.pipelines.shared.config import keep_config
+        from lowbit_video.pipelines.shared.weights import Model
 
         class Large(Model):
             @keep_config

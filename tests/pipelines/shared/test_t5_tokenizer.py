@@ -9,7 +9,7 @@ import pytest
 from lowbit_video.pipelines.shared.config import ConfigError
 from lowbit_video.pipelines.shared.t5_tokenizer import T5Tokenizer
 
-GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 KINDS = ("tokenizer", "tokenizer_json")
 
 

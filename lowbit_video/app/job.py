@@ -1,0 +1,150 @@
+"""What to make: a job's settings, their checks, what a model's folder adds, and how the command line says it."""
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lowbit_video.kernels.variants import BACKENDS
+from lowbit_video.pipelines.shared.generation import read_generation
+
+from ..precision import as_precision, precision_specs
+
+SMALL_MODEL = Path("examples", "small_cogvideox", "model")
+"""The trained small model, below the checkout."""
+SMALL_PROMPT = "a small red circle moves left over a blue background"
+OTHER_PROMPT = "a panda plays the guitar"
+DEFAULT_OUT = "outputs/cogvideo"
+EXACT = ("exact", "fp16", "bf16", "fp32")
+"""Precisions under which the pipeline runs as it is, without a hook."""
+
+
+@dataclass
+class Job:
+    """What to make; None leaves a setting to the model's generation.json, then to the pipeline.
+
+    model: folder or hub id; None takes the small trained model if it is there, else makes a random one.
+    precision: "int8+fp16", ...; "exact" runs without a hook. modules: name patterns to precisions.
+    height, width: pixels. fps: frames a second. device, dtype: "auto" or as Paddle names them.
+    Raises ValueError when built with a value that cannot be meant.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    precision: str = "int8+fp16"
+    modules: dict[str, str] = field(default_factory=dict)
+    fallback: str | None = None
+    backend: str = "auto"
+    steps: int | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    seed: int = 0
+    guidance: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: bool = False
+    compare: bool = False
+    out: str = DEFAULT_OUT
+
+    def __post_init__(self) -> None:
+        as_precision(self.precision)
+        for pattern, precision in self.modules.items():
+            try:
+                as_precision(precision)
+            except ValueError as error:
+                raise ValueError(f"--modules {pattern}={precision}: {error}") from None
+        if self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {self.backend!r}; there are: {', '.join(BACKENDS)}")
+        for name in ("steps", "frames", "height", "width", "fps"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; it must be positive")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; it must be a finite number (1 or less leaves guidance out)")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what the video should show")
+        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise ValueError(f"unknown dtype {self.dtype!r}; there are: auto, float32, float16, bfloat16")
+
+    @property
+    def hooked(self) -> bool:
+        """Whether any attention module is to run through the hook."""
+        return self.precision not in EXACT or bool(self.modules)
+
+
+def small_model() -> Path | None:
+    """The trained small model of this checkout, or of the working directory; None where there is none."""
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (root / SMALL_MODEL / "model_index.json").is_file():
+            return root / SMALL_MODEL
+    return None
+
+
+def shows_shapes(folder: str | Path) -> bool:
+    """Whether a model's videos are of the world of shapes, as its folder says: the scorer can judge them."""
+    return read_generation(folder).get("world") == "shapes"
+
+
+def fill(job: Job, folder: str | Path) -> Job:
+    """The job with what it left open taken from the model's folder."""
+    values = asdict(job)
+    for name, value in read_generation(folder).items():
+        if name in values and values[name] is None:
+            values[name] = value
+    if values["fps"] is None:
+        values["fps"] = 8
+    if values["prompt"] is None:
+        values["prompt"] = SMALL_PROMPT if shows_shapes(folder) else OTHER_PROMPT
+    return Job(**{**values, "model": str(folder)})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The job's arguments, for `lowbit-video generate` and examples/cogvideo.py."""
+    parser.add_argument("--model", metavar="DIR", help="diffusers folder or Hugging Face Hub id (default: the small trained "
+                        "model of the checkout, else a small random one)")
+    parser.add_argument("--prompt", help="what the video shows")
+    parser.add_argument("--negative-prompt", help="what it should not show")
+    parser.add_argument("--precision", default="int8+fp16", help=f"of attention: {', '.join(precision_specs())} "
+                        "(default: %(default)s)")
+    parser.add_argument("--modules", action="append", default=[], metavar="PATTERN=PRECISION",
+                        help="another precision for the attention modules of that name, e.g. 'transformer_blocks.0.*=exact'; "
+                        "may be given several times, the last match wins")
+    parser.add_argument("--fallback", choices=["exact"], help="run exact attention where no kernel serves (default: an error)")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--frames", type=int, help="frames of the video")
+    parser.add_argument("--height", type=int, help="pixels")
+    parser.add_argument("--width", type=int, help="pixels")
+    parser.add_argument("--fps", type=float, help="frames a second of the mp4 (default: the model's, else 8)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--guidance", type=float, help="weight of the prompt")
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu:0, ... (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="of the weights: float32, float16, bfloat16 (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="run the transformer through paddle.jit.to_static")
+    parser.add_argument("--compare", action="store_true", help="also run full precision with the same seed: side-by-side mp4, "
+                        "PSNR and SSIM per frame")
+    parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help="output folder (default: %(default)s)")
+
+
+def job_of(args: argparse.Namespace) -> Job:
+    """The job that the arguments describe."""
+    values = {name: getattr(args, name) for name in Job.__dataclass_fields__}
+    return Job(**{**values, "modules": parse_modules(args.modules)})
+
+
+def parse_modules(given: list[str]) -> dict[str, str]:
+    """["pattern=precision", ...] as a dict. ValueError for one without "="."""
+    pairs = {}
+    for text in given:
+        pattern, equals, precision = text.partition("=")
+        if not (pattern and equals and precision):
+            raise ValueError(f"--modules {text!r}: write PATTERN=PRECISION, such as 'transformer_blocks.0.*=exact'")
+        pairs.pop(pattern, None)
+        pairs[pattern] = precision
+    return pairs

@@ -1,0 +1,95 @@
+"""A pipeline as a job asks for it, and one run of it: where it computes, in which dtype, how long each stage takes."""
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit_video import pipelines
+
+from .. import coverage
+from ..files import read_json
+from ..runtime.detect import default_paddle_device
+from .job import Job
+
+
+def resolve_device(name: str) -> str:
+    """Paddle's name of the device, made the current one. ValueError lists what there is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No ccache found")
+        import paddle
+
+    name = default_paddle_device() if name == "auto" else name
+    try:
+        paddle.set_device(name)
+    except Exception as error:
+        there = ["cpu", *paddle.device.get_available_device()]
+        raise ValueError(f"device {name!r} is not available to this Paddle; there are: {', '.join(dict.fromkeys(there))}; "
+                         "`lowbit-video doctor` says why") from error
+    return paddle.get_device()
+
+
+def resolve_dtype(name: str, device: str, folder: str) -> str:
+    """The weights' dtype: float32 on a CPU; else as published, bfloat16 with rotary positions and float16 without."""
+    if name != "auto":
+        return name
+    if device == "cpu":
+        return "float32"
+    config = Path(folder) / "transformer" / "config.json"
+    rotary = config.is_file() and read_json(config).get("use_rotary_positional_embeddings")
+    return "bfloat16" if rotary else "float16"
+
+
+def load_pipeline(job: Job, dtype: str, device: str) -> tuple[Any, float]:
+    """(the pipeline of the job's model, compiled if asked for, seconds that it took)."""
+    start = time.perf_counter()
+    pipe = pipelines.load(job.model, dtype=dtype, device=device)
+    if job.compile:
+        pipe.compile()
+    return pipe, time.perf_counter() - start
+
+
+@dataclass
+class Run:
+    """One run of the pipeline: video float32 [F, H, W, 3] in [0, 1], seconds by stage, the coverage report."""
+
+    video: np.ndarray
+    seconds: dict[str, float]
+    coverage: Any
+
+
+def run_pipeline(pipe: Any, job: Job, progress: bool = True) -> Run:
+    """Runs the job's prompt, through the hook if `pipe` is hooked.
+
+    Raises ValueError for sizes that the model does not make (before the work) and for a video with NaN.
+    """
+    wanted = {"negative_prompt": job.negative_prompt, "num_inference_steps": job.steps, "guidance_scale": job.guidance,
+              "num_frames": job.frames, "height": job.height, "width": job.width}
+    result = pipe(job.prompt, seed=job.seed, output_type="np", progress=progress,
+                  **{name: value for name, value in wanted.items() if value is not None})
+    video = result.frames[0]
+    broken = int(video.size - np.count_nonzero(np.isfinite(video)))
+    if broken:
+        raise ValueError(f"the video has {broken} NaN or infinite values of {video.size}; try --dtype float32, or "
+                         "--precision exact to see whether attention is the cause")
+    return Run(video, dict(result.timings), coverage(pipe))
+
+
+def timed(function: Callable, *args: Any) -> float:
+    """Calls the function; returns the seconds that it took."""
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def seconds_line(seconds: dict[str, float], steps: int | None) -> str:
+    """Seconds by stage as a line; of denoising also the seconds a step."""
+    text = ", ".join(f"{stage.replace('_', ' ')} {value:.2f}" for stage, value in seconds.items())
+    if steps and seconds.get("denoise"):
+        text += f" ({seconds['denoise'] / steps:.2f} a step)"
+    return f"seconds: {text}"

@@ -1,0 +1,31 @@
+"""A transformer as one compiled graph, in which low-bit attention stays an operator; its errors come out as themselves."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import paddle
+
+from lowbit_video.graph.failures import take_failure
+from lowbit_video.hook.base import slot_of
+from lowbit_video.hook.report import attention_modules
+
+
+def compiled(transformer: paddle.nn.Layer) -> paddle.nn.Layer:
+    """The transformer, compiled; its attention stays one operator that runs the processor set at the time."""
+    for module in attention_modules(transformer).values():
+        slot_of(module, module.to_q.weight)
+    return paddle.jit.to_static(transformer, full_graph=True)
+
+
+@contextlib.contextmanager
+def readable_failures() -> Iterator[None]:
+    """Errors raised inside a compiled graph come out as themselves, not as Paddle's SystemError."""
+    take_failure()
+    try:
+        yield
+    except (SystemError, RuntimeError, OSError, ValueError) as error:
+        failure = take_failure()
+        if failure is None or failure is error or failure is error.__cause__:
+            raise
+        raise failure from error

@@ -1,0 +1,83 @@
+"""What a caller gives a pipeline, checked and made ready: prompts, seeds or noise sources, latents, embeddings."""
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import paddle
+
+MAX_SEED = 2**32
+
+
+def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> tuple[list[str] | None, list[str] | None]:
+    """Prompts and negative prompts as lists of the same length, None where embeddings or nothing were given."""
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("give either prompt or prompt_embeds" + (", not both" if prompt is not None else ""))
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
+    prompts = _as_texts("prompt", prompt)
+    count = len(prompts) if prompts is not None else prompt_embeds.shape[0]
+    negatives = _as_texts("negative_prompt", negative_prompt)
+    if negatives is not None and isinstance(negative_prompt, str):
+        negatives = negatives * count
+    if negatives is not None and len(negatives) != count:
+        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; give one for all or one each")
+    return prompts, negatives
+
+
+def _as_texts(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else None
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} must be a string or a non-empty list of strings, got {value!r}")
+    return texts
+
+
+def make_generators(seed, generator, videos: int) -> tuple[list, list[int] | None]:
+    """A noise source for each video, and the seeds where there are any."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("give either seed or generator, not both")
+        sources = list(generator) if isinstance(generator, (list, tuple)) else [generator] * videos
+        if len(sources) != videos:
+            raise ValueError(f"{len(sources)} generators for {videos} videos; give one for all or one each")
+        if not all(hasattr(source, "standard_normal") for source in sources):
+            raise ValueError("generator must have standard_normal(shape), as numpy.random.default_rng(seed) has")
+        return sources, None
+    if seed is None:
+        seed = secrets.randbelow(MAX_SEED)
+    seeds = [int(one) for one in seed] if isinstance(seed, (list, tuple)) else [int(seed) + i for i in range(videos)]
+    if len(seeds) != videos:
+        raise ValueError(f"{len(seeds)} seeds for {videos} videos; give one for the first or one each")
+    return [np.random.default_rng(one) for one in seeds], seeds
+
+
+def draw(generators: Sequence[Any], shape: Sequence[int]) -> paddle.Tensor:
+    """Standard normal noise [B, ...], float32, each video's from its own source."""
+    return paddle.to_tensor(np.stack([np.asarray(g.standard_normal(tuple(shape[1:])), np.float32) for g in generators]))
+
+
+def take_latents(latents: Any, shape: Sequence[int]) -> paddle.Tensor:
+    """The caller's latents, float32, on the current device. ValueError for another shape."""
+    if list(latents.shape) != list(shape):
+        raise ValueError(f"latents have shape {list(latents.shape)}; these videos need {list(shape)}")
+    return here(latents).astype("float32")
+
+
+def here(x: Any) -> paddle.Tensor:
+    """An array or tensor as a tensor on the current device."""
+    if not isinstance(x, paddle.Tensor):
+        return paddle.to_tensor(x)
+    moved = str(x.place) != str(paddle.framework._current_expected_place())
+    return paddle.to_tensor(x.astype("float32").numpy()).astype(x.dtype) if moved else x
+
+
+def repeat_rows(x: paddle.Tensor, times: int) -> paddle.Tensor:
+    """Each row of [B, N, D] `times` times in a row."""
+    if times == 1:
+        return x
+    batch, length, width = x.shape
+    return x.unsqueeze(1).expand([batch, times, length, width]).reshape([batch * times, length, width])
