@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lowbit_video import files
@@ -57,18 +57,10 @@ def keep_config(init: Callable) -> Callable:
     return init_and_keep
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ConfigError: no such file, not JSON, or not an object.
-    """
-    return files.read_json(path, ConfigError)
-
-
-def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object as diffusers lays it out, whole or not at all."""
-    files.write_json(path, value, indent=2, sort_keys=True, ensure_ascii=False)
+read_json = functools.partial(files.read_json, error=ConfigError)
+"""Reads a JSON object. ConfigError: no such file, not JSON, or not an object."""
+write_json = functools.partial(files.write_json, indent=2, sort_keys=True, ensure_ascii=False)
+"""Writes a JSON object as diffusers lays it out, whole or not at all."""
 
 
 def load_config(
