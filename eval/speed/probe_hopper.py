@@ -31,7 +31,7 @@ HANG_S = 45
 
 def candidates():
     """Name -> (head dim, P.V format, fields of HopperConfig beside the default's)."""
-    from lowbit_video.kernels.attention.hopper import HopperConfig as C
+    from lowbit_video.kernels.attention.hopper.kernel import HopperConfig as C
 
     a = lambda **k: C(**{**dict(block_n=128, consumers=3, stages=3, registers=160), **k})
     b = lambda **k: C(**{**dict(block_n=128, consumers=2, stages=3, registers=240), **k})
@@ -96,7 +96,7 @@ class HopperCase(Case):
     """`Case` with the Hopper launcher, beside the portable one."""
 
     def attend_hopper(self, config=None):
-        from lowbit_video.kernels.attention.hopper import launch_attn_fwd
+        from lowbit_video.kernels.attention.hopper.kernel import launch_attn_fwd
 
         launch_attn_fwd(
             self.qc, self.kc, self.vc if self.pv == "fp8" else self.v, self.out, q_shape=self.q_shape,

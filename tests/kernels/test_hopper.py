@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which exists for Linux only")
 
-from lowbit_video.kernels.attention import gluon_shim, hopper, reference  # noqa: E402
+from lowbit_video.kernels.attention import gluon_shim, reference  # noqa: E402
+from lowbit_video.kernels.attention.hopper import kernel as hopper  # noqa: E402
 from lowbit_video.kernels.buffers import Buffer  # noqa: E402
 
 SHARED_MAX = 227 * 1024  # bytes of shared memory of an sm_90 program

@@ -53,7 +53,8 @@ def device(monkeypatch):
     """A runtime that takes CPU tensors for an H200's; log: every launch, long: those that went through Triton."""
     from triton.runtime.driver import driver
 
-    from lowbit_video.kernels.attention import hopper, portable
+    from lowbit_video.kernels.attention import portable
+    from lowbit_video.kernels.attention.hopper import kernel as hopper
     from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
     from lowbit_video.runtime import torch_runtime
 
@@ -274,7 +275,7 @@ def test_memory_that_is_aligned_less_takes_the_long_way(device):
 
 def test_a_failure_leaves_no_plan_and_no_recording(device, monkeypatch):
     from lowbit_video.kernels import launch
-    from lowbit_video.kernels.attention import hopper
+    from lowbit_video.kernels.attention.hopper import kernel as hopper
 
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "attn_fwd_kernel", None)
@@ -317,7 +318,7 @@ def test_threads_repeat_calls_each_with_its_own_tensors(device):
             results = list(pool.map(one, lengths))
     used = [p for pointers, _ in results for p in pointers]
     assert len(set(used)) == len(used)
-    launches = [arguments for name, _, _, arguments in device.log if name.endswith("hopper.attn_fwd_kernel")]
+    launches = [arguments for name, _, _, arguments in device.log if name.endswith("hopper.kernel.attn_fwd_kernel")]
     written = {getattr(a, "data_ptr", lambda a=a: a)() for arguments in launches for a in arguments
                if hasattr(a, "data_ptr") or isinstance(a, int)}
     assert len(launches) == len(lengths) and {pointers[3] for pointers, _ in results} <= written

@@ -25,12 +25,12 @@ from typing import Any
 
 import triton
 
-from ..buffers import Buffer, as_buffer
-from ..formats import BLOCK_K as _BLOCK_K
-from ..formats import LINE_SHIFT as _LINE_SHIFT
-from ..formats import LOG2_E
-from ..launch import launch
-from .gluon_shim import (
+from ...buffers import Buffer, as_buffer
+from ...formats import BLOCK_K as _BLOCK_K
+from ...formats import LINE_SHIFT as _LINE_SHIFT
+from ...formats import LOG2_E
+from ...launch import launch
+from ..gluon_shim import (
     TensorDescriptor,
     async_load,
     block_barrier,
