@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from lowbit_video.kernels.attention import portable
-from lowbit_video.kernels.attention.hopper import kernel as hopper
+from lowbit_video.kernels.attention.hopper import launch as hopper
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import QK_FORMATS
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
