@@ -173,12 +173,12 @@ _EXACT_QK = tuple((name, name) for name in EXACT_FORMATS)
 
 VARIANTS: tuple[KernelVariant, ...] = (
     KernelVariant(
-        "hopper-int8", "hopper", (("int8", "int8"),), ("fp16", "fp8"), ".attention.hopper:launch_attn_fwd",
+        "hopper-int8", "hopper", (("int8", "int8"),), ("fp16", "fp8"), ".attention.hopper.launch:launch_attn_fwd",
         min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False, granularities=("block",),
         dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("gluon", "v by tma"),
         note="Gluon: TMA, warp specialisation"),
     KernelVariant(
-        "hopper-fp8", "hopper", _FP8_QK, ("fp8",), ".attention.hopper:launch_attn_fwd",
+        "hopper-fp8", "hopper", _FP8_QK, ("fp8",), ".attention.hopper.launch:launch_attn_fwd",
         min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False, granularities=("block",),
         dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("gluon", "v by tma"),
         note="Gluon: TMA, warp specialisation"),

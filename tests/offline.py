@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from lowbit_video.kernels.attention.portable import launch_attn_fwd
+from lowbit_video.kernels.attention import portable
+from lowbit_video.kernels.attention.hopper import launch as hopper
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import QK_FORMATS
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
@@ -109,8 +111,23 @@ class Quantisers(NamedTuple):
         return f"{sm(self.arch)} quantisers D{self.head_dim} {self.dtype}"
 
 
+class Hopper(NamedTuple):
+    """One build of the Hopper kernel; lse: none, "lse", or "shifted" by what K smoothing took."""
+
+    head_dim: int
+    pv: str
+    causal: bool = False
+    lse: str = ""
+    dtype: str = "float16"
+    qk: str = "int8"
+    arch: tuple[int, int] = (9, 0)
+
+    def __str__(self) -> str:
+        return f"hopper {self.qk}+{self.pv} D{self.head_dim} {self.dtype}{' causal' * self.causal}{f' {self.lse}'.rstrip()}"
+
+
 class Built(NamedTuple):
-    """What the assembler reports of one kernel, and the tensor-core instructions of its PTX."""
+    """What the assembler reports of one kernel, the tensor-core instructions of its PTX, and the PTX's SHA-256."""
 
     name: str
     registers: int
@@ -118,6 +135,7 @@ class Built(NamedTuple):
     shared: int
     mma: tuple[str, ...]
     wide_loads: bool
+    ptx: str
 
 
 def sm(arch: tuple[int, int]) -> str:
@@ -131,7 +149,7 @@ def _launch_attention(case: Attention) -> None:
     strides = lambda shape: (shape[1] * shape[2] * shape[3], shape[3], shape[1] * shape[3])
     given = lambda wanted, dtype="float32": buffer(dtype) if wanted else None
     x, full = buffer(case.dtype), case.full
-    launch_attn_fwd(
+    portable.launch_attn_fwd(
         x, x, x, x, q_shape=q_shape, kv_shape=kv_shape, q_format=case.q, k_format=case.k, pv_format=case.pv,
         granularity=case.granularity, out_strides=strides(q_shape), q_strides=strides(q_shape), k_strides=strides(kv_shape),
         v_strides=strides(kv_shape), q_scale=given(not exact), k_scale=given(not exact), v_scale=given(case.pv == "fp8"),
@@ -160,13 +178,32 @@ def _launch_quantisers(case: Quantisers) -> None:
             launch_quant_v(x, strides, buffer("uint8"), float32, shape=shape, **sequences)
 
 
-def build(case: Attention | Quantisers) -> list[Built]:
+def _launch_hopper(case: Hopper) -> None:
+    shape, float32, codes, x = (2, 6, 1000, case.head_dim), buffer("float32"), buffer("int8"), buffer(case.dtype)
+    strides = (1000 * 6 * case.head_dim, case.head_dim, 6 * case.head_dim)
+    hopper.launch_attn_fwd(
+        codes, codes, codes if case.pv == "fp8" else x, x, q_shape=shape, kv_shape=shape, q_format=case.qk, k_format=case.qk,
+        pv_format=case.pv, out_strides=strides, v_strides=strides, q_scale=float32, k_scale=float32, v_scale=float32,
+        sm_scale=0.1, is_causal=case.causal, lse=float32 if case.lse else None,
+        lse_shift=float32 if case.lse == "shifted" else None)
+
+
+def code_of(ptx: str) -> str:
+    """PTX without what only says where it comes from: debug sections, lines, their labels, and comments."""
+    code = re.split(r"^\s*\.(?:file|section)\b", ptx, maxsplit=1, flags=re.MULTILINE)[0]
+    lines = (line.partition("//")[0].strip() for line in code.splitlines())
+    return "\n".join(line for line in lines if line and not re.match(r"\.loc\b|\$L__(?:tmp|func_)", line))
+
+
+def build(case: Attention | Quantisers | Hopper) -> list[Built]:
     """Compiles a case's kernels; runs in any process, so that several can share the work."""
+    launch = {Attention: _launch_attention, Quantisers: _launch_quantisers, Hopper: _launch_hopper}[type(case)]
     with compiling(case.arch) as kernels:
-        (_launch_attention if isinstance(case, Attention) else _launch_quantisers)(case)
+        launch(case)
     found = []
     for kernel in kernels:
         ptx = kernel.asm["ptx"]
         mma = sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]+", ptx)))
-        found.append(Built(kernel.metadata.name, **resources(kernel), mma=tuple(mma), wide_loads="v4.b32" in ptx))
+        found.append(Built(kernel.metadata.name, **resources(kernel), mma=tuple(mma), wide_loads="v4.b32" in ptx,
+                           ptx=hashlib.sha256(code_of(ptx).encode()).hexdigest()))
     return found

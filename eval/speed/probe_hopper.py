@@ -31,64 +31,59 @@ HANG_S = 45
 
 def candidates():
     """Name -> (head dim, P.V format, fields of HopperConfig beside the default's)."""
-    from lowbit_video.kernels.attention.hopper import HopperConfig as C
+    from lowbit_video.kernels.attention.hopper.build import HopperConfig as C
 
     a = lambda **k: C(**{**dict(block_n=128, consumers=3, stages=3, registers=160), **k})
     b = lambda **k: C(**{**dict(block_n=128, consumers=2, stages=3, registers=240), **k})
     return {
         "64f8 base": (64, "fp8", a()),
         "64f8 pin": (64, "fp8", a(pin=True)),
-        "64f8 token": (64, "fp8", a(token=True)),
-        "64f8 token pin": (64, "fp8", a(token=True, pin=True)),
+        "64f8 token": (64, "fp8", a(turns=True)),
+        "64f8 token pin": (64, "fp8", a(turns=True, pin=True)),
         "64f8 st4": (64, "fp8", a(stages=4)),
         "64f8 adds": (64, "fp8", a(sum_mma=False)),
-        "64f8 persist": (64, "fp8", a(persistent=True)),
-        "64f8 token pers": (64, "fp8", a(token=True, persistent=True)),
         "64f8 bn64": (64, "fp8", a(block_n=64, stages=4)),
         "64f8 hold": (64, "fp8", a(hold=8)),
-        "64f8 token hold": (64, "fp8", a(token=True, hold=8)),
-        "64f8 token hold6": (64, "fp8", a(token=True, hold=6)),
-        "64f8 token hold4": (64, "fp8", a(token=True, hold=4)),
-        "64f8 token hold2": (64, "fp8", a(token=True, hold=2)),
-        "64f8 token hold pers": (64, "fp8", a(token=True, hold=8, persistent=True)),
+        "64f8 token hold": (64, "fp8", a(turns=True, hold=8)),
+        "64f8 token hold6": (64, "fp8", a(turns=True, hold=6)),
+        "64f8 token hold4": (64, "fp8", a(turns=True, hold=4)),
+        "64f8 token hold2": (64, "fp8", a(turns=True, hold=2)),
         "64f8 hold adds": (64, "fp8", a(hold=8, sum_mma=False)),
         "64f8 line2": (64, "fp8", a(hold=8, line=2)),
         "64f8 line2 hold4": (64, "fp8", a(hold=4, line=2)),
-        "64f8 token line1 hold4": (64, "fp8", a(token=True, hold=4, line=1)),
-        "64f8 token line2": (64, "fp8", a(token=True, hold=8, line=2)),
-        "64f8 token line2 hold4": (64, "fp8", a(token=True, hold=4, line=2)),
-        "64f8 token line2 hold6": (64, "fp8", a(token=True, hold=6, line=2)),
-        "64f8 token line3 hold4": (64, "fp8", a(token=True, hold=4, line=3)),
-        "64f8 token line8 hold4": (64, "fp8", a(token=True, hold=4, line=8)),
+        "64f8 token line1 hold4": (64, "fp8", a(turns=True, hold=4, line=1)),
+        "64f8 token line2": (64, "fp8", a(turns=True, hold=8, line=2)),
+        "64f8 token line2 hold4": (64, "fp8", a(turns=True, hold=4, line=2)),
+        "64f8 token line2 hold6": (64, "fp8", a(turns=True, hold=6, line=2)),
+        "64f8 token line3 hold4": (64, "fp8", a(turns=True, hold=4, line=3)),
+        "64f8 token line8 hold4": (64, "fp8", a(turns=True, hold=4, line=8)),
         "64f16 base": (64, "fp16", a(sum_mma=False)),
         "64f16 hold": (64, "fp16", a(sum_mma=False, hold=8)),
-        "64f16 token hold": (64, "fp16", a(sum_mma=False, token=True, hold=8)),
+        "64f16 token hold": (64, "fp16", a(sum_mma=False, turns=True, hold=8)),
         "64f16 lazy": (64, "fp16", a(sum_mma=False, lazy=True)),
         "64f16 lazy hold": (64, "fp16", a(sum_mma=False, lazy=True, hold=8)),
-        "64f16 token lazy hold": (64, "fp16", a(sum_mma=False, lazy=True, token=True, hold=8)),
-        "128f8 token": (128, "fp8", b(token=True)),
+        "64f16 token lazy hold": (64, "fp16", a(sum_mma=False, lazy=True, turns=True, hold=8)),
+        "128f8 token": (128, "fp8", b(turns=True)),
         "128f8 base": (128, "fp8", b()),
         "128f8 pin": (128, "fp8", b(pin=True)),
-        "128f8 token pin": (128, "fp8", b(token=True, pin=True)),
+        "128f8 token pin": (128, "fp8", b(turns=True, pin=True)),
         "128f8 hold": (128, "fp8", b(hold=8)),
         "128f8 hold4": (128, "fp8", b(hold=4)),
-        "128f8 token hold": (128, "fp8", b(token=True, hold=8)),
+        "128f8 token hold": (128, "fp8", b(turns=True, hold=8)),
         "128f8 hold adds": (128, "fp8", b(hold=8, sum_mma=False)),
         "128f8 line2 hold4": (128, "fp8", b(hold=4, line=2)),
-        "128f8 token line2 hold4": (128, "fp8", b(token=True, hold=4, line=2)),
-        "128f8 token st4": (128, "fp8", b(token=True, stages=4)),
-        "128f8 persist": (128, "fp8", b(persistent=True)),
-        "128f8 token pers": (128, "fp8", b(token=True, persistent=True)),
+        "128f8 token line2 hold4": (128, "fp8", b(turns=True, hold=4, line=2)),
+        "128f8 token st4": (128, "fp8", b(turns=True, stages=4)),
         "128f8 adds": (128, "fp8", b(sum_mma=False)),
         "128f16 base": (128, "fp16", b(sum_mma=False)),
         "128f16 hold": (128, "fp16", b(sum_mma=False, hold=8)),
         "128f16 hold2": (128, "fp16", b(sum_mma=False, hold=2)),
-        "128f16 token hold": (128, "fp16", b(sum_mma=False, token=True, hold=8)),
+        "128f16 token hold": (128, "fp16", b(sum_mma=False, turns=True, hold=8)),
         "128f16 lazy": (128, "fp16", b(sum_mma=False, lazy=True)),
         "128f16 lazy hold": (128, "fp16", b(sum_mma=False, lazy=True, hold=8)),
         "128f16 lazy hold2": (128, "fp16", b(sum_mma=False, lazy=True, hold=2)),
-        "128f16 token lazy hold": (128, "fp16", b(sum_mma=False, lazy=True, token=True, hold=8)),
-        "128f16 token lazy hold4": (128, "fp16", b(sum_mma=False, lazy=True, token=True, hold=4)),
+        "128f16 token lazy hold": (128, "fp16", b(sum_mma=False, lazy=True, turns=True, hold=8)),
+        "128f16 token lazy hold4": (128, "fp16", b(sum_mma=False, lazy=True, turns=True, hold=4)),
     }
 
 
@@ -96,7 +91,7 @@ class HopperCase(Case):
     """`Case` with the Hopper launcher, beside the portable one."""
 
     def attend_hopper(self, config=None):
-        from lowbit_video.kernels.attention.hopper import launch_attn_fwd
+        from lowbit_video.kernels.attention.hopper.launch import launch_attn_fwd
 
         launch_attn_fwd(
             self.qc, self.kc, self.vc if self.pv == "fp8" else self.v, self.out, q_shape=self.q_shape,

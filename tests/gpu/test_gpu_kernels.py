@@ -133,7 +133,7 @@ def test_causal_gqa_lse_and_unequal_lengths(gpu, variant, spec, q_len, kv_len):
 
 def reference_line(head_dim):
     """The default Hopper build's `line`, for the oracle; 0 where the kernel does not serve the head dim."""
-    from lowbit_video.kernels.attention.hopper import CONFIGS
+    from lowbit_video.kernels.attention.hopper.build import CONFIGS
 
     return CONFIGS[head_dim, True].line if (head_dim, True) in CONFIGS else 0
 

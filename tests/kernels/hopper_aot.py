@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lowbit_video.kernels.attention import hopper
+from lowbit_video.kernels.attention.hopper import launch as hopper
 from lowbit_video.kernels.buffers import Buffer
 
 

@@ -1,9 +1,6 @@
 """Every portable kernel compiles for every arch with no GPU, fits it, spills no more than known, and uses its tensor cores."""
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -14,7 +11,7 @@ from lowbit_video.kernels import tuning  # noqa: E402
 from lowbit_video.kernels.variants import VARIANTS  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 
-from offline import Attention, Quantisers, build, sm  # noqa: E402
+from offline import Attention, Quantisers, sm  # noqa: E402
 
 ARCHS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -76,17 +73,6 @@ def attention_cases(arch):
 ATTENTION = [case for arch in ARCHS for case in attention_cases(arch)]
 ATTENTION += [Attention(arch, "int8", "int8", "fp16", 72) for arch in ((8, 9), (9, 0))]  # rows of 72 bytes: no 16 at a time
 QUANTISERS = [Quantisers(arch) for arch in ARCHS]
-
-
-@pytest.fixture(scope="module")
-def built(request):
-    """What `build` returns for a case; the cases of the collected tests compile in two processes."""
-    items = [item for item in request.session.items if item.path == request.path]
-    cases = [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
-    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
-    futures = {case: pool.submit(build, case) for case in cases}
-    yield lambda case: futures[case].result()
-    pool.shutdown(cancel_futures=True)
 
 
 def instructions(case):

@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which exists for Linux only")
 
-from lowbit_video.kernels.attention import gluon_shim, hopper, reference  # noqa: E402
+from lowbit_video.kernels.attention import gluon_shim, reference  # noqa: E402
+from lowbit_video.kernels.attention.hopper import launch, softmax  # noqa: E402
 from lowbit_video.kernels.buffers import Buffer  # noqa: E402
 
 SHARED_MAX = 227 * 1024  # bytes of shared memory of an sm_90 program
@@ -44,7 +45,7 @@ def test_compiles_ahead_of_time_without_serialised_products():
 
 
 def run_ptx(text: str, registers: dict[str, Any]) -> None:
-    """Runs the instructions of `_line_asm` on NumPy values: float32 for floats, uint32 for registers, by name."""
+    """Runs the instructions of `line_asm` on NumPy values: float32 for floats, uint32 for registers, by name."""
     half = lambda r: np.array([registers[r]], np.uint32).view(np.float16)
     read = lambda word: int(word, 16) if word.startswith("0x") else registers[word]
     e4m3 = lambda *pair: np.array(pair, np.float32).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint16)[0]
@@ -77,13 +78,13 @@ def run_ptx(text: str, registers: dict[str, Any]) -> None:
 @pytest.mark.parametrize("line", [1, 3, 8])
 def test_line_packs_codes_of_the_exponentials(line):
     count, scale, maximum = 16, np.float32(2.0**-9), np.float32(3.7)
-    text = getattr(hopper._line_asm(count, line), "value", hopper._line_asm(count, line))
+    text = getattr(softmax.line_asm(count, line), "value", softmax.line_asm(count, line))
     x = np.random.default_rng(0).uniform(-9, 8, (4, count)).astype(np.float32)  # logarithms
     x[:, 0], x[0, 1], x[1, 1] = 8.0, 8.0, -np.inf
     registers = {f"${count * (1 + j) + i}": np.float32((x[j, i] + maximum) / scale) for j in range(4) for i in range(count)}
     for i in range(count):
         registers |= {f"${5 * count + i}": scale, f"${6 * count + i}": -maximum,
-                      f"${7 * count + i}": np.float32(hopper.LINE_SHIFT.value - maximum)}
+                      f"${7 * count + i}": np.float32(softmax.LINE_SHIFT.value - maximum)}
     run_ptx(text, registers)
     codes = np.array([[int(registers[f"${i}"]) >> 8 * j & 255 for i in range(count)] for j in range(4)], np.uint8)
     got, wanted = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64), np.exp2(x.astype(np.float64))
@@ -96,9 +97,9 @@ def test_line_packs_codes_of_the_exponentials(line):
 
 def test_line_needs_hold_and_products_for_row_sums():
     with pytest.raises(ValueError, match="line=2"):
-        hopper.HopperConfig(128, 3, 3, 160, line=2)
+        launch.HopperConfig(128, 3, 3, 160, line=2)
     with pytest.raises(ValueError, match="sum_mma=False"):
-        hopper.HopperConfig(128, 3, 3, 160, hold=4, line=2, sum_mma=False)
+        launch.HopperConfig(128, 3, 3, 160, hold=4, line=2, sum_mma=False)
 
 
 def arguments(**changes):
@@ -116,7 +117,7 @@ def arguments(**changes):
 def test_refuses_by_name(changes, word):
     int8, half = Buffer(1 << 20, "int8"), Buffer(1 << 20, "float16")
     with pytest.raises(ValueError, match=word):
-        hopper.launch_attn_fwd(int8, int8, half, half, **arguments(**changes))
+        launch.launch_attn_fwd(int8, int8, half, half, **arguments(**changes))
 
 
 def test_shim_takes_either_name_of_the_tma_load():

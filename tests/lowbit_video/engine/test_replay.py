@@ -55,7 +55,8 @@ def device(monkeypatch):
     """A runtime that takes CPU tensors for an H200's; log: every launch, long: those that went through Triton."""
     from triton.runtime.driver import driver
 
-    from lowbit_video.kernels.attention import hopper, portable
+    from lowbit_video.kernels.attention import portable
+    from lowbit_video.kernels.attention.hopper import launch as hopper
     from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
     from lowbit_video.runtime import torch_runtime
 
@@ -63,7 +64,6 @@ def device(monkeypatch):
     for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
                          (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel")):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_device=lambda: 0), raising=False)
 
     def empty(shape, dtype, like):
@@ -275,7 +275,7 @@ def test_memory_that_is_aligned_less_takes_the_long_way(device):
 
 def test_a_failure_leaves_no_plan_and_no_recording(device, monkeypatch):
     from lowbit_video.kernels import launch
-    from lowbit_video.kernels.attention import hopper
+    from lowbit_video.kernels.attention.hopper import launch as hopper
 
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "attn_fwd_kernel", None)
@@ -318,7 +318,7 @@ def test_threads_repeat_calls_each_with_its_own_tensors(device):
             results = list(pool.map(one, lengths))
     used = [p for pointers, _ in results for p in pointers]
     assert len(set(used)) == len(used)
-    launches = [arguments for name, _, _, arguments in device.log if name.endswith("hopper.attn_fwd_kernel")]
+    launches = [arguments for name, _, _, arguments in device.log if name.endswith("hopper.launch.attn_fwd_kernel")]
     written = {getattr(a, "data_ptr", lambda a=a: a)() for arguments in launches for a in arguments
                if hasattr(a, "data_ptr") or isinstance(a, int)}
     assert len(launches) == len(lengths) and {pointers[3] for pointers, _ in results} <= written
