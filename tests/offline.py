@@ -17,8 +17,10 @@ from triton.runtime import driver, jit
 
 from lowbit_video.kernels.attention import portable
 from lowbit_video.kernels.attention.hopper import launch as hopper
+from lowbit_video.kernels.attention.hopper.build import HopperConfig
 from lowbit_video.kernels.buffers import Buffer
-from lowbit_video.kernels.formats import QK_FORMATS
+from lowbit_video.kernels.formats import BLOCK_K, FORMAT_OF_DTYPE, QK_FORMATS, scale_block
+from lowbit_video.kernels.operands import Operand, Packed, Sequences, codes_of, v_codes_of
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 from lowbit_video.kernels.quant.quant_v import launch_quant_v
 from lowbit_video.kernels.quant.token_stats import launch_stats
@@ -68,6 +70,9 @@ def compiling(arch: tuple[int, int]) -> Iterator[list]:
 def buffer(dtype: str) -> Buffer:
     """Memory that nothing will touch, well aligned."""
     return Buffer(1 << 30, dtype)
+
+
+PACKED = Packed(*[Sequences(buffer("int32"), 9000)] * 2)
 
 
 def resources(kernel: Any) -> dict[str, int]:
@@ -142,50 +147,55 @@ def sm(arch: tuple[int, int]) -> str:
     return f"sm_{arch[0]}{arch[1]}"
 
 
+def strides(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """Of batch, head and token, as [B, N, H, D] tensors have them."""
+    _, heads, tokens, head_dim = shape
+    return (heads * tokens * head_dim, head_dim, heads * head_dim)
+
+
+def operand(shape: tuple[int, int, int, int], dtype: str) -> Operand:
+    """A tensor of [B, N, H, D] memory as launchers take it."""
+    return Operand(buffer(dtype), shape, strides(shape), FORMAT_OF_DTYPE[dtype])
+
+
 def _launch_attention(case: Attention) -> None:
     """2 x 12 heads, 4 of keys, over odd lengths, with the arguments of the public API."""
-    exact = case.q in EXACT
-    q_shape, kv_shape = (2, 12, 17776, case.head_dim), (2, 4, 17776, case.head_dim)
-    strides = lambda shape: (shape[1] * shape[2] * shape[3], shape[3], shape[1] * shape[3])
-    given = lambda wanted, dtype="float32": buffer(dtype) if wanted else None
-    x, full = buffer(case.dtype), case.full
+    exact, full = case.q in EXACT, case.full
+    q, k, v = (operand((2, heads, 17776, case.head_dim), case.dtype) for heads in (12, 4, 4))
+    out, given = q, lambda wanted: buffer("float32") if wanted else None
+    if exact:
+        q, k, v = q._replace(format=case.q), k._replace(format=case.k), v._replace(format=case.pv)
+    else:
+        q = codes_of(q, case.q, buffer("int8"), buffer("float32"), None, full)
+        k = codes_of(k, case.k, buffer("int8"), buffer("float32"), scale_block("k", case.granularity), full)
+        v = v_codes_of(v, buffer("int8"), buffer("float32"), full) if case.pv == "fp8" else v
     portable.launch_attn_fwd(
-        x, x, x, x, q_shape=q_shape, kv_shape=kv_shape, q_format=case.q, k_format=case.k, pv_format=case.pv,
-        granularity=case.granularity, out_strides=strides(q_shape), q_strides=strides(q_shape), k_strides=strides(kv_shape),
-        v_strides=strides(kv_shape), q_scale=given(not exact), k_scale=given(not exact), v_scale=given(case.pv == "fp8"),
-        bias=given(case.smooth_q), sm_scale=0.1, arch=case.arch, is_causal=full, lse=given(full), lse_shift=given(full),
-        pv_dtype="bfloat16" if case.dtype == "float32" and not exact else None,
-        cu_seqlens_q=given(full, "int32"), cu_seqlens_k=given(full, "int32"), max_q=9000, max_k=9000)
+        q, k, v, out, bias=given(case.smooth_q), sm_scale=0.1, arch=case.arch, is_causal=full, lse=given(full),
+        lse_shift=given(full), pv_dtype="bfloat16" if case.dtype == "float32" and not exact else None,
+        packed=PACKED if full else None)
 
 
 def _launch_quantisers(case: Quantisers) -> None:
-    shape, float32, x = (2, 4, 17776, case.head_dim), buffer("float32"), buffer(case.dtype)
-    strides = (17776 * 4 * case.head_dim, case.head_dim, 4 * case.head_dim)
-    launch_stats(float32, q=x, q_strides=strides, q_mean=float32, q_shape=shape, k=x, k_strides=strides, k_mean=float32, v=x,
-                 v_strides=strides, v_scale=float32, kv_shape=shape)
-    packed = dict(cu_seqlens=buffer("int32"), max_len=9000)
-    launch_stats(float32, q=x, q_strides=strides, q_mean=float32, q_shape=shape, k=x, k_strides=strides, k_mean=float32, v=x,
-                 v_strides=strides, v_scale=float32, kv_shape=shape, cu_seqlens_q=buffer("int32"), cu_seqlens_k=buffer("int32"),
-                 max_q=9000, max_k=9000)
-    launch_quant_qk(x, strides, buffer("uint8"), float32, shape=shape, format="int8", block=128, mean=float32, **packed)
+    x, float32 = operand((2, 4, 17776, case.head_dim), case.dtype), buffer("float32")
+    codes = lambda format, block, packed=False: codes_of(x, format, buffer("uint8"), float32, block, packed)
+    for packed in (None, PACKED):
+        launch_stats(float32, q=x, q_mean=float32, k=x, k_mean=float32, v=x, v_scale=float32, packed=packed)
+    launch_quant_qk(x, codes("int8", 128, True), PACKED.k, mean=float32)
     for format in QK_FORMATS:
         if format != "fp8" or case.arch >= (8, 9):
             for block in {"int8": (128, None), "fp8": (128,)}.get(format, (None,)):
-                launch_quant_qk(x, strides, buffer("uint8"), float32, shape=shape, format=format, block=block, mean=float32,
-                                bias=float32, q_mean=float32, group=3)
+                launch_quant_qk(x, codes(format, block), mean=float32, bias=float32, q_mean=float32, group=3)
     if case.arch >= (8, 9):
-        for sequences in ({}, packed):
-            launch_quant_v(x, strides, buffer("uint8"), float32, shape=shape, **sequences)
+        for sequences in (None, PACKED.k):
+            launch_quant_v(x, v_codes_of(x, buffer("uint8"), float32, sequences is not None), sequences)
 
 
-def _launch_hopper(case: Hopper) -> None:
-    shape, float32, codes, x = (2, 6, 1000, case.head_dim), buffer("float32"), buffer("int8"), buffer(case.dtype)
-    strides = (1000 * 6 * case.head_dim, case.head_dim, 6 * case.head_dim)
+def launch_hopper(case: Hopper, config: HopperConfig | None = None) -> None:
+    x, float32 = operand((2, 6, 1000, case.head_dim), case.dtype), buffer("float32")
+    codes = codes_of(x, case.qk, buffer("int8"), float32, None), codes_of(x, case.qk, buffer("int8"), float32, BLOCK_K)
     hopper.launch_attn_fwd(
-        codes, codes, codes if case.pv == "fp8" else x, x, q_shape=shape, kv_shape=shape, q_format=case.qk, k_format=case.qk,
-        pv_format=case.pv, out_strides=strides, v_strides=strides, q_scale=float32, k_scale=float32, v_scale=float32,
-        sm_scale=0.1, is_causal=case.causal, lse=float32 if case.lse else None,
-        lse_shift=float32 if case.lse == "shifted" else None)
+        *codes, v_codes_of(x, buffer("int8"), float32) if case.pv == "fp8" else x, x, sm_scale=0.1, is_causal=case.causal,
+        lse=float32 if case.lse else None, lse_shift=float32 if case.lse == "shifted" else None, config=config)
 
 
 def code_of(ptx: str) -> str:
@@ -197,7 +207,7 @@ def code_of(ptx: str) -> str:
 
 def build(case: Attention | Quantisers | Hopper) -> list[Built]:
     """Compiles a case's kernels; runs in any process, so that several can share the work."""
-    launch = {Attention: _launch_attention, Quantisers: _launch_quantisers, Hopper: _launch_hopper}[type(case)]
+    launch = {Attention: _launch_attention, Quantisers: _launch_quantisers, Hopper: launch_hopper}[type(case)]
     with compiling(case.arch) as kernels:
         launch(case)
     found = []

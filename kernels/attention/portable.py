@@ -9,17 +9,16 @@ two-level accumulation; here P's scale is a constant 2**8 and V's keys are permu
 """
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..buffers import Buffer, as_buffer
+from ..buffers import Buffer
 from ..formats import BLOCK_K, EXACT_FORMATS, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, get_format
 from ..fp8 import to_fp8
 from ..launch import launch
-from ..quant.shapes import ceil_div
+from ..operands import Operand, Packed
+from ..quant.shapes import ceil_div, row_strides, scale_count, v_tokens
 from ..tuning import TileConfig, family, lookup
 
 SCALE_KEYS = tl.constexpr(BLOCK_K)
@@ -313,100 +312,65 @@ def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shif
         tl.store(lse + p_row, b_lse, mask=m_m)
 
 
-def _descriptor(buffer: Buffer, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
-                ) -> TensorDescriptor | None:
-    """A TMA descriptor of a [B, H, rows, columns] view, or None if its base or strides are not multiples of 16 bytes."""
-    size = buffer.dtype.itemsize
+def _descriptor(x: Operand, shape: tuple[int, ...], block: tuple[int, int]) -> TensorDescriptor | None:
+    """A TMA descriptor of x as [B, H, rows, columns], or None if its base or strides are not multiples of 16 bytes."""
+    size = x.buffer.dtype.itemsize
     # the stride of a dimension of one element is never used, and may be anything
-    strides = tuple(s if n > 1 else ceil_div(shape[-1] * size, 16) * 16 // size for n, s in zip(shape, strides))
-    if buffer.data_ptr() % 16 or any(s * size % 16 for s in strides):
+    strides = tuple(s if n > 1 else ceil_div(shape[-1] * size, 16) * 16 // size for n, s in zip(shape, x.strides))
+    if x.buffer.data_ptr() % 16 or any(s * size % 16 for s in strides):
         return None
-    return TensorDescriptor(buffer, list(shape), [*strides, 1], [1, 1, *block])
+    return TensorDescriptor(x.buffer, list(shape), [*strides, 1], [1, 1, *block])
 
 
-def launch_attn_fwd(q: Any, k: Any, v: Any, out: Any, *, q_shape: tuple[int, int, int, int],
-                    kv_shape: tuple[int, int, int, int], q_format: str, k_format: str, pv_format: str,
-                    granularity: str = "block", out_strides: tuple[int, int, int],
-                    v_strides: tuple[int, int, int] | None = None,
-                    q_strides: tuple[int, int, int] | None = None, k_strides: tuple[int, int, int] | None = None,
-                    q_scale: Any = None, k_scale: Any = None, v_scale: Any = None, bias: Any = None, lse: Any = None,
-                    lse_shift: Any = None, sm_scale: float, is_causal: bool = False, pv_dtype: str | None = None,
-                    cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_q: int | None = None, max_k: int | None = None,
-                    arch: tuple[int, int] = (9, 0), config: TileConfig | None = None) -> None:
+def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scale: float, is_causal: bool = False,
+                    packed: Packed | None = None, bias: Buffer | None = None, lse: Buffer | None = None,
+                    lse_shift: Buffer | None = None, pv_dtype: str | None = None, arch: tuple[int, int] = (9, 0),
+                    config: TileConfig | None = None) -> None:
     """out = softmax(q k^T sm_scale) v, from codes and scales as the quantisers left them, or exact.
 
-    q_shape (B, Hq, Nq, D) and kv_shape (B, Hkv, Nkv, D) are the logical shapes; strides are (batch, head, seq) in elements.
-    q, k: contiguous HND codes for a scaled format; for exact attention ("fp16", "bf16", "fp32") any view, by q_strides and
-    k_strides. v: for pv_format "fp16" any 16-bit (or fp32) view by v_strides; for "fp8" the codes of `launch_quant_v`.
-    q_scale: [B, Hq, Nq] float32. k_scale: [B, Hkv, ceil(Nkv / 128)], or [B, Hkv, Nkv] for granularity "token".
+    q, k: codes of `operands.codes_of`; for exact attention ("fp16", "bf16", "fp32") any view. v: any 16-bit (or fp32) view, or
+    the codes of `operands.v_codes_of`.
     pv_dtype: "float16" or "bfloat16", what P (and a float32 V) is rounded to; by default V's own dtype. Exact attention in
     float32 (pv_dtype "float32") multiplies by TF32 in three terms.
-    out: any dtype, by out_strides. lse [B, Hq, Nq] float32, natural log, plus lse_shift if that is given.
+    out: any dtype. lse [B, Hq, Nq] float32, natural log, plus lse_shift if that is given.
     bias [B, Hq, Nkv]: Q smoothing's correction. is_causal: key j is visible to query i if j <= i + Nkv - Nq; a row without
-    a key gives 0 and -inf. With cu_seqlens (int32 [S + 1] each): packed batches, shapes (S, H, T, D), see
-    `kernels.quant.shapes`; max_q, max_k: the longest sequences. arch decides on TMA and the tile; config overrides
+    a key gives 0 and -inf. packed: of operands of shape (S, H, T, D). arch decides on TMA and the tile; config overrides
     the tuning table.
     """
-    batch, q_heads, q_len, head_dim = q_shape
-    _, kv_heads, kv_len, _ = kv_shape
-    varlen = cu_seqlens_q is not None
-    exact = k_format in EXACT_FORMATS
-    pv_fp8 = pv_format == "fp8"
-    per_token = granularity == "token" and not exact
+    batch, q_heads, q_len, head_dim = q.shape
+    _, kv_heads, kv_len, _ = k.shape
+    exact = k.format in EXACT_FORMATS
+    pv_fp8 = v.format == "fp8"
+    per_token = k.block is None and not exact
     if config is None:
-        config = lookup(family(q_format, k_format, pv_format), arch, head_dim)
-    arch = tuple(arch)
+        config = lookup(family(q.format, k.format, v.format), arch, head_dim)
     pad_d = max(64, triton.next_power_of_2(head_dim))
-    interpret = bool(triton.knobs.runtime.interpret)
-    tma = (9, 0) <= arch < (12, 0)  # sm_120's mma.sync reads registers: pointers cost it fewer of them
-    rows = 1 if varlen else batch  # size of the batch dimension in memory
-
-    def contiguous(heads: int, tokens: int, columns: int) -> tuple[int, int, int]:
-        return (heads * tokens * columns, tokens * columns, columns)
-
-    if exact:
-        storage_q = storage_k = None
-        k_columns = head_dim
-        factor = 1.0
-    else:
-        q_code, k_code = get_format(q_format), get_format(k_format)
-        storage_q, storage_k = q_code.storage, k_code.storage
-        k_columns = head_dim // k_code.codes_per_byte
-        q_strides = contiguous(q_heads, q_len, head_dim // q_code.codes_per_byte)
-        k_strides = contiguous(kv_heads, kv_len, k_columns)
-        factor = DECODE_FACTOR[q_format] * DECODE_FACTOR[k_format]
-    q, k = as_buffer(q, storage_q), as_buffer(k, storage_k)
-    k_desc = v_desc = None
-    if tma:
-        k_desc = _descriptor(k, (rows, kv_heads, kv_len, k_columns), k_strides,
-                             (config.block_n, pad_d if exact else pad_d // k_code.codes_per_byte))
+    rows = batch if packed is None else 1  # size of the batch dimension in memory
+    pack = 1 if exact else get_format(k.format).codes_per_byte
     if pv_fp8:
-        padded = (kv_len // BLOCK_K + batch if varlen else ceil_div(kv_len, BLOCK_K)) * BLOCK_K
-        v = as_buffer(v, "float8_e4m3fn")
-        v_strides = contiguous(kv_heads, head_dim, padded)
-        v_shape, v_block, p_dtype = (rows, kv_heads, head_dim, padded), (pad_d, config.block_n), "float16"
+        v_shape = (rows, kv_heads, head_dim, v_tokens(kv_len, batch if packed else None))
+        v_block, p_dtype = (pad_d, config.block_n), "float16"
     else:
-        v = as_buffer(v)
         v_shape, v_block = (rows, kv_heads, kv_len, head_dim), (config.block_n, pad_d)
-        p_dtype = pv_dtype or str(v.dtype)
+        p_dtype = pv_dtype or str(v.buffer.dtype)
         if p_dtype not in P_DTYPES or (p_dtype == "float32" and not exact):
             raise ValueError(f"P.V in {p_dtype} is not supported; pass pv_dtype='float16' or 'bfloat16'")
-    if tma:
-        v_desc = _descriptor(v, v_shape, v_strides, v_block)
-    if varlen:
-        q_strides, k_strides, v_strides, out_strides = ((0, *s[1:]) for s in (q_strides, k_strides, v_strides, out_strides))
-    k_scales = kv_len if per_token else kv_len // BLOCK_K + batch if varlen else ceil_div(kv_len, BLOCK_K)
+    k_desc = v_desc = None
+    if (9, 0) <= tuple(arch) < (12, 0):  # sm_120's mma.sync reads registers: pointers cost it fewer of them
+        k_desc = _descriptor(k, (rows, kv_heads, kv_len, head_dim // pack), (config.block_n, pad_d // pack))
+        v_desc = _descriptor(v, v_shape, v_block)
     sm_factor = sm_scale * LOG2_E
     launch(
-        attn_fwd_kernel, (ceil_div(max_q if varlen else q_len, config.block_m), q_heads, batch),
-        q, k_desc or k, v_desc or v, as_buffer(out), as_buffer(lse), as_buffer(q_scale), as_buffer(k_scale), as_buffer(v_scale),
-        as_buffer(bias), as_buffer(lse_shift), as_buffer(cu_seqlens_q), as_buffer(cu_seqlens_k),
-        *q_strides, *k_strides, *v_strides, *out_strides,
-        0 if varlen else q_heads * q_len, q_len, 0 if varlen else kv_heads * k_scales, k_scales,
-        0 if varlen else q_heads * kv_len, 0 if varlen else q_heads * q_len, kv_len, q_len,
-        sm_factor * factor, sm_factor, q_heads, q_len, kv_len, GROUP=q_heads // kv_heads, D=head_dim, PAD_D=pad_d,
-        BM=config.block_m, BN=config.block_n, Q_FORMAT="exact" if exact else q_format, K_FORMAT="exact" if exact else k_format,
-        PV_FP8=pv_fp8, P_DTYPE=P_DTYPES[p_dtype], PER_TOKEN=per_token,
-        BIAS=bias is not None, CAUSAL=is_causal, LSE=lse is not None, SHIFTED=lse_shift is not None, VARLEN=varlen,
-        K_TMA=k_desc is not None, V_TMA=v_desc is not None, SUM_MMA=config.sum_mma, INTERPRET=interpret,
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers)
+        attn_fwd_kernel, (ceil_div(packed.q.longest if packed else q_len, config.block_m), q_heads, batch),
+        q.buffer, k_desc or k.buffer, v_desc or v.buffer, out.buffer, lse, q.scale, k.scale, v.scale, bias, lse_shift,
+        packed.q.cu if packed else None, packed.k.cu if packed else None,
+        *q.strides, *k.strides, *v.strides, *out.strides, *row_strides(q_heads, q_len, packed is not None),
+        *row_strides(kv_heads, scale_count(kv_len, k.block, batch if packed else None), packed is not None),
+        0 if packed else q_heads * kv_len, 0 if packed else q_heads * q_len, kv_len, q_len,
+        sm_factor if exact else sm_factor * (DECODE_FACTOR[q.format] * DECODE_FACTOR[k.format]), sm_factor, q_heads, q_len,
+        kv_len, GROUP=q_heads // kv_heads, D=head_dim, PAD_D=pad_d, BM=config.block_m, BN=config.block_n,
+        Q_FORMAT="exact" if exact else q.format, K_FORMAT="exact" if exact else k.format, PV_FP8=pv_fp8,
+        P_DTYPE=P_DTYPES[p_dtype], PER_TOKEN=per_token, BIAS=bias is not None, CAUSAL=is_causal, LSE=lse is not None,
+        SHIFTED=lse_shift is not None, VARLEN=packed is not None, K_TMA=k_desc is not None, V_TMA=v_desc is not None,
+        SUM_MMA=config.sum_mma, INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=config.num_warps,
+        num_stages=config.num_stages, maxnreg=config.max_registers)

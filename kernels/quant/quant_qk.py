@@ -6,16 +6,15 @@ nearest, half to even (int4 and int2 are mid-rise: the cell a value falls in).
 """
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from ..buffers import as_buffer
+from ..buffers import Buffer
 from ..formats import INT2_STEP, MIN_MAGNITUDE, get_format
 from ..fp8 import to_fp8
 from ..launch import launch
-from .shapes import ceil_div
+from ..operands import Operand, Sequences
+from .shapes import ceil_div, row_strides, scale_count
 
 TINY = tl.constexpr(MIN_MAGNITUDE)
 STEP_2 = tl.constexpr(INT2_STEP)
@@ -123,35 +122,30 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
                      mask=m_n[:, None] & (o_p < D // 4)[None, :])
 
 
-def launch_quant_qk(x: Any, strides: tuple[int, int, int], codes: Any, scale: Any, *, shape: tuple[int, int, int, int],
-                    format: str, block: int | None, mean: Any = None, lse_shift: Any = None, k_mean: Any = None,
-                    sm_scale: float = 1.0, bias: Any = None, q_mean: Any = None, group: int = 1, cu_seqlens: Any = None,
-                    max_len: int | None = None) -> None:
-    """Codes and float32 scales of x [B, H, N, D], given by `strides` (batch, head, seq) in elements.
+def launch_quant_qk(x: Operand, codes: Operand, sequences: Sequences | None = None, *, mean: Buffer | None = None,
+                    lse_shift: Buffer | None = None, k_mean: Buffer | None = None, sm_scale: float = 1.0,
+                    bias: Buffer | None = None, q_mean: Buffer | None = None, group: int = 1) -> None:
+    """Codes and float32 scales of x, as `codes` (of `operands.codes_of`) describes them.
 
-    codes: [B, H, N, D / codes_per_byte] contiguous. scale: [B, H, ceil(N / block)], or [B, H, N] where block is None.
+    codes: [B, H, N, D / codes_per_byte] contiguous; its scale: [B, H, ceil(N / block)], or [B, H, N] where block is None.
     mean [B, H, D]: subtracted first. lse_shift [B, H, N] with k_mean [B, H / group, D], for Q: sm_scale * (x . k_mean) of the
     unsmoothed rows. bias [B, H * group, N] with q_mean [B, H * group, D], for K: q_mean . (x - mean), unscaled.
-    With cu_seqlens int32 [S + 1]: shape (S, H, T, D); codes [H, T, ..], token scales, lse_shift and bias [.., T], block scales
-    [H, T // block + S] (sequence s from cu_seqlens[s] // block + s); max_len is the longest sequence.
+    With sequences: x's shape is (S, H, T, D); codes [H, T, ..], token scales, lse_shift and bias [.., T], block scales
+    [H, T // block + S] (sequence s from cu[s] // block + s).
     """
-    batch, heads, tokens, head_dim = shape
-    fmt = get_format(format)
+    batch, heads, tokens, head_dim = x.shape
+    fmt = get_format(codes.format)
     if head_dim % fmt.codes_per_byte:
-        raise ValueError(f"head_dim {head_dim} does not divide by {format}'s {fmt.codes_per_byte} codes a byte")
-    varlen = cu_seqlens is not None
-    per_token = block is None
-    rows = TOKEN_ROWS if per_token else block
-    packed = head_dim // fmt.codes_per_byte
-    scales = tokens if per_token else tokens // block + batch if varlen else ceil_div(tokens, block)
-    row_heads = heads * group if bias is not None else heads
+        raise ValueError(f"head_dim {head_dim} does not divide by {fmt}'s {fmt.codes_per_byte} codes a byte")
+    packed = sequences is not None
+    per_token = codes.block is None
+    rows = TOKEN_ROWS if per_token else codes.block
+    scales = scale_count(tokens, codes.block, batch if packed else None)
     launch(
-        quant_qk_kernel, (ceil_div(max_len if varlen else tokens, rows), heads, batch),
-        as_buffer(x), as_buffer(codes, fmt.storage), as_buffer(scale), as_buffer(mean), as_buffer(lse_shift), as_buffer(k_mean),
-        as_buffer(bias), as_buffer(q_mean), as_buffer(cu_seqlens),
-        0 if varlen else strides[0], strides[1], strides[2],
-        0 if varlen else heads * tokens * packed, tokens * packed, 0 if varlen else heads * scales, scales,
-        0 if varlen else row_heads * tokens, tokens, sm_scale, heads, tokens, MAX_CODE=fmt.max_code,
-        D=head_dim, PAD_D=triton.next_power_of_2(head_dim), ROWS=rows, FORMAT=format, PER_TOKEN=per_token, GROUP=group,
-        SMOOTH=mean is not None, SHIFT=lse_shift is not None, BIAS=bias is not None, VARLEN=varlen,
-        INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=8 if rows * head_dim > 8192 else 4)
+        quant_qk_kernel, (ceil_div(sequences.longest if packed else tokens, rows), heads, batch),
+        x.buffer, codes.buffer, codes.scale, mean, lse_shift, k_mean, bias, q_mean, sequences.cu if packed else None,
+        *x.strides, *codes.strides[:2], *row_strides(heads, scales, packed),
+        *row_strides(heads * group if bias is not None else heads, tokens, packed), sm_scale, heads, tokens,
+        MAX_CODE=fmt.max_code, D=head_dim, PAD_D=triton.next_power_of_2(head_dim), ROWS=rows, FORMAT=codes.format,
+        PER_TOKEN=per_token, GROUP=group, SMOOTH=mean is not None, SHIFT=lse_shift is not None, BIAS=bias is not None,
+        VARLEN=packed, INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=8 if rows * head_dim > 8192 else 4)

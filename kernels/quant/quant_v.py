@@ -5,15 +5,13 @@ FP8 tensor cores want the B operand K-major, hence [D, N]. The key index is perm
 """
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from ..buffers import as_buffer
 from ..formats import BLOCK_K, get_format
 from ..fp8 import to_fp8
 from ..launch import launch
+from ..operands import Operand, Sequences
 from .shapes import ceil_div
 
 FP8_MAX = tl.constexpr(get_format("fp8").max_code)
@@ -49,22 +47,17 @@ def quant_v_kernel(v, codes, v_scale, cu_seqlens, stride_b, stride_h, stride_n, 
         tl.store(p_c + o_d[:, None].to(tl.int64) * codes_stride_d + o_n[None, :], tl.trans(b_c), mask=(o_d < D)[:, None])
 
 
-def launch_quant_v(v: Any, strides: tuple[int, int, int], codes: Any, v_scale: Any, *, shape: tuple[int, int, int, int],
-                   cu_seqlens: Any = None, max_len: int | None = None) -> None:
-    """codes [B, H, D, Npad] e4m3 of v [B, H, N, D], Npad = ceil(N / 128) * 128, permuted within 16, tail zero.
+def launch_quant_v(v: Operand, codes: Operand, sequences: Sequences | None = None) -> None:
+    """Codes of v: e4m3 [B, H, D, Npad], Npad = ceil(N / 128) * 128, permuted within 16, tail zero.
 
-    v: fp16, bf16 or fp32 by `strides` (batch, head, seq) in elements. v_scale [B, H, D] float32 from `launch_stats`.
-    With cu_seqlens int32 [S + 1]: shape (S, H, T, D), codes [H, D, (T // 128 + S) * 128], sequence s from
-    column (cu_seqlens[s] // 128 + s) * 128.
+    codes: of `operands.v_codes_of`, whose scale [B, H, D] float32 `launch_stats` has written. With sequences: v's shape is
+    (S, H, T, D), codes [H, D, (T // 128 + S) * 128], sequence s from column (cu[s] // 128 + s) * 128.
     """
-    batch, heads, tokens, head_dim = shape
-    varlen = cu_seqlens is not None
-    padded = (tokens // BLOCK_K + batch if varlen else ceil_div(tokens, BLOCK_K)) * BLOCK_K
-    tiles = ceil_div(max_len if varlen else tokens, BLOCK_K)
+    batch, heads, tokens, head_dim = v.shape
+    packed = sequences is not None
+    tiles = ceil_div(sequences.longest if packed else tokens, BLOCK_K)
     launch(
-        quant_v_kernel, (tiles, heads, batch),
-        as_buffer(v), as_buffer(codes, "float8_e4m3fn"), as_buffer(v_scale), as_buffer(cu_seqlens),
-        0 if varlen else strides[0], strides[1], strides[2],
-        0 if varlen else heads * head_dim * padded, head_dim * padded, padded, heads, tokens,
-        D=head_dim, PAD_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK_K, VARLEN=varlen,
+        quant_v_kernel, (tiles, heads, batch), v.buffer, codes.buffer, codes.scale, sequences.cu if packed else None,
+        *v.strides, *codes.strides, heads, tokens,
+        D=head_dim, PAD_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK_K, VARLEN=packed,
         INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=4 if head_dim <= 64 else 8)

@@ -16,6 +16,23 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def scale_count(tokens: int, block: int | None, sequences: int | None = None) -> int:
+    """Scales of one head's tokens, one per `block` rows (None: per row). sequences: their number, where they are packed."""
+    if block is None:
+        return tokens
+    return ceil_div(tokens, block) if sequences is None else tokens // block + sequences
+
+
+def v_tokens(tokens: int, sequences: int | None = None) -> int:
+    """Tokens of V's transposed FP8 copy, padded to whole blocks; sequences: their number, if packed."""
+    return scale_count(tokens, BLOCK_K, sequences) * BLOCK_K
+
+
+def row_strides(heads: int, rows: int, packed: bool) -> tuple[int, int]:
+    """Strides of batch and head of a contiguous [B, H, rows], or packed [H, rows], array."""
+    return (0 if packed else heads * rows, rows)
+
+
 def code_shape(shape: tuple[int, int, int, int], format: str, varlen: bool = False) -> tuple[int, ...]:
     """Shape of the packed codes of x of `shape` (B, H, N, D); varlen: (S, H, T, D), then without the batch."""
     batch, heads, tokens, head_dim = shape
@@ -26,17 +43,15 @@ def code_shape(shape: tuple[int, int, int, int], format: str, varlen: bool = Fal
 def scale_shape(shape: tuple[int, int, int, int], block: int | None, varlen: bool = False) -> tuple[int, ...]:
     """Shape of Q's or K's float32 scales, one per `block` rows, or one per row where that is None (`formats.scale_block`)."""
     batch, heads, tokens, _ = shape
-    if block is None:
-        return (heads, tokens) if varlen else (batch, heads, tokens)
-    return (heads, tokens // block + batch) if varlen else (batch, heads, ceil_div(tokens, block))
+    count = scale_count(tokens, block, batch if varlen else None)
+    return (heads, count) if varlen else (batch, heads, count)
 
 
 def v_code_shape(shape: tuple[int, int, int, int], varlen: bool = False) -> tuple[int, ...]:
     """Shape of V's transposed FP8 copy."""
     batch, heads, tokens, head_dim = shape
-    if varlen:
-        return (heads, head_dim, (tokens // BLOCK_K + batch) * BLOCK_K)
-    return (batch, heads, head_dim, ceil_div(tokens, BLOCK_K) * BLOCK_K)
+    padded = v_tokens(tokens, batch if varlen else None)
+    return (heads, head_dim, padded) if varlen else (batch, heads, head_dim, padded)
 
 
 def partial_shape(shape: tuple[int, int, int, int], max_len: int | None = None) -> tuple[int, int, int, int]:

@@ -7,14 +7,13 @@ find in the L2 cache.
 """
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from ..buffers import as_buffer
+from ..buffers import Buffer
 from ..formats import MIN_MAGNITUDE, get_format
 from ..launch import launch
+from ..operands import Operand, Packed
 from .shapes import STATS_CHUNK, ceil_div
 
 FP8_MAX = tl.constexpr(get_format("fp8").max_code)
@@ -125,41 +124,34 @@ def fold_stats_kernel(partial, q_mean, k_mean, v_scale, cu_q, cu_k, q_rows, k_ro
             _fold(partial, v_scale, cu_k, i_p, Hk, Nk, k_chunks, D, PAD_D, FOLD, True, VARLEN)
 
 
-def launch_stats(partial: Any, *, q: Any = None, q_strides: tuple[int, int, int] = (0, 0, 0), q_mean: Any = None,
-                 q_shape: tuple[int, int, int, int] | None = None, k: Any = None,
-                 k_strides: tuple[int, int, int] = (0, 0, 0), k_mean: Any = None, v: Any = None,
-                 v_strides: tuple[int, int, int] = (0, 0, 0), v_scale: Any = None,
-                 kv_shape: tuple[int, int, int, int] | None = None, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
-                 max_q: int | None = None, max_k: int | None = None) -> None:
+def launch_stats(partial: Buffer, *, q: Operand | None = None, q_mean: Buffer | None = None, k: Operand | None = None,
+                 k_mean: Buffer | None = None, v: Operand | None = None, v_scale: Buffer | None = None,
+                 packed: Packed | None = None) -> None:
     """Any of q_mean [B, Hq, D], k_mean [B, Hkv, D] and v_scale [B, Hkv, D] (float32) in one launch of each pass.
 
-    Means are accumulated in float32; v_scale = max(absmax over tokens, 1e-30) / 448. What is None is left out. q: [B, Hq,
-    Nq, D] of `q_shape`, k and v: [B, Hkv, Nkv, D] of `kv_shape`, by strides (batch, head, seq) in elements, last dim
-    contiguous. partial: float32 scratch, as many elements as `shapes.partial_shape` of each given tensor together. With
-    cu_seqlens int32 [S + 1]: packed, shapes (S, H, T, D), batch strides ignored, max_q and max_k the longest sequences. An
-    empty one has mean 0.
+    Means are accumulated in float32; v_scale = max(absmax over tokens, 1e-30) / 448. What is None is left out.
+    partial: float32 scratch, as many elements as `shapes.partial_shape` of each given operand together. packed: of operands of
+    shape (S, H, T, D). An empty sequence has mean 0.
     """
     given = [x for x in (q, k, v) if x is not None]
-    varlen = (cu_seqlens_k if q is None else cu_seqlens_q) is not None
-    batch, _, _, head_dim = kv_shape if q is None else q_shape
-    _, q_heads, q_len, _ = q_shape or (0, 1, 1, 0)
-    _, kv_heads, kv_len, _ = kv_shape or (0, 1, 1, 0)
-    q_chunks = ceil_div(max_q if varlen and q is not None else q_len, STATS_CHUNK)
-    k_chunks = ceil_div(max_k if varlen and kv_shape else kv_len, STATS_CHUNK)
-    q_rows, k_rows = (batch * q_heads if q is not None else 0), batch * kv_heads
+    kv = k or v
+    batch, _, _, head_dim = given[0].shape
+    q_heads, q_len = q.shape[1:3] if q else (1, 1)
+    kv_heads, kv_len = kv.shape[1:3] if kv else (0, 1)
+    q_chunks = ceil_div(packed.q.longest if packed and q else q_len, STATS_CHUNK)
+    k_chunks = ceil_div(packed.k.longest if packed and kv else kv_len, STATS_CHUNK)
+    q_rows, k_rows = (batch * q_heads if q else 0), batch * kv_heads
     kv_count = (k is not None) + (v is not None)
-    if varlen:
-        q_strides, k_strides, v_strides = ((0, *strides[1:]) for strides in (q_strides, k_strides, v_strides))
     pad_d = triton.next_power_of_2(head_dim)
-    flags = dict(WITH_Q=q is not None, WITH_K=k is not None, WITH_V=v is not None, VARLEN=varlen)
-    partial, cu_q, cu_k = as_buffer(partial), as_buffer(cu_seqlens_q), as_buffer(cu_seqlens_k)
-    q, k, v = (as_buffer(given[0] if x is None else x) for x in (q, k, v))  # one that is left out is never read
+    flags = dict(WITH_Q=q is not None, WITH_K=k is not None, WITH_V=v is not None, VARLEN=packed is not None)
+    cu_q, cu_k = (packed.q.cu, packed.k.cu) if packed else (None, None)
+    strides = [stride for x in (q, k, v) for stride in (x.strides if x else (0, 0, 0))]
     launch(
-        token_stats_kernel, (q_rows * q_chunks + kv_count * k_rows * k_chunks,), q, k, v, partial, cu_q, cu_k,
-        *q_strides, *k_strides, *v_strides, q_rows * q_chunks, k_rows * k_chunks, q_heads, kv_heads, q_len, kv_len, q_chunks,
+        token_stats_kernel, (q_rows * q_chunks + kv_count * k_rows * k_chunks,),
+        *[(x or given[0]).buffer for x in (q, k, v)],  # one that is left out is never read
+        partial, cu_q, cu_k, *strides, q_rows * q_chunks, k_rows * k_chunks, q_heads, kv_heads, q_len, kv_len, q_chunks,
         k_chunks, D=head_dim, PAD_D=pad_d, CHUNK=STATS_CHUNK, TILE=min(STATS_TILE // pad_d, STATS_CHUNK), **flags,
         num_warps=STATS_WARPS)
     launch(
-        fold_stats_kernel, (q_rows + kv_count * k_rows,), partial, as_buffer(q_mean), as_buffer(k_mean), as_buffer(v_scale),
-        cu_q, cu_k, q_rows, k_rows, q_heads, kv_heads, q_len, kv_len, q_chunks, k_chunks, D=head_dim, PAD_D=pad_d, FOLD=FOLD,
-        **flags, num_warps=4)
+        fold_stats_kernel, (q_rows + kv_count * k_rows,), partial, q_mean, k_mean, v_scale, cu_q, cu_k, q_rows, k_rows, q_heads,
+        kv_heads, q_len, kv_len, q_chunks, k_chunks, D=head_dim, PAD_D=pad_d, FOLD=FOLD, **flags, num_warps=4)

@@ -10,9 +10,10 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit_video.kernels.buffers import Buffer
+from lowbit_video.kernels.buffers import Buffer, Origin, as_buffer
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format, scale_block
 from lowbit_video.kernels.launch import recorded
+from lowbit_video.kernels.operands import Operand, codes_of, v_codes_of
 from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
 from lowbit_video.kernels.variants import KernelVariant, Request
 
@@ -36,7 +37,8 @@ class Workspace:
     size: int
 
     def buffers(self, address: int) -> dict[str, Buffer]:
-        return {name: Buffer(address + offset, dtype) for name, (offset, dtype, _) in self.parts.items()}
+        return {name: Buffer(address + offset, dtype, Origin("workspace", offset))
+                for name, (offset, dtype, _) in self.parts.items()}
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -95,27 +97,25 @@ class Call:
 
     def __init__(self, variant: KernelVariant, options: AttentionOptions, q: Any, k: Any, v: Any, *, runtime: Any,
                  packing: Packing | None = None, config: Any = None) -> None:
-        q, k, v = (_rows_contiguous(x, runtime) for x in (q, k, v))
-        self.tensors = (q, k, v)  # keeps their memory, which the buffers only point at
-        self.variant, self.options, self.runtime, self.packing, self.config = variant, options, runtime, packing, config
+        self.tensors = q, k, v = tuple(_rows_contiguous(x, runtime) for x in (q, k, v))  # kept: the buffers only point at them
+        self.variant, self.options, self.runtime, self.config = variant, options, runtime, config
         self.arch = runtime.arch(q) or INTERPRETED_ARCH
-        self.q_shape, self.q_strides = _geometry(q, runtime, options.tensor_layout, packing)
-        self.kv_shape, self.k_strides = _geometry(k, runtime, options.tensor_layout, packing)
-        self.v_strides = _geometry(v, runtime, options.tensor_layout, packing)[1]
-        self.dtype = runtime.dtype_name(q)
-        self.q, self.k, self.v = (Buffer(x.data_ptr(), self.dtype) for x in (q, k, v))
-        shape = runtime.shape(q)
-        self.out = runtime.empty(shape, self.dtype, q)
-        self.out_strides = _geometry(self.out, runtime, options.tensor_layout, packing)[1]
-        batch, q_heads, q_len, _ = self.q_shape
-        rows = (q_heads, q_len) if packing else (batch, q_heads, q_len)
+        self.packed = None if packing is None else packing.operands()
+        operand = lambda x, name: _operand(x, name, runtime, options.tensor_layout, packing)
+        self.q, self.k, self.v = operand(q, "q"), operand(k, "k"), operand(v, "v")
+        self.out = runtime.empty(runtime.shape(q), self.q.buffer.dtype, q)
+        self.out_operand = operand(self.out, "out")
+        batch, heads, tokens, _ = self.q.shape
+        rows = (batch, heads, tokens) if packing is None else (heads, tokens)
         self.lse = runtime.empty(rows, "float32", q) if options.return_lse else None
-        self.workspace, self.buffers = None, {}
+        self.workspace, self.parts = None, {}
         if not options.precision.exact:
-            varlen = dict(varlen=True, max_q=packing.max_q, max_k=packing.max_k) if packing else {}
-            layout = plan_workspace(self.q_shape, self.kv_shape, options.precision, options.return_lse, **varlen)
+            lengths = () if packing is None else (packing.max_q, packing.max_k)
+            layout = plan_workspace(self.q.shape, self.k.shape, options.precision, options.return_lse, packing is not None,
+                                    *lengths)
             self.workspace = runtime.empty((layout.size,), "uint8", q)
-            self.buffers = layout.buffers(self.workspace.data_ptr())
+            self.parts = layout.buffers(self.workspace.data_ptr())
+            self.q_codes, self.k_codes, self.v_codes = self._codes()
 
     def run(self) -> Any:
         """Launches everything; returns out, or (out, lse)."""
@@ -130,71 +130,50 @@ class Call:
             return
         from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
 
-        precision, part = self.options.precision, self.buffers.get
-        q_varlen, k_varlen = {}, {}
-        if self.packing is not None:
-            q_varlen = dict(cu_seqlens=self.packing.cu_q, max_len=self.packing.max_q)
-            k_varlen = dict(cu_seqlens=self.packing.cu_k, max_len=self.packing.max_k)
-        group = self.q_shape[1] // self.kv_shape[1]
-        k_mean, q_mean, v_scale = part("k_mean"), part("q_mean"), part("v_scale")
+        precision, part, packed = self.options.precision, self.parts.get, self.packed
+        group = self.q.shape[1] // self.k.shape[1]
+        k_mean, q_mean, shift = part("k_mean"), part("q_mean"), part("lse_shift")
         wanted: dict[str, Any] = {}
         if precision.smooth_q:
-            wanted.update(q=self.q, q_strides=self.q_strides, q_mean=q_mean, q_shape=self.q_shape)
+            wanted.update(q=self.q, q_mean=q_mean)
         if precision.smooth_k:
-            wanted.update(k=self.k, k_strides=self.k_strides, k_mean=k_mean)
+            wanted.update(k=self.k, k_mean=k_mean)
         if precision.pv == "fp8":
-            wanted.update(v=self.v, v_strides=self.v_strides, v_scale=v_scale)
+            wanted.update(v=self.v, v_scale=self.v_codes.scale)
         if wanted:
-            token_stats.launch_stats(part("partial"), kv_shape=self.kv_shape, **wanted, **self._packing())
+            token_stats.launch_stats(part("partial"), **wanted, packed=packed)
         if precision.pv == "fp8":  # first, and K next: the statistics' last reads are still in the L2 cache
-            quant_v.launch_quant_v(self.v, self.v_strides, part("v_codes"), v_scale, shape=self.kv_shape, **k_varlen)
-        quant_qk.launch_quant_qk(
-            self.k, self.k_strides, part("k_codes"), part("k_scale"), shape=self.kv_shape, format=precision.k,
-            block=scale_block("k", precision.granularity), mean=k_mean, bias=part("bias"), q_mean=q_mean,
-            group=group, **k_varlen)
-        shift = part("lse_shift")
-        quant_qk.launch_quant_qk(
-            self.q, self.q_strides, part("q_codes"), part("q_scale"), shape=self.q_shape, format=precision.q, block=None,
-            mean=q_mean, lse_shift=shift, k_mean=None if shift is None else k_mean, sm_scale=self.options.scale,
-            group=group, **q_varlen)
+            quant_v.launch_quant_v(self.v, self.v_codes, packed and packed.k)
+        quant_qk.launch_quant_qk(self.k, self.k_codes, packed and packed.k, mean=k_mean, bias=part("bias"), q_mean=q_mean,
+                                 group=group)
+        quant_qk.launch_quant_qk(self.q, self.q_codes, packed and packed.q, mean=q_mean, lse_shift=shift,
+                                 k_mean=None if shift is None else k_mean, sm_scale=self.options.scale, group=group)
 
     def attend(self) -> None:
         """Launches the attention kernel on what `quantise` left."""
-        precision, part = self.options.precision, self.buffers.get
-        extra = self._packing()
-        if precision.exact:
-            exact_format = FORMAT_OF_DTYPE[self.dtype]
-            formats = dict(q_format=exact_format, k_format=exact_format, pv_format="fp16")
-            extra.update(q_strides=self.q_strides, k_strides=self.k_strides, v_strides=self.v_strides)
-            q, k, v = self.q, self.k, self.v
-        else:
-            formats = dict(q_format=precision.q, k_format=precision.k, pv_format=precision.pv)
-            q, k, v = part("q_codes"), part("k_codes"), part("v_codes")
-            extra.update(granularity=precision.granularity, q_scale=part("q_scale"), k_scale=part("k_scale"), bias=part("bias"),
-                         v_scale=part("v_scale"), lse_shift=part("lse_shift"))
-            if v is None:
-                v = self.v
-                extra.update(v_strides=self.v_strides, pv_dtype=self._pv_dtype())
-        if self.config is not None:
-            extra["config"] = self.config
-        self.variant.load()(
-            q, k, v, Buffer(self.out.data_ptr(), self.dtype), q_shape=self.q_shape, kv_shape=self.kv_shape, **formats,
-            out_strides=self.out_strides, lse=self.lse, sm_scale=self.options.scale, is_causal=self.options.is_causal,
-            arch=self.arch, **extra)
+        more: dict[str, Any] = {} if self.config is None else {"config": self.config}
+        q, k, v = self.q, self.k, self.v
+        if not self.options.precision.exact:
+            q, k, v = self.q_codes, self.k_codes, self.v_codes
+            more.update(bias=self.parts.get("bias"), lse_shift=self.parts.get("lse_shift"), pv_dtype=self._pv_dtype())
+        lse = None if self.lse is None else Buffer(self.lse.data_ptr(), "float32", Origin("lse"))
+        self.variant.load()(q, k, v, self.out_operand, sm_scale=self.options.scale, is_causal=self.options.is_causal,
+                            packed=self.packed, lse=lse, arch=self.arch, **more)
 
-    def _packing(self) -> dict[str, Any]:
-        """What a launcher that takes Q and K is told of a variable-length batch."""
-        if self.packing is None:
-            return {}
-        return dict(cu_seqlens_q=self.packing.cu_q, cu_seqlens_k=self.packing.cu_k, max_q=self.packing.max_q,
-                    max_k=self.packing.max_k)
+    def _codes(self) -> tuple[Operand, Operand, Operand]:
+        """Q's, K's and V's operands as the attention kernel takes them; V itself where P.V is in 16 bits."""
+        precision, part, packed = self.options.precision, self.parts.get, self.packed is not None
+        block = scale_block("k", precision.granularity)
+        v = v_codes_of(self.v, part("v_codes"), part("v_scale"), packed) if precision.pv == "fp8" else self.v
+        return (codes_of(self.q, precision.q, part("q_codes"), part("q_scale"), None, packed),
+                codes_of(self.k, precision.k, part("k_codes"), part("k_scale"), block, packed), v)
 
     def _pv_dtype(self) -> str | None:
         """The 16-bit type of P and V: V's own; for float32 bfloat16, whose range holds any V, unless V is on the CPU.
 
         How large V is on a GPU could only be learnt by waiting for it.
         """
-        if self.dtype != "float32":
+        if self.q.buffer.dtype != "float32" or self.options.precision.pv == "fp8":
             return None
         v = self.tensors[2]
         if not self.runtime.is_cpu(v):
@@ -208,16 +187,18 @@ def _rows_contiguous(x: Any, runtime: Any) -> Any:
     return x if strides[-1] == 1 or runtime.shape(x)[-1] == 1 else runtime.contiguous(x)
 
 
-def _geometry(x: Any, runtime: Any, tensor_layout: str, packing: Packing | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape (B, H, N, D) and strides (batch, head, seq) in elements; packed: (S, H, T, D) and (0, head, seq)."""
-    shape, strides = runtime.shape(x), runtime.strides(x)
+def _operand(x: Any, name: str, runtime: Any, tensor_layout: str, packing: Packing | None = None) -> Operand:
+    """A call's tensor as launchers take it, whatever its layout."""
+    shape, strides, dtype = runtime.shape(x), runtime.strides(x), runtime.dtype_name(x)
     if packing is not None:
-        tokens, heads, head_dim = shape
-        return (packing.count(runtime), heads, tokens, head_dim), (0, strides[1], strides[0])
-    if tensor_layout == "HND":
-        return tuple(shape), tuple(strides[:3])
-    batch, tokens, heads, head_dim = shape
-    return (batch, heads, tokens, head_dim), (strides[0], strides[2], strides[1])
+        (tokens, heads, head_dim), strides = shape, (0, strides[1], strides[0])
+        shape = (packing.count(runtime), heads, tokens, head_dim)
+    elif tensor_layout == "HND":
+        strides = strides[:3]
+    else:
+        (batch, tokens, heads, head_dim), strides = shape, (strides[0], strides[2], strides[1])
+        shape = (batch, heads, tokens, head_dim)
+    return Operand(Buffer(x.data_ptr(), dtype, Origin(name)), tuple(shape), tuple(strides), FORMAT_OF_DTYPE[dtype])
 
 
 def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, Any], options: AttentionOptions,
@@ -233,8 +214,8 @@ def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, An
         call.attend()
     copied = given is not packing or any(used is not one for used, one in zip(call.tensors, tensors))
     if key is not None and not copied:
-        tensors = tensors if packing is None else (*tensors, packing.cu_q, packing.cu_k)
-        replay.keep(key, replay.make(launches, variant, runtime, tensors, call.out, call.lse, call.workspace))
+        fresh = (call.out, call.lse, call.workspace)
+        replay.keep(key, replay.make(launches, variant, runtime, 3 if packing is None else 5, fresh))
     return call.out, call.lse
 
 
@@ -249,21 +230,27 @@ def run_quantize(x: Any, *, format: str, granularity: str, operand: str, smooth:
     from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
 
     x = _rows_contiguous(x, runtime)
-    shape, strides = _geometry(x, runtime, tensor_layout, None)
-    channels = (shape[0], shape[1], shape[3])
-    mean = runtime.empty(channels, "float32", x) if smooth else None
-    partial = runtime.empty(partial_shape(shape), "float32", x) if smooth or operand == "v" else None
-    if operand == "v":
-        codes, scale = runtime.empty(v_code_shape(shape), "float8_e4m3fn", x), runtime.empty(channels, "float32", x)
-        with runtime.launch_guard(x):
-            token_stats.launch_stats(partial, v=x, v_strides=strides, v_scale=scale, kv_shape=shape)
-            quant_v.launch_quant_v(x, strides, codes, scale, shape=shape)
-        return dict(codes=codes, scale=scale, mean=None)
+    given = _operand(x, "x", runtime, tensor_layout)
     block = scale_block(operand, granularity)
-    codes = runtime.empty(code_shape(shape, format), get_format(format).storage, x)
-    scale = runtime.empty(scale_shape(shape, block), "float32", x)
+    made = dict(codes=("float8_e4m3fn", v_code_shape(given.shape)), scale=("float32", _channels(given.shape)), mean=None)
+    if operand != "v":
+        made = dict(codes=(get_format(format).storage, code_shape(given.shape, format)),
+                    scale=("float32", scale_shape(given.shape, block)),
+                    mean=("float32", _channels(given.shape)) if smooth else None)
+    tensors = {name: part and runtime.empty(part[1], part[0], x) for name, part in made.items()}
+    codes, scale, mean = (None if t is None else as_buffer(t) for t in tensors.values())
+    partial = runtime.empty(partial_shape(given.shape), "float32", x) if smooth or operand == "v" else None
     with runtime.launch_guard(x):
+        if operand == "v":
+            token_stats.launch_stats(as_buffer(partial), v=given, v_scale=scale)
+            quant_v.launch_quant_v(given, v_codes_of(given, codes, scale))
+            return tensors
         if smooth:
-            token_stats.launch_stats(partial, k=x, k_strides=strides, k_mean=mean, kv_shape=shape)
-        quant_qk.launch_quant_qk(x, strides, codes, scale, shape=shape, format=format, block=block, mean=mean)
-    return dict(codes=codes, scale=scale, mean=mean)
+            token_stats.launch_stats(as_buffer(partial), k=given, k_mean=mean)
+        quant_qk.launch_quant_qk(given, codes_of(given, format, codes, scale, block), mean=mean)
+    return tensors
+
+
+def _channels(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    batch, heads, _, head_dim = shape
+    return batch, heads, head_dim

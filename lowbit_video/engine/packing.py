@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowbit_video.kernels.buffers import Buffer, Origin
+from lowbit_video.kernels.operands import Packed, Sequences
+
 
 class Packing(NamedTuple):
     """cu_q, cu_k: int32 [S + 1] tensors, sequence s has rows cu[s] to cu[s + 1]; max_q, max_k: tokens of the longest ones."""
@@ -31,6 +34,12 @@ class Packing(NamedTuple):
         if all(runtime.strides(cu) == (1,) for cu in (self.cu_q, self.cu_k)):
             return self
         return self._replace(cu_q=runtime.contiguous(self.cu_q), cu_k=runtime.contiguous(self.cu_k))
+
+    def operands(self) -> Packed:
+        """The same as launchers take it."""
+        sequences = ((self.cu_q, "cu_q", self.max_q), (self.cu_k, "cu_k", self.max_k))
+        return Packed(*(Sequences(Buffer(cu.data_ptr(), "int32", Origin(name)), int(longest))
+                        for cu, name, longest in sequences))
 
     def beginnings(self, runtime: Any, q_tokens: int, k_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Both as arrays; ValueError where they do not fit the tokens that are packed. Waits for a GPU."""

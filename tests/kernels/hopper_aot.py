@@ -15,35 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
 
-from lowbit_video.kernels.attention.hopper import launch as hopper
-from lowbit_video.kernels.buffers import Buffer
+from lowbit_video.kernels.attention.hopper.build import CONFIGS
 
-
-class NoDriver:
-    """An sm_90 GPU that can only be compiled for."""
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import offline  # noqa: E402
 
 
 def compile_kernel(head_dim, pv, dtype, causal, qk="int8", config=None):
     """The compiled kernel; config: how it is built, None for the default."""
-    buffer = lambda name: Buffer(1 << 20, name)
-    f32, shape = buffer("float32"), (2, 6, 1000, head_dim)
-    strides = (1000 * 6 * head_dim, head_dim, 6 * head_dim)
-    _, arguments, constants = hopper.launch_arguments(
-        buffer("int8"), buffer("int8"), buffer("int8" if pv == "fp8" else dtype), buffer(dtype), q_shape=shape, kv_shape=shape,
-        q_format=qk, pv_format=pv, out_strides=strides, v_strides=strides, q_scale=f32, k_scale=f32, v_scale=f32, sm_scale=0.1,
-        lse=f32, lse_shift=f32, is_causal=causal, config=config)
-    return hopper.attn_fwd_kernel.warmup(*arguments, **constants, grid=(1,))
+    with offline.compiling((9, 0)) as kernels:
+        offline.launch_hopper(offline.Hopper(head_dim, pv, causal, "shifted", dtype, qk), config)
+    return kernels[0]
 
 
 def ptxas(kernel):
@@ -62,9 +45,8 @@ def ptxas(kernel):
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(NoDriver())
     words = sys.argv[1:]
     for i in range(0, len(words), 5):
         dim, pv_format, half, is_causal, fields = words[i:i + 5]
-        changed = replace(hopper.CONFIGS[int(dim), pv_format == "fp8"], **json.loads(fields))
+        changed = replace(CONFIGS[int(dim), pv_format == "fp8"], **json.loads(fields))
         print(json.dumps(ptxas(compile_kernel(int(dim), pv_format, half, is_causal == "1", config=changed))), flush=True)

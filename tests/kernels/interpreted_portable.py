@@ -16,7 +16,8 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_portable_interpre
 from lowbit_video.kernels.attention.portable import launch_attn_fwd  # noqa: E402
 from lowbit_video.kernels.attention.reference import attn_fwd, lowbit_attention  # noqa: E402
 from lowbit_video.kernels.buffers import Buffer  # noqa: E402
-from lowbit_video.kernels.formats import QK_FORMATS, scale_block  # noqa: E402
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, QK_FORMATS, scale_block  # noqa: E402
+from lowbit_video.kernels.operands import Operand, Packed, Sequences, codes_of, v_codes_of  # noqa: E402
 from lowbit_video.kernels.quant import reference, shapes  # noqa: E402
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk  # noqa: E402
 from lowbit_video.kernels.quant.quant_v import launch_quant_v  # noqa: E402
@@ -57,66 +58,70 @@ def draw_qkv(q_shape, kv_shape, seed=0, **options):
     return draw(seed, *q_shape, **options), k, draw(seed + 2, *kv_shape, **options)
 
 
-def quantise(x, format, block, shape=None, **options):
-    shape = shape or x.shape
-    varlen = options.get("cu_seqlens") is not None
-    codes = poisoned(shapes.code_shape(shape, format, varlen), np.uint8)
-    scale = poisoned(shapes.scale_shape(shape, block, varlen))
-    launch_quant_qk(buffer(x), strides(x), buffer(codes), buffer(scale), shape=shape, format=format, block=block,
-                    **options)
-    return codes, scale
+def operand(x, shape=None):
+    """What launchers take of an array [B, H, N, D]; shape: of packed sequences."""
+    packed = shape is not None and shape != x.shape
+    return Operand(buffer(x), shape or x.shape, (0, *strides(x)[1:]) if packed else strides(x), FORMAT_OF_DTYPE[x.dtype.name])
 
 
-def one_statistic(x, shape, varlen, operand, result):
-    partial, found = poisoned(shapes.partial_shape(shape, varlen.get("max_len"))), poisoned((*shape[:2], shape[3]))
-    launch_stats(buffer(partial), **{operand: buffer(x), f"{operand}_strides": strides(x), result: buffer(found)},
-                 kv_shape=shape, cu_seqlens_k=varlen.get("cu_seqlens"), max_k=varlen.get("max_len"))
+def quantise(x, format, block, shape=None, sequences=None, **options):
+    """The codes' operand, its codes and its scales."""
+    shape, packed = shape or x.shape, sequences is not None
+    codes = poisoned(shapes.code_shape(shape, format, packed), np.uint8)
+    scale = poisoned(shapes.scale_shape(shape, block, packed))
+    made = codes_of(operand(x, shape), format, buffer(codes), buffer(scale), block, packed)
+    launch_quant_qk(operand(x, shape), made, sequences, **options)
+    return made, codes, scale
+
+
+def one_statistic(x, shape, sequences, name, result):
+    partial = poisoned(shapes.partial_shape(shape, sequences and sequences.longest))
+    found = poisoned((*shape[:2], shape[3]))
+    launch_stats(buffer(partial), **{name: operand(x, shape), result: buffer(found)},
+                 packed=sequences and Packed(sequences, sequences))
     return found
 
 
-def token_mean(x, shape=None, **varlen):
-    return one_statistic(x, shape or x.shape, varlen, "k", "k_mean")
+def token_mean(x, shape=None, sequences=None):
+    return one_statistic(x, shape or x.shape, sequences, "k", "k_mean")
 
 
-def quantise_v(v, shape=None, **varlen):
-    shape = shape or v.shape
-    scale = one_statistic(v, shape, varlen, "v", "v_scale")
-    codes = poisoned(shapes.v_code_shape(shape, bool(varlen)), np.uint8)
-    launch_quant_v(buffer(v), strides(v), buffer(codes), buffer(scale), shape=shape, **varlen)
-    return codes, scale
+def quantise_v(v, shape=None, sequences=None):
+    shape, packed = shape or v.shape, sequences is not None
+    scale = one_statistic(v, shape, sequences, "v", "v_scale")
+    codes = poisoned(shapes.v_code_shape(shape, packed), np.uint8)
+    made = v_codes_of(operand(v, shape), buffer(codes), buffer(scale), packed)
+    launch_quant_v(operand(v, shape), made, sequences)
+    return made, codes, scale
 
 
 def attend(q, k, v, q_format, k_format, pv, granularity="block", smooth_q=False, causal=False, arch=TMA, tile=TILE,
            out_dtype=np.float32, cu=None):
     """(out, lse) by the launchers, from quantising to the end. cu: (cu_q, cu_k) for packed [1, H, T, D] arrays."""
-    q_shape, kv_shape, scale = q.shape, k.shape, q.shape[-1] ** -0.5
-    q_varlen, k_varlen, extra = {}, {}, {}
+    q_shape, kv_shape, scale, packed = q.shape, k.shape, q.shape[-1] ** -0.5, None
     if cu is not None:
         q_shape, kv_shape = ((len(cu[0]) - 1, *x.shape[1:]) for x in (q, k))
-        q_varlen, k_varlen = (dict(cu_seqlens=buffer(c), max_len=int(np.diff(c).max())) for c in cu)
-        extra = dict(cu_seqlens_q=buffer(cu[0]), cu_seqlens_k=buffer(cu[1]), max_q=q_varlen["max_len"],
-                     max_k=k_varlen["max_len"])
+        packed = Packed(*(Sequences(buffer(c), int(np.diff(c).max())) for c in cu))
     out = poisoned(q.shape, np.float32) if out_dtype is np.float32 else np.empty_like(q)
     lse = poisoned(q.shape[:3])
-    common = dict(q_shape=q_shape, kv_shape=kv_shape, out_strides=strides(out), v_strides=strides(v), sm_scale=scale,
-                  is_causal=causal, arch=arch, config=tile, lse=buffer(lse), **extra)
+    common = dict(sm_scale=scale, is_causal=causal, arch=arch, config=tile, lse=buffer(lse), packed=packed)
+    given = (operand(q, q_shape), operand(k, kv_shape), operand(v, kv_shape))
     if q_format in ("fp16", "bf16", "fp32"):
-        launch_attn_fwd(buffer(q), buffer(k), buffer(v), buffer(out), q_format=q_format, k_format=k_format, pv_format=pv,
-                        q_strides=strides(q), k_strides=strides(k), **common)
+        assert given[0].format == q_format
+        launch_attn_fwd(*given, operand(out, q_shape), **common)
         return out, lse
-    group = q.shape[1] // k.shape[1]
-    k_mean = token_mean(k, kv_shape, **k_varlen)
-    q_mean = token_mean(q, q_shape, **q_varlen) if smooth_q else None
+    group, q_packed, k_packed = q.shape[1] // k.shape[1], packed and packed.q, packed and packed.k
+    k_mean = token_mean(k, kv_shape, k_packed)
+    q_mean = token_mean(q, q_shape, q_packed) if smooth_q else None
     bias = poisoned((1 if cu is not None else q.shape[0], q.shape[1], k.shape[2])) if smooth_q else None
     shift = poisoned(q.shape[:3])
-    q_codes, q_scale = quantise(q, q_format, None, q_shape, mean=buffer(q_mean), lse_shift=buffer(shift),
-                                k_mean=buffer(k_mean), sm_scale=scale, group=group, **q_varlen)
-    k_codes, k_scale = quantise(k, k_format, scale_block("k", granularity), kv_shape, mean=buffer(k_mean), bias=buffer(bias),
-                                q_mean=buffer(q_mean), group=group, **k_varlen)
-    values, v_scale = quantise_v(v, kv_shape, **k_varlen) if pv == "fp8" else (v, None)
-    launch_attn_fwd(buffer(q_codes), buffer(k_codes), buffer(values), buffer(out), q_format=q_format, k_format=k_format,
-                    pv_format=pv, granularity=granularity, q_scale=buffer(q_scale), k_scale=buffer(k_scale),
-                    v_scale=buffer(v_scale), bias=buffer(bias), lse_shift=buffer(shift), **common)
+    q_codes, *q_kept = quantise(q, q_format, None, q_shape, q_packed, mean=buffer(q_mean), lse_shift=buffer(shift),
+                                k_mean=buffer(k_mean), sm_scale=scale, group=group)
+    k_codes, *k_kept = quantise(k, k_format, scale_block("k", granularity), kv_shape, k_packed, mean=buffer(k_mean),
+                                bias=buffer(bias), q_mean=buffer(q_mean), group=group)
+    values, *v_kept = quantise_v(v, kv_shape, k_packed) if pv == "fp8" else (given[2],)
+    launch_attn_fwd(q_codes, k_codes, values, operand(out, q_shape), bias=buffer(bias), lse_shift=buffer(shift), **common)
+    del q_kept, k_kept, v_kept  # the arrays that the operands point at lived until here
     return out, lse
 
 
@@ -151,8 +156,7 @@ def test_statistics(shape, layout):
     batch, heads, tokens, dim = shape
     partial = poisoned(shapes.partial_shape((2 * batch, heads, tokens, dim)))
     mean, scale = poisoned((batch, heads, dim)), poisoned((batch, heads, dim))
-    launch_stats(buffer(partial), k=buffer(k), k_strides=strides(k), k_mean=buffer(mean), v=buffer(v), v_strides=strides(v),
-                 v_scale=buffer(scale), kv_shape=shape)
+    launch_stats(buffer(partial), k=operand(k), k_mean=buffer(mean), v=operand(v), v_scale=buffer(scale))
     np.testing.assert_allclose(mean, reference.token_mean(k.astype(np.float32)), atol=1e-6)
     np.testing.assert_array_equal(scale, reference.quantize_v(v.astype(np.float32))[1])
     np.testing.assert_array_equal(token_mean(k), mean)
@@ -167,14 +171,14 @@ def test_statistics_of_all_at_once(with_v, packed):
     extra = {}
     if packed:
         q_shape, kv_shape = (3, *q_shape[1:]), (3, *kv_shape[1:])
-        extra = dict(cu_seqlens_q=buffer(q_cu), cu_seqlens_k=buffer(k_cu), max_q=1030, max_k=37)
+        extra = dict(packed=Packed(Sequences(buffer(q_cu), 1030), Sequences(buffer(k_cu), 37)))
     elements = lambda shape, longest: int(np.prod(shapes.partial_shape(shape, longest if packed else None)))
     partial = poisoned((elements(q_shape, 1030) + (1 + with_v) * elements(kv_shape, 37),))
     q_mean, k_mean, v_scale = (poisoned((shape[0], shape[1], 72)) for shape in (q_shape, kv_shape, kv_shape))
     if with_v:
-        extra.update(v=buffer(v), v_strides=strides(v), v_scale=buffer(v_scale))
-    launch_stats(buffer(partial), q=buffer(q), q_strides=strides(q), q_mean=buffer(q_mean), q_shape=q_shape, k=buffer(k),
-                 k_strides=strides(k), k_mean=buffer(k_mean), kv_shape=kv_shape, **extra)
+        extra.update(v=operand(v, kv_shape), v_scale=buffer(v_scale))
+    launch_stats(buffer(partial), q=operand(q, q_shape), q_mean=buffer(q_mean), k=operand(k, kv_shape), k_mean=buffer(k_mean),
+                 **extra)
     assert not np.isnan(partial).any()  # all of it is used, and no more
     for s in range(q_shape[0]):
         q_part, k_part = (slice(*cu[s:s + 2]) if packed else slice(None) for cu in (q_cu, k_cu))
@@ -192,7 +196,7 @@ def test_codes(shape, format, block):
     x = draw(3, *shape, layout="NHD", dtype=ml_dtypes.bfloat16 if format == "int8" else np.float16)
     x32 = x.astype(np.float32)
     mean = reference.token_mean(x32)
-    codes, scale = quantise(x, format, block, mean=buffer(mean))
+    _, codes, scale = quantise(x, format, block, mean=buffer(mean))
     wanted, wanted_scale = reference.quantize_rows(x32, format, block, mean)
     np.testing.assert_allclose(scale, wanted_scale, rtol=1e-6)
     assert (codes != wanted.view(np.uint8)).mean() < 1e-3
@@ -220,7 +224,7 @@ def test_corrections_of_smoothing(format):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_v_codes(shape):
     v = draw(4, *shape, layout="NHD")
-    codes, scale = quantise_v(v)
+    _, codes, scale = quantise_v(v)
     wanted, wanted_scale = reference.quantize_v(v.astype(np.float32))
     np.testing.assert_array_equal(scale, wanted_scale)
     assert (codes != wanted.view(np.uint8)).mean() < 1e-3
@@ -231,12 +235,12 @@ def test_v_codes(shape):
 @pytest.mark.parametrize("format", QK_FORMATS)
 def test_zeros_and_large_values(format):
     x = np.zeros((1, 1, 70, 64), np.float32)
-    codes, scale = quantise(x, format, None)
+    _, codes, scale = quantise(x, format, None)
     assert np.isfinite(scale).all() and (scale > 0).all()
     values = reference.decode(codes.view(reference.encode(x, np.ones((1, 1, 70), np.float32), format).dtype), format)
     assert np.abs(values * scale[..., None]).max() < 1e-29
     x[..., 0] = 1e18
-    _, scale = quantise(x, format, None)
+    *_, scale = quantise(x, format, None)
     assert np.isfinite(scale).all()
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="needs Triton, which exists for Linux only"
 from lowbit_video.kernels.attention import gluon_shim, reference  # noqa: E402
 from lowbit_video.kernels.attention.hopper import launch, softmax  # noqa: E402
 from lowbit_video.kernels.buffers import Buffer  # noqa: E402
+from lowbit_video.kernels.operands import Operand, codes_of  # noqa: E402
 
 SHARED_MAX = 227 * 1024  # bytes of shared memory of an sm_90 program
 # (head dim, P.V, dtype, causal, fields beside the default's) -> most bytes that ptxas may spill; eval/speed/NOTES.md says where
@@ -102,22 +103,24 @@ def test_line_needs_hold_and_products_for_row_sums():
         launch.HopperConfig(128, 3, 3, 160, hold=4, line=2, sum_mma=False)
 
 
-def arguments(**changes):
-    f32 = Buffer(1 << 20, "float32")
-    given = dict(q_shape=(1, 2, 100, 64), kv_shape=(1, 2, 100, 64), q_format="int8", k_format="int8", pv_format="fp16",
-                 out_strides=(12800, 64, 128), v_strides=(12800, 64, 128), q_scale=f32, k_scale=f32, sm_scale=0.125)
-    return given | changes
+def operands(**changes):
+    """q's, k's and v's operands and the other arguments of a call that the kernel takes, some of them changed."""
+    float32, shape = Buffer(1 << 20, "float32"), changes.pop("shape", (1, 2, 100, 64))
+    x = Operand(Buffer(1 << 20, "float16"), shape, changes.pop("v_strides", (12800, 64, 128)), "fp16")
+    q, k = (codes_of(x, "int8", Buffer(1 << 20, "int8"), float32, block) for block in (None, 128))
+    k = k._replace(**{name: changes.pop(f"k_{name}") for name in ("format", "block") if f"k_{name}" in changes})
+    return (q, k, x._replace(format=changes.pop("pv_format", "fp16")), x), {"sm_scale": 0.125} | changes
 
 
 @pytest.mark.parametrize("changes, word", [
-    (dict(k_format="int4"), "formats"), (dict(pv_format="int8"), "P.V"), (dict(granularity="token"), "granularity"),
-    (dict(q_shape=(1, 2, 100, 96), kv_shape=(1, 2, 100, 96)), "head dim"), (dict(arch=(8, 0)), "arch"),
-    (dict(bias=Buffer(0, "float32")), "smooth_q"), (dict(sm_scale=-1.0), "negative"),
+    (dict(k_format="int4"), "formats"), (dict(pv_format="int8"), "P.V"), (dict(k_block=None), "granularity"),
+    (dict(shape=(1, 2, 100, 96)), "head dim"), (dict(arch=(8, 0)), "arch"),
+    (dict(bias=Buffer(0, "float32")), "smooth_q"), (dict(sm_scale=-1.0), "negative"), (dict(packed=object()), "packed"),
     (dict(v_strides=(12800, 64, 129)), "16 bytes")])
 def test_refuses_by_name(changes, word):
-    int8, half = Buffer(1 << 20, "int8"), Buffer(1 << 20, "float16")
+    given, named = operands(**changes)
     with pytest.raises(ValueError, match=word):
-        launch.launch_attn_fwd(int8, int8, half, half, **arguments(**changes))
+        launch.launch_attn_fwd(*given, **named)
 
 
 def test_shim_takes_either_name_of_the_tma_load():

@@ -74,6 +74,71 @@ def test_the_attention_layers_below_the_processors():
             assert not module.startswith(above), f"{path.name}:{line}"
 
 
+def module_of(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    names = FOLDERS[parts[0]].split(".") + list(parts[1:])
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions and those for type checkers count; a package's __init__ is what `from package import name` reads
+    unless that name is a module."""
+    files = {module_of(path): path for path in sources()}
+    graph = {}
+    for module, path in files.items():
+        named = {name for name, *_ in imported(path)}
+        finer = {name.rpartition(".")[0] for name in named if name in files}
+        graph[module] = {name for name in named if name in files and name != module} - (finer - files_with_names(path, files))
+
+    seen, circles = set(), []
+
+    def walk(module, above):
+        if module in above:
+            circles.append(" -> ".join([*above[above.index(module):], module]))
+        elif module not in seen:
+            for other in sorted(graph[module]):
+                walk(other, [*above, module])
+            seen.add(module)
+
+    for module in graph:
+        walk(module, [])
+    assert not circles, circles
+
+
+def files_with_names(path: pathlib.Path, files: dict) -> set[str]:
+    """Packages of whose own names a file imports one: `from package import name` where the name is no module."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = (FOLDERS[parts[0]].split(".") + list(parts[1:]))[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            if any(f"{module}.{alias.name}" not in files for alias in node.names):
+                found.add(module)
+    return found
+
+
+def test_no_name_of_a_package_hides_its_module():
+    """A function of a module's name, shown by the package, would make the module unreachable as an attribute."""
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")):
+        modules = {p.stem for p in path.parent.glob("*.py")} | {p.parent.name for p in path.parent.glob("*/__init__.py")}
+        shown = {alias.asname or alias.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)
+                 for alias in node.names if not (node.module is None and node.level)}
+        assert not modules & shown, f"{path.relative_to(ROOT)} hides {modules & shown}"
+
+
+def test_functions_are_short():
+    """Kernels are one function by nature, and the training's loops are told apart elsewhere."""
+    for path in sources():
+        if path.relative_to(ROOT).parts[:1] == ("kernels",) or "small_cogvideox" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 100, f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines"
+
+
 def test_no_file_shadows_triton():
     assert not [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.stem in ("triton", "paddle", "torch")]
 

@@ -11,6 +11,7 @@ from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.packing import Packing
 from lowbit_video.engine.run import run
 from lowbit_video.errors import SlowerThanExactWarning
+from lowbit_video.kernels import launch
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
@@ -18,6 +19,10 @@ from lowbit_video.runtime import detect
 torch = pytest.importorskip("torch", reason="the tensors of these tests are PyTorch's")
 pytest.importorskip("triton", reason="the launchers need Triton")
 pytestmark = pytest.mark.torch
+
+
+class Log(list):
+    """A list whose `append` may be replaced."""
 
 
 class Compiled:
@@ -60,7 +65,7 @@ def device(monkeypatch):
     from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
     from lowbit_video.runtime import torch_runtime
 
-    log, long, kept = [], [], []
+    log, long, kept = Log(), [], []
     for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
                          (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel")):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
@@ -146,7 +151,6 @@ def test_what_the_launches_depend_on_takes_the_long_way_again(device):
              lambda: call(device, q, k, v, "int8+fp16", backend="triton"),
              lambda: call(device, *tensors(tokens=201), "int8+fp16"),
              lambda: call(device, *(t.bfloat16() for t in tensors()), "int8+fp16"),
-             lambda: call(device, q, q, v, "int8+fp16"),  # one tensor twice: its places must not be mixed up later
              lambda: call(device, *(t.transpose(1, 2) for t in tensors(tokens=2, heads=200)), "int8+fp16")]
     for one in calls:
         ways = len(device.long)
@@ -155,6 +159,34 @@ def test_what_the_launches_depend_on_takes_the_long_way_again(device):
         ways = len(device.long)
         one()
         assert len(device.long) == ways
+
+
+def test_one_tensor_twice_replays_the_plan_of_two_with_its_own_address(device, monkeypatch):
+    """Buffers know their origin: a plan mixes up no places where q, k and v share memory, in either order of calls."""
+    (q, k, v), more = tensors(), dict(backend="triton", return_lse=True)
+    for first, second in (((q, k, v), (k, k, v)), ((q, q, q), (v, k, q))):
+        plans.clear()
+        call(device, *first, "int8+fp8", **more)
+        ways = len(device.long)
+        replayed, *_ = call(device, *second, "int8+fp8", **more)
+        assert len(device.long) == ways
+        plans.clear()
+        assert call(device, *second, "int8+fp8", **more)[0] == replayed
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_a_first_call_is_six_frames_from_its_launch(device, backend):
+    """What someone meets who follows a call by eye: attention, run, the engine, the call, the launcher, the launch."""
+    import traceback
+
+    import lowbit_video as lv
+
+    stacks = []
+    device.log.append = lambda entry: stacks.append([frame.name for frame in traceback.extract_stack()])
+    lv.attention(*tensors(tokens=4096), "int8+fp8", backend=backend)
+    last = stacks[-1]
+    assert last[last.index("attention"):last.index("launch") + 1] == ["attention", "run", "attend", "attend",
+                                                                      "launch_attn_fwd", "launch"]
 
 
 def test_misaligned_tensors_have_plans_of_their_own(device):
@@ -188,7 +220,7 @@ def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision,
 
 def test_a_copied_input_and_an_unknown_triton_make_no_plan(device, monkeypatch):
     run(*(torch.randn(1, 200, 2, 128).half()[..., ::2] for _ in range(3)), AttentionOptions("int8+fp16"))
-    monkeypatch.setattr(plans, "LAUNCHER_VERSIONS", ("2.",))
+    monkeypatch.setattr(launch, "LAUNCHER_VERSIONS", ("2.",))
     call(device, *tensors(), "int8+fp16")
     assert not plans._PLANS
 
@@ -274,7 +306,6 @@ def test_memory_that_is_aligned_less_takes_the_long_way(device):
 
 
 def test_a_failure_leaves_no_plan_and_no_recording(device, monkeypatch):
-    from lowbit_video.kernels import launch
     from lowbit_video.kernels.attention.hopper import launch as hopper
 
     with monkeypatch.context() as patch:

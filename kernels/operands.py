@@ -1,0 +1,57 @@
+"""What launchers take: operands (a tensor with its shape, strides and format) and packed sequences, as values."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .buffers import Buffer
+from .formats import get_format
+from .quant.shapes import v_tokens
+
+Shape = tuple[int, int, int, int]
+"""(batch, heads, tokens, head dim) of what an operand stands for; packed: (sequences, heads, tokens of all, head dim)."""
+
+
+class Operand(NamedTuple):
+    """q, k, v, out, or the codes of one.
+
+    strides: of batch (0 where packed), head and token, in elements of the buffer; the last dimension is contiguous. In V's
+    transposed FP8 codes the third is that of a channel. format: of what the buffer holds, by name. scale: float32, one for
+    each `block` rows, or for each row where that is None; for V's codes one for each channel.
+    """
+
+    buffer: Buffer
+    shape: Shape
+    strides: tuple[int, int, int]
+    format: str
+    scale: Buffer | None = None
+    block: int | None = None
+
+
+class Sequences(NamedTuple):
+    """cu: int32 [S + 1], where each of S packed sequences begins; longest: tokens of the longest one."""
+
+    cu: Buffer
+    longest: int
+
+
+class Packed(NamedTuple):
+    """How a variable-length batch is packed: the sequences of Q's rows and of K's and V's."""
+
+    q: Sequences
+    k: Sequences
+
+
+def codes_of(x: Operand, format: str, buffer: Buffer, scale: Buffer, block: int | None, packed: bool = False) -> Operand:
+    """The operand that x's quantised rows make: contiguous codes of `format`, packed along the head dim."""
+    _, heads, tokens, head_dim = x.shape
+    columns = head_dim // get_format(format).codes_per_byte
+    strides = (0 if packed else heads * tokens * columns, tokens * columns, columns)
+    return Operand(Buffer(buffer.address, get_format(format).storage, buffer.origin), x.shape, strides, format, scale, block)
+
+
+def v_codes_of(v: Operand, buffer: Buffer, scale: Buffer, packed: bool = False) -> Operand:
+    """The operand that V's FP8 codes make: [.., D, tokens padded], a scale for each channel."""
+    sequences, heads, tokens, head_dim = v.shape
+    padded = v_tokens(tokens, sequences if packed else None)
+    strides = (0 if packed else heads * head_dim * padded, head_dim * padded, padded)
+    return Operand(Buffer(buffer.address, get_format("fp8").storage, buffer.origin), v.shape, strides, "fp8", scale)
