@@ -1,7 +1,8 @@
 """Maps the top-level folders into the `lowbit_video` package; everything else stands in pyproject.toml.
 
 `kernels`, `pipelines` and `eval` are folders of the checkout but not packages of their own: in an
-environment they are `lowbit_video.kernels`, `lowbit_video.pipelines` and `lowbit_video.eval`.
+environment they are `lowbit_video.kernels`, `lowbit_video.pipelines` and `lowbit_video.eval`. What was tried on the way,
+`eval/speed/experiments`, stays in the checkout.
 """
 from setuptools import find_packages, setup
 
@@ -9,7 +10,7 @@ MAPPED = {"lowbit_video.kernels": "kernels", "lowbit_video.pipelines": "pipeline
 
 packages = ["lowbit_video"] + [f"lowbit_video.{name}" for name in find_packages("lowbit_video")]
 for name, folder in MAPPED.items():
-    packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder)]
+    packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder, exclude=["speed.experiments"])]
 
 setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED},
       package_data={"lowbit_video.eval.report": ["assets/*"]})

@@ -1,6 +1,6 @@
 """Check and time the portable Triton kernels on this GPU: quantisers in GB/s, attention by tile, totals, FlashAttention-2.
 
-    python -m lowbit_video.eval.speed.probe_portable [--out FOLDER] [--quick | --table]
+    python -m lowbit_video.eval.speed.experiments.probe_portable [--out FOLDER] [--quick | --table]
 
 Uses PyTorch tensors. Every (kernel, tile) is compiled and checked at a small shape in parallel processes first; then each
 is checked again and timed at the anchor shapes. Prints one table and writes probe_portable.json. --table: the tuning table's

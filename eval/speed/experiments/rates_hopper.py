@@ -1,6 +1,6 @@
 """Cycles that a scheduler spends on one warp instruction of the softmax, and on its whole mix: the bound that no overlap beats.
 
-    python -m lowbit_video.eval.speed.rates_hopper
+    python -m lowbit_video.eval.speed.experiments.rates_hopper
 
 Needs CuPy and a GPU. One block on every multiprocessor; 1, 2 and 3 warps on each of its four schedulers.
 """

@@ -1,6 +1,6 @@
 """Check and time the Hopper attention kernel on this GPU: every feature, then every way to build it, beside exact attention.
 
-    python -m lowbit_video.eval.speed.probe_hopper [--out FOLDER] [--shapes 0,1] [--only NAME,NAME]
+    python -m lowbit_video.eval.speed.experiments.probe_hopper [--out FOLDER] [--shapes 0,1] [--only NAME,NAME]
 
 Uses PyTorch tensors. Candidates are compiled and checked in parallel worker processes, each killed if it hangs; those that are
 right are timed at the anchor shapes, in a process of its own. Prints one table and writes probe_hopper.json.
@@ -213,8 +213,8 @@ def worker():
 
 
 def spawn(*arguments, **options):
-    return subprocess.Popen([sys.executable, "-m", "lowbit_video.eval.speed.probe_hopper", *arguments], stdout=subprocess.PIPE,
-                            text=True, start_new_session=True, **options)
+    return subprocess.Popen([sys.executable, "-m", "lowbit_video.eval.speed.experiments.probe_hopper", *arguments],
+                            stdout=subprocess.PIPE, text=True, start_new_session=True, **options)
 
 
 def kill(process):

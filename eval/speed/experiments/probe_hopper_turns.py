@@ -1,6 +1,6 @@
 """Time a few builds of the Hopper attention kernel against the default one, in turns, so that clocks and power are shared.
 
-    python -m lowbit_video.eval.speed.probe_hopper_turns [--out FOLDER] [--shapes 0,2] [--only NAME,NAME] [--rounds 8]
+    python -m lowbit_video.eval.speed.experiments.probe_hopper_turns [--out FOLDER] [--shapes 0,2] [--only NAMES] [--rounds 8]
 
 Uses PyTorch tensors. The builds are compiled and checked in parallel worker processes (relative L1 against float32, V as it
 is and shifted by one; two runs must give the same bits), then timed one shape after the other, each run from a cold L2
@@ -193,7 +193,7 @@ def main() -> None:
     good = [name for name in names if name in good]
     print(f"{len(good)} of {len(names)} builds are right, {time.time() - began:.0f} s", flush=True)
     for index in shapes:
-        process = subprocess.Popen([sys.executable, "-m", "lowbit_video.eval.speed.probe_hopper_turns", "--time",
+        process = subprocess.Popen([sys.executable, "-m", "lowbit_video.eval.speed.experiments.probe_hopper_turns", "--time",
                                     json.dumps([index, good, options.rounds])], stdout=subprocess.PIPE, text=True,
                                    start_new_session=True)
         print(f"\n{probe_hopper.ANCHORS[index]}", flush=True)
