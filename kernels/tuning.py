@@ -44,7 +44,7 @@ def family(q: str, k: str, pv: str) -> str:
     return f"{k}+{'fp8' if pv == 'fp8' else 'fp16'}"
 
 
-# (family, arch, padded head dim) -> tile. sm_90's rows are the fastest that probe_portable found on an H200, int2's are int4's.
+# (family, arch, padded head dim) -> tile. sm_90's rows are the fastest on an H200 (eval/speed/NOTES.md), int2's are int4's.
 TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
     ("int8+fp16", (8, 0), 64): TileConfig(128, 64, 4, 3),
     ("int8+fp16", (8, 0), 128): TileConfig(128, 64, 8, 3),

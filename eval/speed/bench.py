@@ -166,15 +166,23 @@ def _methods(shape: Shape, dtype: str, runtime: Any, like: Any, specs: Iterable[
             if precision.exact:
                 method.name = f"exact ({variant.name})"
             else:
-                one = Call(variant, AttentionOptions(precision, "HND", shape.causal, scale), q, k, v, runtime=runtime)
-                method.attend, method.quantise = _guarded(runtime, q, one.attend), _guarded(runtime, q, one.quantise)
+                one = call_for(variant, precision, shape, runtime, q, k, v)
+                method.attend, method.quantise = guarded(runtime, q, one.attend), guarded(runtime, q, one.quantise)
                 method.call_v1 = lambda run=run: run(v1)
                 method.limit = max(SANE_L1[precision.q], SANE_L1[precision.k]) + (PV_L1 if precision.pv == "fp8" else 0)
             methods.append(method)
     return methods, missing, (q, k, v, v1)
 
 
-def _guarded(runtime: Any, like: Any, launch: Callable[[], None]) -> Callable[[], None]:
+def call_for(variant: KernelVariant, precision: Precision, shape: Shape, runtime: Any, q: Any, k: Any, v: Any,
+             config: Any = None) -> Call:
+    """A call of a variant on [B, H, N, D] tensors whose quantisation and kernel can be launched apart; config: the kernel's."""
+    options = AttentionOptions(precision, "HND", shape.causal, shape.head_dim**-0.5)
+    return Call(variant, options, q, k, v, runtime=runtime, config=config)
+
+
+def guarded(runtime: Any, like: Any, launch: Callable[[], None]) -> Callable[[], None]:
+    """The launch inside the runtime's `launch_guard`."""
     def call():
         with runtime.launch_guard(like):
             launch()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.engine.gpu import Call
-from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.tuning import TileConfig
@@ -71,61 +70,88 @@ def family_of(precision: Precision, dtype: str) -> str:
     return tuning.family(precision.q, precision.k, precision.pv)
 
 
-def _portable(spec: str, dtype: str, arch: tuple[int, int], shape: Shape) -> KernelVariant | None:
-    return next((v for v in bench.fitting(shape, Precision(spec), dtype, arch) if v.backend == "triton"), None)
+def describe(config: Any) -> str:
+    """How a kernel is built, in a few words."""
+    if isinstance(config, TileConfig):
+        more = f" registers {config.max_registers}" * bool(config.max_registers) + " sum_mma" * config.sum_mma
+        return f"{config.block_m}x{config.block_n} warps {config.num_warps} stages {config.num_stages}{more}"
+    return " ".join(f"{name} {value}" for name, value in asdict(config).items() if value)
 
 
-def _calls(shape: Shape, spec: str, framework: str, dtype: str) -> tuple[Any, list[tuple[TileConfig, Call]], Any]:
+def calls_of(shape: Shape, spec: str, backend: str, configs: Sequence[Any], framework: str, dtype: str,
+             v_offset: float = 0.5) -> tuple[Any, list[tuple[Any, Call]], Any]:
+    """The runtime, calls of a backend's kernel built by each of `configs`, none where it lacks `spec`, and q, k, v."""
     like = detect.anchor(framework)
-    runtime = detect.runtime_of(like)
-    variant = _portable(spec, dtype, runtime.arch(like), shape)
+    runtime, precision = detect.runtime_of(like), Precision(spec)
+    fitting = bench.fitting(shape, precision, dtype, runtime.arch(like))
+    variant = next((v for v in fitting if v.backend == backend), None)
     if variant is None:
         return runtime, [], None
-    q, k, v = inputs.make_inputs(runtime, shape.dims, dtype, like, v_offset=0.5)
-    options = AttentionOptions(spec, "HND", shape.causal, shape.head_dim**-0.5)
-    calls = [(config, Call(variant, options, q, k, v, runtime=runtime, config=config))
-             for config in candidates(shape.head_dim, dtype)]
-    return runtime, calls, (q, k, v)
+    tensors = inputs.make_inputs(runtime, shape.dims, dtype, like, v_offset=v_offset)
+    calls = [(config, bench.call_for(variant, precision, shape, runtime, *tensors, config=config)) for config in configs]
+    return runtime, calls, tensors
 
 
 def _compile(job: tuple[Shape, str, str, str, int]) -> None:
     shape, spec, framework, dtype, index = job
-    runtime, calls, tensors = _calls(shape, spec, framework, dtype)
-    if index < len(calls):
+    runtime, calls, tensors = calls_of(shape, spec, "triton", [candidates(shape.head_dim, dtype)[index]], framework, dtype)
+    for _, call in calls:
         try:
-            calls[index][1].run()
+            call.run()
             cuda_driver.synchronize(runtime.stream(tensors[0]))
         except Exception:  # noqa: S110  a tile that does not compile or fit is reported when it is timed
             pass
 
 
-def tune_tiles(shape: Shape, spec: str, framework: str, dtype: str, log: Callable[[str], None]) -> TileConfig | None:
-    """The fastest tile for a precision at a shape, kernel only, among those that compute the right thing."""
-    runtime, calls, tensors = _calls(shape, spec, framework, dtype)
+def right_calls(shape: Shape, spec: str, backend: str, configs: Sequence[Any], framework: str, dtype: str,
+                log: Callable[[str], None], limit: float | None = None) -> tuple[Any, dict[str, tuple[Any, Call, float]], Any]:
+    """Which of `configs` make a backend's kernel compute the right thing; the others are logged.
+
+    Returns the runtime; by name each config with its call and relative L1; and q, k, v (None where the backend does not
+    serve the precision). configs: `TileConfig`s ("triton") or `HopperConfig`s ("hopper"). limit: of the relative L1, None
+    for the benchmark's.
+    """
+    runtime, calls, tensors = calls_of(shape, spec, backend, configs, framework, dtype)
     if not calls:
-        return None
-    q, k, v = tensors
-    timer = timing.Timer(runtime, q)
-    want = accuracy.reference(runtime, q, k, v, scale=shape.head_dim**-0.5, causal=shape.causal)
+        return runtime, {}, None
+    want = accuracy.reference(runtime, *tensors, scale=shape.head_dim**-0.5, causal=shape.causal)
     precision = Precision(spec)
-    limit = bench.EXACT_L1 if precision.exact else max(bench.SANE_L1[precision.q], bench.SANE_L1[precision.k]) + bench.PV_L1
-    good: dict[str, tuple[TileConfig, Callable[[], None]]] = {}
+    if limit is None:
+        sane = bench.SANE_L1
+        limit = bench.EXACT_L1 if precision.exact else max(sane[precision.q], sane[precision.k]) + bench.PV_L1
+    good: dict[str, tuple[Any, Call, float]] = {}
     for config, call in calls:
-        name = f"{config.block_m}x{config.block_n} warps {config.num_warps} stages {config.num_stages}"
+        name = describe(config)
         try:
             error = accuracy.errors(runtime, call.run(), want)[0]
         except Exception as failure:
             log(f"  {spec} {name}: {type(failure).__name__} {str(failure)[:120]}")
             continue
-        if not error < limit:
+        if error < limit:
+            good[name] = config, call, error
+        else:
             log(f"  {spec} {name}: wrong, relative L1 {error:.4f}")
-            continue
-        good[name] = (config, bench._guarded(runtime, q, call.attend))
-    times = timing.time_together(timer, {name: attend for name, (_, attend) in good.items()}, budget_ms=60.0, max_runs=15)
+    return runtime, good, tensors
+
+
+def fastest(shape: Shape, spec: str, backend: str, configs: Sequence[Any], framework: str, dtype: str,
+            log: Callable[[str], None]) -> Any:
+    """The fastest of `configs` for a precision at a shape, kernel only, among those that compute the right thing."""
+    runtime, good, tensors = right_calls(shape, spec, backend, configs, framework, dtype, log)
+    if not good:
+        return None
+    q = tensors[0]
+    kernels = {name: bench.guarded(runtime, q, call.attend) for name, (_, call, _) in good.items()}
+    times = timing.time_together(timing.Timer(runtime, q), kernels, budget_ms=60.0, max_runs=15)
     ranked = sorted(times, key=lambda name: times[name].median_ms)
     for name in ranked[:4]:
         log(f"  {spec} {shape} {name}: {times[name].median_ms:.3f} ms, {shape.flops / times[name].median_ms / 1e9:.0f} TFLOP/s")
-    return good[ranked[0]][0] if ranked else None
+    return good[ranked[0]][0]
+
+
+def tune_tiles(shape: Shape, spec: str, framework: str, dtype: str, log: Callable[[str], None]) -> TileConfig | None:
+    """The fastest tile of the portable kernel for a precision at a shape."""
+    return fastest(shape, spec, "triton", candidates(shape.head_dim, dtype), framework, dtype, log)
 
 
 def shortest_useful(spec: str, variant: KernelVariant, head_dim: int, framework: str, dtype: str) -> int:

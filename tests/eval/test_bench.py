@@ -1,4 +1,5 @@
 """The kernel benchmark without a GPU: shapes, statistics, tables, errors, plot."""
+import contextlib
 import dataclasses
 import json
 import types
@@ -9,8 +10,10 @@ import pytest
 
 from lowbit_video.app import cli
 from lowbit_video.eval.speed import accuracy, bench, shapes, timing, tune
+from lowbit_video.eval.speed.experiments import hopper_builds, portable_tiles
 from lowbit_video.eval.speed.shapes import Shape
 from lowbit_video.kernels import tuning
+from lowbit_video.kernels.attention.hopper.build import CONFIGS
 from lowbit_video.kernels.variants import VARIANTS
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
@@ -235,6 +238,50 @@ def test_exact_rows_are_filed_under_what_lookup_asks_for(tmp_path, monkeypatch, 
     assert tuning.lookup(tuning.family(own, own, "fp16"), (9, 0), 64) == tile  # as the launcher asks
     other = "fp32" if family == "fp16" else "fp16"
     assert tuning.lookup(other, (9, 0), 64) == tuning.TABLE[other, (9, 0), 64]
+
+
+def test_experiments_have_the_default_builds_and_a_name_for_each():
+    builds = hopper_builds.candidates().values()
+    named = {(head_dim, pv, tune.describe(config)) for head_dim, pv, config in builds}
+    assert len(named) == len(builds)
+    for (head_dim, fp8_pv), config in CONFIGS.items():
+        assert (head_dim, "fp8" if fp8_pv else "fp16", config) in builds
+    for text in (*portable_tiles.TILES.values(), *portable_tiles.RIVALS.values()):
+        tiles = portable_tiles.parse_tiles(text)
+        assert len({tune.describe(tile) for tile in tiles}) == len(tiles)
+    assert portable_tiles.parse_tiles("64x128 4 2 168 1") == [
+        tuning.TileConfig(64, 128, 4, 2, max_registers=168, sum_mma=True)]
+
+
+def test_only_calls_that_compute_the_right_thing_are_timed(monkeypatch):
+    """The tuner's verdict on tiles that are right, wrong and broken, and on a backend that does not serve the shape."""
+    class Runtime:
+        arch = staticmethod(lambda like: (9, 0))
+        launch_guard = staticmethod(lambda like: contextlib.nullcontext())
+
+    def call_for(variant, precision, shape, runtime, q, k, v, config):
+        def run():
+            if config.num_stages == 4:
+                raise RuntimeError("out of resource")
+            return config.block_m
+
+        assert variant.backend == "triton"
+        return types.SimpleNamespace(run=run, attend=lambda: None)
+
+    said, tiles = [], [tuning.TileConfig(m, 64, 4, stages) for m, stages in ((16, 2), (32, 2), (64, 2), (64, 4))]
+    monkeypatch.setattr(tune.detect, "anchor", lambda framework: None)
+    monkeypatch.setattr(tune.detect, "runtime_of", lambda like: Runtime)
+    monkeypatch.setattr(tune.inputs, "make_inputs", lambda *args, **options: (None, None, None))
+    monkeypatch.setattr(tune.bench, "call_for", call_for)
+    monkeypatch.setattr(tune.accuracy, "reference", lambda *args, **options: None)
+    monkeypatch.setattr(tune.accuracy, "errors", lambda runtime, out, want: ({16: 0.01, 32: 0.01, 64: float("nan")}[out], 0.0))
+    monkeypatch.setattr(tune.timing, "Timer", lambda *args: None)
+    monkeypatch.setattr(tune.timing, "time_together", lambda timer, calls, **options: {
+        name: timing.Timing(1.0 if name.startswith("32x") else 2.0, 0, 0, 1, 0) for name in calls})
+    given = Shape("", 1, 2, 300, 64), "int8+fp16"
+    assert tune.fastest(*given, "triton", tiles, "torch", "float16", said.append) == tiles[1]
+    assert ["wrong" in text for text in said[:2]] == [True, False] and "out of resource" in said[1] and "32x64" in said[2]
+    assert tune.fastest(Shape("", 1, 2, 300, 96), "int8+fp16", "hopper", tiles, "torch", "float16", said.append) is None
 
 
 def test_what_float32_tensors_can_tune():
