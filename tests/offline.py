@@ -17,7 +17,6 @@ from triton.runtime import driver, jit
 
 from lowbit_video.kernels.attention import portable
 from lowbit_video.kernels.attention.hopper import launch as hopper
-from lowbit_video.kernels.attention.hopper.build import HopperConfig
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import BLOCK_K, FORMAT_OF_DTYPE, QK_FORMATS, scale_block
 from lowbit_video.kernels.operands import Operand, Packed, Sequences, codes_of, v_codes_of
@@ -190,12 +189,12 @@ def _launch_quantisers(case: Quantisers) -> None:
             launch_quant_v(x, v_codes_of(x, buffer("uint8"), float32, sequences is not None), sequences)
 
 
-def launch_hopper(case: Hopper, config: HopperConfig | None = None) -> None:
+def _launch_hopper(case: Hopper) -> None:
     x, float32 = operand((2, 6, 1000, case.head_dim), case.dtype), buffer("float32")
     codes = codes_of(x, case.qk, buffer("int8"), float32, None), codes_of(x, case.qk, buffer("int8"), float32, BLOCK_K)
     hopper.launch_attn_fwd(
         *codes, v_codes_of(x, buffer("int8"), float32) if case.pv == "fp8" else x, x, sm_scale=0.1, is_causal=case.causal,
-        lse=float32 if case.lse else None, lse_shift=float32 if case.lse == "shifted" else None, config=config)
+        lse=float32 if case.lse else None, lse_shift=float32 if case.lse == "shifted" else None)
 
 
 def code_of(ptx: str) -> str:
@@ -205,13 +204,31 @@ def code_of(ptx: str) -> str:
     return "\n".join(line for line in lines if line and not re.match(r"\.loc\b|\$L__(?:tmp|func_)", line))
 
 
-def build(case: Attention | Quantisers | Hopper) -> list[Built]:
-    """Compiles a case's kernels; runs in any process, so that several can share the work."""
-    launch = {Attention: _launch_attention, Quantisers: _launch_quantisers, Hopper: launch_hopper}[type(case)]
+def compiled(case: Attention | Quantisers | Hopper) -> list[Any]:
+    """The kernels that a case launches, in their order."""
+    launch = {Attention: _launch_attention, Quantisers: _launch_quantisers, Hopper: _launch_hopper}[type(case)]
     with compiling(case.arch) as kernels:
         launch(case)
+    return kernels
+
+
+def ptxas(kernel: Any) -> dict[str, Any]:
+    """Of an sm_90a kernel: spilled and shared bytes, warnings about serialised wgmma, SASS opcodes of the tensor cores."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        source.write_text(kernel.asm["ptx"])
+        run = lambda tool, *words: subprocess.run([TOOLS / tool, *words], capture_output=True, text=True, check=True)
+        log = run("ptxas", "-v", "--gpu-name=sm_90a", source, "-o", cubin).stderr
+        sass = run("nvdisasm", "-c", cubin).stdout
+    return dict(spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]), shared=kernel.metadata.shared,
+                warnings=sorted(set(re.findall(r"C75\d\d", log))),
+                tensor_ops=sorted(set(re.findall(r"\b[HIQ]GMMA\.\S+", sass))))
+
+
+def build(case: Attention | Quantisers | Hopper) -> list[Built]:
+    """What is recorded of a case's kernels; runs in any process, so that several can share the work."""
     found = []
-    for kernel in kernels:
+    for kernel in compiled(case):
         ptx = kernel.asm["ptx"]
         mma = sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]+", ptx)))
         found.append(Built(kernel.metadata.name, **resources(kernel), mma=tuple(mma), wide_loads="v4.b32" in ptx,

@@ -1,7 +1,4 @@
 """The Hopper kernel without a GPU: it compiles for sm_90a as recorded, and refuses by name what it lacks."""
-import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,32 +14,30 @@ from lowbit_video.kernels.attention.hopper import launch, softmax  # noqa: E402
 from lowbit_video.kernels.buffers import Buffer  # noqa: E402
 from lowbit_video.kernels.operands import Operand, codes_of  # noqa: E402
 
+from offline import Hopper, compiled, ptxas  # noqa: E402
+
 SHARED_MAX = 227 * 1024  # bytes of shared memory of an sm_90 program
-# (head dim, P.V, dtype, causal, fields beside the default's) -> most bytes that ptxas may spill; eval/speed/NOTES.md says where
 BUILDS = {
-    (64, "fp8", "float16", False, "{}"): 208,
-    (64, "fp8", "bfloat16", True, "{}"): 240,
-    (64, "fp16", "float16", False, "{}"): 32,
-    (64, "fp16", "bfloat16", True, "{}"): 0,
-    (128, "fp8", "bfloat16", True, "{}"): 0,
-    (128, "fp16", "bfloat16", True, "{}"): 0,
+    Hopper(64, "fp8", False, "shifted", "float16"): 208,
+    Hopper(64, "fp8", True, "shifted", "bfloat16"): 240,
+    Hopper(64, "fp16", False, "shifted", "float16"): 32,
+    Hopper(64, "fp16", True, "shifted", "bfloat16"): 0,
+    Hopper(128, "fp8", True, "shifted", "bfloat16"): 0,
+    Hopper(128, "fp16", True, "shifted", "bfloat16"): 0,
 }
+"""Most bytes that ptxas may spill; eval/speed/NOTES.md says where."""
 
 
-def test_compiles_ahead_of_time_without_serialised_products():
-    words = [str(int(word) if isinstance(word, bool) else word) for build in BUILDS for word in build]
-    script = Path(__file__).with_name("hopper_aot.py")
-    run = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    for build, line in zip(BUILDS, run.stdout.splitlines(), strict=True):
-        head_dim, pv, dtype, _, fields = build
-        told = json.loads(line)
-        assert told["warnings"] == [], f"{build}: ptxas serialises wgmma: {told}"
-        assert told["spilled"] <= BUILDS[build], (build, told)
-        assert told["shared"] <= SHARED_MAX, told
-        ops = " ".join(told["tensor_ops"])
-        assert "IGMMA" in ops and ("E4M3" in ops) == (pv == "fp8"), ops
-        assert (".BF16" in ops) == (dtype == "bfloat16" and pv == "fp16"), ops
+@pytest.mark.parametrize("case", BUILDS, ids=str)
+def test_compiles_ahead_of_time_without_serialised_products(case):
+    (kernel,) = compiled(case)
+    told = ptxas(kernel)
+    assert told["warnings"] == [], f"ptxas serialises wgmma: {told}"
+    assert told["spilled"] <= BUILDS[case], told
+    assert told["shared"] <= SHARED_MAX, told
+    ops = " ".join(told["tensor_ops"])
+    assert "IGMMA" in ops and ("E4M3" in ops) == (case.pv == "fp8"), ops
+    assert (".BF16" in ops) == (case.dtype == "bfloat16" and case.pv == "fp16"), ops
 
 
 def run_ptx(text: str, registers: dict[str, Any]) -> None:
