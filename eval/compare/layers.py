@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,14 @@ from typing import Any
 import numpy as np
 
 from lowbit_video.files import write_whole
+from lowbit_video.hook.base import slot_of
+from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from lowbit_video.hook.report import attention_modules, transformer_of
+from lowbit_video.runtime.detect import runtime_of
 
 from ..metrics import registry
 from .candidates import Candidate, applied, as_candidate, floor_candidate
+from .paired import Progress
 from .settings import Settings, environment
 
 METRICS = ("sqnr", "cosine", "relative_l1", "rmse", "max_error")
@@ -61,16 +67,13 @@ class Recorder:
     """The processor of one module in the recorded run: exact goes on, candidates are measured beside it."""
 
     def __init__(self, candidates: list[Any], clock: StepClock) -> None:
-        from lowbit_video.hook.processors import ExactAttnProcessor
-
         self.exact, self.candidates, self.clock = ExactAttnProcessor(), candidates, clock
         self.rows: dict[int, list[np.ndarray]] = {}  # step -> one [C, metrics + 1, H] a call
 
     def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
                  image_rotary_emb: Any = None) -> tuple[Any, Any]:
         """As any processor; gives what exact attention gives."""
-        from lowbit_video.runtime.detect import runtime_of
-
+        slot_of(attn, hidden_states)  # the module's own; of a Tapped it would be another class's
         to_numpy = runtime_of(hidden_states).to_numpy
         inputs = (hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         tapped = Tapped(attn)
@@ -108,8 +111,6 @@ class Gated:
     """A processor that works in some steps only; the others are exact."""
 
     def __init__(self, processor: Any, clock: StepClock, steps: range) -> None:
-        from lowbit_video.hook.processors import ExactAttnProcessor
-
         self.inside, self.outside, self.clock, self.steps = processor, ExactAttnProcessor(), clock, steps
 
     def __call__(self, *arguments: Any, **named: Any) -> tuple[Any, Any]:
@@ -209,8 +210,6 @@ class LayerTable:
 
 def by_module(candidate: Candidate, names: list[str], **hook: Any) -> dict[str, Any]:
     """The candidate's processor for each module; modules that its patterns leave alone are not in it."""
-    from lowbit_video.hook.processors import LowBitAttnProcessor
-
     wanted = candidate.make()
     chosen = dict.fromkeys(names, wanted)
     if isinstance(wanted, dict):
@@ -267,10 +266,6 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
     Raises:
         ValueError: no candidates, an unknown one, or a model without attention modules that take a processor.
     """
-    from lowbit_video.hook.report import attention_modules, transformer_of
-
-    from .paired import Progress
-
     settings = settings or Settings()
     candidates = [as_candidate(c) for c in candidates]
     if not candidates:
@@ -282,15 +277,11 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
 
     def latents_of(modules: Any, whole: Candidate | None = None) -> np.ndarray:
         """The final latents with the given processors by module name."""
-        from lowbit_video.runtime.detect import runtime_of
-
         clock.step = 0
         arguments = {**settings.arguments(), "seed": seed, "output_type": "latent", "progress": False}
         with applied(pipe, whole or Candidate("modules", lambda: modules)):
             pipe(prompt, **arguments, callback_on_step_end=clock.tick)
         return runtime_of(clock.latents).to_numpy(clock.latents).astype(np.float64)
-
-    import time
 
     planned = ["record", "floor"]
     for candidate in candidates if measured_shares else []:
