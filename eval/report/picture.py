@@ -5,14 +5,11 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from typing import TYPE_CHECKING
 
 from ..compare.candidates import EXACT, FLOOR
 from ..video import BadVideoError, read_video
 from .charts import frontier
-
-if TYPE_CHECKING:
-    from .write import Report
+from .data import Report
 
 PALETTE = ("#0b63ce", "#c2570c", "#0f8a6d", "#9c3fae", "#8a6d00", "#c0325b", "#3f6f8f", "#5b5bd6")
 INK, SOFT, LINE = "#1c1e21", "#5d636b", "#e2e0da"
