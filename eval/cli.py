@@ -170,9 +170,8 @@ def run_metrics(args) -> int:
     from .metrics.registry import metrics
 
     for metric in metrics().values():
-        way = {None: "compare only", True: "higher is better", False: "lower is better"}[metric.higher_is_better]
         lacking = metric.missing(dict(args.weights))
-        print(f"{metric.name:<18} {metric.kind:<7} {metric.unit or '-':<16} {way:<17} {lacking or 'ready'}")
+        print(f"{metric.name:<18} {metric.kind:<7} {metric.unit or '-':<16} {metric.direction:<17} {lacking or 'ready'}")
     return 0
 
 

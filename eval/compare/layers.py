@@ -29,7 +29,6 @@ from .candidates import Candidate, applied, as_candidate, floor_candidate
 from .paired import Progress
 from .settings import Settings, environment
 
-METRICS = ("sqnr", "cosine", "relative_l1", "rmse", "max_error")
 STEP_GROUPS = 4
 FIT_ROUNDS = 200
 FILE = "layers.npz"
@@ -79,12 +78,12 @@ class Recorder:
         tapped = Tapped(attn)
         result = self.exact(tapped, *inputs)
         exact = heads_of(to_numpy(tapped.seen), attn.heads)
-        rows = np.zeros((len(self.candidates), len(METRICS) + 1, attn.heads))
-        for row, candidate in zip(rows, self.candidates):
+        rows = []
+        for candidate in self.candidates:
             tapped = Tapped(attn)
             (candidate or self.exact)(tapped, *inputs)
-            row[:] = head_errors(heads_of(to_numpy(tapped.seen), attn.heads), exact)
-        self.rows.setdefault(self.clock.step, []).append(rows)
+            rows.append(head_errors(heads_of(to_numpy(tapped.seen), attn.heads), exact))
+        self.rows.setdefault(self.clock.step, []).append(np.stack(rows))
         return result
 
 
@@ -94,15 +93,15 @@ def heads_of(joined: np.ndarray, heads: int) -> np.ndarray:
 
 
 def head_errors(output: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Every kernel-level metric, and last the sum of squared errors, of each head: [len(METRICS) + 1, H].
+    """Every kernel-level metric, and last the sum of squared errors, of each head: [metrics + 1, H].
 
     output, exact: [B, N, H, D]. One head at a time: a long video's heads together would not fit twice in float64.
     """
-    functions = [getattr(registry.metric(name).module, name) for name in METRICS]
-    out = np.empty((len(METRICS) + 1, output.shape[2]))
+    metrics = registry.of_kind("tensor")
+    out = np.empty((len(metrics) + 1, output.shape[2]))
     for head in range(output.shape[2]):
         pair = output[:, :, head], exact[:, :, head]
-        out[:-1, head] = [function(*pair) for function in functions]
+        out[:-1, head] = [metric.module.measure(*pair) for metric in metrics]
         out[-1, head] = np.square(pair[0].astype(np.float64) - pair[1]).sum()
     return out
 
@@ -302,7 +301,7 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
     groups = step_groups(steps)
     table = np.array([[np.mean(recorders[name].rows[step], axis=0) for step in range(steps)] for name in names])
     table = table.transpose(2, 3, 0, 1, 4)  # [C, metrics, L, S, H]
-    errors = {metric: table[:, i] for i, metric in enumerate((*METRICS, "squared_error"))}
+    errors = {name: table[:, i] for i, name in enumerate([*[m.name for m in registry.of_kind("tensor")], "squared_error"])}
 
     def error(latents: np.ndarray) -> float:
         return float(np.linalg.norm(latents - exact) / size)

@@ -23,7 +23,6 @@ from .clips import write_lossless
 from .settings import Settings, environment
 from .store import Store
 
-PER_FRAME = ("psnr", "ssim")  # figures kept frame by frame as well, for the curves beside a video
 SAME = ("steps", "guidance", "frames", "height", "width")  # settings that all videos of a folder must share
 
 
@@ -80,17 +79,16 @@ def figures(video, reference, metrics: Sequence[registry.Metric], context: Conte
     """
     values, frames, features = {}, {}, {}
     for metric in metrics:
-        if metric.kind == "paired":
-            if reference is not None and metric.name in PER_FRAME:
-                rows = getattr(metric.module, metric.name)(video, reference)
-                frames[metric.name] = [round(float(x), 5) for x in rows]
-                values[metric.name] = float(rows.mean())
-            elif reference is not None:
-                values[metric.name] = metric.module.measure(video, reference, context)
-        elif metric.kind == "set":
+        if metric.kind == "paired" and reference is None:
+            continue
+        if metric.kind == "set":
             features[metric.name] = [float(x) for x in metric.module.features(video, context)]
+        elif hasattr(metric.module, "per_frame"):
+            rows = metric.module.per_frame(video, reference, context)
+            frames[metric.name] = [round(float(x), 5) for x in rows]
+            values[metric.name] = float(rows.mean())
         else:
-            value = metric.module.measure(video, None, context)
+            value = metric.module.measure(video, reference, context)
             if isinstance(value, Mapping):
                 values.update({f"{metric.name}.{part}": float(x) for part, x in value.items()})
             elif value is not None:
@@ -259,9 +257,8 @@ def _keep(store: Store, prompt: str, seed: int, run: str, video: np.ndarray, fps
 
 
 def headline(line: dict) -> str:
-    """The one or two figures shown while it runs."""
+    """The figures shown while it runs: those that are kept by frame."""
     if "error" in line:
         return f"FAILED: {line['error']}"
-    values = line["figures"]
-    return "  ".join(f"{name} {values[name]:.{digits}f}{unit}" for name, digits, unit in (("psnr", 1, " dB"), ("ssim", 4, ""))
-                     if name in values)
+    shown = sorted(map(registry.metric, line["frames"]), key=lambda metric: metric.place)
+    return "  ".join(f"{m.name} {line['figures'][m.name]:.{m.digits}f} {m.unit}".rstrip() for m in shown)

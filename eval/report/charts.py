@@ -9,7 +9,7 @@ from ..compare.candidates import EXACT, FLOOR
 from ..metrics import registry
 from .bootstrap import Interval
 from .summary import Cell, Row, Summary
-from .text import interval_text, over_floor, plain, show_value, times
+from .text import interval_text, label_of, over_floor, plain, show_value, times
 
 LETTER = 7.5  # at most so many units of an SVG is a letter of a strong label wide
 COLOURS = 8  # as many --c variables has the page
@@ -167,10 +167,9 @@ def pareto(summary: Summary, speed: Mapping[str, float], name: str, faster_is_hi
     for tick in ticks(y_low, y_high):
         out += [line(left, y(tick), width - right, y(tick)), label(plain(tick), left - 10, y(tick) + 4, "end")]
     out += [label(plain(tick), x(tick), bottom + 18, "middle") for tick in ticks(x_low, x_high)]
-    unit = registry.metric(figure).unit
     arrow = " (faster →)" if faster_is_higher else " (← faster)"
     out.append(label(name + (arrow if compares else ""), (left + width - right) / 2, height - 6, "middle"))
-    out.append(label(f"{figure.upper()} {unit}".strip(), 0, 10, strong=True))
+    out.append(label(f"{label_of(figure)} {registry.metric(figure).unit}".strip(), 0, 10, strong=True))
     if EXACT in speed:
         at = x(speed[EXACT])
         out += [line(at, top, at, bottom, stroke_dasharray="3 4", stroke="var(--faint)", kind="mark"),

@@ -6,12 +6,10 @@ from ..metrics import registry
 from .data import PAGE, PICTURE, Report
 from .text import NOTES, facts, interval_text, label_of, over_floor_text, plain, prompts_unfollowed, show_value
 
-IN_MARKDOWN = ("psnr", "ssim", "ms_ssim", "lpips", "adherence.all")
-
 
 def markdown(report: Report) -> str:
     """The summary for a README: a table with intervals and the floor, and how it was made."""
-    figures = [f for f in report.summary.figures if f in IN_MARKDOWN]
+    figures = [f for f in report.summary.figures if registry.metric(f).kind == "paired" or f.endswith(".all")]
     units = {f: registry.metric(f).unit for f in figures}
     head = [label_of(f) + (f" ({units[f]})" if units[f] else "") for f in figures]
     head = ["run", *head, "above the floor", report.speed_label]

@@ -84,8 +84,7 @@ def table(heads: Sequence[str], rows: Sequence[str]) -> str:
 def figure_head(figure: str) -> str:
     """A column's head: name, unit, direction."""
     metric = registry.metric(figure)
-    way = {None: "compare only", True: "higher is better", False: "lower is better"}[metric.higher_is_better]
-    return f"{label_of(figure)} {tag('span', metric.unit, kind='unit')}{tag('div', way, kind='interval')}"
+    return f"{label_of(figure)} {tag('span', metric.unit, kind='unit')}{tag('div', metric.direction, kind='interval')}"
 
 
 def run_head(row: Row, under: bool = True) -> str:

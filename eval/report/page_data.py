@@ -65,7 +65,7 @@ def layers_data(layer_table: LayerTable) -> dict:
         values[candidate] = {}
         for name in figures:
             array = layer_table.of(candidate, name)  # [L, S, H]
-            reduce = {"share": np.sum, "max_error": np.max}.get(name, np.mean)
+            reduce = np.sum if name == "share" else registry.metric(name).reduce
             values[candidate][name] = {"steps": rounded(reduce(array, axis=2)), "heads": rounded(reduce(array, axis=1))}
         worst[candidate] = layer_table.worst(candidate, WORST_SHARES)
         error, floor = 100 * layer_table.latent_error[c], 100 * layer_table.floor_error

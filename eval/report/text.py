@@ -5,16 +5,11 @@ import math
 from pathlib import Path
 
 from ..compare.candidates import EXACT
+from ..metrics import registry
 from .bootstrap import Interval
 from .data import Report
 from .summary import Summary
 
-DIGITS = {"psnr": 1, "ssim": 4, "ms_ssim": 4, "lpips": 4, "flicker": 2, "warping_error": 3, "motion_smoothness": 4,
-          "dynamic_degree": 2, "clipsim": 4, "clip_temporal": 4, "vqa": 3, "fvd": 2, "adherence": 2}
-LABELS = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "clipsim": "CLIPSIM", "vqa": "VQAScore",
-          "clip_temporal": "CLIP-temporal", "fvd": "FVD-style", "warping_error": "warping error", "sqnr": "SQNR",
-          "motion_smoothness": "motion smoothness", "dynamic_degree": "dynamic degree", "relative_l1": "relative L1",
-          "rmse": "RMSE", "max_error": "max error"}
 FOLLOWED = 0.25  # share of prompts that the exact run must show in all parts for adherence to mean something
 NOTES = {
     "paired": "Each video is compared, frame by frame, with the exact video of the same prompt and noise. Brackets are 95 % "
@@ -41,7 +36,7 @@ NOTES = {
 
 def digits(figure: str) -> int:
     """Decimals a figure is shown with."""
-    return DIGITS.get(figure.partition(".")[0], 3)
+    return registry.metric(figure).digits
 
 
 def show_value(figure: str, value: float) -> str:
@@ -93,8 +88,8 @@ def over_floor_text(over: Interval | None) -> str:
 
 def label_of(figure: str) -> str:
     """A figure's name for people: "adherence.colour" is "adherence: colour"."""
-    base, _, rest = figure.partition(".")
-    return LABELS.get(base, base) + (f": {rest}" if rest else "")
+    part = figure.partition(".")[2]
+    return registry.metric(figure).label + (f": {part}" if part else "")
 
 
 def prompts_unfollowed(summary: Summary) -> bool:
