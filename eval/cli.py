@@ -147,7 +147,8 @@ def run_compare(args) -> int:
 def run_layers(args) -> int:
     """`eval layers`."""
     from .compare.candidates import as_candidate
-    from .compare.layers import as_text, measure_layers
+    from .compare.layer_table import as_text
+    from .compare.layers import measure_layers
 
     candidates = [as_candidate(name) for name in args.precisions]
     pipe, settings = load(args)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..compare.candidates import EXACT, FLOOR
-from ..compare.layers import FILE as LAYERS_FILE
-from ..compare.layers import LayerTable
+from ..compare.layer_table import FILE as LAYERS_FILE
+from ..compare.layer_table import LayerTable
 from ..compare.store import Store
 from .summary import Row, Summary, summarise
 

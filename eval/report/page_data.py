@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..compare.candidates import EXACT
-from ..compare.layers import LayerTable
+from ..compare.layer_table import LayerTable
 from ..metrics import registry
 from .charts import colour_of
 from .data import Report
