@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from planted import Noise, SwapHeads, ZeroTail, only_in_layer_1  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from planted import NotANumber, SwapHeads  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
