@@ -6,6 +6,7 @@ in the making. Only the exact video is needed again (as the reference) when a la
 """
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lowbit_video.files import write_whole
+from lowbit_video.hook.report import coverage
 
 from ..metrics import registry
 from ..metrics.shared.context import Context
@@ -66,8 +68,6 @@ def generate(pipe, prompt: str, seed: int, settings: Settings, candidate: Candid
 
 def coverage_note(pipe) -> dict:
     """What the hooked attention modules ran: {"attention": {variant: calls}, "fallbacks": modules}."""
-    from lowbit_video.hook.report import coverage
-
     report = coverage(pipe)
     return {"attention": report.variants(), "fallbacks": len(report.fallbacks)}
 
@@ -244,8 +244,6 @@ def _reference(pipe, store: Store, prompt: str, seed: int, settings: Settings, r
 
 def clip_name(store: Store, prompt: str, seed: int, run: str) -> str:
     """A file name for one video: position of the prompt among all seen, seed, run."""
-    import hashlib
-
     key = hashlib.sha256(prompt.encode()).hexdigest()[:8]
     return f"{key}-s{seed}-{Candidate(run, dict).slug}"
 
