@@ -147,7 +147,8 @@ def run_compare(args) -> int:
 def run_layers(args) -> int:
     """`eval layers`."""
     from .compare.candidates import as_candidate
-    from .compare.layers import as_text, measure_layers
+    from .compare.layer_table import as_text
+    from .compare.layers import measure_layers
 
     candidates = [as_candidate(name) for name in args.precisions]
     pipe, settings = load(args)
@@ -170,9 +171,8 @@ def run_metrics(args) -> int:
     from .metrics.registry import metrics
 
     for metric in metrics().values():
-        way = {None: "compare only", True: "higher is better", False: "lower is better"}[metric.higher_is_better]
         lacking = metric.missing(dict(args.weights))
-        print(f"{metric.name:<18} {metric.kind:<7} {metric.unit or '-':<16} {way:<17} {lacking or 'ready'}")
+        print(f"{metric.name:<18} {metric.kind:<7} {metric.unit or '-':<16} {metric.direction:<17} {lacking or 'ready'}")
     return 0
 
 

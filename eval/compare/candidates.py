@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit_video.hook.apply import apply
+from lowbit_video.precision import as_precision
+
+from .floor import ReorderedExactProcessor
+
 EXACT = "exact"
 FLOOR = "floor"
 
@@ -47,8 +52,6 @@ def as_candidate(named: Any) -> Candidate:
     if text in (EXACT, FLOOR):
         raise ValueError(f"{text!r} always runs, as the reference or its twin; name low-bit precisions or module:Class")
     if ":" not in text:
-        from lowbit_video.precision import as_precision
-
         as_precision(text)
         return Candidate(text, lambda: text)
     module, _, attribute = text.partition(":")
@@ -66,8 +69,6 @@ def as_candidate(named: Any) -> Candidate:
 
 def applied(pipe, candidate: Candidate, *, backend: str = "auto", fallback: str | None = None):
     """Hook the candidate into the pipeline: the handle of `lowbit_video.apply`, a context manager."""
-    from lowbit_video.hook.apply import apply
-
     wanted = candidate.make()
     if isinstance(wanted, dict):
         return apply(pipe, None, wanted, backend=backend, fallback=fallback)
@@ -76,10 +77,4 @@ def applied(pipe, candidate: Candidate, *, backend: str = "auto", fallback: str 
 
 def floor_candidate() -> Candidate:
     """The exact twin that differs from the exact run only in harmless ways."""
-
-    def make():
-        from .floor import ReorderedExactProcessor
-
-        return ReorderedExactProcessor()
-
-    return Candidate(FLOOR, make)
+    return Candidate(FLOOR, ReorderedExactProcessor)

@@ -9,25 +9,25 @@ and over each step group are those measured (iterative proportional fitting).
 from __future__ import annotations
 
 import fnmatch
-import json
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowbit_video.files import write_whole
+from lowbit_video.hook.base import slot_of
+from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from lowbit_video.hook.report import attention_modules, transformer_of
+from lowbit_video.runtime.detect import runtime_of
 
 from ..metrics import registry
 from .candidates import Candidate, applied, as_candidate, floor_candidate
+from .layer_table import LayerTable
+from .paired import Progress
 from .settings import Settings, environment
 
-METRICS = ("sqnr", "cosine", "relative_l1", "rmse", "max_error")
 STEP_GROUPS = 4
 FIT_ROUNDS = 200
-FILE = "layers.npz"
-DETAIL = ("share", "squared_error")  # arrays of the same shape as the metrics
 
 
 class Tapped:
@@ -61,27 +61,24 @@ class Recorder:
     """The processor of one module in the recorded run: exact goes on, candidates are measured beside it."""
 
     def __init__(self, candidates: list[Any], clock: StepClock) -> None:
-        from lowbit_video.hook.processors import ExactAttnProcessor
-
         self.exact, self.candidates, self.clock = ExactAttnProcessor(), candidates, clock
         self.rows: dict[int, list[np.ndarray]] = {}  # step -> one [C, metrics + 1, H] a call
 
     def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
                  image_rotary_emb: Any = None) -> tuple[Any, Any]:
         """As any processor; gives what exact attention gives."""
-        from lowbit_video.runtime.detect import runtime_of
-
+        slot_of(attn, hidden_states)  # the module's own; of a Tapped it would be another class's
         to_numpy = runtime_of(hidden_states).to_numpy
         inputs = (hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         tapped = Tapped(attn)
         result = self.exact(tapped, *inputs)
         exact = heads_of(to_numpy(tapped.seen), attn.heads)
-        rows = np.zeros((len(self.candidates), len(METRICS) + 1, attn.heads))
-        for row, candidate in zip(rows, self.candidates):
+        rows = []
+        for candidate in self.candidates:
             tapped = Tapped(attn)
             (candidate or self.exact)(tapped, *inputs)
-            row[:] = head_errors(heads_of(to_numpy(tapped.seen), attn.heads), exact)
-        self.rows.setdefault(self.clock.step, []).append(rows)
+            rows.append(head_errors(heads_of(to_numpy(tapped.seen), attn.heads), exact))
+        self.rows.setdefault(self.clock.step, []).append(np.stack(rows))
         return result
 
 
@@ -91,15 +88,15 @@ def heads_of(joined: np.ndarray, heads: int) -> np.ndarray:
 
 
 def head_errors(output: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Every kernel-level metric, and last the sum of squared errors, of each head: [len(METRICS) + 1, H].
+    """Every kernel-level metric, and last the sum of squared errors, of each head: [metrics + 1, H].
 
     output, exact: [B, N, H, D]. One head at a time: a long video's heads together would not fit twice in float64.
     """
-    functions = [getattr(registry.metric(name).module, name) for name in METRICS]
-    out = np.empty((len(METRICS) + 1, output.shape[2]))
+    metrics = registry.of_kind("tensor")
+    out = np.empty((len(metrics) + 1, output.shape[2]))
     for head in range(output.shape[2]):
         pair = output[:, :, head], exact[:, :, head]
-        out[:-1, head] = [function(*pair) for function in functions]
+        out[:-1, head] = [metric.module.measure(*pair) for metric in metrics]
         out[-1, head] = np.square(pair[0].astype(np.float64) - pair[1]).sum()
     return out
 
@@ -108,8 +105,6 @@ class Gated:
     """A processor that works in some steps only; the others are exact."""
 
     def __init__(self, processor: Any, clock: StepClock, steps: range) -> None:
-        from lowbit_video.hook.processors import ExactAttnProcessor
-
         self.inside, self.outside, self.clock, self.steps = processor, ExactAttnProcessor(), clock, steps
 
     def __call__(self, *arguments: Any, **named: Any) -> tuple[Any, Any]:
@@ -117,100 +112,8 @@ class Gated:
         return (self.inside if self.clock.step in self.steps else self.outside)(*arguments, **named)
 
 
-@dataclass(frozen=True)
-class LayerTable:
-    """The table, as `load` gives it; later choices of bit width per layer read this.
-
-    candidates [C], layers [L]: names. errors: metric -> [C, L, S, H] over steps and heads (mean over calls in a step),
-    and "squared_error". share: [C, L, S, H], each candidate's part sums to 1. latent_error [C]: relative L2 error of the
-    final latent with the candidate everywhere. layer_error [C, L], step_error [C, G]: the same with the candidate in one
-    layer, or in one group of steps, only (NaN where not measured). floor_error: of the exact twin. about: settings,
-    prompt, seed, machine.
-    """
-
-    candidates: list[str]
-    layers: list[str]
-    errors: dict[str, np.ndarray]
-    share: np.ndarray
-    latent_error: np.ndarray
-    layer_error: np.ndarray
-    step_error: np.ndarray
-    floor_error: float
-    about: dict
-
-    def of(self, candidate: str, figure: str = "share") -> np.ndarray:
-        """[L, S, H] of one candidate: "share", "squared_error", or a metric's name.
-
-        Raises:
-            KeyError: no such candidate or figure (lists what exists).
-        """
-        if candidate not in self.candidates:
-            raise KeyError(f"no candidate {candidate!r} in this table; there are: {', '.join(self.candidates)}")
-        if figure != "share" and figure not in self.errors:
-            raise KeyError(f"no figure {figure!r} in this table; there are: share, {', '.join(self.errors)}")
-        return (self.share if figure == "share" else self.errors[figure])[self.candidates.index(candidate)]
-
-    def by_layer(self, candidate: str, figure: str = "share") -> dict[str, float]:
-        """One value a layer: the sum of shares, or the mean of a metric over steps and heads."""
-        values = self.of(candidate, figure)
-        reduced = values.sum(axis=(1, 2)) if figure in DETAIL else values.mean(axis=(1, 2))
-        return dict(zip(self.layers, reduced.tolist()))
-
-    def worst(self, candidate: str, count: int = 5) -> list[tuple[str, int, int, float]]:
-        """The (layer, step, head, share) with the largest shares."""
-        share = self.of(candidate)
-        order = np.argsort(share, axis=None)[::-1][:count]
-        places = zip(*np.unravel_index(order, share.shape))
-        return [(self.layers[layer], int(step), int(head), float(share[layer, step, head])) for layer, step, head in places]
-
-    def choose(self, limit: float, figure: str = "relative_l1", order: Sequence[str] | None = None) -> dict[str, str]:
-        """For each layer the first candidate whose mean error is within the limit; a layer without one stays exact.
-
-        Args:
-            limit: at most this (at least this, for a metric where higher is better). order: candidates, cheapest first.
-
-        Returns:
-            {module name: candidate}, as `lowbit_video.apply(pipe, None, modules=...)` takes it.
-        """
-        higher = registry.metric(figure).higher_is_better
-        chosen = {}
-        for candidate in order or self.candidates:
-            for layer, value in self.by_layer(candidate, figure).items():
-                if layer not in chosen and (value >= limit if higher else value <= limit):
-                    chosen[layer] = candidate
-        return chosen
-
-    def save(self, path) -> None:
-        """Write one compressed npz, float32, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(path) as part, open(part, "wb") as file:
-            np.savez_compressed(
-                file, candidates=np.array(self.candidates), layers=np.array(self.layers), share=self.share.astype(np.float32),
-                latent_error=self.latent_error, layer_error=self.layer_error, step_error=self.step_error,
-                floor_error=self.floor_error, about=json.dumps(self.about),
-                **{f"error_{name}": array.astype(np.float32) for name, array in self.errors.items()})
-
-    @classmethod
-    def load(cls, path) -> LayerTable:
-        """Read a table.
-
-        Raises:
-            FileNotFoundError: no such file. ValueError: an npz that is not a layer table.
-        """
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        if "share" not in arrays or "about" not in arrays:
-            raise ValueError(f"{path}: not a layer table; make one with `lowbit-video eval layers`")
-        errors = {name[6:]: array for name, array in arrays.items() if name.startswith("error_")}
-        return cls(arrays["candidates"].tolist(), arrays["layers"].tolist(), errors, arrays["share"], arrays["latent_error"],
-                   arrays["layer_error"], arrays["step_error"], float(arrays["floor_error"]), json.loads(str(arrays["about"])))
-
-
 def by_module(candidate: Candidate, names: list[str], **hook: Any) -> dict[str, Any]:
     """The candidate's processor for each module; modules that its patterns leave alone are not in it."""
-    from lowbit_video.hook.processors import LowBitAttnProcessor
-
     wanted = candidate.make()
     chosen = dict.fromkeys(names, wanted)
     if isinstance(wanted, dict):
@@ -267,10 +170,6 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
     Raises:
         ValueError: no candidates, an unknown one, or a model without attention modules that take a processor.
     """
-    from lowbit_video.hook.report import attention_modules, transformer_of
-
-    from .paired import Progress
-
     settings = settings or Settings()
     candidates = [as_candidate(c) for c in candidates]
     if not candidates:
@@ -282,15 +181,11 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
 
     def latents_of(modules: Any, whole: Candidate | None = None) -> np.ndarray:
         """The final latents with the given processors by module name."""
-        from lowbit_video.runtime.detect import runtime_of
-
         clock.step = 0
         arguments = {**settings.arguments(), "seed": seed, "output_type": "latent", "progress": False}
         with applied(pipe, whole or Candidate("modules", lambda: modules)):
             pipe(prompt, **arguments, callback_on_step_end=clock.tick)
         return runtime_of(clock.latents).to_numpy(clock.latents).astype(np.float64)
-
-    import time
 
     planned = ["record", "floor"]
     for candidate in candidates if measured_shares else []:
@@ -311,7 +206,7 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
     groups = step_groups(steps)
     table = np.array([[np.mean(recorders[name].rows[step], axis=0) for step in range(steps)] for name in names])
     table = table.transpose(2, 3, 0, 1, 4)  # [C, metrics, L, S, H]
-    errors = {metric: table[:, i] for i, metric in enumerate((*METRICS, "squared_error"))}
+    errors = {name: table[:, i] for i, name in enumerate([*[m.name for m in registry.of_kind("tensor")], "squared_error"])}
 
     def error(latents: np.ndarray) -> float:
         return float(np.linalg.norm(latents - exact) / size)
@@ -340,23 +235,3 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
     about = {"prompt": prompt, "seed": seed, "settings": settings.as_dict(), "steps": steps, "environment": environment(),
              "step_groups": [[g.start, g.stop] for g in groups], "shares": "measured" if measured_shares else "local"}
     return LayerTable([c.label for c in candidates], names, errors, share, latent_error, layer_error, step_error, floor, about)
-
-
-def as_text(table: LayerTable) -> str:
-    """The table for a terminal: a row a layer, and for each candidate its SQNR (mean over steps and heads) and share."""
-    width = max(len(name) for name in [*table.layers, "final latent error"])
-    head = f"{'layer':<{width}}" + "".join(f"  {name:>22}" for name in table.candidates)
-    lines = [head, f"{'':<{width}}" + "".join(f"  {'SQNR dB':>13}{'share':>9}" for _ in table.candidates)]
-    for layer in table.layers:
-        cells = ""
-        for candidate in table.candidates:
-            sqnr, share = table.by_layer(candidate, "sqnr")[layer], table.by_layer(candidate)[layer]
-            cells += f"  {sqnr:>13.1f}{100 * share:>8.1f}%"
-        lines.append(f"{layer:<{width}}{cells}")
-    if not np.isnan(table.latent_error).all():
-        lines.append(f"{'final latent error':<{width}}" + "".join(f"  {100 * e:>21.3f}%" for e in table.latent_error)
-                     + f"   (floor {100 * table.floor_error:.2g} %)")
-    for candidate in table.candidates:
-        layer, step, head_index, share = table.worst(candidate, 1)[0]
-        lines.append(f"{candidate}: the largest share, {100 * share:.1f} %, is {layer}, step {step}, head {head_index}")
-    return "\n".join(lines)

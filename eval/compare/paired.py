@@ -6,6 +6,7 @@ in the making. Only the exact video is needed again (as the reference) when a la
 """
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lowbit_video.files import write_whole
+from lowbit_video.hook.report import coverage
 
 from ..metrics import registry
 from ..metrics.shared.context import Context
@@ -23,7 +25,6 @@ from .clips import write_lossless
 from .settings import Settings, environment
 from .store import Store
 
-PER_FRAME = ("psnr", "ssim")  # figures kept frame by frame as well, for the curves beside a video
 SAME = ("steps", "guidance", "frames", "height", "width")  # settings that all videos of a folder must share
 
 
@@ -67,8 +68,6 @@ def generate(pipe, prompt: str, seed: int, settings: Settings, candidate: Candid
 
 def coverage_note(pipe) -> dict:
     """What the hooked attention modules ran: {"attention": {variant: calls}, "fallbacks": modules}."""
-    from lowbit_video.hook.report import coverage
-
     report = coverage(pipe)
     return {"attention": report.variants(), "fallbacks": len(report.fallbacks)}
 
@@ -80,17 +79,16 @@ def figures(video, reference, metrics: Sequence[registry.Metric], context: Conte
     """
     values, frames, features = {}, {}, {}
     for metric in metrics:
-        if metric.kind == "paired":
-            if reference is not None and metric.name in PER_FRAME:
-                rows = getattr(metric.module, metric.name)(video, reference)
-                frames[metric.name] = [round(float(x), 5) for x in rows]
-                values[metric.name] = float(rows.mean())
-            elif reference is not None:
-                values[metric.name] = metric.module.measure(video, reference, context)
-        elif metric.kind == "set":
+        if metric.kind == "paired" and reference is None:
+            continue
+        if metric.kind == "set":
             features[metric.name] = [float(x) for x in metric.module.features(video, context)]
+        elif hasattr(metric.module, "per_frame"):
+            rows = metric.module.per_frame(video, reference, context)
+            frames[metric.name] = [round(float(x), 5) for x in rows]
+            values[metric.name] = float(rows.mean())
         else:
-            value = metric.module.measure(video, None, context)
+            value = metric.module.measure(video, reference, context)
             if isinstance(value, Mapping):
                 values.update({f"{metric.name}.{part}": float(x) for part, x in value.items()})
             elif value is not None:
@@ -246,8 +244,6 @@ def _reference(pipe, store: Store, prompt: str, seed: int, settings: Settings, r
 
 def clip_name(store: Store, prompt: str, seed: int, run: str) -> str:
     """A file name for one video: position of the prompt among all seen, seed, run."""
-    import hashlib
-
     key = hashlib.sha256(prompt.encode()).hexdigest()[:8]
     return f"{key}-s{seed}-{Candidate(run, dict).slug}"
 
@@ -259,9 +255,8 @@ def _keep(store: Store, prompt: str, seed: int, run: str, video: np.ndarray, fps
 
 
 def headline(line: dict) -> str:
-    """The one or two figures shown while it runs."""
+    """The figures shown while it runs: those that are kept by frame."""
     if "error" in line:
         return f"FAILED: {line['error']}"
-    values = line["figures"]
-    return "  ".join(f"{name} {values[name]:.{digits}f}{unit}" for name, digits, unit in (("psnr", 1, " dB"), ("ssim", 4, ""))
-                     if name in values)
+    shown = sorted(map(registry.metric, line["frames"]), key=lambda metric: metric.place)
+    return "  ".join(f"{m.name} {line['figures'][m.name]:.{m.digits}f} {m.unit}".rstrip() for m in shown)

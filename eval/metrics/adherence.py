@@ -4,9 +4,12 @@ from __future__ import annotations
 from ..video import as_uint8
 
 NAME = "adherence"
+LABEL = "adherence"
 UNIT = ""
+DIGITS = 2
 HIGHER_IS_BETTER = True
 KIND = "alone"
+PLACE = 50
 
 
 def measure(video, reference=None, context=None) -> dict[str, float] | None:

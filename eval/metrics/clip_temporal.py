@@ -6,9 +6,12 @@ from .shared import clip_model
 from .shared.context import missing_model
 
 NAME = "clip_temporal"
+LABEL = "CLIP-temporal"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = True
 KIND = "alone"
+PLACE = 90
 PERFECT = 1.0
 
 

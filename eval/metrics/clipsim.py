@@ -5,9 +5,12 @@ from .shared import clip_model
 from .shared.context import missing_model
 
 NAME = "clipsim"
+LABEL = "CLIPSIM"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = True
 KIND = "alone"
+PLACE = 60
 
 
 def missing(weights) -> str | None:

@@ -6,13 +6,16 @@ import numpy as np
 from .shared.tensor import as_arrays
 
 NAME = "cosine"
+LABEL = "cosine"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = True
 KIND = "tensor"
+PLACE = 20
 PERFECT = 1.0
 
 
-def cosine(output, reference, axis=None) -> np.ndarray:
+def measure(output, reference, axis=None) -> np.ndarray:
     """<output, reference> / (|output| |reference|) over `axis` (None: all); two zero arrays give 1, one gives 0.
 
     Raises:

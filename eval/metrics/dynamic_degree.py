@@ -6,9 +6,12 @@ import numpy as np
 from .shared.flow import pair_flows
 
 NAME = "dynamic_degree"
+LABEL = "dynamic degree"
 UNIT = "% of side/frame"
+DIGITS = 2
 HIGHER_IS_BETTER = None
 KIND = "alone"
+PLACE = 130
 NEEDS = ("skimage", "scipy")
 FASTEST_SHARE = 0.05  # VBench looks at the top 5 % of flow magnitudes
 

@@ -6,9 +6,12 @@ import numpy as np
 from ..video import UINT8_MAX, BadVideoError, as_video
 
 NAME = "flicker"
+LABEL = "flicker"
 UNIT = "levels"
+DIGITS = 2
 HIGHER_IS_BETTER = False
 KIND = "alone"
+PLACE = 100
 
 
 def flicker(video) -> float:

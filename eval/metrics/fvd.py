@@ -7,9 +7,12 @@ from ..video import as_video
 from .shared.context import missing_model
 
 NAME = "fvd"
+LABEL = "FVD-style"
 UNIT = ""
+DIGITS = 2
 HIGHER_IS_BETTER = False
 KIND = "set"
+PLACE = 80
 PERFECT = 0.0
 WEIGHTS_KEY = "fvd"
 WHAT = "a TorchScript file that maps videos [1, 3, F, 224, 224] in [-1, 1] to features [1, D] (i3d_torchscript.pt is customary)"
@@ -58,3 +61,6 @@ def frechet_distance(features_a, features_b) -> float:
     cross = np.linalg.svd(centred_a @ centred_b.T, compute_uv=False).sum()  # tr((A B)^(1/2))
     gap = np.square(a.mean(0) - b.mean(0)).sum()
     return float(max(gap + np.square(centred_a).sum() + np.square(centred_b).sum() - 2 * cross, 0.0))
+
+
+measure = frechet_distance

@@ -9,9 +9,12 @@ from ..video import BadVideoError, as_pair
 from .shared.context import missing_model
 
 NAME = "lpips"
+LABEL = "LPIPS"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = False
 KIND = "paired"
+PLACE = 40
 PERFECT = 0.0
 WEIGHTS_KEY = "lpips"
 WHAT = (

@@ -6,13 +6,17 @@ import numpy as np
 from .shared.tensor import as_arrays
 
 NAME = "max_error"
+LABEL = "max error"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = False
 KIND = "tensor"
+PLACE = 50
 PERFECT = 0.0
+REDUCE = np.max
 
 
-def max_error(output, reference, axis=None) -> np.ndarray:
+def measure(output, reference, axis=None) -> np.ndarray:
     """max |output - reference| over `axis` (None: all).
 
     Raises:

@@ -7,9 +7,12 @@ from ..video import BadVideoError, as_video, luma
 from .shared.flow import flow_between, shrink, spread, warp
 
 NAME = "motion_smoothness"
+LABEL = "motion smoothness"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = True
 KIND = "alone"
+PLACE = 120
 NEEDS = ("skimage", "scipy")
 PERFECT = 1.0
 

@@ -7,9 +7,12 @@ from ..video import BadVideoError, as_pair
 from .ssim import WINDOW, similarity
 
 NAME = "ms_ssim"
+LABEL = "MS-SSIM"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = True
 KIND = "paired"
+PLACE = 30
 PERFECT = 1.0
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, finest scale first
 

@@ -6,9 +6,12 @@ import numpy as np
 from ..video import as_pair
 
 NAME = "psnr"
+LABEL = "PSNR"
 UNIT = "dB"
+DIGITS = 1
 HIGHER_IS_BETTER = True
 KIND = "paired"
+PLACE = 10
 CEILING_DB = 160.0  # identical frames have no error; a finite ceiling (float32 rounding) keeps means finite
 PERFECT = CEILING_DB
 
@@ -30,9 +33,9 @@ def psnr(video, reference) -> np.ndarray:
     return -10.0 * np.log10(np.maximum(mean_square, 10.0 ** (-CEILING_DB / 10.0)))
 
 
-def measure(video, reference=None, context=None) -> float:
-    """The metric's one figure for a pair: the mean over frames."""
-    return float(psnr(video, reference).mean())
+def per_frame(video, reference, context=None) -> np.ndarray:
+    """The figures of a pair's frames, [F]."""
+    return psnr(video, reference)
 
 
 def loss(value):

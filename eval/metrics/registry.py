@@ -1,17 +1,37 @@
-"""The metrics there are: every module of this folder that names itself (NAME, UNIT, HIGHER_IS_BETTER, KIND) is one.
+"""The metrics there are: every file of this folder but this one is one, and carries all that is to be known of it.
 
-KIND says what a metric looks at: "paired" a video and its exact twin, "alone" one video, "set" all videos of a
-precision, "tensor" an attention output and the exact one. A new metric is a new file and nothing else.
+A file says NAME (in results and commands), LABEL (in reports), UNIT, DIGITS (decimals), HIGHER_IS_BETTER (None: neither is)
+and KIND, which is what `measure` looks at:
+
+    "paired"  measure(video, reference, context)   a video and its exact twin
+    "alone"   measure(video, reference, context)   one video; it has no use for the reference
+    "set"     measure(features, exact features)    all videos of a run; features(video, context) is kept of each
+    "tensor"  measure(output, reference)           an attention output and the exact one
+
+`measure` gives the figure. Of one video it may also be {part: figure}, a part "all" stands for the whole; or None, where
+there is nothing to say. A file may say as well:
+
+    PERFECT            the figure of two that are identical; what a paired figure lost is the distance to it
+    loss(figure)       what is lost, where it is another function of the figure
+    per_frame(video, reference, context)   in place of `measure`: figures [F], kept as a curve; the figure is their mean
+    PLACE              where it stands in tables, from low to high; without one it stands last
+    REDUCE             how its values over steps or heads become one; otherwise their mean
+    NEEDS              packages that must be there; missing(weights) says why it cannot run otherwise
+
+A new metric is a new file and nothing else.
 """
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import math
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from types import ModuleType
+
+import numpy as np
 
 from .shared.context import absent
 
@@ -20,39 +40,56 @@ KINDS = ("paired", "alone", "set", "tensor")
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: what its file declares, and its module for the figure itself.
+    """One metric: what its file says, under the same names, and the file's module for its functions."""
 
-    perfect: the value of two identical videos, where there is one; the distance to it is the metric's loss.
-    """
-
+    module: ModuleType
     name: str
+    label: str
     unit: str
+    digits: int
     higher_is_better: bool | None
     kind: str
-    perfect: float | None
-    module: ModuleType
+    perfect: float | None = None
+    place: float = math.inf
+    reduce: Callable[..., np.ndarray] = np.mean
+    needs: tuple[str, ...] = ()
+
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words."""
+        return {None: "compare only", True: "higher is better", False: "lower is better"}[self.higher_is_better]
 
     def missing(self, weights: Mapping[str, str]) -> str | None:
         """Why it cannot run here, or None."""
-        if lacking := absent(getattr(self.module, "NEEDS", ())):
+        if lacking := absent(self.needs):
             return f"needs the package{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}: pip install 'lowbit-video[eval]'"
         check = getattr(self.module, "missing", None)
         return check(weights) if check else None
 
+    def loss(self, value: float, exact: float | None) -> float:
+        """How far a figure is from what the exact run gives: from a perfect pair, or from the exact video's own figure."""
+        if self.kind != "paired":
+            return abs(value - exact)
+        own = getattr(self.module, "loss", None)
+        return float(own(value)) if own else abs(value - self.perfect)
+
+
+def read(module: ModuleType) -> Metric:
+    """The metric of a file."""
+    named = {field.name: field.name.upper() for field in fields(Metric) if field.name != "module"}
+    must = {field.name for field in fields(Metric) if field.default is MISSING}
+    found = Metric(module, **{name: getattr(module, there) for name, there in named.items()
+                              if name in must or hasattr(module, there)})
+    assert found.kind in KINDS, module
+    return found
+
 
 @functools.cache
 def metrics() -> dict[str, Metric]:
-    """Every metric by name; files that declare no NAME are not imported."""
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        names = {t.id for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for t in node.targets
-                 if isinstance(t, ast.Name)}
-        if {"NAME", "UNIT", "HIGHER_IS_BETTER", "KIND"} <= names:
-            module = importlib.import_module(f".{path.stem}", __package__)
-            assert module.KIND in KINDS, path
-            perfect = getattr(module, "PERFECT", None)
-            found[module.NAME] = Metric(module.NAME, module.UNIT, module.HIGHER_IS_BETTER, module.KIND, perfect, module)
-    return found
+    """Every metric by name, in the order of the files' names."""
+    files = sorted(file.name for file in pkgutil.iter_modules(sys.modules[__package__].__path__) if not file.ispkg)
+    found = [read(importlib.import_module(f".{name}", __package__)) for name in files if name != "registry"]
+    return {metric.name: metric for metric in found}
 
 
 def metric(name: str) -> Metric:
@@ -65,6 +102,11 @@ def metric(name: str) -> Metric:
     if name.partition(".")[0] not in known:
         raise ValueError(f"no metric {name!r}; there are: {', '.join(sorted(known))}")
     return known[name.partition(".")[0]]
+
+
+def of_kind(kind: str) -> list[Metric]:
+    """The metrics of a kind in the order of tables."""
+    return sorted((m for m in metrics().values() if m.kind == kind), key=lambda m: (m.place, m.name))
 
 
 def choose(names: Iterable[str] | None, weights: Mapping[str, str]) -> tuple[list[Metric], dict[str, str]]:

@@ -6,13 +6,16 @@ import numpy as np
 from .shared.tensor import as_arrays, ratio
 
 NAME = "relative_l1"
+LABEL = "relative L1"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = False
 KIND = "tensor"
+PLACE = 30
 PERFECT = 0.0
 
 
-def relative_l1(output, reference, axis=None) -> np.ndarray:
+def measure(output, reference, axis=None) -> np.ndarray:
     """sum |output - reference| / sum |reference| over `axis` (None: all).
 
     Raises:

@@ -6,13 +6,16 @@ import numpy as np
 from .shared.tensor import as_arrays
 
 NAME = "rmse"
+LABEL = "RMSE"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = False
 KIND = "tensor"
+PLACE = 40
 PERFECT = 0.0
 
 
-def rmse(output, reference, axis=None) -> np.ndarray:
+def measure(output, reference, axis=None) -> np.ndarray:
     """sqrt(mean (output - reference)^2) over `axis` (None: all).
 
     Raises:

@@ -6,14 +6,17 @@ import numpy as np
 from .shared.tensor import as_arrays
 
 NAME = "sqnr"
+LABEL = "SQNR"
 UNIT = "dB"
+DIGITS = 1
 HIGHER_IS_BETTER = True
 KIND = "tensor"
+PLACE = 10
 CEILING_DB = 200.0  # identical arrays have no noise; a finite ceiling keeps means finite
 PERFECT = CEILING_DB
 
 
-def sqnr(output, reference, axis=None) -> np.ndarray:
+def measure(output, reference, axis=None) -> np.ndarray:
     """10 log10(sum reference^2 / sum (output - reference)^2) over `axis` (None: all), within +-CEILING_DB.
 
     Raises:

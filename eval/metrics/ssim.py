@@ -6,9 +6,12 @@ import numpy as np
 from ..video import BadVideoError, as_pair
 
 NAME = "ssim"
+LABEL = "SSIM"
 UNIT = ""
+DIGITS = 4
 HIGHER_IS_BETTER = True
 KIND = "paired"
+PLACE = 20
 PERFECT = 1.0
 WINDOW = 11  # pixels; Wang et al.'s Gaussian window
 SIGMA = 1.5  # pixels
@@ -64,6 +67,6 @@ def ssim(video, reference) -> np.ndarray:
     return np.array([similarity(a, b)[0] for a, b in zip(video, reference)])
 
 
-def measure(video, reference=None, context=None) -> float:
-    """The metric's one figure for a pair: the mean over frames."""
-    return float(ssim(video, reference).mean())
+def per_frame(video, reference, context=None) -> np.ndarray:
+    """The figures of a pair's frames, [F]."""
+    return ssim(video, reference)

@@ -12,9 +12,12 @@ from .shared.context import missing_model
 from .shared.flow import spread
 
 NAME = "vqa"
+LABEL = "VQAScore"
 UNIT = ""
+DIGITS = 3
 HIGHER_IS_BETTER = True
 KIND = "alone"
+PLACE = 70
 WEIGHTS_KEY = "vqa"
 WHAT = "the cache folder of t2v_metrics that holds clip-flant5-xxl (or another of its models: vqa=FOLDER:MODEL)"
 DEFAULT_MODEL = "clip-flant5-xxl"

@@ -6,9 +6,12 @@ import numpy as np
 from .shared.flow import pair_flows, warp
 
 NAME = "warping_error"
+LABEL = "warping error"
 UNIT = "1e-3"
+DIGITS = 3
 HIGHER_IS_BETTER = False
 KIND = "alone"
+PLACE = 110
 NEEDS = ("skimage", "scipy")
 MILLI = 1e3  # mean squares of pictures in [0, 1] are small; the figure is in thousandths
 

@@ -9,9 +9,8 @@ from ..compare.candidates import EXACT, FLOOR
 from ..metrics import registry
 from .bootstrap import Interval
 from .summary import Cell, Row, Summary
+from .text import interval_text, label_of, over_floor, plain, show_value, times
 
-DIGITS = {"psnr": 1, "ssim": 4, "ms_ssim": 4, "lpips": 4, "flicker": 2, "warping_error": 3, "motion_smoothness": 4,
-          "dynamic_degree": 2, "clipsim": 4, "clip_temporal": 4, "vqa": 3, "fvd": 2, "adherence": 2}
 LETTER = 7.5  # at most so many units of an SVG is a letter of a strong label wide
 COLOURS = 8  # as many --c variables has the page
 
@@ -21,64 +20,6 @@ def colour_of(row: Row) -> str:
     if row.run in (EXACT, FLOOR):
         return "--faint" if row.run == FLOOR else "--ink"
     return f"--c{row.place % COLOURS}"
-
-
-# ---- numbers as text ----
-
-
-def digits(figure: str) -> int:
-    """Decimals a figure is shown with."""
-    return DIGITS.get(figure.partition(".")[0], 3)
-
-
-def show_value(figure: str, value: float) -> str:
-    """A figure's value with its decimals."""
-    return f"{value:.{digits(figure)}f}"
-
-
-def plain(value: float) -> str:
-    """A number with three significant digits and no exponent: 0.123, 4.56, 78.9, 1234."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def times(value: float) -> str:
-    """ "x times the floor" for people: 1.4x, 320x, 12 000x, 3.4 million x."""
-    if math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞×"
-    if value >= 1e6:
-        return f"{value / 1e6:.3g} million ×"
-    if value >= 1e3:
-        return f"{round(value, -2 if value >= 1e4 else -1):,.0f}×".replace(",", "\u202f")
-    return f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
-
-
-def over_floor(value: float) -> str:
-    """ "x times the floor" as dB above it, 20 log10 x: "+78 dB"; in float32 the floor is so low that factors read oddly."""
-    if math.isnan(value):
-        return "–"
-    if value <= 0 or math.isinf(value):
-        return "∞ dB" if value > 0 else "−∞ dB"
-    return f"{20 * math.log10(value):+.0f} dB".replace("-", "−")
-
-
-def interval_text(figure: str, value: Interval) -> str:
-    """[low, high], or why there is none."""
-    if math.isnan(value.low):
-        return "no interval"
-    return f"[{show_value(figure, value.low)}, {show_value(figure, value.high)}]"
-
-
-def over_floor_text(over: Interval | None) -> str:
-    """dB above the floor with the interval."""
-    if over is None:
-        return "no floor"
-    ends = [over_floor(end).removesuffix(" dB") for end in (over.low, over.high)]
-    return over_floor(over.value) + ("" if math.isnan(over.low) else f" [{', '.join(ends)}]")
-
-
-# ---- SVG ----
 
 
 def tag(name: str, content: str = "", **attributes) -> str:
@@ -226,10 +167,9 @@ def pareto(summary: Summary, speed: Mapping[str, float], name: str, faster_is_hi
     for tick in ticks(y_low, y_high):
         out += [line(left, y(tick), width - right, y(tick)), label(plain(tick), left - 10, y(tick) + 4, "end")]
     out += [label(plain(tick), x(tick), bottom + 18, "middle") for tick in ticks(x_low, x_high)]
-    unit = registry.metric(figure).unit
     arrow = " (faster →)" if faster_is_higher else " (← faster)"
     out.append(label(name + (arrow if compares else ""), (left + width - right) / 2, height - 6, "middle"))
-    out.append(label(f"{figure.upper()} {unit}".strip(), 0, 10, strong=True))
+    out.append(label(f"{label_of(figure)} {registry.metric(figure).unit}".strip(), 0, 10, strong=True))
     if EXACT in speed:
         at = x(speed[EXACT])
         out += [line(at, top, at, bottom, stroke_dasharray="3 4", stroke="var(--faint)", kind="mark"),

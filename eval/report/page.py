@@ -1,4 +1,4 @@
-"""The report's page: sections as HTML, and the data that the page's script draws from."""
+"""The report's page: one HTML file with style, script, films and figures inside, and a card for each section."""
 from __future__ import annotations
 
 import base64
@@ -7,73 +7,24 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ..compare.candidates import EXACT, FLOOR
-from ..compare.layers import LayerTable
 from ..metrics import registry
-from .charts import (
-    alone_cell,
-    colour_of,
-    digits,
-    figure_cell,
-    floor_chart,
-    interval_text,
-    over_floor,
-    over_floor_text,
-    pareto,
-    plain,
-    show_value,
-    tag,
-)
-from .summary import ABOVE, CLEARLY_ABOVE, FAILED, WITHIN, Row, Summary
-
-if TYPE_CHECKING:
-    from .write import Reel, Report
+from .charts import alone_cell, colour_of, figure_cell, floor_chart, pareto, tag
+from .data import Report
+from .films import Reel
+from .page_data import page_data
+from .summary import ABOVE, CLEARLY_ABOVE, FAILED, WITHIN, Row
+from .text import NOTES, facts, interval_text, label_of, over_floor, over_floor_text, plain, prompts_unfollowed, show_value
 
 TITLE = "Does the video stay the same?"
 BADGES = {WITHIN: "good", ABOVE: "warn", CLEARLY_ABOVE: "warn", FAILED: "bad"}
-LABELS = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "clipsim": "CLIPSIM", "vqa": "VQAScore",
-          "clip_temporal": "CLIP-temporal", "fvd": "FVD-style", "warping_error": "warping error", "sqnr": "SQNR",
-          "motion_smoothness": "motion smoothness", "dynamic_degree": "dynamic degree", "relative_l1": "relative L1",
-          "rmse": "RMSE", "max_error": "max error"}
-WORST_SHARES = 6
-FOLLOWED = 0.25  # share of prompts that the exact run must show in all parts for adherence to mean something
-NOTES = {
-    "paired": "Each video is compared, frame by frame, with the exact video of the same prompt and noise. Brackets are 95 % "
-              "bootstrap intervals over prompts. The floor is a second exact run that reads the keys in another order and "
-              "splits the batch: what any two correct implementations differ by. +20 dB are ten times its root mean square "
-              "error. In float32 the floor lies so deep that every low-bit run is far above it: far above is not the same "
-              "as visible. Look at the videos.",
-    "no films": "No films are in this page; make it again where the clips are.",
-    "prompts": "Worst first. A column head sorts by it; a prompt opens its videos.",
-    "seconds": "Seconds are of this evaluation on this machine, the median over prompts.",
-    "reference": "These times are not a speed. Low-bit attention ran through the NumPy reference on a CPU, which exists to be "
-                 "right: it says nothing about a GPU. Name a benchmark's JSON with --speed to see that here.",
-    "unfollowed": "This model does not follow these prompts: adherence is near zero at full precision already, all parts of a "
-                  "prompt taken together, so it cannot show what low bit costs. Read the paired figures instead.",
-    "speed-up": "Speed-ups are of the attention operator alone, at the benchmark's own shape, with quantisation; “exact” is "
-                "the toolkit's own full-precision kernel there. Quality is of this evaluation's model. A video gains less.",
-    "local": "Shares are of local squared errors; their way to the final latent was not measured.",
-    "measured": "Shares are local squared errors, scaled to what runs with one layer, or one group of steps, at low bit left "
-                "in the final latent.",
-    "alone": "The mean over prompts, and under it the mean change from the exact video of the same prompt with its 95 % "
-             "interval. An interval that holds 0 shows no change; with few prompts it is wide.",
-}
 MODES = (("slider", "Slider"), ("beside", "Side by side"), ("difference", "Difference"))
 
 
 def part(name: str) -> str:
     """A file of the page folder."""
     return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
-
-
-def label_of(figure: str) -> str:
-    """A figure's name for people: "adherence.colour" is "adherence: colour"."""
-    base, _, rest = figure.partition(".")
-    return LABELS.get(base, base) + (f": {rest}" if rest else "")
 
 
 def page(report: Report, reels: Mapping[tuple, Reel]) -> str:
@@ -115,34 +66,6 @@ def lead(report: Report) -> str:
     return text + (f" {NOTES['unfollowed']}" if prompts_unfollowed(report.summary) else "")
 
 
-def prompts_unfollowed(summary: Summary) -> bool:
-    """Whether the exact run so rarely shows its prompt that adherence cannot tell candidates apart."""
-    exact = summary.row(EXACT).cells.get("adherence.all")
-    return exact is not None and exact.value.value < FOLLOWED
-
-
-def facts(report: Report) -> list[str]:
-    """What ran, in a few words each."""
-    settings, machine = report.run["settings"], report.run["environment"]
-    prompts, seeds = len(report.summary.prompts), len(report.summary.seeds)
-    items = [f"{prompts} prompt{'s' * (prompts != 1)}, {seeds} seed{'s' * (seeds != 1)} each"]
-    if settings["model"]:
-        items.append(f"model {model_name(settings['model'])}")
-    for name, form in (("steps", "{:g} steps"), ("guidance", "guidance {:g}"), ("frames", "{:g} frames")):
-        if settings[name]:
-            items.append(form.format(settings[name]))
-    items.append(f"{machine['machine']}, {machine['device']}")
-    versions = machine["versions"]
-    items += [f"{name} {versions[name]}" for name in ("lowbit-video", "paddlepaddle", "paddlepaddle-gpu") if name in versions]
-    return items + ([f"commit {machine['commit']}"] if machine.get("commit") else [])
-
-
-def model_name(folder: str) -> str:
-    """A model folder's name, with its parent's where it is only called "model"."""
-    path = Path(folder)
-    return f"{path.parent.name}/{path.name}" if path.name == "model" and path.parent.name else path.name
-
-
 # ---- sections ----
 
 
@@ -161,8 +84,7 @@ def table(heads: Sequence[str], rows: Sequence[str]) -> str:
 def figure_head(figure: str) -> str:
     """A column's head: name, unit, direction."""
     metric = registry.metric(figure)
-    way = {None: "compare only", True: "higher is better", False: "lower is better"}[metric.higher_is_better]
-    return f"{label_of(figure)} {tag('span', metric.unit, kind='unit')}{tag('div', way, kind='interval')}"
+    return f"{label_of(figure)} {tag('span', metric.unit, kind='unit')}{tag('div', metric.direction, kind='interval')}"
 
 
 def run_head(row: Row, under: bool = True) -> str:
@@ -274,82 +196,3 @@ def reading(report: Report) -> str:
     record = html.escape(json.dumps(report.run, indent=1, ensure_ascii=False))
     body += tag("details", f"<summary>The run as recorded</summary><pre>{record}</pre>")
     return section("How to read this", body, "reading")
-
-
-# ---- data for the script ----
-
-
-def page_data(report: Report, reels: Mapping[tuple, Reel]) -> dict:
-    """Runs, prompts with their figures and films, the figures' names, and the layer table."""
-    summary = report.summary
-    figures = {}
-    for figure in summary.figures:
-        metric = registry.metric(figure)
-        figures[figure] = {"label": label_of(figure), "unit": metric.unit, "digits": digits(figure),
-                           "higher_is_better": metric.higher_is_better, "per_prompt": metric.kind != "set"}
-    ranked = sorted(report.candidates(), key=lambda row: row.cells["psnr"].value.value if "psnr" in row.cells else math.inf)
-    worst = ranked[0].run if ranked else EXACT
-    return {"runs": [{"name": row.run, "colour": colour_of(row)} for row in summary.rows],
-            "prompts": [prompt_data(report, i, pair, reels.get(pair)) for i, pair in enumerate(report.pairs())],
-            "figures": figures, "default_b": worst, "many_seeds": len(summary.seeds) > 1, "fps": report.run["settings"]["fps"],
-            "prompts_sort": {"key": worst, "up": True, "figure": "psnr" if "psnr" in figures else next(iter(figures), "")},
-            "layers": layers_data(report.layers) if report.layers else None}
-
-
-def prompt_data(report: Report, index: int, pair: tuple[str, int], reel: Reel | None) -> dict:
-    """One prompt and seed: each run's figures, PSNR by frame, and where the film has it."""
-    runs = {}
-    for row in report.summary.rows:
-        line = report.videos.get((*pair, row.run))
-        if line:
-            runs[row.run] = {"figures": line.get("figures", {})}
-            if psnr := line.get("frames", {}).get("psnr"):
-                runs[row.run]["frames"] = {"psnr": [round(x, 2) for x in psnr]}
-            if "error" in line:
-                runs[row.run]["error"] = line["error"]
-    entry = {"index": index, "text": pair[0], "seed": pair[1], "runs": runs}
-    if reel:
-        entry |= {"thumbnail": reel.thumbnail, "frames": reel.frames}
-        entry["reel"] = {"runs": reel.runs, "columns": reel.columns, "width": reel.width, "height": reel.height}
-    return entry
-
-
-def layers_data(layer_table: LayerTable) -> dict:
-    """The layer table for the script: reduced over heads, and over steps, rounded."""
-    figures = {"share": {"label": "share of the error", "unit": "", "share": True, "higher_is_better": False}}
-    for name in layer_table.errors:
-        if name != "squared_error":
-            metric = registry.metric(name)
-            figures[name] = {"label": label_of(name), "unit": metric.unit, "share": False,
-                             "higher_is_better": metric.higher_is_better}
-    values, worst, total = {}, {}, {}
-    for c, candidate in enumerate(layer_table.candidates):
-        values[candidate] = {}
-        for name in figures:
-            array = layer_table.of(candidate, name)  # [L, S, H]
-            reduce = {"share": np.sum, "max_error": np.max}.get(name, np.mean)
-            values[candidate][name] = {"steps": rounded(reduce(array, axis=2)), "heads": rounded(reduce(array, axis=1))}
-        worst[candidate] = layer_table.worst(candidate, WORST_SHARES)
-        error, floor = 100 * layer_table.latent_error[c], 100 * layer_table.floor_error
-        total[candidate] = "" if np.isnan(error) else (
-            f"Everywhere at {candidate}, the final latent is off by {error:.3g} % (relative L2); the floor is {floor:.2g} %.")
-    return {"names": layer_table.layers, "short": short_names(layer_table.layers), "figures": figures, "values": values,
-            "worst": worst, "total": total}
-
-
-def rounded(array: np.ndarray) -> list:
-    """Nested lists of four significant digits."""
-    return [[float(f"{value:.4g}") for value in row] for row in array]
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Layer names without what all share: "transformer_blocks.7.attn1" is "layer 7" where only the number differs."""
-    numbers = [[piece for piece in name.split(".") if piece.isdigit()] for name in names]
-    if all(len(n) == 1 for n in numbers) and len({n[0] for n in numbers}) == len(names):
-        return [f"layer {n[0]}" for n in numbers]
-    return [name if len(name) < 22 else "…" + name[-20:] for name in names]
-
-
-def candidates_of(summary: Summary) -> list[Row]:
-    """The rows that are neither exact nor the floor."""
-    return [row for row in summary.rows if row.run not in (EXACT, FLOOR)]

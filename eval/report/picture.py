@@ -5,18 +5,16 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from typing import TYPE_CHECKING
 
 from ..compare.candidates import EXACT, FLOOR
+from ..metrics import registry
 from ..video import BadVideoError, read_video
 from .charts import frontier
-
-if TYPE_CHECKING:
-    from .write import Report
+from .data import Report
 
 PALETTE = ("#0b63ce", "#c2570c", "#0f8a6d", "#9c3fae", "#8a6d00", "#c0325b", "#3f6f8f", "#5b5bd6")
 INK, SOFT, LINE = "#1c1e21", "#5d636b", "#e2e0da"
-FIGURES = (("psnr", "PSNR, dB"), ("ssim", "SSIM"))
+FIGURES = ("psnr", "ssim")
 
 
 def draw_picture(report: Report) -> bytes:
@@ -48,17 +46,17 @@ def draw_picture(report: Report) -> bytes:
             axes.set_axis_off()
             axes.set_title(run, fontsize=size, color=colours.get(run, INK), fontweight="bold", pad=4)
     inner = outer[-1].subgridspec(1, 3, wspace=0.3, width_ratios=[1, 1, 1.25])
-    shown = [(name, title) for name, title in FIGURES if any(name in row.cells for row in rows)]
-    for i, (name, title) in enumerate(shown):
-        axes = styled(figure.add_subplot(inner[i]), title)
+    shown = [registry.metric(name) for name in FIGURES if any(name in row.cells for row in rows)]
+    for i, metric in enumerate(shown):
+        axes = styled(figure.add_subplot(inner[i]), ", ".join(filter(None, (metric.label, metric.unit))))
         for y, row in enumerate(rows):
-            if name not in row.cells:
+            if metric.name not in row.cells:
                 continue
-            value, colour = row.cells[name].value, colours[row.run]
+            value, colour = row.cells[metric.name].value, colours[row.run]
             if not math.isnan(value.low):
                 axes.plot([value.low, value.high], [y, y], color=colour, lw=2, solid_capstyle="round")
             axes.plot(value.value, y, "o", color=colour, ms=6)
-            digits = 1 if name == "psnr" else 3
+            digits = min(metric.digits, 3)  # there is room for three
             axes.annotate(
                 f"{value.value:.{digits}f}",
                 (value.value, y),

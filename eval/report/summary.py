@@ -16,8 +16,6 @@ from ..metrics import registry
 from .bootstrap import Interval, bootstrap, mean, ratio_of_means
 
 CLEARLY = 2.0  # the lower end of the interval that calls a candidate clearly above the floor
-ORDER = ("psnr", "ssim", "ms_ssim", "lpips", "adherence", "clipsim", "vqa", "fvd", "clip_temporal", "flicker", "warping_error",
-         "motion_smoothness", "dynamic_degree")
 WITHIN, ABOVE, CLEARLY_ABOVE, FAILED, UNKNOWN = "within the floor", "above the floor", "clearly above", "failed", "not known"
 
 
@@ -64,19 +62,10 @@ class Summary:
         return {row.run: row for row in self.rows}[run]
 
 
-def loss(figure: str, value: float, exact: float | None) -> float:
-    """The distance of a figure from what the exact run gives; see the title."""
-    metric = registry.metric(figure)
-    if metric.kind != "paired":
-        return abs(value - exact)
-    own = getattr(metric.module, "loss", None)
-    return float(own(value)) if own else abs(value - metric.perfect)
-
-
 def figure_order(name: str) -> tuple:
     """Sorts figures as a reader meets them."""
     base, _, part = name.partition(".")
-    return (ORDER.index(base) if base in ORDER else len(ORDER), base, part == "all", part)
+    return registry.metric(base).place, base, part == "all", part
 
 
 def verdict_of(times: Interval | None) -> str:
@@ -113,15 +102,15 @@ def summarise(videos: Sequence[dict], order: Sequence[str] = ()) -> Summary:
 
     def per_prompt(run: str, figure: str, kind: str) -> dict[str, float]:
         """Mean over a prompt's seeds of the value, the change from exact, or the loss."""
-        out: dict[str, float] = {}
+        metric, out = registry.metric(figure), {}
         for prompt in prompts:
             values = []
             for seed in [s for p, s in pairs if p == prompt]:
                 value = by_key[prompt, seed, run].get("figures", {}).get(figure)
                 exact = by_key[prompt, seed, EXACT]["figures"].get(figure)
-                if value is None or (kind != "value" and exact is None and registry.metric(figure).kind != "paired"):
+                if value is None or (kind != "value" and exact is None and metric.kind != "paired"):
                     continue
-                values.append(value if kind == "value" else value - exact if kind == "change" else loss(figure, value, exact))
+                values.append(value if kind == "value" else value - exact if kind == "change" else metric.loss(value, exact))
             if values:
                 out[prompt] = float(np.mean(values))
         return out
@@ -168,7 +157,7 @@ def set_cells(run: str, runs: list[str], lines: list[dict], pairs: list[tuple], 
     if run == EXACT:
         return cells
     for name in {n for line in lines for n in line.get("features", {})}:
-        distance = registry.metric(name).module.frechet_distance
+        distance = registry.metric(name).module.measure
         exact = [by_key[(*pair, EXACT)]["features"][name] for pair in pairs]
         own = [line["features"][name] for line in lines if name in line.get("features", {})]
         if min(len(own), len(exact)) < 2:

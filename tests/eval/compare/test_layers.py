@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from planted import Noise, SwapHeads, ZeroTail, only_in_layer_1  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
 from lowbit_video.eval.compare.candidates import Candidate  # noqa: E402
-from lowbit_video.eval.compare.layers import LayerTable, as_text, fit_shares, measure_layers, step_groups  # noqa: E402
+from lowbit_video.eval.compare.layer_table import LayerTable, as_text  # noqa: E402
+from lowbit_video.eval.compare.layers import fit_shares, measure_layers, step_groups  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings  # noqa: E402
 
 PLANTED = "transformer_blocks.1.attn1"

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from planted import NotANumber, SwapHeads  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
@@ -20,9 +20,12 @@ from lowbit_video.eval.compare.layers import measure_layers  # noqa: E402
 from lowbit_video.eval.compare.paired import compare  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings  # noqa: E402
 from lowbit_video.eval.report.bootstrap import Interval  # noqa: E402
-from lowbit_video.eval.report.charts import frontier, over_floor, over_floor_text, ticks, times  # noqa: E402
-from lowbit_video.eval.report.page import short_names  # noqa: E402
-from lowbit_video.eval.report.write import load, markdown, read_speed, write_report  # noqa: E402
+from lowbit_video.eval.report.charts import frontier, ticks  # noqa: E402
+from lowbit_video.eval.report.data import load, read_speed  # noqa: E402
+from lowbit_video.eval.report.markdown import markdown  # noqa: E402
+from lowbit_video.eval.report.page_data import short_names  # noqa: E402
+from lowbit_video.eval.report.text import over_floor, over_floor_text, times  # noqa: E402
+from lowbit_video.eval.report.write import write_report  # noqa: E402
 from lowbit_video.eval.video import read_video  # noqa: E402
 
 PROMPTS = ['a "red" <b>ball</b> </script>', "two blue squares"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
 
 from planted import Noise, NotANumber, SwapHeads, ZeroTail  # noqa: E402

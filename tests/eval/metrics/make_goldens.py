@@ -2,7 +2,7 @@
 
 SSIM is piq's: whole windows only, as Wang et al. average and as scikit-image does (torchmetrics pads the border).
 MS-SSIM is taken of one channel: implementations differ in how they join three.
-Run once where torch, piq and torchmetrics are installed: `python tests/eval/make_goldens.py`. The tests only read the JSON.
+Run once where torch, piq and torchmetrics are installed: `python tests/eval/metrics/make_goldens.py`. Tests only read the JSON.
 """
 from __future__ import annotations
 

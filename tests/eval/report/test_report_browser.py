@@ -18,7 +18,7 @@ if not CHROMIUM or not DRIVER:
                 allow_module_level=True)
 pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from planted import SwapHeads  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402

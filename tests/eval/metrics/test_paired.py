@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from lowbit_video.eval.compare.paired import figures
 from lowbit_video.eval.metrics import registry
 from lowbit_video.eval.metrics.ms_ssim import ms_ssim
 from lowbit_video.eval.metrics.psnr import CEILING_DB, psnr
@@ -71,7 +72,7 @@ def test_bad_input_is_named(name, video, words):
 def test_every_metric_that_runs_here_names_bad_input_as_an_evaluation_calls_it(name, video, words):
     context = Context("a red circle moves left over a blue background", {}, {}, {})
     with pytest.raises(BadVideoError, match=words):
-        registry.metric(name).module.measure(video, clip(), context)
+        figures(video, clip(), [registry.metric(name)], context)
 
 
 def test_a_frame_smaller_than_the_window_is_named():

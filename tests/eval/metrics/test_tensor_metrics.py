@@ -5,7 +5,7 @@ import pytest
 from lowbit_video.eval.metrics import registry
 from lowbit_video.eval.metrics.shared.tensor import BadTensorError
 
-TENSOR = {name: getattr(m.module, name) for name, m in registry.metrics().items() if m.kind == "tensor"}
+TENSOR = {m.name: m.module.measure for m in registry.of_kind("tensor")}
 
 
 def test_every_metric_declares_itself():

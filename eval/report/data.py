@@ -1,0 +1,110 @@
+"""What a report is made from: the results of `compare` summarised, the layer table, and speeds, read from their files."""
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..compare.candidates import EXACT, FLOOR
+from ..compare.layer_table import FILE as LAYERS_FILE
+from ..compare.layer_table import LayerTable
+from ..compare.store import Store
+from .summary import Row, Summary, summarise
+
+PAGE, MARKDOWN, PICTURE = "report.html", "report.md", "report.png"
+
+
+@dataclass
+class Report:
+    """Everything the page shows; `load` gathers it.
+
+    videos: result lines by (prompt, seed, run). run: the latest line that says how they were made. speed: {run: figure},
+    named by `speed_label`; either seconds of this evaluation or speed-ups of a benchmark (`faster_is_higher`).
+    """
+
+    summary: Summary
+    videos: dict[tuple, dict]
+    run: dict
+    folder: Path
+    layers: LayerTable | None = None
+    speed: dict[str, float] = field(default_factory=dict)
+    speed_label: str = "seconds a video"
+    faster_is_higher: bool = False
+
+    @property
+    def on_reference(self) -> bool:
+        """Whether the times shown are those of the NumPy reference, which are not a speed."""
+        ran = [variant for row in self.candidates() for variant in row.attention]
+        return not self.faster_is_higher and any("(reference" in variant for variant in ran)
+
+    def candidates(self) -> list[Row]:
+        """The rows that are neither exact nor the floor."""
+        return [row for row in self.summary.rows if row.run not in (EXACT, FLOOR)]
+
+    def pairs(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of the summary."""
+        return [(p, s) for p in self.summary.prompts for s in self.summary.seeds if (p, s, EXACT) in self.videos]
+
+
+def load(folder, *, speed=None, speed_shape=None, layers=None) -> Report:
+    """Read a folder of results.
+
+    Args:
+        folder: of `compare`. speed: the JSON of `lowbit-video bench`, whose speed-ups then stand beside the quality.
+        speed_shape: see `read_speed`. layers: a layer table; by default the folder's layers.npz, if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: no results, nothing finished, or a speed file without usable rows.
+    """
+    store = Store(folder, write=False)
+    videos, runs = store.videos(), store.runs()
+    if not runs or not videos:
+        raise ValueError(f"{store.path}: no finished video yet")
+    summary = summarise(videos, list(dict.fromkeys(name for run in runs for name in run["runs"])))
+    table = Path(layers) if layers else Path(folder) / LAYERS_FILE
+    report = Report(summary, {(v["prompt"], v["seed"], v["run"]): v for v in videos}, runs[-1], Path(folder))
+    if layers or table.is_file():
+        report.layers = LayerTable.load(table)
+    if any("timings" in video for video in videos):
+        report.speed_label = "denoising seconds a video"
+    report.speed = {row.run: row.seconds for row in summary.rows if not math.isnan(row.seconds)}
+    if speed:
+        report.speed, report.speed_label = read_speed(speed, speed_shape)
+        report.faster_is_higher = True
+    if report.on_reference:
+        report.speed_label += ", CPU reference, not a speed"
+    return report
+
+
+def read_speed(path, shape: str | None = None) -> tuple[dict[str, float], str]:
+    """Speed-ups over the benchmark's own baseline from its JSON: ({run: speed-up}, label).
+
+    "exact" is the best exact attention among the rows with a precision, else the baseline itself.
+
+    Args:
+        shape: the shape's name in the benchmark; by default the one with the most tokens. For each precision its fastest
+            variant is taken.
+
+    Raises:
+        ValueError: no row with a precision and a speed-up, or none of that shape (lists those there are).
+    """
+    content = json.loads(Path(path).read_text())
+    rows = [r for r in content.get("rows", []) if r.get("precision") and r.get("speedup") and not r.get("error")]
+    if not rows:
+        raise ValueError(f"{path}: no row with a precision and a speedup; give the JSON of `lowbit-video bench`")
+    if shape:
+        there = sorted({str(r.get("shape")) for r in rows})
+        rows = [r for r in rows if r.get("shape") == shape]
+        if not rows:
+            raise ValueError(f"{path}: no shape {shape!r} in it; there are: {', '.join(there)}")
+    tokens = max(r["tokens"] for r in rows)
+    speed = {EXACT: 1.0}
+    for row in rows:
+        if row["tokens"] == tokens:
+            speed[row["precision"]] = max(row["speedup"], speed.get(row["precision"], 0.0))
+    about = content.get("about", {})
+    baselines = {str(r["method"]) for r in content["rows"] if r.get("speedup") == 1 and r.get("method")}
+    over = f" over {baselines.pop()}" if len(baselines) == 1 else ""
+    gpu = about.get("gpu") or about.get("device") or "GPU"
+    return speed, f"attention speed-up{over}, {gpu}, {shape + ', ' if shape else ''}{tokens} tokens"
