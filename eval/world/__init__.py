@@ -409,12 +409,3 @@ def render(what: Plan, height: int = HEIGHT, width: int = WIDTH, xp=np):
             clip = int(what.clip[row])
             video[clip] = video[clip] + alpha[k][..., None] * (what.rgb[row] - video[clip])
     return video
-
-
-def clip_of(caption: str, seed: int = 0, frames: int = FRAMES, height: int = HEIGHT) -> np.ndarray:
-    """The true clip of a caption, uint8 `[F, H, 1.5 H, 3]`; raises ValueError for one that the world cannot show."""
-    meaning = parse(caption)
-    if not meaning.complete:
-        raise ValueError(f"cannot draw {caption!r}: {hint(caption)}")
-    frames_ = render(plan([meaning], seed, frames, height), height, height * 3 // 2)[0]
-    return np.round(frames_).astype(np.uint8)

@@ -4,6 +4,8 @@ import pytest
 
 from lowbit_video.eval import world
 
+from helpers import clip_of
+
 
 def test_parse_reads_back_every_caption():
     rng = np.random.default_rng(0)
@@ -31,7 +33,7 @@ def test_hint_names_what_is_missing_or_unknown():
     assert "panda" in hint and "a shape" in hint and "circle" in hint
     assert world.parse("a panda plays the guitar").things == ()
     with pytest.raises(ValueError, match="cannot draw"):
-        world.clip_of("a panda plays the guitar")
+        clip_of("a panda plays the guitar")
 
 
 def test_hold_out_rule_is_fixed_and_modest():
@@ -55,7 +57,7 @@ def test_shapes_stay_inside_the_frame():
 
 def test_same_seed_same_clip_other_seed_other_place():
     caption = "a small red circle moves left over a blue background"
-    first, again, other = (world.clip_of(caption, seed, 9) for seed in (1, 1, 2))
+    first, again, other = (clip_of(caption, seed, 9) for seed in (1, 1, 2))
     assert first.shape == (9, 128, 192, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()

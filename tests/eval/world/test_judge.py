@@ -5,6 +5,8 @@ import pytest
 from lowbit_video.eval import world
 from lowbit_video.eval.world import judge
 
+from helpers import clip_of
+
 FRAMES = 17
 
 
@@ -63,7 +65,7 @@ def test_agrees_with_true_renders(change):
 
 
 def clip(caption, seed=0):
-    return world.clip_of(caption, seed, FRAMES)
+    return clip_of(caption, seed, FRAMES)
 
 
 def test_every_motion_is_told_from_every_other():
