@@ -13,9 +13,10 @@ from itertools import permutations
 
 import numpy as np
 
-from .. import world
+from .captions import parse
+from .painting import signed_distance, texture_weight
+from .scene import COLOURS, HEIGHT, TEXTURES, Meaning, tones
 
-NAME, UNIT, HIGHER_IS_BETTER = "prompt adherence", "fraction", True
 PARTS = ("colour", "shape", "motion", "background")
 
 FOREGROUND_DISTANCE = 48.0  # RGB distance from the background at which a pixel belongs to a shape
@@ -75,7 +76,7 @@ class Adherence:
     motion: bool
     background: bool
     scene: Scene
-    meaning: world.Meaning
+    meaning: Meaning
 
     @property
     def all(self) -> bool:
@@ -87,12 +88,12 @@ def score(frames: np.ndarray, caption: str) -> Adherence:
 
     Args:
         frames: uint8 `[F, H, W, 3]`, RGB, at least 5 frames of at least 32 x 32.
-        caption: English, as `world.parse` reads it.
+        caption: English, as `captions.parse` reads it.
 
     Raises:
         ValueError: frames of another shape or dtype.
     """
-    scene, meaning = look(frames), world.parse(caption)
+    scene, meaning = look(frames), parse(caption)
     asked = meaning.things
     # Pair what was asked with what was seen: the order that agrees in most colours, left to right where they tie.
     slots = list(scene.things[:3]) + [None] * max(0, len(asked) - len(scene.things))
@@ -126,7 +127,7 @@ def look(frames: np.ndarray) -> Scene:
     texture, background, ground = _background(video)
     if background is None:
         return Scene((), None, None)
-    unit = frames.shape[1] / world.HEIGHT
+    unit = frames.shape[1] / HEIGHT
     window = _window(video, ground)
     if window is None:
         return Scene((), texture, background)
@@ -150,7 +151,7 @@ def _square(vectors: np.ndarray) -> np.ndarray:
 def _weights(height: int, width: int) -> np.ndarray:
     """Weight of the second tone of every texture, `[4, H, W]` float32."""
     x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
-    return np.stack([world.texture_weight(t, x, y, height / world.HEIGHT) for t in world.TEXTURES]).astype(np.float32)
+    return np.stack([texture_weight(t, x, y, height / HEIGHT) for t in TEXTURES]).astype(np.float32)
 
 
 def _background(video: np.ndarray):
@@ -162,16 +163,16 @@ def _background(video: np.ndarray):
     picked = video[:, np.linspace(0, video.shape[1] - 1, 5).astype(int), step // 2::step, step // 2::step]
     part = weights[:, step // 2::step, step // 2::step].reshape(len(weights), -1)
     both = np.concatenate([1 - part, part], 1).T  # [2 P, 4]
-    names = list(world.COLOURS)
-    tones = np.array([world.tones(c) for c in names], np.float32)  # [10, 2, 3]
-    distance = np.sqrt(((picked.reshape(3, 1, 1, -1) - tones.transpose(2, 0, 1)[..., None]) ** 2).sum(0))
+    names = list(COLOURS)
+    palette = np.array([tones(c) for c in names], np.float32)  # [10, 2, 3]
+    distance = np.sqrt(((picked.reshape(3, 1, 1, -1) - palette.transpose(2, 0, 1)[..., None]) ** 2).sum(0))
     distance = distance.reshape(len(names), 2, 5, -1)
     error = np.minimum(distance, 1.4 * BACKGROUND_TOLERANCE).mean(2).reshape(len(names), -1) @ both
     share = (distance < BACKGROUND_TOLERANCE).mean(2, dtype=np.float32).reshape(len(names), -1) @ both / part.shape[1]
     best = np.unravel_index(int(np.argmin(error)), error.shape)
     if share[best] < BACKGROUND_SHARE:
         return None, None, None
-    weight, tone = weights[best[1]], tones[best[0]].copy()
+    weight, tone = weights[best[1]], palette[best[0]].copy()
     picked = video[:, :: max(1, video.shape[1] // 8), ::2, ::2]
     coarse = weight[::2, ::2]
     for i, region in enumerate((coarse < 0.1, coarse > 0.9)):
@@ -180,7 +181,7 @@ def _background(video: np.ndarray):
         if inside.shape[1] > 50:
             tone[i] = np.median(inside, axis=1)
     ground = tone[0][:, None, None] + weight * (tone[1] - tone[0])[:, None, None]
-    return world.TEXTURES[best[1]], names[best[0]], ground
+    return TEXTURES[best[1]], names[best[0]], ground
 
 
 def _window(video: np.ndarray, ground: np.ndarray):
@@ -240,7 +241,7 @@ def _colours(offset: np.ndarray, ground: np.ndarray, edge: int) -> list[tuple[st
         return []
     away = offset[:, where[0], where[1], where[2]]
     pixels = away + ground[:, where[1], where[2]]
-    names, palette = list(world.COLOURS), np.array(list(world.COLOURS.values()), np.float32)
+    names, palette = list(COLOURS), np.array(list(COLOURS.values()), np.float32)
     nearest = np.argmin([_square(pixels - colour[:, None]) for colour in palette], axis=0)
     counts = np.bincount(nearest, minlength=len(names))
     found = []
@@ -382,13 +383,13 @@ def _templates(level: int):
     fine = np.linspace(-1.9, 1.9, 192)
     u, v = np.meshgrid(fine, fine)
     for shape, period in SYMMETRY.items():
-        gyration = np.sqrt((u * u + v * v)[world.signed_distance(shape, u, v) < 0].mean())
+        gyration = np.sqrt((u * u + v * v)[signed_distance(shape, u, v) < 0].mean())
         sigma = max(BLURS[level] * gyration, 1e-3)
         blur = np.exp(-((fine[:, None] - fine) ** 2) / (2 * sigma**2))
         blur /= blur.sum(1, keepdims=True)
         for turn in np.arange(0, np.deg2rad(period), TURN_STEP) if period else [0.0]:
             ru, rv = np.cos(turn) * u + np.sin(turn) * v, np.cos(turn) * v - np.sin(turn) * u
-            full = _cut(blur @ (world.signed_distance(shape, ru, rv) < 0) @ blur.T)
+            full = _cut(blur @ (signed_distance(shape, ru, rv) < 0) @ blur.T)
             spread = np.sqrt((full * (u * u + v * v)).sum() / full.sum())
             line = ((np.arange(4 * GRID) + 0.5) / (4 * GRID) * 2 - 1) * GRID_SPAN * spread
             at = np.round((line - fine[0]) / (fine[1] - fine[0])).astype(int)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from lowbit_video.eval import world
-from lowbit_video.eval.world import judge
+from lowbit_video.eval.world import captions, judge, painting
 
 from helpers import clip_of
 
@@ -69,11 +69,11 @@ def clip(caption, seed=0):
 
 
 def test_every_motion_is_told_from_every_other():
-    for motion, words in world._MOTION_WORDS.items():
+    for motion, words in captions._MOTION_WORDS.items():
         caption = f"a red star {words[0].format(v='moves')} on a blue background"
         frames = clip(caption)
         assert judge.look(frames).things[0].motion == motion
-        for other, other_words in world._MOTION_WORDS.items():
+        for other, other_words in captions._MOTION_WORDS.items():
             wanted = f"a red star {other_words[0].format(v='moves')} on a blue background"
             if other != motion and other in ("left", "up-right", "still", "spin", "grow", "bounce-up-down"):
                 assert not judge.score(frames, wanted).motion, (motion, other)
@@ -119,7 +119,7 @@ def painted(background, *layers):
     for colour, shape, left, top, radius in layers:
         for i, frame in enumerate(frames):
             name = shape if isinstance(shape, str) else shape[i % len(shape)]
-            inside = 0.5 - world.signed_distance(name, (x - left + 5 * i) / radius, (y - top) / radius) * radius
+            inside = 0.5 - painting.signed_distance(name, (x - left + 5 * i) / radius, (y - top) / radius) * radius
             frame += np.clip(inside, 0, 1)[..., None] * (np.array(world.COLOURS[colour]) - frame)
     return as_uint8(frames)
 

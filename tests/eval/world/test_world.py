@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from lowbit_video.eval import world
+from lowbit_video.eval.world import scene
 
 from helpers import clip_of
 
@@ -37,10 +38,10 @@ def test_hint_names_what_is_missing_or_unknown():
 
 
 def test_hold_out_rule_is_fixed_and_modest():
-    thing = world.Thing("red", "circle", "left")
+    thing = scene.Thing("red", "circle", "left")
     flags = [world.held_out(world.Meaning((thing,), texture, colour)) for texture in world.TEXTURES for colour in world.COLOURS]
     assert [i for i, flag in enumerate(flags) if flag] == HELD_RED_CIRCLE_LEFT
-    share = np.mean([world.held_out(world.draw_meaning(np.random.default_rng(i))) for i in range(600)])
+    share = np.mean([world.held_out(scene.draw_meaning(np.random.default_rng(i))) for i in range(600)])
     assert 0.04 < share < 0.12
     assert not any(world.held_out(m) for m in world.draw_meanings(200, 3))
 
