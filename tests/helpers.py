@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lowbit_video.eval import world
+
 
 def sqnr_db(value, reference):
     """Signal to quantisation noise, dB."""
@@ -36,3 +38,11 @@ def naive_attention(q, k, v, scale=None, causal=False):
     with np.errstate(divide="ignore"):
         lse = (top + np.log(total))[..., 0]
     return (p / np.where(total == 0, 1, total) @ v).transpose(0, 2, 1, 3), lse
+
+
+def clip_of(caption, seed=0, frames=world.FRAMES):
+    """The true clip of a caption of the small world, uint8 [F, H, W, 3]; ValueError for one that the world cannot show."""
+    meaning = world.parse(caption)
+    if not meaning.complete:
+        raise ValueError(f"cannot draw {caption!r}: {world.hint(caption)}")
+    return np.round(world.render(world.plan([meaning], seed, frames))[0]).astype(np.uint8)

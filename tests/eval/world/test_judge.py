@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from lowbit_video.eval import world
-from lowbit_video.eval.world import judge
+from lowbit_video.eval.world import captions, judge, painting, seeing
+
+from helpers import clip_of
 
 FRAMES = 17
 
@@ -63,15 +65,15 @@ def test_agrees_with_true_renders(change):
 
 
 def clip(caption, seed=0):
-    return world.clip_of(caption, seed, FRAMES)
+    return clip_of(caption, seed, FRAMES)
 
 
 def test_every_motion_is_told_from_every_other():
-    for motion, words in world._MOTION_WORDS.items():
+    for motion, words in captions._MOTION_WORDS.items():
         caption = f"a red star {words[0].format(v='moves')} on a blue background"
         frames = clip(caption)
-        assert judge.look(frames).things[0].motion == motion
-        for other, other_words in world._MOTION_WORDS.items():
+        assert seeing.look(frames).things[0].motion == motion
+        for other, other_words in captions._MOTION_WORDS.items():
             wanted = f"a red star {other_words[0].format(v='moves')} on a blue background"
             if other != motion and other in ("left", "up-right", "still", "spin", "grow", "bounce-up-down"):
                 assert not judge.score(frames, wanted).motion, (motion, other)
@@ -117,7 +119,7 @@ def painted(background, *layers):
     for colour, shape, left, top, radius in layers:
         for i, frame in enumerate(frames):
             name = shape if isinstance(shape, str) else shape[i % len(shape)]
-            inside = 0.5 - world.signed_distance(name, (x - left + 5 * i) / radius, (y - top) / radius) * radius
+            inside = 0.5 - painting.signed_distance(name, (x - left + 5 * i) / radius, (y - top) / radius) * radius
             frame += np.clip(inside, 0, 1)[..., None] * (np.array(world.COLOURS[colour]) - frame)
     return as_uint8(frames)
 
@@ -149,9 +151,9 @@ def test_says_no_to_a_shape_that_does_not_stay_the_same(change):
 def test_an_edge_is_no_thing_and_a_smear_has_no_shape(shape, background):
     frames = painted(background, ("red", shape, 150, 60, 24))
     for sigma in (1.5, 2.5):
-        scene = judge.look(as_uint8(smeared(frames, sigma)))
+        scene = seeing.look(as_uint8(smeared(frames, sigma)))
         assert [(t.colour, t.shape, t.motion) for t in scene.things] == [("red", shape, "left")], (sigma, scene)
-    scene = judge.look(as_uint8(smeared(frames, 8)))
+    scene = seeing.look(as_uint8(smeared(frames, 8)))
     assert all(t.shape is None for t in scene.things), scene
 
 
@@ -173,11 +175,11 @@ def test_says_no_to_noise_and_to_nothing():
 def test_connected_areas_are_counted_per_frame():
     drawn = [["#.#.", "#.#.", "###.", "...#"], ["....", ".##.", "....", "####"], ["....", "....", "....", "...."]]
     mask = np.array([[[c == "#" for c in row] for row in frame] for frame in drawn])
-    labels, sizes = judge._areas(mask)
+    labels, sizes = seeing._areas(mask)
     assert sorted(sizes) == [1, 2, 4, 7] and ((labels >= 0) == mask).all()
     assert len(set(labels[0][mask[0]])) == 2 and labels[0, 0, 0] == labels[0, 0, 2] != labels[0, 3, 3]
     assert all(sizes[labels[labels >= 0]] == [np.sum(labels == n) for n in labels[labels >= 0]])
-    assert not len(judge._areas(mask[2:])[1])
+    assert not len(seeing._areas(mask[2:])[1])
 
 
 def test_what_the_caption_leaves_open_counts_as_met():
@@ -201,5 +203,5 @@ def test_what_is_no_shape_of_the_world_gets_no_name(name):
         dx, dy = x - 60 - 8 * i, y - 64
         inside = (dx**2 + dy**2 < 28**2) & (dx > 0) if name == "half disc" else (abs(dx) < 30) & (abs(dy) < 6)
         frame[inside] = world.COLOURS["red"]
-    thing, = judge.look(frames).things
+    thing, = seeing.look(frames).things
     assert (thing.colour, thing.motion, thing.shape) == ("red", "right", None), thing

@@ -3,6 +3,9 @@ import numpy as np
 import pytest
 
 from lowbit_video.eval import world
+from lowbit_video.eval.world import scene
+
+from helpers import clip_of
 
 
 def test_parse_reads_back_every_caption():
@@ -31,14 +34,14 @@ def test_hint_names_what_is_missing_or_unknown():
     assert "panda" in hint and "a shape" in hint and "circle" in hint
     assert world.parse("a panda plays the guitar").things == ()
     with pytest.raises(ValueError, match="cannot draw"):
-        world.clip_of("a panda plays the guitar")
+        clip_of("a panda plays the guitar")
 
 
 def test_hold_out_rule_is_fixed_and_modest():
-    thing = world.Thing("red", "circle", "left")
+    thing = scene.Thing("red", "circle", "left")
     flags = [world.held_out(world.Meaning((thing,), texture, colour)) for texture in world.TEXTURES for colour in world.COLOURS]
     assert [i for i, flag in enumerate(flags) if flag] == HELD_RED_CIRCLE_LEFT
-    share = np.mean([world.held_out(world.draw_meaning(np.random.default_rng(i))) for i in range(600)])
+    share = np.mean([world.held_out(scene.draw_meaning(np.random.default_rng(i))) for i in range(600)])
     assert 0.04 < share < 0.12
     assert not any(world.held_out(m) for m in world.draw_meanings(200, 3))
 
@@ -55,7 +58,7 @@ def test_shapes_stay_inside_the_frame():
 
 def test_same_seed_same_clip_other_seed_other_place():
     caption = "a small red circle moves left over a blue background"
-    first, again, other = (world.clip_of(caption, seed, 9) for seed in (1, 1, 2))
+    first, again, other = (clip_of(caption, seed, 9) for seed in (1, 1, 2))
     assert first.shape == (9, 128, 192, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
