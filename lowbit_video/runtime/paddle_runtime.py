@@ -123,7 +123,10 @@ def masked_attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask:
 
 @functools.cache
 def _driver(ordinal: int) -> object:
-    return triton_driver.device_driver(ordinal, lambda: _raw_stream(ordinal))
+    driver = triton_driver.device_driver(ordinal, lambda: _raw_stream(ordinal))
+    # Before Triton makes its first launcher: one made without them takes no TMA descriptor for as long as the process lives.
+    assert driver.utils is not None
+    return driver
 
 
 def launch_guard(t: paddle.Tensor) -> contextlib.AbstractContextManager:

@@ -1,5 +1,7 @@
 """The launch path on a GPU: streams, no waiting, quantised codes, warm-up, memory, both frameworks in one process."""
 import importlib.util
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -235,6 +237,21 @@ def test_paddle_and_torch_in_one_process(gpu):
         outs.append(runtime.to_numpy(lv.attention(*t, "int8+fp8", tensor_layout="HND")))
     for out in outs[1:]:
         np.testing.assert_array_equal(out, outs[0])
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8+fp8"])
+def test_any_kernel_may_be_the_first_of_a_process(gpu, precision):
+    """Exact attention's first launch takes TMA descriptors, for which Triton's driver must be ready."""
+    code = ("import sys, numpy as np, lowbit_video as lv; from lowbit_video.runtime import detect\n"
+            f"like = detect.anchor({gpu.name!r}); runtime = detect.runtime_of(like)\n"
+            "rng = np.random.default_rng(0)\n"
+            "draw = lambda: runtime.from_numpy(rng.standard_normal((1, 4096, 2, 64), dtype=np.float32), like, 'float16')\n"
+            "q, k, v = draw(), draw(), draw()\n"
+            f"out = runtime.to_numpy(lv.attention(q, k, v, {precision!r}))\n"
+            "sys.stdout.write('finite' if np.isfinite(out).all() and out.any() else 'wrong'); sys.stdout.flush()\n"
+            "import os; os._exit(0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.endswith("finite"), done.stderr[-2000:]
 
 
 def test_device_auto_finds_the_gpu(gpu):

@@ -101,6 +101,27 @@ def test_driver_is_active_around_a_launch_only(driver_config, monkeypatch):
     assert config._active is someone_elses
 
 
+def test_paddles_driver_is_whole_before_the_first_launch(monkeypatch):
+    """Triton's launchers look for the type of TMA descriptors once, when the first is made, and its utilities define it."""
+    pytest.importorskip("paddle")
+    from lowbit_video.runtime import paddle_runtime, triton_driver
+
+    class Driver:
+        asked = []
+
+        @property
+        def utils(self):
+            self.asked.append(1)
+            return self
+
+    monkeypatch.setattr(triton_driver, "device_driver", lambda ordinal, stream: Driver())
+    paddle_runtime._driver.cache_clear()
+    try:
+        assert isinstance(paddle_runtime._driver(5), Driver) and Driver.asked == [1]
+    finally:
+        paddle_runtime._driver.cache_clear()
+
+
 def test_launches_of_two_threads_do_not_mix_drivers(driver_config):
     config, triton_driver, _ = driver_config
     drivers = [triton_driver.device_driver(i, lambda: 0) for i in range(2)]
