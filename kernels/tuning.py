@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +33,11 @@ class TileConfig:
     def __post_init__(self) -> None:
         if self.block_m not in (16, 32, 64, 128) or self.block_n not in (16, 32, 64, 128):
             raise ValueError(f"tile {self.block_m}x{self.block_n} is not supported: both sides are 16, 32, 64 or 128")
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dim that tiles are filed under: 64, 128 or 256."""
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
 def family(q: str, k: str, pv: str) -> str:
@@ -129,12 +134,6 @@ def _as_rows(entries: list[dict]) -> dict[tuple[str, tuple[int, int], int], Tile
     return {(e["family"], tuple(e["arch"]), e["head_dim"]): TileConfig(**e["config"]) for e in entries if "config" in e}
 
 
-def dump(rows: dict[tuple[str, tuple[int, int], int], TileConfig]) -> str:
-    """The rows as JSON text, what `load` reads."""
-    entries = [{"family": f, "arch": list(a), "head_dim": d, "config": asdict(c)} for (f, a, d), c in rows.items()]
-    return json.dumps(entries, indent=1)
-
-
 @cache
 def load(path: str) -> dict[tuple[str, tuple[int, int], int], TileConfig]:
     """Rows of a JSON tuning file; ValueError if it is not one."""
@@ -158,8 +157,7 @@ def lookup(name: str, arch: tuple[int, int], head_dim: int) -> TileConfig:
 
     Raises ValueError if no row fits: the arch is older than any that the family runs on.
     """
-    padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    arch = tuple(arch)
+    padded, arch = padded_head_dim(head_dim), tuple(arch)
     names = [name]
     if name.startswith(("int4", "int2", "fp8")):
         names.append("int8" + name[name.index("+"):])
@@ -184,7 +182,7 @@ def load_lengths(path: str) -> dict[tuple[str, str, tuple[int, int], int], int]:
 
 def faster_from(variant: str, pv: str, arch: tuple[int, int], head_dim: int) -> int:
     """Tokens of K and V from which a variant is measured to be faster than exact attention on an arch (or the next older)."""
-    padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    padded = padded_head_dim(head_dim)
     path = os.environ.get(ENVIRONMENT)
     for table in (load_lengths(path) if path else {}, FASTER_FROM):
         fits = [a for v, p, a, d in table if (v, p, d) == (variant, pv, padded) and a <= tuple(arch)]

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lowbit_video.kernels.formats import EXACT_FORMATS, QK_FORMATS
+from lowbit_video.kernels.formats import EXACT_FORMATS, FORMATS, QK_FORMATS
 
 PV_FORMATS = ("fp16", "fp8")
 EXACT_SPECS = (*EXACT_FORMATS, "exact")
@@ -55,12 +55,12 @@ class Precision:
             pv = q
             if self.granularity or self.smooth_k or self.smooth_q:
                 raise ValueError(f"precision {self.spec!r} is exact: it has no granularity and no smoothing")
-        coarse = {q, k} & {"int4", "int2"}
+        coarse = {name for name in (q, k) if name in QK_FORMATS and FORMATS[name].bits < 8}
         granularity = self.granularity or ("token" if coarse else "block")
         if granularity not in GRANULARITIES:
             raise ValueError(f"unknown granularity {granularity!r}; there are: {', '.join(GRANULARITIES)}")
         smooth_k = not exact if self.smooth_k is None else bool(self.smooth_k)
-        smooth_q = q in ("int4", "int2") if self.smooth_q is None else bool(self.smooth_q)
+        smooth_q = q in coarse if self.smooth_q is None else bool(self.smooth_q)
         for name, value in dict(q=q, k=k, pv=pv, exact=exact, granularity=granularity,
                                 smooth_k=smooth_k, smooth_q=smooth_q).items():
             object.__setattr__(self, name, value)

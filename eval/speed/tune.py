@@ -104,14 +104,15 @@ def _compile(job: tuple[Shape, str, str, str, int]) -> None:
 
 
 def right_calls(shape: Shape, spec: str, backend: str, configs: Sequence[Any], framework: str, dtype: str,
-                log: Callable[[str], None], limit: float | None = None) -> tuple[Any, dict[str, tuple[Any, Call, float]], Any]:
+                log: Callable[[str], None], limit: float | None = None, v_offset: float = 0.5
+                ) -> tuple[Any, dict[str, tuple[Any, Call, float]], Any]:
     """Which of `configs` make a backend's kernel compute the right thing; the others are logged.
 
     Returns the runtime; by name each config with its call and relative L1; and q, k, v (None where the backend does not
     serve the precision). configs: `TileConfig`s ("triton") or `HopperConfig`s ("hopper"). limit: of the relative L1, None
     for the benchmark's.
     """
-    runtime, calls, tensors = calls_of(shape, spec, backend, configs, framework, dtype)
+    runtime, calls, tensors = calls_of(shape, spec, backend, configs, framework, dtype, v_offset)
     if not calls:
         return runtime, {}, None
     want = accuracy.reference(runtime, *tensors, scale=shape.head_dim**-0.5, causal=shape.causal)
@@ -199,7 +200,7 @@ def tune(shapes: Iterable[Shape], *, framework: str, dtype: str, specs: Sequence
     entries: list[dict[str, Any]] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
-        padded = 64 if shape.head_dim <= 64 else 128 if shape.head_dim <= 128 else 256
+        padded = tuning.padded_head_dim(shape.head_dim)
         for spec in specs:
             precision = Precision(spec)
             best = tune_tiles(shape, spec, framework, dtype, log) if tiles else None

@@ -10,8 +10,6 @@ import functools
 
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
-MULTIPROCESSOR_COUNT = 16
-"""CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT."""
 POINTER_MEMORY_TYPE, POINTER_DEVICE_ORDINAL = 2, 9
 """CU_POINTER_ATTRIBUTE_MEMORY_TYPE and CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL."""
 MEMORY_TYPE_DEVICE = 2
@@ -48,12 +46,6 @@ def capability(ordinal: int) -> tuple[int, int] | None:
     """Compute capability (major, minor) of a CUDA device by ordinal; None without a driver or such a device."""
     major, minor = _attribute(ordinal, CAPABILITY_MAJOR), _attribute(ordinal, CAPABILITY_MINOR)
     return None if major is None or minor is None else (major, minor)
-
-
-@functools.cache
-def multiprocessors(ordinal: int) -> int | None:
-    """Number of multiprocessors of a CUDA device; None without a driver or such a device."""
-    return _attribute(ordinal, MULTIPROCESSOR_COUNT)
 
 
 @functools.cache
@@ -125,10 +117,6 @@ class Event:
     def synchronize(self) -> None:
         _check(_library().cuEventSynchronize(self._handle), "an earlier launch failed")
 
-    def happened(self) -> bool:
-        """Whether the device has reached the event; does not wait."""
-        return _library().cuEventQuery(self._handle) == 0
-
     def elapsed_ms(self, later: Event) -> float:
         """Milliseconds from this event to a later one; both must have happened."""
         value = ctypes.c_float()
@@ -157,9 +145,3 @@ def driver_version() -> str | None:
     if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(value)) != 0:
         return None
     return f"{value.value // 1000}.{value.value % 1000 // 10}"
-
-
-def copy(to_pointer: int, from_pointer: int, count: int, stream: int) -> None:
-    """Copies `count` bytes within or between devices, in stream order."""
-    _check(_library().cuMemcpyAsync(ctypes.c_uint64(to_pointer), ctypes.c_uint64(from_pointer), ctypes.c_size_t(count),
-                                    ctypes.c_void_p(stream)), "cannot copy memory")

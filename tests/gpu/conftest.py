@@ -61,5 +61,20 @@ class Gpu:
         if self.name == "torch":
             sys.modules["torch"].cuda.empty_cache()
 
+    def copy(self, to_pointer, from_pointer, count, stream):
+        """Copies bytes within the device, in stream order."""
+        import ctypes
+
+        from lowbit_video.runtime import cuda_driver
+
+        assert cuda_driver._library().cuMemcpyAsync(ctypes.c_uint64(to_pointer), ctypes.c_uint64(from_pointer),
+                                                    ctypes.c_size_t(count), ctypes.c_void_p(stream)) == 0
+
+    def happened(self, event):
+        """Whether the device has reached an event; does not wait."""
+        from lowbit_video.runtime import cuda_driver
+
+        return cuda_driver._library().cuEventQuery(event._handle) == 0
+
     def numpy(self, tensor):
         return np.asarray(self.runtime.to_numpy(tensor), np.float32)

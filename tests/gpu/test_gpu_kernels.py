@@ -287,7 +287,7 @@ def _copy(gpu, view, source):
         view.copy_(source)
     else:
         for row in range(view.shape[1]):  # through contiguous rows, which every device can assign
-            cuda_driver.copy(view[:, row].data_ptr(), source[:, row].contiguous().data_ptr(), 256, gpu.runtime.stream(view))
+            gpu.copy(view[:, row].data_ptr(), source[:, row].contiguous().data_ptr(), 256, gpu.runtime.stream(view))
         cuda_driver.synchronize(gpu.runtime.stream(view))
 
 

@@ -114,13 +114,16 @@ def main() -> int:
     parser.add_argument("--after", type=Path)
     parser.add_argument("--framework", default="torch", choices=("torch", "paddle"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--commits", default="", help="what the trees are, for the record: BEFORE, AFTER")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         warnings.simplefilter("ignore")  # that exact attention is faster at the short shapes
+        from lowbit_video.eval.speed.bench import environment
+
         print(json.dumps({"sha256": outputs(args.framework), "gpu_ms": gpu_times(args.framework),
-                          "host_us": host_times(args.framework)}))
+                          "host_us": host_times(args.framework), "about": environment(args.framework)}))
         return 0
     trees = {"before": args.before, "after": args.after}
     runs: dict[str, list[dict]] = {name: [] for name in trees}
@@ -132,7 +135,7 @@ def main() -> int:
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
     first = runs["before"][0]
     report: dict = {"equal_outputs": all(run["sha256"] == first["sha256"] for some in runs.values() for run in some),
-                    "outputs": len(first["sha256"])}
+                    "outputs": len(first["sha256"]), "about": first["about"] | {"commit": args.commits}}
     for kind in ("gpu_ms", "host_us"):
         report[kind] = {case: {name: [round(run[kind][case], 4) for run in some] for name, some in runs.items()}
                         for case in first[kind]}
@@ -140,12 +143,6 @@ def main() -> int:
             before, after = (statistics.median(both[name]) for name in trees)
             print(f"{kind} {case:<44} {before:9.3f} {after:9.3f}  {after / before:.3f}")
     print("outputs equal:", report["equal_outputs"], "of", report["outputs"])
-    try:
-        from lowbit_video.eval.speed.bench import environment
-
-        report["about"] = environment(args.framework)
-    except ImportError:
-        pass
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if report["equal_outputs"] else 1
