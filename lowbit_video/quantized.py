@@ -12,6 +12,7 @@ from .engine.checks import require_finite
 from .engine.options import LAYOUTS
 from .precision import GRANULARITIES
 from .runtime import detect
+from .runtime.protocol import Runtime
 
 OPERANDS = ("q", "k", "v")
 
@@ -108,7 +109,7 @@ def _quantize_reference(array: np.ndarray, format: str, granularity: str, operan
     return *reference.quantize_rows(array, format, block, mean), mean
 
 
-def _uint8(runtime: Any) -> Any:
+def _uint8(runtime: Runtime) -> Any:
     import sys
 
     return sys.modules[runtime.NAME].uint8

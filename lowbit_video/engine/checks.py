@@ -10,11 +10,12 @@ from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.variants import Request
 
 from ..errors import NonFiniteError
+from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 from .packing import Packing
 
 
-def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None, runtime: Any) -> Request:
+def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None, runtime: Runtime) -> Request:
     """The call as selection sees it; raises for shapes and dtypes that no kernel could mean."""
     shapes = {name: runtime.shape(t) for name, t in (("q", q), ("k", k), ("v", v))}
     given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
@@ -55,21 +56,21 @@ def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packi
         v_aligned=cpu or _aligned(v, runtime, 4 if dtype == "float32" else 2))
 
 
-def require_one_place(runtime: Any, **tensors: Any) -> None:
+def require_one_place(runtime: Runtime, **tensors: Any) -> None:
     """Raises ValueError unless all tensors are on one device: a kernel would read an address of another one."""
     places = {name: runtime.place(tensor) for name, tensor in tensors.items()}
     if len(set(places.values())) > 1:
         raise ValueError(f"all tensors must be on one device; given: {', '.join(f'{n} on {p}' for n, p in places.items())}")
 
 
-def _aligned(x: Any, runtime: Any, item_size: int) -> bool:
+def _aligned(x: Any, runtime: Runtime, item_size: int) -> bool:
     """Whether TMA can read x: address and strides are multiples of 16 bytes. A last dimension with a stride is copied first."""
     *steps, last = zip(runtime.strides(x), runtime.shape(x))
     return (last[0] != 1 and last[1] > 1) or (
         x.data_ptr() % 16 == 0 and all(stride * item_size % 16 == 0 for stride, length in steps if length > 1))
 
 
-def require_finite(runtime: Any, **tensors: Any) -> None:
+def require_finite(runtime: Runtime, **tensors: Any) -> None:
     """Raises NonFiniteError that names the tensor and counts its NaN and infinite elements."""
     for name, tensor in tensors.items():
         values = runtime.to_numpy(tensor)

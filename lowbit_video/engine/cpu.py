@@ -10,12 +10,13 @@ import numpy as np
 from lowbit_video.kernels.formats import get_format
 from lowbit_video.kernels.variants import KernelVariant, Request
 
+from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 from .packing import Packing
 
 
 def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, Any], options: AttentionOptions,
-           packing: Packing | None, runtime: Any, key: tuple | None = None) -> tuple[Any, Any]:
+           packing: Packing | None, runtime: Runtime, key: tuple | None = None) -> tuple[Any, Any]:
     """(out, lse or None) of checked tensors; packed sequences go one by one. options.scale: a number. key: unused, no plans."""
     q = tensors[0]
     arrays = [runtime.to_numpy(t) for t in tensors]

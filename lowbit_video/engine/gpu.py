@@ -18,6 +18,7 @@ from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_s
 from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..precision import Precision
+from ..runtime.protocol import Runtime
 from . import replay
 from .options import AttentionOptions
 from .packing import Packing
@@ -95,7 +96,7 @@ class Call:
     config: how the attention kernel is built, in place of the tuning table's choice.
     """
 
-    def __init__(self, variant: KernelVariant, options: AttentionOptions, q: Any, k: Any, v: Any, *, runtime: Any,
+    def __init__(self, variant: KernelVariant, options: AttentionOptions, q: Any, k: Any, v: Any, *, runtime: Runtime,
                  packing: Packing | None = None, config: Any = None) -> None:
         self.tensors = q, k, v = tuple(_rows_contiguous(x, runtime) for x in (q, k, v))  # kept: the buffers only point at them
         self.variant, self.options, self.runtime, self.config = variant, options, runtime, config
@@ -181,13 +182,13 @@ class Call:
         return "float16" if float(abs(self.runtime.to_numpy(v)).max(initial=0.0)) <= FP16_MAX else "bfloat16"
 
 
-def _rows_contiguous(x: Any, runtime: Any) -> Any:
+def _rows_contiguous(x: Any, runtime: Runtime) -> Any:
     """x itself if its last dimension is contiguous, else a contiguous copy."""
     strides = runtime.strides(x)
     return x if strides[-1] == 1 or runtime.shape(x)[-1] == 1 else runtime.contiguous(x)
 
 
-def _operand(x: Any, name: str, runtime: Any, tensor_layout: str, packing: Packing | None = None) -> Operand:
+def _operand(x: Any, name: str, runtime: Runtime, tensor_layout: str, packing: Packing | None = None) -> Operand:
     """A call's tensor as launchers take it, whatever its layout."""
     shape, strides, dtype = runtime.shape(x), runtime.strides(x), runtime.dtype_name(x)
     if packing is not None:
@@ -202,7 +203,7 @@ def _operand(x: Any, name: str, runtime: Any, tensor_layout: str, packing: Packi
 
 
 def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, Any], options: AttentionOptions,
-           packing: Packing | None, runtime: Any, key: tuple | None = None) -> tuple[Any, Any]:
+           packing: Packing | None, runtime: Runtime, key: tuple | None = None) -> tuple[Any, Any]:
     """(out, lse or None) of checked tensors by a selected variant. options.scale: a number.
 
     key: of `replay.key_of`; what is launched is kept as its plan.
@@ -220,7 +221,7 @@ def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, An
 
 
 def run_quantize(x: Any, *, format: str, granularity: str, operand: str, smooth: bool, tensor_layout: str,
-                 runtime: Any) -> dict[str, Any]:
+                 runtime: Runtime) -> dict[str, Any]:
     """Quantised copy of a GPU tensor: {"codes", "scale", "mean"} as tensors of its framework; mean is None unless smoothed.
 
     x: [B, N, H, D] or [B, H, N, D]. operand "q" or "k": codes [B, H, N, D / codes per byte], scale per row, or

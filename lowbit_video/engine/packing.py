@@ -8,6 +8,8 @@ import numpy as np
 from lowbit_video.kernels.buffers import Buffer, Origin
 from lowbit_video.kernels.operands import Packed, Sequences
 
+from ..runtime.protocol import Runtime
+
 
 class Packing(NamedTuple):
     """cu_q, cu_k: int32 [S + 1] tensors, sequence s has rows cu[s] to cu[s + 1]; max_q, max_k: tokens of the longest ones."""
@@ -17,7 +19,7 @@ class Packing(NamedTuple):
     max_q: int
     max_k: int
 
-    def check(self, runtime: Any) -> None:
+    def check(self, runtime: Runtime) -> None:
         """Raises ValueError for beginnings that no batch could have."""
         shapes = [runtime.shape(cu) for cu in (self.cu_q, self.cu_k)]
         dtypes = [runtime.dtype_name(cu) for cu in (self.cu_q, self.cu_k)]
@@ -25,11 +27,11 @@ class Packing(NamedTuple):
             raise ValueError("cu_seqlens_q and cu_seqlens_k must be int32 of one length, [sequences + 1]; given: "
                              f"{dtypes[0]} {list(shapes[0])} and {dtypes[1]} {list(shapes[1])}")
 
-    def count(self, runtime: Any) -> int:
+    def count(self, runtime: Runtime) -> int:
         """Number of sequences."""
         return runtime.shape(self.cu_q)[0] - 1
 
-    def contiguous(self, runtime: Any) -> Packing:
+    def contiguous(self, runtime: Runtime) -> Packing:
         """Itself, or with copies of the beginnings where they have strides: a kernel reads them without."""
         if all(runtime.strides(cu) == (1,) for cu in (self.cu_q, self.cu_k)):
             return self
@@ -41,13 +43,13 @@ class Packing(NamedTuple):
         return Packed(*(Sequences(Buffer(cu.data_ptr(), "int32", Origin(name)), int(longest))
                         for cu, name, longest in sequences))
 
-    def beginnings(self, runtime: Any, q_tokens: int, k_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def beginnings(self, runtime: Runtime, q_tokens: int, k_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Both as arrays; ValueError where they do not fit the tokens that are packed. Waits for a GPU."""
         return (_beginnings(runtime, "q", self.cu_q, q_tokens, self.max_q),
                 _beginnings(runtime, "k", self.cu_k, k_tokens, self.max_k))
 
 
-def _beginnings(runtime: Any, name: str, cu_seqlens: Any, tokens: int, longest: int) -> np.ndarray:
+def _beginnings(runtime: Runtime, name: str, cu_seqlens: Any, tokens: int, longest: int) -> np.ndarray:
     values = runtime.to_numpy(cu_seqlens)
     if values[0] != 0 or values[-1] != tokens or (np.diff(values) < 0).any():
         raise ValueError(f"cu_seqlens_{name} must rise from 0 to the {tokens} tokens that are packed; given: {values.tolist()}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from lowbit_video.kernels.launch import Replay
 
+from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 
 MOST_PLANS = 512
@@ -30,7 +31,8 @@ _PLANS: dict[tuple, Plan] = {}
 _KEEPING = threading.Lock()
 
 
-def key_of(runtime: Any, tensors: Sequence[Any], options: AttentionOptions, lengths: tuple[int, int] | None) -> tuple | None:
+def key_of(runtime: Runtime, tensors: Sequence[Any], options: AttentionOptions, lengths: tuple[int, int] | None
+           ) -> tuple | None:
     """Everything that a plan depends on; None where there is none: on a CPU, where values are looked at, for choices that
     are tensors (their value may change), or while LOWBIT_VIDEO_PLANS is "0".
 
@@ -84,7 +86,7 @@ class Plan:
                 return True
         return False
 
-    def run(self, runtime: Any, tensors: Sequence[Any]) -> tuple[Any, Any] | None:
+    def run(self, runtime: Runtime, tensors: Sequence[Any]) -> tuple[Any, Any] | None:
         """Launches everything on tensors of the plan's key; (out, lse or None), or None (nothing launched) where the allocator
         gave memory that is aligned less than the kernels were compiled for."""
         like = tensors[0]
@@ -100,7 +102,7 @@ class Plan:
         return fresh[0], fresh[1]
 
 
-def make(launches: Sequence[Any], variant: Any, runtime: Any, count: int, fresh: Sequence[Any]) -> Plan | None:
+def make(launches: Sequence[Any], variant: Any, runtime: Runtime, count: int, fresh: Sequence[Any]) -> Plan | None:
     """The plan of a call from its recorded launches (`kernels.launch.recorded`); None where it cannot be repeated like this.
 
     count: of the call's tensors. fresh: out, lse and workspace as the call allocated them, or None.

@@ -6,8 +6,10 @@ import importlib.util
 import sys
 from typing import Any
 
+from .protocol import Runtime
 
-def runtime_of(tensor: Any) -> Any:
+
+def runtime_of(tensor: Any) -> Runtime:
     """The runtime (a module of this package) of a Paddle or torch tensor.
 
     Raises TypeError for anything else; a NumPy array is told how to become a tensor.
@@ -33,7 +35,7 @@ def _is_static(paddle: Any, value: Any) -> bool:
     return isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
 
 
-def same_runtime(**tensors: Any) -> Any:
+def same_runtime(**tensors: Any) -> Runtime:
     """The runtime of all the named tensors; TypeError where they belong to different frameworks."""
     found = {name: runtime_of(tensor) for name, tensor in tensors.items()}
     if len({id(runtime) for runtime in found.values()}) > 1:
@@ -62,7 +64,7 @@ def default_framework() -> str:
                       "Paddle's own index")
 
 
-def runtime_named(framework: str) -> Any:
+def runtime_named(framework: str) -> Runtime:
     """The runtime of "paddle" or "torch"; imports the framework."""
     if framework not in ("paddle", "torch"):
         raise ValueError(f"unknown framework {framework!r}; there are: paddle, torch")

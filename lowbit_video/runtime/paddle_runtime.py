@@ -1,4 +1,4 @@
-"""Paddle tensors: where they are, what they hold, and how a kernel gets at them."""
+"""Paddle tensors: where they are, what they hold, and how a kernel gets at them; a `protocol.Runtime`."""
 from __future__ import annotations
 
 import contextlib

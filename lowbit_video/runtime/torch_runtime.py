@@ -1,4 +1,4 @@
-"""torch tensors: the same handful of calls as paddle_runtime."""
+"""torch tensors: a `protocol.Runtime`."""
 from __future__ import annotations
 
 import contextlib

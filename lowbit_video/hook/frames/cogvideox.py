@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...runtime.protocol import Runtime
+
 
 def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
                     image_rotary_emb: Any = None) -> tuple[Any, Any]:
@@ -35,7 +37,7 @@ def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidde
     return out[:, text_tokens:], out[:, :text_tokens]
 
 
-def _rotate_video(runtime: Any, x: Any, text_tokens: int, rotary: tuple[Any, Any]) -> Any:
+def _rotate_video(runtime: Runtime, x: Any, text_tokens: int, rotary: tuple[Any, Any]) -> Any:
     """Rotary embedding of the video tokens of x [B, N, H, D]; the text tokens stay.
 
     Pairs are interleaved: (x0, x1) becomes (x0 cos - x1 sin, x1 cos + x0 sin), in float32.

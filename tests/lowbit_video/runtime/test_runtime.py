@@ -1,4 +1,5 @@
 """Runtimes: what they find, the driver they lend Triton, and the workspace of a call."""
+import inspect
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lowbit_video.kernels.formats import get_format
 from lowbit_video.kernels.quant.shapes import partial_shape
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import cuda_driver, detect
+from lowbit_video.runtime.protocol import Runtime
 
 from helpers import qkv
 
@@ -66,6 +68,16 @@ def test_default_device_finds_a_custom_device_only_if_its_memory_is_cudas(monkey
     monkeypatch.setattr(cuda_driver, "device_of_pointer", lambda pointer: 0 if asked[-1][0] == "cudev" else None)
     assert paddle_runtime.default_device() == "cudev:0"
     assert asked == [("npu", 0), ("cudev", 0)]
+
+
+def test_a_runtime_answers_all_that_the_protocol_asks(framework):
+    runtime = detect.runtime_named(framework.name)
+    asked = {name: member for name, member in vars(Runtime).items() if inspect.isfunction(member) and not name.startswith("_")}
+    assert len(asked) == 17 and runtime.NAME == framework.name
+    for name, member in asked.items():
+        wanted = list(inspect.signature(member).parameters.values())[1:]
+        given = list(inspect.signature(getattr(runtime, name)).parameters.values())
+        assert [(p.name, p.kind, p.default) for p in given] == [(p.name, p.kind, p.default) for p in wanted], name
 
 
 @pytest.fixture
