@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lowbit_video.engine.gpu import Call, plan_workspace
+from lowbit_video.engine.gpu import Call
 from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import EXACT_SPECS, Precision
@@ -222,7 +223,7 @@ def bench_shape(shape: Shape, *, framework: str, dtype: str = "float16", specs: 
             if not row.relative_l1 < method.limit:
                 row.error = f"relative L1 {row.relative_l1:.4f} is not under {method.limit}: wrong, hence not timed"
             if row.extra_mib is None and method.spec and not Precision(method.spec).exact:
-                row.extra_mib = plan_workspace(shape.dims, shape.dims, Precision(method.spec), False).size / 2**20
+                row.extra_mib = layout_workspace(shape.dims, shape.dims, Precision(method.spec), False).size / 2**20
         except Exception as error:  # one method's failure must not lose the others' rows
             row.error = f"{type(error).__name__}: {error}"[:400]
             timer.synchronize()

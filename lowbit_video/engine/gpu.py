@@ -1,13 +1,9 @@
-"""Low-bit attention on a GPU: one workspace for the quantised copies, then the launches.
+"""Low-bit attention on a GPU: the call's operands, one workspace for the quantised copies, then the launches.
 
-Everything a call needs beside its output lies in one allocation: codes, scales, means and the
-corrections of smoothing. Where each begins depends on shapes alone and is cached, so the host's part
-of a call is one allocation, one launch a kernel and little else. Nothing here synchronises.
+The host's part of a call is one allocation beside the output's, one launch a kernel and little else. Nothing here synchronises.
 """
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 from lowbit_video.kernels.buffers import Buffer, Origin, as_buffer
@@ -17,73 +13,15 @@ from lowbit_video.kernels.operands import Operand, codes_of, v_codes_of
 from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
 from lowbit_video.kernels.variants import KernelVariant, Request
 
-from ..precision import Precision
 from ..runtime.protocol import Runtime
 from . import replay
 from .options import AttentionOptions
 from .packing import Packing
+from .workspace import layout_workspace
 
-ALIGNMENT = 256
-"""Bytes between the beginnings of the workspace's parts; TMA needs 16, whole cache lines are faster."""
 INTERPRETED_ARCH = (9, 0)
 """What Triton's CPU interpreter plays: an arch that has every format."""
 FP16_MAX = get_format("fp16").max_code
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Where the parts of a call's workspace begin: parts[name] = (byte offset, dtype name, shape); bytes in all."""
-
-    parts: dict[str, tuple[int, str, tuple[int, ...]]]
-    size: int
-
-    def buffers(self, address: int) -> dict[str, Buffer]:
-        return {name: Buffer(address + offset, dtype, Origin("workspace", offset))
-                for name, (offset, dtype, _) in self.parts.items()}
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, int, int, int], precision: Precision, lse: bool,
-                   varlen: bool = False, max_q: int | None = None, max_k: int | None = None) -> Workspace:
-    """The workspace of low-bit attention over q [B, Hq, Nq, D] and k, v [B, Hkv, Nkv, D] (varlen: [S, H, T, D])."""
-    batch, q_heads, q_len, head_dim = q_shape
-    kv_heads, kv_len = kv_shape[1], kv_shape[2]
-    rows = () if varlen else (batch,)
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-        "q_codes": (get_format(precision.q).storage, code_shape(q_shape, precision.q, varlen)),
-        "k_codes": (get_format(precision.k).storage, code_shape(kv_shape, precision.k, varlen)),
-        "q_scale": ("float32", scale_shape(q_shape, None, varlen)),
-        "k_scale": ("float32", scale_shape(kv_shape, scale_block("k", precision.granularity), varlen)),
-    }
-    scratch = 0
-    if precision.pv == "fp8":
-        wanted["v_codes"] = ("float8_e4m3fn", v_code_shape(kv_shape, varlen))
-        wanted["v_scale"] = ("float32", (batch, kv_heads, head_dim))
-        scratch += _elements(partial_shape(kv_shape, max_k))
-    if precision.smooth_k:
-        wanted["k_mean"] = ("float32", (batch, kv_heads, head_dim))
-        scratch += _elements(partial_shape(kv_shape, max_k))
-        if lse:
-            wanted["lse_shift"] = ("float32", (*rows, q_heads, q_len))
-    if precision.smooth_q:
-        wanted["q_mean"] = ("float32", (batch, q_heads, head_dim))
-        wanted["bias"] = ("float32", (*rows, q_heads, kv_len))
-        scratch += _elements(partial_shape(q_shape, max_q))
-    if scratch:
-        wanted["partial"] = ("float32", (scratch,))
-    parts, size = {}, 0
-    sizes = {"float32": 4}
-    for name, (dtype, shape) in wanted.items():
-        parts[name] = (size, dtype, shape)
-        size += -(-_elements(shape) * sizes.get(dtype, 1) // ALIGNMENT) * ALIGNMENT
-    return Workspace(parts, max(size, ALIGNMENT))
 
 
 class Call:
@@ -112,8 +50,8 @@ class Call:
         self.workspace, self.parts = None, {}
         if not options.precision.exact:
             lengths = () if packing is None else (packing.max_q, packing.max_k)
-            layout = plan_workspace(self.q.shape, self.k.shape, options.precision, options.return_lse, packing is not None,
-                                    *lengths)
+            layout = layout_workspace(self.q.shape, self.k.shape, options.precision, options.return_lse, packing is not None,
+                                      *lengths)
             self.workspace = runtime.empty((layout.size,), "uint8", q)
             self.parts = layout.buffers(self.workspace.data_ptr())
             self.q_codes, self.k_codes, self.v_codes = self._codes()

@@ -10,7 +10,7 @@ import pytest
 import lowbit_video as lv
 from lowbit_video import compat
 from lowbit_video.engine import replay as plans
-from lowbit_video.engine.gpu import plan_workspace
+from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.eval.speed import inputs
 from lowbit_video.kernels.quant import reference
 from lowbit_video.precision import Precision
@@ -165,7 +165,7 @@ def test_extra_memory_is_the_workspace(gpu):
     torch.cuda.reset_peak_memory_stats()
     out = lv.attention(q, k, v, "int8+fp8", tensor_layout="HND")
     extra = torch.cuda.max_memory_allocated() - before - out.numel() * 2
-    plan = plan_workspace((2, 8, 4096, 64), (2, 8, 4096, 64), Precision("int8+fp8"), False)
+    plan = layout_workspace((2, 8, 4096, 64), (2, 8, 4096, 64), Precision("int8+fp8"), False)
     assert extra <= plan.size + 2**20
 
 

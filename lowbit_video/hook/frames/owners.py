@@ -29,6 +29,6 @@ def _look() -> None:
     for candidate in gc.get_objects():
         for module_class, children in classes.items():
             if issubclass(type(candidate), module_class):
-                for child in (getattr(candidate, children, None) or {}).values():
+                for child in list((getattr(candidate, children, None) or {}).values()):
                     if child is not None:
                         _owners[child] = weakref.ref(candidate)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowbit_video.engine.gpu import ALIGNMENT, plan_workspace
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.run import run
+from lowbit_video.engine.workspace import ALIGNMENT, layout_workspace
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.kernels.formats import get_format
 from lowbit_video.kernels.quant.shapes import partial_shape
@@ -163,7 +163,7 @@ def test_triton_on_cpu_tensors_is_refused_outside_the_interpreter(framework):
 @pytest.mark.parametrize("lse", [False, True])
 def test_workspace_holds_the_quantised_copies_and_nothing_else_of_their_size(spec, lse):
     shape, precision = (2, 30, 17776, 64), Precision(spec)
-    plan = plan_workspace(shape, shape, precision, lse)
+    plan = layout_workspace(shape, shape, precision, lse)
     sizes = {"float32": 4}
     end = 0
     for offset, dtype, part in sorted(plan.parts.values()):
