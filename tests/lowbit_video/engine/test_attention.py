@@ -162,6 +162,13 @@ def test_selection_takes_the_first_fit_and_names_every_refusal():
         select(gpu_request(arch=(7, 5)), variants=(a, b))
 
 
+def test_the_interpreter_serves_cpu_tensors_where_triton_is_asked_for_by_name():
+    request = gpu_request(device="cpu", arch=None, interpret=True)
+    assert select(request).name == "reference-lowbit" and select(request, "triton").name == "triton-int-fp8"
+    with pytest.raises(lv.UnsupportedError, match="hopper-int8: it needs an NVIDIA GPU"):
+        select(request, "hopper")
+
+
 def test_features_a_variant_lacks_are_named():
     plain = KernelVariant("plain", "triton", (("int8", "int8"),), ("fp8",), "m:f", min_arch=(8, 0), features=frozenset())
     request = gpu_request(causal=True, lse=True, heads=4, kv_heads=2)

@@ -1,5 +1,7 @@
 """The options of a call: one value, checked when built, the same object for the same choices, and text in a graph."""
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -62,6 +64,15 @@ def test_a_tensor_for_a_scale_is_read_at_every_call(framework):
         outs.append(framework.numpy(lv.attention(q, q, q, "exact", scale=scale)))
         np.testing.assert_array_equal(outs[-1], framework.numpy(lv.attention(q, q, q, "exact", scale=scale.value)))
     assert not np.array_equal(*outs)
+
+
+def test_a_tensor_for_a_scale_is_not_kept_alive():
+    scale = OneElement(0.5)
+    gone = weakref.ref(scale)
+    options_of("int8+fp16", "NHD", False, scale, False, "auto", None)
+    del scale
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("change, message", [

@@ -10,7 +10,7 @@ from lowbit_video.engine import replay as plans
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.packing import Packing
 from lowbit_video.engine.run import run
-from lowbit_video.errors import SlowerThanExactWarning
+from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning
 from lowbit_video.kernels import launch
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
 from lowbit_video.precision import Precision
@@ -275,6 +275,25 @@ def test_a_repeated_varlen_call_and_its_strided_beginnings(device):
     ways = len(device.long)
     assert other.data_ptr() in (again := once(other, other)) and first.data_ptr() not in again
     assert len(device.long) == ways
+
+
+def test_other_longest_sequences_have_plans_of_their_own(device):
+    """The grid is made from them; the tensors are alike."""
+    cu, ways = torch.tensor([0, 60, 200], dtype=torch.int32), []
+    for longest in ((140, 140), (150, 140), (140, 150), (140, 140)):
+        given = (torch.randn(200, 2, 64).half() for _ in range(3))
+        run(*given, AttentionOptions("int8+fp8"), Packing(cu, cu, *longest))
+        ways.append(len(device.long))
+    assert ways[0] < ways[1] < ways[2] == ways[3]
+
+
+def test_values_are_looked_at_in_every_call_that_asks_for_it(device):
+    q, k, v = tensors()
+    options = AttentionOptions("int8+fp16", check_finite=True)
+    run(q, k, v, options)
+    k[0, 5, 1, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="k has 1 NaN"):
+        run(q, k, v, options)
 
 
 def test_every_call_launches_on_the_stream_of_its_time(device):
