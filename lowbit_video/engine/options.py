@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lowbit_video.kernels.variants import BACKENDS
@@ -45,8 +45,7 @@ class AttentionOptions:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.precision, self.tensor_layout, self.is_causal, self.scale, self.return_lse, self.backend,
-                     self.check_finite, self.only_if_faster))
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def __hash__(self) -> int:  # asked for at every call
         return self._hash
