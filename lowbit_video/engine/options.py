@@ -37,6 +37,8 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         for name, convert in (("precision", as_precision), ("is_causal", bool), ("return_lse", bool)):
             object.__setattr__(self, name, convert(getattr(self, name)))
+        if self.scale is not None and not hasattr(self.scale, "data_ptr"):
+            object.__setattr__(self, "scale", float(self.scale))
         if self.tensor_layout not in LAYOUTS:
             raise ValueError(f"unknown tensor_layout {self.tensor_layout!r}; there are: 'NHD' [batch, tokens, heads, head_dim] "
                              "and 'HND' [batch, heads, tokens, head_dim]")

@@ -40,6 +40,7 @@ def test_the_scale_becomes_a_number():
     assert AttentionOptions("int8+fp16").scaled(64).scale == 0.125
     scale = AttentionOptions("int8+fp16", scale=np.float32(0.5)).scaled(64).scale
     assert scale == 0.5 and type(scale) is float
+    assert options_of("int8+fp16", "NHD", False, np.array(0.5), False, "auto", None) == AttentionOptions("int8+fp16", scale=0.5)
 
 
 class OneElement:
