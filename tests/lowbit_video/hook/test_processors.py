@@ -275,6 +275,23 @@ def test_processors_keep_no_model_alive():
     assert gone() is None
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_eager_call_does_not_pass_through_the_graphs_operator(masked):
+    model = toy_model.model()
+    apply(model, "int8+fp16", fallback="exact")
+
+    def operator(*tensors):
+        raise AssertionError("nothing is traced")
+
+    for block in model.blocks:
+        block.attention_slot.operator = block.attention_slot.masked_operator = operator
+    given = toy_model.inputs()
+    mask = paddle.zeros([2, 47]) if masked else None
+    with paddle.no_grad():
+        model(given["video"], given["text"], mask, given["rotary"])
+    assert [module.calls for module in coverage(model).modules] == [1, 1]
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("rotary", [False, True], ids=["2b", "5b"])
 def test_a_diffusers_transformer_takes_the_same_processors(rotary):
