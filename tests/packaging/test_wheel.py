@@ -33,6 +33,12 @@ def test_every_module_is_in(names):
             assert (name in names) == ("experiments" not in path.parts), name
 
 
+def test_what_the_report_is_made_from_is_in(names):
+    assets = {path.name for path in (ROOT / "eval" / "report" / "assets").iterdir()}
+    assert {"page.html", "page.css", "page.js"} <= assets
+    assert assets == {name.rpartition("/")[2] for name in names if name.startswith("lowbit_video/eval/report/assets/")}
+
+
 def test_nothing_else_is_in(names):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lowbit_video"}
