@@ -146,7 +146,8 @@ class CogVideoXScheduler:
         elif self.config.timestep_spacing == "leading":
             steps = np.arange(num_inference_steps)[::-1] * (total // num_inference_steps) + self.config.steps_offset
         else:
-            steps = np.round(np.arange(total, 0, -total / num_inference_steps)) - 1
+            # arange with a fraction for a step may end one too late, at timestep -1: diffusers' 61 steps are 62
+            steps = np.round(np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]) - 1
         self.timesteps = np.ascontiguousarray(steps, dtype=np.int64)
 
     def scale_model_input(self, sample: paddle.Tensor, timestep: int | None = None) -> paddle.Tensor:

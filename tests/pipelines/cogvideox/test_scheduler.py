@@ -67,6 +67,20 @@ def test_ends_of_the_published_schedule():
     assert (scheduler.scale_model_input(x, 3) == x).all()
 
 
+@pytest.mark.parametrize("schedule", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
+def test_every_number_of_steps_gives_as_many_timesteps_all_in_range(schedule, spacing):
+    scheduler = schedule(timestep_spacing=spacing)
+    for count in range(1, 1001):
+        scheduler.set_timesteps(count)
+        steps = scheduler.timesteps
+        assert len(steps) == count and steps.min() >= 0 and steps.max() <= 999, count
+        assert (np.diff(steps) < 0).all(), count
+    if spacing == "trailing":
+        scheduler.set_timesteps(61)
+        assert steps[-1] == 0 and scheduler.timesteps[0] == 999 and scheduler.timesteps[-1] == 15
+
+
 def test_dpm_noise_comes_from_its_generator():
     scheduler, _ = make("dpm")
     x = paddle.ones([1, 4])
