@@ -433,22 +433,19 @@ class AutoencoderKLCogVideoX(Model):
         Raises:
             ValueError: a tile smaller than one latent, or an overlap outside [0, 1).
         """
-        self._set_tile_size(
-            tile_sample_min_height or self.tile_sample_min_height, tile_sample_min_width or self.tile_sample_min_width
-        )
-        if tile_overlap_factor_height is not None:
-            self.tile_overlap_factor_height = tile_overlap_factor_height
-        if tile_overlap_factor_width is not None:
-            self.tile_overlap_factor_width = tile_overlap_factor_width
-        for factor in (self.tile_overlap_factor_height, self.tile_overlap_factor_width):
+        height = tile_sample_min_height or self.tile_sample_min_height
+        width = tile_sample_min_width or self.tile_sample_min_width
+        given = (tile_overlap_factor_height, tile_overlap_factor_width)
+        present = (self.tile_overlap_factor_height, self.tile_overlap_factor_width)
+        factors = [kept if factor is None else factor for factor, kept in zip(given, present)]
+        for factor in factors:
             if not 0 <= factor < 1:
                 raise ValueError(f"tile overlap factor is {factor}; it must be in [0, 1)")
         ratio = self.spatial_compression_ratio
-        if min(self.tile_latent_min_height, self.tile_latent_min_width) < 1:
-            raise ValueError(
-                f"tiles of {self.tile_sample_min_height}x{self.tile_sample_min_width} pixels are smaller than one latent; "
-                f"give at least {ratio}x{ratio}"
-            )
+        if min(height, width) < ratio:
+            raise ValueError(f"tiles of {height}x{width} pixels are smaller than one latent; give at least {ratio}x{ratio}")
+        self._set_tile_size(height, width)
+        self.tile_overlap_factor_height, self.tile_overlap_factor_width = factors
         self.use_tiling = True
 
     def disable_tiling(self) -> None:

@@ -144,6 +144,19 @@ def test_bad_config(changes, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("refused", [
+    dict(tile_overlap_factor_height=1.0), dict(tile_overlap_factor_width=1.5), dict(tile_overlap_factor_height=-0.1),
+    dict(tile_sample_min_height=4), dict(tile_sample_min_width=7),
+    dict(tile_sample_min_height=64, tile_overlap_factor_width=1)], ids=str)
+def test_a_refused_setting_changes_nothing(model, refused):
+    names = ("use_tiling", "tile_sample_min_height", "tile_sample_min_width", "tile_latent_min_height",
+             "tile_latent_min_width", "tile_overlap_factor_height", "tile_overlap_factor_width")
+    before = [getattr(model, name) for name in names]
+    with pytest.raises(ValueError, match="smaller than one latent|must be in"):
+        model.enable_tiling(**refused)
+    assert [getattr(model, name) for name in names] == before
+
+
 def test_bad_shapes(model):
     with pytest.raises(ValueError, match=r"latents of shape \[1, 3, 1, 4, 4\].*4, frames"):
         model.decode(paddle.zeros([1, 3, 1, 4, 4]))
@@ -151,8 +164,4 @@ def test_bad_shapes(model):
         model.encode(paddle.zeros([1, 3, 1, 12, 16]))
     with pytest.raises(ValueError, match="smaller than one latent"):
         model.enable_tiling(4, 4)
-    model._set_tile_size(32, 48)
-    with pytest.raises(ValueError, match=r"\[0, 1\)"):
-        model.enable_tiling(32, 48, tile_overlap_factor_height=1.0)
-    model.tile_overlap_factor_height = 1 / 6
     model.disable_tiling()
