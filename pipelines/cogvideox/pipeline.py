@@ -124,7 +124,8 @@ class CogVideoXPipeline(Pipeline):
             num_frames: frames; the trained number by default.
             num_inference_steps: denoising steps.
             guidance_scale: weight of the prompt; 1 or less leaves guidance out and halves the work.
-            use_dynamic_cfg: the weight grows along the steps, as published for the DPM scheduler.
+            use_dynamic_cfg: the weight oscillates along the steps, between 1 and itself plus 1, as published for the DPM
+                scheduler.
             num_videos_per_prompt: videos of each prompt, next to each other in the output.
             eta: must be 0; CogVideoX's schedulers have no use for another value.
             seed: of the first video, the next ones count up from it; or one for each video; None: a new one.
@@ -224,7 +225,7 @@ class CogVideoXPipeline(Pipeline):
 
 
 def dynamic_guidance(guidance_scale: float, timestep: int, num_inference_steps: int) -> float:
-    """The guidance at a timestep under `use_dynamic_cfg`.
+    """The guidance at a timestep under `use_dynamic_cfg`: it oscillates between 1 and 1 + guidance_scale, ever slower.
 
     Source: the original code, in which the timestep (up to 999) is set against the number of steps; kept, as the published
     results were made with it.

@@ -252,7 +252,8 @@ def test_ctrl_c_leaves_no_half_written_video(model, tmp_path, compiled):
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--model", model, "--out", str(tmp_path), *SMALL, "--steps", "900",
          *(["--compile"] if compiled else [])],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job's children ignore it
     try:
         seen, deadline = "", time.monotonic() + 60
         while not re.search(r"\D[1-9]\d*/900", seen) and time.monotonic() < deadline:  # not every step is shown
