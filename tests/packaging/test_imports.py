@@ -64,14 +64,21 @@ def test_kernels_know_no_framework(path):
         assert module.split(".")[0] not in FRAMEWORKS - {"triton"}, f"{path.name}:{line} imports {module}"
 
 
-def test_the_attention_layers_below_the_processors():
-    for name in ("api", "quantized", "precision", "errors"):
-        modules = {module for module, *_ in imported(ROOT / "lowbit_video" / f"{name}.py")}
-        assert not any(module.startswith("lowbit_video.hook") for module in modules)
-    for path in (ROOT / "lowbit_video" / "runtime").glob("*.py"):
-        for module, line, _ in imported(path):
-            above = ("lowbit_video.api", "lowbit_video.engine", "lowbit_video.hook")
-            assert not module.startswith(above), f"{path.name}:{line}"
+ROOMS = [{"errors", "precision", "files"}, {"runtime"}, {"engine"}, {"graph"}, {"api", "hook", "quantized"},
+         {"compat", "warming"}, {"app"}]
+"""Rooms and files of lowbit_video; each may import itself, and what stands in a set before its own."""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lowbit_video").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_rooms_of_the_package_import_downwards_only(path):
+    room = path.relative_to(ROOT / "lowbit_video").with_suffix("").parts[0]
+    if room == "__init__":
+        return
+    rank = {name: number for number, names in enumerate(ROOMS) for name in names}
+    for module, line, _ in imported(path):
+        parts = module.split(".")
+        if parts[0] == "lowbit_video" and len(parts) > 1 and parts[1] in rank:
+            assert parts[1] == room or rank[parts[1]] < rank[room], f"{path.name}:{line} imports {module}"
 
 
 def module_of(path: pathlib.Path) -> str:
