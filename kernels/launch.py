@@ -89,8 +89,9 @@ class Address(int):
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants); constants: the rest of the kernel's parameters, and compiler options."""
     compiled = kernel[grid](*arguments, **constants)
-    rest = kernel.arg_names[len(arguments):] if compiled is not None else ()
-    record(Launch(compiled, grid, (*arguments, *(constants[name] for name in rest))))
+    if getattr(_STATE, "recording", None) is not None:
+        rest = kernel.arg_names[len(arguments):] if compiled is not None else ()
+        record(Launch(compiled, grid, (*arguments, *(constants[name] for name in rest))))
 
 
 def record(launch: Any) -> None:

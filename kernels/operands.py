@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .buffers import Buffer
+from .buffers import Buffer, as_buffer
 from .formats import get_format
-from .quant.shapes import v_tokens
+from .quant.shapes import row_strides, v_tokens
 
 Shape = tuple[int, int, int, int]
 """(batch, heads, tokens, head dim) of what an operand stands for; packed: (sequences, heads, tokens of all, head dim)."""
@@ -44,14 +44,15 @@ class Packed(NamedTuple):
 def codes_of(x: Operand, format: str, buffer: Buffer, scale: Buffer, block: int | None, packed: bool = False) -> Operand:
     """The operand that x's quantised rows make: contiguous codes of `format`, packed along the head dim."""
     _, heads, tokens, head_dim = x.shape
-    columns = head_dim // get_format(format).codes_per_byte
-    strides = (0 if packed else heads * tokens * columns, tokens * columns, columns)
-    return Operand(Buffer(buffer.address, get_format(format).storage, buffer.origin), x.shape, strides, format, scale, block)
+    fmt = get_format(format)
+    columns = head_dim // fmt.codes_per_byte
+    strides = (*row_strides(heads, tokens * columns, packed), columns)
+    return Operand(as_buffer(buffer, fmt.storage), x.shape, strides, format, scale, block)
 
 
 def v_codes_of(v: Operand, buffer: Buffer, scale: Buffer, packed: bool = False) -> Operand:
     """The operand that V's FP8 codes make: [.., D, tokens padded], a scale for each channel."""
     sequences, heads, tokens, head_dim = v.shape
     padded = v_tokens(tokens, sequences if packed else None)
-    strides = (0 if packed else heads * head_dim * padded, head_dim * padded, padded)
-    return Operand(Buffer(buffer.address, get_format("fp8").storage, buffer.origin), v.shape, strides, "fp8", scale)
+    strides = (*row_strides(heads, head_dim * padded, packed), padded)
+    return Operand(as_buffer(buffer, get_format("fp8").storage), v.shape, strides, "fp8", scale)

@@ -24,17 +24,17 @@ class Slot:
 
     def __init__(self, attn: Any, like: Any, frame: Callable, run: Callable) -> None:
         self.runtime, self.frame = runtime_of(like), frame
-        self.module, self._run = weakref.ref(attn), run
         self.operator = self.masked_operator = self.key = None
         if self.runtime.NAME == "paddle":
             from . import paddle_ops
 
+            self._module, self._run = weakref.ref(attn), run
             self.key = register(self)
             self.operator, self.masked_operator = paddle_ops.module_op, paddle_ops.masked_module_op
 
     def run(self, *tensors: Any) -> Any:
         """The attention of [B, N, H, D] q, k, v, and a mask if there is one."""
-        return self._run(self.module(), *tensors)
+        return self._run(self._module(), *tensors)
 
     def __reduce__(self) -> tuple:
         # A copied module must not answer to the original's key: its copy of the slot is None, and it makes its own.
