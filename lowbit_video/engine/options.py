@@ -76,7 +76,7 @@ def text_of(precision, *rest) -> str:
         if not precision.exact:
             granularity, smooth_k, smooth_q = precision.granularity, precision.smooth_k, precision.smooth_q
     text = f"({spec!r}, {granularity!r}, {smooth_k!r}, {smooth_q!r})"
-    for choice in rest:
+    for choice in rest:  # one by one: SOT formats no tuple, and would break the graph here
         text = f"{text}, {choice!r}"
     return text
 
