@@ -101,6 +101,11 @@ def from_numpy(array: np.ndarray, like: paddle.Tensor, dtype: str) -> paddle.Ten
     return tensor if dtype_name(tensor) == dtype else tensor.astype(_DTYPES[dtype])
 
 
+def view(t: paddle.Tensor, dtype: str) -> paddle.Tensor:
+    """The memory of a contiguous tensor read as another dtype, along its last dimension; no copy."""
+    return t.view(_DTYPES[dtype])
+
+
 def concat(tensors: Sequence[paddle.Tensor], axis: int) -> paddle.Tensor:
     return paddle.concat(list(tensors), axis)
 

@@ -49,6 +49,9 @@ class Runtime(Protocol):
     def from_numpy(self, array: np.ndarray, like: Any, dtype: str) -> Any:
         """A tensor of that dtype where `like` is."""
 
+    def view(self, t: Any, dtype: str) -> Any:
+        """The memory of a contiguous tensor read as another dtype, along its last dimension; no copy."""
+
     def concat(self, tensors: Sequence[Any], axis: int) -> Any:
         """The tensors, one behind the other."""
 

@@ -84,6 +84,11 @@ def from_numpy(array: np.ndarray, like: torch.Tensor, dtype: str) -> torch.Tenso
     return torch.from_numpy(np.ascontiguousarray(array)).to(device=like.device, dtype=getattr(torch, dtype))
 
 
+def view(t: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The memory of a contiguous tensor read as another dtype, along its last dimension; no copy."""
+    return t.view(getattr(torch, dtype))
+
+
 def concat(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     return torch.cat(list(tensors), axis)
 

@@ -65,7 +65,7 @@ def test_kernels_know_no_framework(path):
 
 
 ROOMS = [{"errors", "precision", "files"}, {"runtime"}, {"engine"}, {"graph"}, {"api", "hook", "quantized"},
-         {"compat", "warming"}, {"app"}]
+         {"distributed"}, {"compat", "warming"}, {"app"}]
 """Rooms and files of lowbit_video; each may import itself, and what stands in a set before its own."""
 
 

@@ -1,0 +1,50 @@
+"""What a framework's collectives must do for us: `paddle_wire` and `torch_wire` do.
+
+Everything travels as bytes. A framework's collectives know some dtypes on some devices and not others (no FP8 anywhere, sums of
+float16 that overflow on CPUs); bytes always pass.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Work(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> None:
+        """On a GPU the current stream waits for it, and the host goes on; on a CPU it is done when this returns."""
+
+
+class Done:
+    """A transfer that is finished."""
+
+    def wait(self) -> None:
+        pass
+
+
+class Wire(Protocol):
+    """This process and the others of a run. rank: this one's number; size: how many there are.
+
+    All transfers are asynchronous on a GPU: they begin when the current stream gets there, and what they read must not be
+    written, nor what they write be read, before `wait()`. The caller keeps the tensors alive until then.
+    """
+
+    rank: int
+    size: int
+
+    def exchange(self, sent: Any, sent_bytes: Sequence[int], received: Any, received_bytes: Sequence[int]) -> Work:
+        """Everyone to everyone.
+
+        sent, received: contiguous uint8 [bytes], one piece for each rank in turn. sent_bytes, received_bytes: [size], the
+        pieces' lengths, 0 where nothing passes; a rank that nothing passes to or from takes part without waiting.
+        """
+
+    def send(self, tensor: Any, to: int) -> Work:
+        """To one rank, who calls `receive`. tensor: contiguous, at the beginning of its own memory (no slice), of any dtype."""
+
+    def receive(self, tensor: Any, source: int) -> Work:
+        """From one rank, who calls `send`. tensor: as there; is overwritten."""
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it; the host waits."""

@@ -1,0 +1,112 @@
+"""Groups of ranks: shares, degrees, and what arrives where."""
+import numpy as np
+import paddle
+import pytest
+
+from lowbit_video.distributed.group import Group, Traffic
+from lowbit_video.distributed.mesh import Degrees, Mesh, degrees_for
+from lowbit_video.distributed.shares import begins, even_shares, joint_shares, token_shares
+from lowbit_video.runtime import paddle_runtime as runtime
+from ranks import run_threads
+
+
+@pytest.mark.parametrize("tokens, size, wanted", [
+    (17776, 1, [17776]), (17776, 2, [8960, 8816]), (17776, 4, [4480, 4480, 4480, 4336]), (45106, 2, [22656, 22450]),
+    (256, 2, [128, 128]), (257, 2, [256, 1]), (129, 2, [128, 1]), (128, 2, [64, 64]), (113, 2, [57, 56]), (5, 4, [2, 1, 1, 1])])
+def test_tokens_are_shared_in_whole_blocks_where_there_are_enough(tokens, size, wanted):
+    assert token_shares(tokens, size) == wanted
+
+
+def test_heads_that_do_not_divide_are_shared_all_the_same():
+    assert even_shares(30, 4) == [8, 8, 7, 7] and even_shares(30, 8) == [4, 4, 4, 4, 4, 4, 3, 3]
+    assert begins([8, 8, 7]) == [0, 8, 16]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 64])
+def test_text_and_video_make_up_each_share(size):
+    text, video = joint_shares(226, 17550, size)
+    assert sum(text) == 226 and sum(video) == 17550 and [t + v for t, v in zip(text, video)] == token_shares(17776, size)
+
+
+def test_a_rank_without_text_is_refused():
+    with pytest.raises(ValueError, match="3 text and 500 video tokens cannot be shared by 4 ranks"):
+        joint_shares(3, 500, 4)
+
+
+@pytest.mark.parametrize("size, options, wanted", [
+    (1, {}, (1, 1, 1)), (2, {}, (2, 1, 1)), (2, dict(guided=False), (1, 2, 1)), (3, {}, (1, 3, 1)), (4, {}, (2, 2, 1)),
+    (8, dict(cfg=1), (1, 8, 1)), (8, dict(ring=2), (2, 2, 2)), (8, dict(ulysses=2), (2, 2, 2)),
+    (64, dict(host_ranks=8), (2, 8, 4)), (64, {}, (2, 16, 2)), (62, {}, (2, 1, 31))])
+def test_degrees_are_chosen_guidance_first_then_heads_then_the_ring(size, options, wanted, monkeypatch):
+    monkeypatch.delenv("PADDLE_LOCAL_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    degrees = degrees_for(size, 30, **options)
+    assert (degrees.cfg, degrees.ulysses, degrees.ring) == wanted and degrees.ranks == size and degrees.vae == size
+
+
+@pytest.mark.parametrize("size, options, words", [
+    (4, dict(ulysses=3), "do not make 4 ranks"), (4, dict(cfg=1, ulysses=2, ring=1), "do not make 4 ranks"),
+    (64, dict(cfg=2, ulysses=32, ring=1), "32 shares 30 heads"), (2, dict(vae=3), "the vae degree is 3"),
+    (3, dict(cfg=3), "guidance has two halves"), (2, dict(ulysses=-1), "must be|do not make")])
+def test_degrees_that_cannot_be_meant_are_refused(size, options, words):
+    with pytest.raises(ValueError, match=words):
+        degrees_for(size, 30, **options)
+
+
+def test_a_mesh_puts_every_rank_in_its_groups():
+    meshes = run_threads(8, lambda wire: Mesh(wire, Degrees(cfg=2, ulysses=2, ring=2, vae=3)))
+    assert [mesh.sequence.ranks for mesh in meshes] == [(0, 1, 2, 3)] * 4 + [(4, 5, 6, 7)] * 4
+    assert [mesh.ulysses.ranks for mesh in meshes] == [(0, 1)] * 2 + [(2, 3)] * 2 + [(4, 5)] * 2 + [(6, 7)] * 2
+    assert [mesh.ring.ranks for mesh in meshes] == [(0, 2), (1, 3), (0, 2), (1, 3), (4, 6), (5, 7), (4, 6), (5, 7)]
+    assert [mesh.cfg.ranks for mesh in meshes] == [(0, 4), (1, 5), (2, 6), (3, 7)] * 2
+    assert [mesh.vae and mesh.vae.rank for mesh in meshes] == [0, 1, 2, None, None, None, None, None]
+    assert [mesh.ring.rank for mesh in meshes] == [0, 0, 1, 1] * 2 and meshes[5].cfg.rank == 1
+    with pytest.raises(ValueError, match="makes 4 ranks, and 2 were launched"):
+        run_threads(2, lambda wire: Mesh(wire, Degrees(ulysses=4)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"])
+def test_a_gather_gives_everyone_everyones_values_in_order(dtype):
+    def work(wire):
+        group = Group(wire, [0, 2] if wire.rank % 2 == 0 else [1, 3])
+        mine = (paddle.arange(6) + 2 * wire.rank).reshape([2, 3]).astype(dtype)
+        return [t.astype("float32").numpy() for t in group.all_gather(mine, runtime, "test")], group
+
+    for rank, (parts, group) in enumerate(run_threads(4, work)):
+        for part, other in zip(parts, group.ranks):
+            np.testing.assert_array_equal(part, np.arange(6).reshape(2, 3) + 2 * other)
+        assert group.traffic.sent == {"test": 6 * mine_bytes(dtype)} and group.rank == rank // 2
+
+
+def mine_bytes(dtype):
+    return {"float32": 4, "float16": 2, "bfloat16": 2}.get(dtype, 1)
+
+
+def test_rows_of_different_number_are_gathered():
+    def work(wire):
+        group = Group(wire, range(wire.size))
+        mine = paddle.full([wire.rank + 1, 2], wire.rank, dtype="bfloat16")
+        return [t.astype("float32").numpy() for t in group.all_gather_rows(mine, [1, 2, 3], runtime, "test")]
+
+    for parts in run_threads(3, work):
+        for rank, part in enumerate(parts):
+            np.testing.assert_array_equal(part, np.full((rank + 1, 2), rank))
+
+
+def test_what_a_rank_sends_itself_is_not_counted():
+    def work(wire):
+        group, sent = Group(wire, [0, 1], Traffic()), paddle.arange(5).astype("uint8")
+        received = paddle.zeros([3 if wire.rank == 0 else 7], dtype="uint8")
+        sizes = [[1, 4], [2, 3]]
+        group.exchange(sent, sizes[wire.rank], received, [row[wire.rank] for row in sizes], "codes", in_16_bit=8).wait()
+        return received.tolist(), group.traffic.as_dict()
+
+    (first, counted), (second, counted_there) = run_threads(2, work)
+    assert (first, second) == ([0, 0, 1], [1, 2, 3, 4, 2, 3, 4])
+    assert counted == {"sent": {"codes": 4}, "in_16_bit": {"codes": 8}, "sent_total": 4, "in_16_bit_total": 8}
+    assert counted_there["sent_total"] == 2
+
+
+def test_a_group_without_this_rank_is_refused():
+    with pytest.raises(ValueError, match=r"rank 1 is not among the ranks \[0\]"):
+        run_threads(2, lambda wire: Group(wire, [0]))

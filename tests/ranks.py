@@ -1,0 +1,104 @@
+"""Several ranks for a test: as threads of this process, or as processes that `paddle.distributed.launch` starts."""
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+
+
+class ThreadWire:
+    """One rank's end of a `Wire` whose ranks are threads of this process; transfers are done when they return."""
+
+    def __init__(self, rank, boxes, barrier, patience):
+        self.rank, self.size = rank, len(boxes)
+        self._boxes, self._barrier, self._patience = boxes, barrier, patience
+
+    def exchange(self, sent, sent_bytes, received, received_bytes):
+        begin = 0
+        for to, length in enumerate(sent_bytes):
+            if length:
+                self._put(sent[begin:begin + length], to)
+            begin += length
+        assert begin == sent.shape[0], "the pieces do not make up what is sent"
+        begin = 0
+        for source, length in enumerate(received_bytes):
+            if length:
+                self._take(received[begin:begin + length], source)
+            begin += length
+        assert begin == received.shape[0], "the pieces do not make up what is received"
+        return Finished()
+
+    def send(self, tensor, to):
+        self._put(tensor, to)
+        return Finished()
+
+    def receive(self, tensor, source):
+        self._take(tensor, source)
+        return Finished()
+
+    def barrier(self):
+        self._barrier.wait(self._patience)
+
+    def _put(self, tensor, to):
+        self._boxes[to][self.rank].put(tensor.clone())
+
+    def _take(self, tensor, source):
+        arrived = self._boxes[self.rank][source].get(timeout=self._patience)
+        assert (arrived.shape, arrived.dtype) == (tensor.shape, tensor.dtype), "what is sent is not what is awaited"
+        tensor[:] = arrived
+
+
+class Finished:
+    def wait(self):
+        pass
+
+
+def run_threads(size, work, patience=60):
+    """[work(wire) of each rank]; the first rank's error is raised."""
+    boxes = [[queue.Queue() for _ in range(size)] for _ in range(size)]
+    barrier = threading.Barrier(size)
+    results, errors = [None] * size, []
+
+    def one(rank):
+        try:
+            results[rank] = work(ThreadWire(rank, boxes, barrier, patience))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, (queue.Empty, threading.BrokenBarrierError))), errors[0])
+    for row in boxes:
+        assert all(box.empty() for box in row), "something was sent that nobody took"
+    return results
+
+
+def launch(script, ranks, folder, *arguments, timeout=240, environment=None, check=True):
+    """Runs a script on `ranks` processes by paddle.distributed.launch.
+
+    Returns (exit status, output of the launcher and of each rank, what each rank wrote as JSON to $RANK_OUT/<rank>.json).
+    check: raise AssertionError with the logs unless the status is 0.
+    """
+    folder = str(folder)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = [root, os.path.join(root, "tests"), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "RANK_OUT": folder, "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+                 "OMP_NUM_THREADS": "1", **(environment or {})}
+    variables.pop("CUDA_VISIBLE_DEVICES", None)  # Paddle's launcher fails on an empty one
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks), "--log_dir",
+               os.path.join(folder, "log"), str(script), *map(str, arguments)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout)
+    logs, written = [done.stdout + done.stderr], []
+    for rank in range(ranks):
+        log = os.path.join(folder, "log", f"workerlog.{rank}")
+        logs.append(open(log).read() if os.path.exists(log) else "")
+        out = os.path.join(folder, f"{rank}.json")
+        written.append(json.load(open(out)) if os.path.exists(out) else None)
+    assert not check or done.returncode == 0, "\n".join(text[-3000:] for text in logs)
+    return done.returncode, logs, written
