@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowbit_video.kernels.exchange.layout import Layout
+from lowbit_video.kernels.exchange.layout import layout_of
 
 from ..engine import codes as engine
 from ..engine.codes import AttentionCodes, Codes
@@ -60,25 +60,24 @@ class Ring:
             found = shared_statistics(found, counts, self.group, self.inner, options, runtime)
         batch, tokens, heads, _ = runtime.shape(q)
         kind = engine.kind_of(q, options, runtime)
-        layouts = Layout(kind, batch, heads, tokens, 0), Layout(kind, batch, heads, 0, runtime.shape(k)[1])
+        layouts = layout_of(kind, batch, heads, tokens, 0), layout_of(kind, batch, heads, 0, runtime.shape(k)[1])
         made = [Codes(engine.encode(q, k, v, found, layout, options, runtime), layout) for layout in layouts]
         codes = AttentionCodes(*made, engine.v_scale_of(found, options), options, runtime.dtype_name(q))
-        out, lse = self._round(codes, counts, is_causal, return_lse, runtime)
-        out = runtime.contiguous(runtime.permute(out, (1, 0, 2, 3)))
+        out, lse = self._round(codes, counts, is_causal, return_lse, False, runtime)
         return (out, lse) if return_lse else out
 
     def options(self, is_causal: bool, scale: float | None, return_lse: bool) -> AttentionOptions:
         """The choices of a call, of the attention within."""
         return self.inner.options(is_causal, scale, return_lse)
 
-    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False
-                 ) -> tuple[Any, Any]:
-        """(out [N, B, H, D], lse) of this rank's queries and all keys, from codes of this rank's share of both."""
+    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False,
+                 tokens_first: bool = True) -> tuple[Any, Any]:
+        """(out, lse) of this rank's queries and all keys, from codes of this rank's share of both."""
         runtime = runtime_of(codes.q.memory)
         if self.group.size == 1:
-            return self.inner.of_codes(codes, is_causal, return_lse, smoothed_lse)
+            return self.inner.of_codes(codes, is_causal, return_lse, smoothed_lse, tokens_first)
         counts = self._counts(codes.q.layout.q_len, codes.kv.layout.kv_len, codes.q.memory, runtime)
-        return self._round(codes, counts, is_causal, return_lse, runtime)
+        return self._round(codes, counts, is_causal, return_lse and not smoothed_lse, tokens_first, runtime)
 
     def share_statistics(self, found: Any, q_count: int, kv_count: int, options: AttentionOptions, runtime: Runtime) -> Any:
         """Statistics of all tokens of this group, from those of this rank's."""
@@ -102,19 +101,21 @@ class Ring:
             return None
         return options.scaled(runtime.shape(q)[-1])
 
-    def _round(self, codes: AttentionCodes, counts, is_causal: bool, return_lse: bool, runtime: Runtime) -> tuple[Any, Any]:
+    def _round(self, codes: AttentionCodes, counts, is_causal: bool, whole_lse: bool, tokens_first: bool, runtime: Runtime
+               ) -> tuple[Any, Any]:
+        """(out, lse) as the codes of K and V come round. whole_lse: with what smoothing took from it."""
         layout, memory = codes.kv.layout, codes.kv.memory
         if codes.kv.begin:
             memory = runtime.contiguous(memory[codes.kv.begin:])
-        layouts = [Layout(layout.kind, layout.batch, layout.heads, 0, count) for count in counts[1]]
+        layouts = [layout_of(layout.kind, layout.batch, layout.heads, 0, count) for count in counts[1]]
         values = [2 * 2 * layout.batch * layout.heads * layout.kind.head_dim * count for count in counts[1]]
 
         def attend(memory: Any, source: int, causal: bool) -> tuple[Any, Any]:
             part = replace(codes, kv=Codes(memory, layouts[source]))
-            return self.inner.of_codes(part, causal, True, smoothed_lse=not return_lse)
+            return self.inner.of_codes(part, causal, True, not whole_lse, tokens_first)
 
         sizes = [one.size for one in layouts]
-        return self._merge_all(memory, sizes, values, counts, attend, is_causal, codes.dtype, True, runtime)
+        return self._merge_all(memory, sizes, values, counts, attend, is_causal, codes.dtype, tokens_first, runtime)
 
     def _by_values(self, q, k, v, counts, is_causal, scale, return_lse, runtime: Runtime) -> Any:
         batch, _, heads, head_dim = runtime.shape(k)
