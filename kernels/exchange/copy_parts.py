@@ -15,9 +15,10 @@ WORD = 4
 """Bytes that are copied at once; every offset, stride and count is a multiple."""
 VECTOR = 4
 """Words that a thread moves at once where everything is a multiple of them."""
-COLUMNS = 512
-"""Words of a row that one program copies; a long contiguous copy is cut into rows of so many."""
-ROWS = 8
+TILE = 4096
+"""Words that one program copies."""
+COLUMNS = (512, 256, 128, 64)
+"""Words of a row that one program copies: what fits the rows best; a long contiguous copy is cut into rows of the most."""
 NUMBERS = 12
 """Numbers of a copy in the table: those of `layout.Copy` in words, its row's words and the words of all of it."""
 
@@ -57,7 +58,7 @@ def table_of(copies: Sequence[Copy]) -> list[list[int]]:
         assert all(number % WORD == 0 for number in (*one[:8], one.count)), one
         count, total = one.count // WORD, one.rows * one.count // WORD
         if one.rows == 1:
-            count = words[3] = words[7] = COLUMNS
+            count = words[3] = words[7] = COLUMNS[0]
         rows.append([*words, one.rows, count, total, int(one.second)])
     return rows
 
@@ -68,9 +69,11 @@ def launch_copy_parts(source: Buffer, second: Buffer, target: Buffer, table: Buf
 
     source, second, target: memories, read as int32. rows: of `table_of`; table: the same, int64 [copies, NUMBERS].
     """
-    row_blocks = max(ceil_div(ceil_div(row[10], row[9]), ROWS) for row in rows)
-    column_blocks = max(ceil_div(row[9], COLUMNS) for row in rows)
+    width = max(row[9] for row in rows)
+    columns = min(COLUMNS, key=lambda count: ceil_div(width, count) * count)
+    row_blocks = max(ceil_div(ceil_div(row[10], row[9]), TILE // columns) for row in rows)
+    column_blocks = ceil_div(width, columns)
     # the words of all must do as well: the last vector of a contiguous copy may not reach past its end
     even = all(number % VECTOR == 0 for row in rows for number in (*row[:8], row[9], row[10]))
     launch(copy_parts_kernel, (len(rows) * row_blocks * column_blocks, heads, batch), source, second, target, table, row_blocks,
-           column_blocks, ROWS=ROWS, COLUMNS=COLUMNS, NUMBERS=NUMBERS, VECTOR=VECTOR if even else 1, num_warps=8)
+           column_blocks, ROWS=TILE // columns, COLUMNS=columns, NUMBERS=NUMBERS, VECTOR=VECTOR if even else 1, num_warps=8)
