@@ -5,7 +5,7 @@ counted, beside what the same values would have been in 16 bits.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,13 +74,15 @@ class Group:
         self.traffic.count(purpose, sum(sent_bytes), in_16_bit)
         return self.wire.exchange(sent, by_rank[0], received, by_rank[1])
 
-    def all_gather(self, tensor: Any, runtime: Runtime, purpose: str) -> list[Any]:
-        """Everyone's tensor, by place; all of one shape and dtype. Waits (see `Work.wait`)."""
+    def all_gather(self, tensor: Any, runtime: Runtime, purpose: str, meanwhile: Callable[[], object] | None = None
+                   ) -> list[Any]:
+        """Everyone's tensor, by place; all of one shape and dtype. Waits (see `Work.wait`). meanwhile: to do before that."""
         shape = runtime.shape(tensor)
-        parts = self.all_gather_rows(tensor.reshape([1, *shape]), [1] * self.size, runtime, purpose)
+        parts = self.all_gather_rows(tensor.reshape([1, *shape]), [1] * self.size, runtime, purpose, meanwhile)
         return [part.reshape(list(shape)) for part in parts]
 
-    def all_gather_rows(self, tensor: Any, rows: Sequence[int], runtime: Runtime, purpose: str) -> list[Any]:
+    def all_gather_rows(self, tensor: Any, rows: Sequence[int], runtime: Runtime, purpose: str,
+                        meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Everyone's tensor, by place, where the first dimensions differ. rows: [size], everyone's first dimension."""
         if self.size == 1:
             return [tensor]
@@ -92,7 +94,10 @@ class Group:
         sent_bytes[self.rank] = sizes[self.rank] = 0
         sent = flat if self.size == 2 else runtime.concat([flat] * len(others), 0)
         received = runtime.empty((sum(sizes),), "uint8", tensor)
-        self.exchange(sent, sent_bytes, received, sizes, purpose).wait()
+        work = self.exchange(sent, sent_bytes, received, sizes, purpose)
+        if meanwhile is not None:
+            meanwhile()
+        work.wait()
         parts = {place: part_of(received, sum(sizes[:place]), dtype, (rows[place], *shape[1:]), runtime) for place in others}
         return [parts.get(place, tensor) for place in range(self.size)]
 

@@ -1,7 +1,7 @@
 """What ranks tell each other before they quantise: how many tokens each has, and statistics of them."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,14 @@ def token_counts(own: tuple[int, int], like: Any, shares: Sequence[int] | None, 
 
 
 def shared_statistics(found: Any, counts: tuple[list[int], list[int]], group: Group, inner: Any, options: AttentionOptions,
-                      runtime: Runtime) -> Any:
+                      runtime: Runtime, meanwhile: Callable[[], object] | None = None) -> Any:
     """Statistics of all tokens of a group, and of the groups of the wrappers within, from those of this rank's.
 
-    found: of `engine.codes.statistics`. counts: tokens of each rank. inner: what the group's wrapper wraps.
+    found: of `engine.codes.statistics`. counts: tokens of each rank. inner: what the group's wrapper wraps. meanwhile: to do
+    while they travel.
     """
     if group.size > 1:
-        everyone = group.all_gather(found, runtime, "statistics")
+        everyone = group.all_gather(found, runtime, "statistics", meanwhile)
         stacked = runtime.concat([one.reshape([1, *runtime.shape(one)]) for one in everyone], 0)
         found = engine.combined(stacked, *counts, options, runtime)
     if hasattr(inner, "share_statistics"):

@@ -95,11 +95,14 @@ class Ulysses:
     def _by_codes(self, q, k, v, counts, options: AttentionOptions, is_causal: bool, return_lse: bool, runtime: Runtime) -> Any:
         batch, tokens, heads, head_dim = runtime.shape(q)
         found = engine.statistics(q, k, v, options, runtime)
-        if found is not None:
-            found = shared_statistics(found, counts, self.group, self.inner, options, runtime)
         tiles = batch * -(-sum(counts[0]) // QUERY_ROWS.get(head_dim, 128))
         pieces = head_pieces(heads, self.group.size, tiles, runtime.processors(q))
-        arrivals = [Arrival(self.group, piece, q, k, v, found, counts, options, runtime) for piece in pieces]
+        arrivals = [Arrival(self.group, piece, q, k, v, counts, options, runtime) for piece in pieces]
+        if found is not None:
+            found = shared_statistics(found, counts, self.group, self.inner, options, runtime,
+                                      meanwhile=lambda: [arrival.quantise_q() for arrival in arrivals])
+        for arrival in arrivals:
+            arrival.send(found)
         out = runtime.empty((batch, tokens, heads, head_dim), runtime.dtype_name(q), q)
         back, lses = [], []
         for piece, arrival in zip(pieces, arrivals):
@@ -113,21 +116,36 @@ class Ulysses:
 
 
 class Arrival:
-    """The codes of a piece of heads: quantised and sent when made, joined when asked for."""
+    """The codes of a piece of heads: quantised, sent, and joined when they are asked for."""
 
-    def __init__(self, group: Group, piece: Piece, q, k, v, found, counts, options: AttentionOptions, runtime: Runtime) -> None:
+    def __init__(self, group: Group, piece: Piece, q, k, v, counts, options: AttentionOptions, runtime: Runtime) -> None:
         cut = slice(piece.first, piece.first + piece.count)
-        batch, tokens, _, head_dim = runtime.shape(q)
-        kv_tokens, dtype = runtime.shape(k)[1], runtime.dtype_name(q)
-        self.runtime, self.options, self.dtype = runtime, options, dtype
-        own = None if found is None else runtime.contiguous(found[:, :, cut])
+        self.group, self.cut, self.runtime, self.options, self.dtype = group, cut, runtime, options, runtime.dtype_name(q)
+        self.tensors = [x[:, :, cut] for x in (q, k, v)]
         kind = engine.kind_of(q, options, runtime)
-        self.plan = plan = _plan(kind, batch, piece, tuple(counts[0]), tuple(counts[1]), group.rank)
-        self.sent = engine.encode(q[:, :, cut], k[:, :, cut], v[:, :, cut], own, plan.records, options, runtime)
-        scale = engine.v_scale_of(own, options, slice(plan.first, plan.first + plan.heads))
+        self.plan = _plan(kind, runtime.shape(q)[0], piece, tuple(counts[0]), tuple(counts[1]), group.rank)
+        self.sent = runtime.empty((self.plan.records.size,), "uint8", q)
+        self.has_q = False
+
+    def quantise_q(self) -> None:
+        """Q's codes, where no statistics of all tokens are needed: there is time for it while those are gathered."""
+        if not engine.q_needs_statistics(self.options):
+            self._encode(None, "q")
+            self.has_q = True
+
+    def _encode(self, found: Any, of: str | None) -> None:
+        engine.encode(*self.tensors, found, self.plan.records, self.options, self.runtime, self.sent, of)
+
+    def send(self, found: Any) -> None:
+        """Quantises what is left and lets it go. found: statistics of all tokens and heads."""
+        plan, group, runtime = self.plan, self.group, self.runtime
+        own = None if found is None else runtime.contiguous(found[:, :, self.cut])
+        self._encode(own, "kv" if self.has_q else None)
+        scale = engine.v_scale_of(own, self.options, slice(plan.first, plan.first + plan.heads))
         self.v_scale = None if scale is None else runtime.contiguous(scale)
-        self.received = runtime.empty((sum(plan.received_bytes),), "uint8", q)
-        others = piece.count - plan.heads
+        self.received = runtime.empty((sum(plan.received_bytes),), "uint8", self.sent)
+        (batch, tokens, count, head_dim), kv_tokens = runtime.shape(self.tensors[0]), runtime.shape(self.tensors[1])[1]
+        others = count - plan.heads
         record = plan.records.record
         self.outgoing = without(self.sent, plan.first * record, (plan.first + plan.heads) * record, runtime)
         self.work = group.exchange(self.outgoing, plan.sent_bytes, self.received, plan.received_bytes, "attention in",

@@ -96,12 +96,20 @@ def combined(gathered: Any, q_counts: list[int], kv_counts: list[int], options: 
     return _engine(gathered, runtime).combined(gathered, weights, means, runtime)
 
 
-def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime) -> Any:
+def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime,
+           memory: Any = None, of: str | None = None) -> Any:
     """Codes of q, k and v [B, N, H, D] as uint8 [bytes] in a layout; parts that it lacks are left out.
 
-    found: their statistics. options.scale: a number.
+    found: their statistics. options.scale: a number. memory: where to write; None makes it. of: "q" or "kv" writes those parts
+    alone.
     """
-    return _engine(q, runtime).encode(q, k, v, found, layout, options, runtime)
+    parts = tuple(name for name, part in layout.parts.items() if of in (None, part.of))
+    return _engine(q, runtime).encode(q, k, v, found, layout, parts, options, runtime, memory)
+
+
+def q_needs_statistics(options: AttentionOptions) -> bool:
+    """Whether Q's codes, or what lies beside them, depend on statistics of all tokens."""
+    return options.precision.smooth_q or (options.return_lse and options.precision.smooth_k)
 
 
 def v_scale_of(found: Any, options: AttentionOptions, heads: slice = slice(None)) -> Any:

@@ -42,18 +42,19 @@ def combined(gathered: Any, weights: list[list[float]], means: int, runtime: Run
     return runtime.from_numpy(out.reshape(count, *rest), gathered, "float32")
 
 
-def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime) -> Any:
-    precision, memory = options.precision, np.zeros(layout.size, np.uint8)
+def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, parts: Sequence[str], options: AttentionOptions,
+           runtime: Runtime, into: Any) -> Any:
+    precision, memory = options.precision, np.zeros(layout.size, np.uint8) if into is None else runtime.to_numpy(into).copy()
     rows = [] if found is None else list(runtime.to_numpy(found))
-    k_mean = rows.pop(0) if precision.smooth_k else None
-    q_mean = rows.pop(0) if precision.smooth_q else None
+    k_mean = rows.pop(0) if rows and precision.smooth_k else None
+    q_mean = rows.pop(0) if rows and precision.smooth_q else None
     made: dict[str, np.ndarray] = {}
-    if "q_codes" in layout.parts:
+    if "q_codes" in parts:
         wide = _heads_first(q, runtime)
         made["q_codes"], made["q_scale"] = quant.quantize_rows(wide, precision.q, None, q_mean)
         if "lse_shift" in layout.parts:
             made["lse_shift"] = attention.lse_correction(wide, k_mean, options.scale)
-    if "k_codes" in layout.parts:
+    if "k_codes" in parts:
         wide, values = _heads_first(k, runtime), _heads_first(v, runtime)
         block = scale_block("k", precision.granularity)
         made["k_codes"], made["k_scale"] = quant.quantize_rows(wide, precision.k, block, k_mean)
@@ -61,10 +62,13 @@ def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: Attentio
             made["bias"] = quant.score_bias(q_mean, wide, k_mean)
         made["v"] = (quant.quantize_v(values, rows[0])[0] if precision.pv == "fp8"
                      else values.astype(DTYPES.get(layout.kind.v_dtype, np.float32)))
-    for name in layout.parts:
+    for name in parts:
         part = exchange.part_of(memory, layout, name)
         part[...] = np.ascontiguousarray(made[name]).view(np.uint8).reshape(part.shape)
-    return runtime.from_numpy(memory, q, "uint8")
+    if into is None:
+        return runtime.from_numpy(memory, q, "uint8")
+    into[:] = runtime.from_numpy(memory, q, "uint8")
+    return into
 
 
 def copy_parts(sources: Sequence[Any], target: Any, copies: Sequence[Copy], batch: int, heads: int, runtime: Runtime) -> None:

@@ -91,25 +91,27 @@ def combined(gathered: Any, weights: list[list[float]], means: int, runtime: Run
     return out
 
 
-def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime) -> Any:
+def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, parts: Sequence[str], options: AttentionOptions,
+           runtime: Runtime, memory: Any) -> Any:
     given = [Given(x, runtime) for x in (q, k, v)]
-    memory = runtime.empty((layout.size,), "uint8", q)
+    memory = runtime.empty((layout.size,), "uint8", q) if memory is None else memory
     if found is None:
         found = memory
     shape = runtime.shape(k)
 
     def launch(memory: Buffer, found: Buffer, q: Buffer, k: Buffer, v: Buffer) -> None:
         one, two, three = (x.operand(buffer) for x, buffer in zip(given, (q, k, v)))
-        _encode(one, two, three, memory, _rows(found, options, (shape[0], shape[2], shape[3])), layout, options)
+        _encode(one, two, three, memory, _rows(found, options, (shape[0], shape[2], shape[3])), layout, parts, options)
 
-    again(("encode", options, layout, *[x.key for x in given]), runtime, (memory, found, *[x.tensor for x in given]), launch)
-    if "v" in layout.parts and options.precision.pv != "fp8":
+    again(("encode", options, layout, parts, *[x.key for x in given]), runtime, (memory, found, *[x.tensor for x in given]),
+          launch)
+    if "v" in parts and options.precision.pv != "fp8":
         _copy_values(given[2], memory, layout, runtime)
     return memory
 
 
 def _encode(q: Operand, k: Operand, v: Operand, memory: Buffer, rows: dict[str, Buffer], layout: Layout,
-            options: AttentionOptions) -> None:
+            parts: Sequence[str], options: AttentionOptions) -> None:
     from lowbit_video.kernels.quant import quant_qk, quant_v
 
     precision = options.precision
@@ -120,15 +122,15 @@ def _encode(q: Operand, k: Operand, v: Operand, memory: Buffer, rows: dict[str, 
         made = codes_of(x, format, buffer(name), buffer(scale), block)
         return made._replace(strides=(b, h, 0), scale_strides=_elements(layout, scale))
 
-    if "q_codes" in layout.parts:
-        shift = buffer("lse_shift") if "lse_shift" in layout.parts else None
+    if "q_codes" in parts:
+        shift = buffer("lse_shift") if "lse_shift" in parts else None
         quant_qk.launch_quant_qk(q, codes(q, "q_codes", precision.q, "q_scale", None), mean=rows.get("q_mean"), lse_shift=shift,
                                  k_mean=rows["k_mean"] if shift else None, sm_scale=options.scale,
                                  token_strides=_elements(layout, "lse_shift") if shift else None)
-    if "k_codes" in layout.parts:
+    if "k_codes" in parts:
         if precision.pv == "fp8":
             quant_v.launch_quant_v(v, v_codes_of(v, buffer("v"), rows["v_scale"])._replace(strides=layout.strides("v")))
-        bias = buffer("bias") if "bias" in layout.parts else None
+        bias = buffer("bias") if "bias" in parts else None
         quant_qk.launch_quant_qk(k, codes(k, "k_codes", precision.k, "k_scale", scale_block("k", precision.granularity)),
                                  mean=rows.get("k_mean"), bias=bias, q_mean=rows["q_mean"] if bias else None,
                                  token_strides=_elements(layout, "bias") if bias else None)
