@@ -32,7 +32,23 @@ FRAME, HEIGHT, WIDTH = 2, 3, 4  # axes of [B, C, T, H, W]
 # Row p adds up the three taps that, at output phase p of a doubled axis, meet the same one of two pixels.
 UPSAMPLE_FOLDS = ([[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]])
 
-Cache = paddle.Tensor | list[paddle.Tensor]  # of one convolution: frames on a GPU, products of frames on the CPU
+
+class Caches:
+    """What each causal convolution has for the frames that follow: a list of tensors, handed from one piece to the next.
+
+    Every convolution takes once a piece, then keeps once.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[nn.Layer, list[paddle.Tensor]] = {}
+
+    def take(self, conv: nn.Layer) -> list[paddle.Tensor] | None:
+        """What the convolution kept of the piece before; None in the first one."""
+        return self._held.pop(conv, None)
+
+    def keep(self, conv: nn.Layer, tensors: list[paddle.Tensor]) -> None:
+        """For the piece that follows."""
+        self._held[conv] = tensors
 
 
 @dataclass(frozen=True)
@@ -105,15 +121,17 @@ class CausalConv3D(nn.Layer):
         pad = (kernel_size - 1) // 2
         self.conv = nn.Conv3D(in_channels, out_channels, kernel_size, padding=[0, pad, pad])
 
-    def forward(self, x: paddle.Tensor, cache: Cache | None) -> tuple[paddle.Tensor, Cache]:
-        """Returns the output [B, O, T, H, W] and the cache for the frames that follow."""
+    def forward(self, x: paddle.Tensor, caches: Caches) -> paddle.Tensor:
+        """[B, I, T, H, W] -> [B, O, T, H, W]. Its cache: past frames on a GPU, products of past frames on the CPU."""
         if on_cpu(x):
-            return self._by_partial_sums(x, cache)
-        past = cache if cache is not None else repeat_frames(x[:, :, :1], self.kernel_size - 1)
+            return self._by_partial_sums(x, caches)
+        past = caches.take(self)
+        past = past[0] if past else repeat_frames(x[:, :, :1], self.kernel_size - 1)
         x = paddle.concat([past, x], axis=FRAME)
-        return self.conv(x), x[:, :, 1 - self.kernel_size :].clone()
+        caches.keep(self, [x[:, :, 1 - self.kernel_size :].clone()])
+        return self.conv(x)
 
-    def _by_partial_sums(self, x, cache):
+    def _by_partial_sums(self, x, caches):
         """The same by one 2D convolution; here the cache holds, per tap, the products that coming frames will add up."""
         taps, pad = self.kernel_size, (self.kernel_size - 1) // 2
         batch, _, frames, height, width = x.shape
@@ -122,13 +140,14 @@ class CausalConv3D(nn.Layer):
         weight = self.conv.weight.transpose([2, 0, 1, 3, 4]).reshape([taps * out_channels, in_channels, taps, taps])
         products = F.conv2d(frames_first(x), weight, padding=pad)
         products = [p.reshape([batch, frames, -1, height, width]) for p in paddle.split(products, taps, axis=1)]
-        out, kept = products.pop(), []
+        cache, out, kept = caches.take(self), products.pop(), []
         for tap, product in enumerate(products):  # tap 0 looks farthest back
-            past = cache[tap] if cache is not None else product[:, :1].expand([-1, taps - 1 - tap, -1, -1, -1])
+            past = cache[tap] if cache else product[:, :1].expand([-1, taps - 1 - tap, -1, -1, -1])
             past = paddle.concat([past, product], axis=1)
             out = out + past[:, :frames]
             kept.append(past[:, frames:].clone())
-        return out.transpose([0, 2, 1, 3, 4]) + self.conv.bias.reshape([1, -1, 1, 1, 1]), kept
+        caches.keep(self, kept)
+        return out.transpose([0, 2, 1, 3, 4]) + self.conv.bias.reshape([1, -1, 1, 1, 1])
 
 
 class PointwiseConv(nn.Layer):
@@ -188,13 +207,13 @@ class ResnetBlock3D(nn.Layer):
         self.conv2 = CausalConv3D(out_channels, out_channels)
         self.conv_shortcut = nn.Conv3D(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: paddle.Tensor, latents: paddle.Tensor | None, cache: dict) -> tuple[paddle.Tensor, dict]:
+    def forward(self, x: paddle.Tensor, latents: paddle.Tensor | None, caches: Caches) -> paddle.Tensor:
         condition = (latents,) if self.is_spatial else ()
-        hidden, cache1 = self.conv1(F.silu(self.norm1(x, *condition)), cache.get("conv1"))
-        hidden, cache2 = self.conv2(F.silu(self.norm2(hidden, *condition)), cache.get("conv2"))
+        hidden = self.conv1(F.silu(self.norm1(x, *condition)), caches)
+        hidden = self.conv2(F.silu(self.norm2(hidden, *condition)), caches)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return x + hidden, {"conv1": cache1, "conv2": cache2}
+        return x + hidden
 
 
 class Downsample3D(nn.Layer):
@@ -274,16 +293,16 @@ class Encoder3D(nn.Layer):
         self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], epsilon=NORM_EPS)
         self.conv_out = CausalConv3D(channels[-1], 2 * config.latent_channels)
 
-    def forward(self, x: paddle.Tensor, cache: dict | None = None) -> tuple[paddle.Tensor, dict]:
-        cache, kept = cache or {}, {}
-        x, kept["conv_in"] = self.conv_in(x, cache.get("conv_in"))
-        for i, block in enumerate(self.down_blocks):
-            x = _run_resnets(block, x, None, cache, kept, f"down{i}")
+    def forward(self, x: paddle.Tensor, caches: Caches) -> paddle.Tensor:
+        x = self.conv_in(x, caches)
+        for block in self.down_blocks:
+            for layer in block.resnets:
+                x = layer(x, None, caches)
             for sampler in block.downsamplers:
                 x = sampler(x)
-        x = _run_resnets(self.mid_block, x, None, cache, kept, "mid")
-        x, kept["conv_out"] = self.conv_out(F.silu(self.norm_out(x)), cache.get("conv_out"))
-        return x, kept
+        for layer in self.mid_block.resnets:
+            x = layer(x, None, caches)
+        return self.conv_out(F.silu(self.norm_out(x)), caches)
 
 
 class Decoder3D(nn.Layer):
@@ -311,23 +330,16 @@ class Decoder3D(nn.Layer):
         self.norm_out = SpatialNorm3D(channels[-1], latent_channels, config.norm_num_groups)
         self.conv_out = CausalConv3D(channels[-1], config.out_channels)
 
-    def forward(self, latents: paddle.Tensor, cache: dict | None = None) -> tuple[paddle.Tensor, dict]:
-        cache, kept = cache or {}, {}
-        x, kept["conv_in"] = self.conv_in(latents, cache.get("conv_in"))
-        x = _run_resnets(self.mid_block, x, latents, cache, kept, "mid")
-        for i, block in enumerate(self.up_blocks):
-            x = _run_resnets(block, x, latents, cache, kept, f"up{i}")
+    def forward(self, latents: paddle.Tensor, caches: Caches) -> paddle.Tensor:
+        x = self.conv_in(latents, caches)
+        for layer in self.mid_block.resnets:
+            x = layer(x, latents, caches)
+        for block in self.up_blocks:
+            for layer in block.resnets:
+                x = layer(x, latents, caches)
             for sampler in block.upsamplers:
                 x = sampler(x)
-        x, kept["conv_out"] = self.conv_out(F.silu(self.norm_out(x, latents)), cache.get("conv_out"))
-        return x, kept
-
-
-def _run_resnets(block, x, latents, cache: dict, kept: dict, name: str) -> paddle.Tensor:
-    for i, resnet in enumerate(block.resnets):
-        key = f"{name}.{i}"
-        x, kept[key] = resnet(x, latents, cache.get(key, {}))
-    return x
+        return self.conv_out(F.silu(self.norm_out(x, latents)), caches)
 
 
 def _temporal_levels(config: Config) -> int:
@@ -510,19 +522,19 @@ class AutoencoderKLCogVideoX(Model):
         return work(x)
 
     def _encode(self, x):
-        def run(piece, cache):
-            y, cache = self.encoder(piece, cache)
-            return (y if self.quant_conv is None else self.quant_conv(y)), cache
+        def run(piece, caches):
+            y = self.encoder(piece, caches)
+            return y if self.quant_conv is None else self.quant_conv(y)
 
         ratio = self.spatial_compression_ratio
         return self._by_tiles(run, x, self.num_sample_frames_batch_size, ratio, 1)
 
     def _decode(self, z):
-        def run(piece, cache):
-            video, cache = self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), cache)
+        def run(piece, caches):
+            video = self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), caches)
             if self.on_decoded is not None:
                 self.on_decoded(piece.shape[0] * piece.shape[FRAME])
-            return video, cache
+            return video
 
         return self._by_tiles(run, z, self.num_latent_frames_batch_size, 1, self.spatial_compression_ratio)
 
@@ -565,11 +577,10 @@ def _pieces(frames: int, piece_frames: int) -> list[tuple[int, int]]:
 
 
 def _by_pieces(run, x: paddle.Tensor, piece_frames: int) -> paddle.Tensor:
-    """Runs `run(piece, cache)` over the frames piece by piece."""
-    cache, done = None, []
+    """Runs `run(piece, caches)` over the frames piece by piece."""
+    caches, done = Caches(), []
     for start, stop in _pieces(x.shape[FRAME], piece_frames):
-        y, cache = run(x[:, :, start:stop], cache)
-        done.append(y)
+        done.append(run(x[:, :, start:stop], caches))
     return done[0] if len(done) == 1 else paddle.concat(done, axis=FRAME)
 
 
