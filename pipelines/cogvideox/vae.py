@@ -24,31 +24,13 @@ from paddle import nn
 
 from ..shared.config import Config, ConfigError, keep_config
 from ..shared.weights import Model
+from .vae_pieces import FRAME, HEIGHT, WIDTH, Caches, Job, by_pieces, by_tiles, pieces_of
 
 NORM_EPS = 1e-6  # of every norm outside the residual blocks; those take it from the config
 LOGVAR_RANGE = (-30.0, 20.0)
 DOWN_BLOCK, UP_BLOCK = "CogVideoXDownBlock3D", "CogVideoXUpBlock3D"  # the only block types that a config may name
-FRAME, HEIGHT, WIDTH = 2, 3, 4  # axes of [B, C, T, H, W]
 # Row p adds up the three taps that, at output phase p of a doubled axis, meet the same one of two pixels.
 UPSAMPLE_FOLDS = ([[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]])
-
-
-class Caches:
-    """What each causal convolution has for the frames that follow: a list of tensors, handed from one piece to the next.
-
-    Every convolution takes once a piece, then keeps once.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[nn.Layer, list[paddle.Tensor]] = {}
-
-    def take(self, conv: nn.Layer) -> list[paddle.Tensor] | None:
-        """What the convolution kept of the piece before; None in the first one."""
-        return self._held.pop(conv, None)
-
-    def keep(self, conv: nn.Layer, tensors: list[paddle.Tensor]) -> None:
-        """For the piece that follows."""
-        self._held[conv] = tensors
 
 
 @dataclass(frozen=True)
@@ -471,7 +453,7 @@ class AutoencoderKLCogVideoX(Model):
     def num_decoded_frames(self, latent_frames: int) -> int:
         """How many video frames `decode` makes: an odd first piece keeps its first frame single."""
         ratio, total = int(self.config.temporal_compression_ratio), 0
-        for start, stop in _pieces(latent_frames, self.num_latent_frames_batch_size):
+        for start, stop in pieces_of(latent_frames, self.num_latent_frames_batch_size):
             total += ratio * (stop - start - 1) + 1 if (stop - start) % 2 else ratio * (stop - start)
         return total
 
@@ -526,73 +508,17 @@ class AutoencoderKLCogVideoX(Model):
             y = self.encoder(piece, caches)
             return y if self.quant_conv is None else self.quant_conv(y)
 
-        ratio = self.spatial_compression_ratio
-        return self._by_tiles(run, x, self.num_sample_frames_batch_size, ratio, 1)
+        return self._work(Job(run, self.num_sample_frames_batch_size, self.spatial_compression_ratio, 1), x)
 
     def _decode(self, z):
         def run(piece, caches):
-            video = self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), caches)
-            if self.on_decoded is not None:
-                self.on_decoded(piece.shape[0] * piece.shape[FRAME])
-            return video
+            return self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), caches)
 
-        return self._by_tiles(run, z, self.num_latent_frames_batch_size, 1, self.spatial_compression_ratio)
+        job = Job(run, self.num_latent_frames_batch_size, 1, self.spatial_compression_ratio, self.on_decoded)
+        return self._work(job, z)
 
-    def _by_tiles(self, run, x, piece_frames: int, scale_in: int, scale_out: int):
-        """Runs `run` over x, by tiles where tiling is on and x is larger than one.
-
-        A tile has `tile_latent_min_height` x `tile_latent_min_width` latents; the scales turn latents into the units of x
-        and of the result (8 for pixels). Tiles lie at a stride of the part that is not shared, and each is faded in over
-        the shared part from the one above and the one on the left.
-        """
+    def _work(self, job: Job, x: paddle.Tensor) -> paddle.Tensor:
+        if not self.use_tiling:
+            return by_pieces(job, x)
         tile = self.tile_latent_min_height, self.tile_latent_min_width
-        if not self.use_tiling or (x.shape[HEIGHT] <= tile[0] * scale_in and x.shape[WIDTH] <= tile[1] * scale_in):
-            return _by_pieces(run, x, piece_frames)
-        factors = self.tile_overlap_factor_height, self.tile_overlap_factor_width
-        strides = [max(int(size * (1 - factor)), 1) for size, factor in zip(tile, factors)]
-        shared = [(size - stride) * scale_out for size, stride in zip(tile, strides)]
-        above: list = []
-        bands = []
-        for top in range(0, x.shape[HEIGHT], strides[0] * scale_in):
-            row: list = []
-            for column, left in enumerate(range(0, x.shape[WIDTH], strides[1] * scale_in)):
-                part = x[:, :, :, top : top + tile[0] * scale_in, left : left + tile[1] * scale_in]
-                part = _by_pieces(run, part, piece_frames)
-                if above:
-                    part = _blend(above[column], part, shared[0], HEIGHT)
-                if row:
-                    part = _blend(row[-1], part, shared[1], WIDTH)
-                row.append(part)
-            height, width = strides[0] * scale_out, strides[1] * scale_out
-            bands.append(paddle.concat([part[:, :, :, :height, :width] for part in row], axis=WIDTH))
-            above = row
-        return paddle.concat(bands, axis=HEIGHT)
-
-
-def _pieces(frames: int, piece_frames: int) -> list[tuple[int, int]]:
-    """Bounds of pieces of `piece_frames` frames; the first piece also takes the frames left over."""
-    bounds = list(range(frames, -1, -piece_frames))[::-1]
-    bounds[0] = 0
-    return list(zip(bounds, bounds[1:])) or [(0, frames)]
-
-
-def _by_pieces(run, x: paddle.Tensor, piece_frames: int) -> paddle.Tensor:
-    """Runs `run(piece, caches)` over the frames piece by piece."""
-    caches, done = Caches(), []
-    for start, stop in _pieces(x.shape[FRAME], piece_frames):
-        done.append(run(x[:, :, start:stop], caches))
-    return done[0] if len(done) == 1 else paddle.concat(done, axis=FRAME)
-
-
-def _blend(before: paddle.Tensor, tile: paddle.Tensor, extent: int, axis: int) -> paddle.Tensor:
-    """The tile with its first `extent` rows (or columns) faded in from the last ones of the tile before."""
-    extent = min(before.shape[axis], tile.shape[axis], extent)
-    if extent == 0:
-        return tile
-    shape = [1] * 5
-    shape[axis] = extent
-    fade = paddle.arange(extent, dtype="float32").reshape(shape).astype(tile.dtype) / extent
-    old = paddle.slice(before, [axis], [before.shape[axis] - extent], [before.shape[axis]])
-    new = paddle.slice(tile, [axis], [0], [extent])
-    rest = paddle.slice(tile, [axis], [extent], [tile.shape[axis]])
-    return paddle.concat([old * (1 - fade) + new * fade, rest], axis=axis)
+        return by_tiles(job, x, tile, (self.tile_overlap_factor_height, self.tile_overlap_factor_width))
