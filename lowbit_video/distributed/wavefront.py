@@ -1,0 +1,117 @@
+"""`Wavefront`: pieces of work that follow on each other, on several ranks: each layer hands its state to the next piece's rank.
+
+Rank p % N works on piece p, and may run a layer as soon as the rank of piece p - 1 has: N ranks run through the layers one
+behind the other. Every piece is worked on as on one rank, so the results are the same bits.
+
+Nobody waits in a circle, even where a send returns only when the other rank takes it. In each piece a rank receives a layer's
+state, then sends its own of that layer, one after the other. The last rank cannot: the first one, to which it sends, is busy
+with its own piece until that has sent everything. So the last rank keeps its states back and sends them in its next piece,
+N - 1 layers ahead of what it receives: that many the ranks before it take in while each waits for the next one to take one.
+More would block, fewer would hold the first rank up.
+"""
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from ..runtime.protocol import Runtime
+from .group import ITEM_SIZES, Group, as_bytes, part_of
+from .shares import begins
+from .wire import Work
+
+
+class Wavefront:
+    """The states that this rank's pieces take and keep.
+
+    group, degree: the first `degree` ranks of the group work, at least 2; this rank is one of them. pieces: how many there are.
+    purpose: as what the bytes are counted. Every piece has the same layers in the same order; in each, `take` comes before
+    `keep`. Call `begin` before a piece and `end` after it.
+    """
+
+    def __init__(self, group: Group, degree: int, pieces: int, runtime: Runtime, purpose: str) -> None:
+        self.group, self.degree, self.pieces, self.runtime, self.purpose = group, degree, pieces, runtime, purpose
+        self.before, self.after = (group.rank - 1) % degree, (group.rank + 1) % degree
+        self.numbers = range(group.rank, pieces, degree)  # of this rank's pieces
+        self._number = group.rank
+        self._coming: dict[Hashable, tuple[list[Any], list[Work]]] = {}
+        self._kept_back: list[list[Any]] = []  # states of this piece, by the last rank of the chain
+        self._owed: deque[list[Any]] = deque()  # and of its piece before
+        self._leaving: list[tuple[Any, Work]] = []  # alive until they have left
+
+    def begin(self, number: int) -> None:
+        """Piece `number` begins."""
+        self._number, self._owed, self._kept_back = number, deque(self._kept_back), []
+        for _ in range(self.degree - 1):
+            self._send_one_owed()
+
+    def expect(self, layer: Hashable, shapes: Sequence[Sequence[int]], like: Any) -> None:
+        """Lets the state for a layer travel that will soon be taken: on a GPU meanwhile. Not before the layer before has kept
+        its own. shapes, like: as in `take`."""
+        if self._number == 0 or layer in self._coming:
+            return
+        dtype = self.runtime.dtype_name(like)
+        tensors = [self.runtime.empty(shape, dtype, like) for shape in shapes]
+        self._coming[layer] = tensors, [self.group.receive(tensor, self.before) for tensor in tensors]
+        self._send_one_owed()
+
+    def take(self, layer: Hashable, shapes: Sequence[Sequence[int]], like: Any) -> list[Any] | None:
+        """What the layer kept of the piece before; None in the first piece.
+
+        shapes: of its tensors. like: a tensor of their dtype, where they shall be.
+        """
+        if self._number == 0:
+            return None
+        self.expect(layer, shapes, like)
+        tensors, works = self._coming.pop(layer)
+        for work in works:
+            work.wait()
+        return tensors
+
+    def keep(self, layer: Hashable, tensors: list[Any]) -> None:
+        """For the piece that follows. tensors: contiguous, each at the beginning of its own memory, not written to later."""
+        if self._number + 1 == self.pieces:
+            return
+        if self.group.rank == self.degree - 1:
+            self._kept_back.append(tensors)
+        else:
+            self._send(tensors)
+
+    def end(self) -> None:
+        """The piece is done."""
+        if self._number == self.numbers[-1]:
+            for tensors in self._kept_back:
+                self._send(tensors)
+        for _, work in self._leaving:
+            work.wait()
+        self._leaving.clear()
+
+    def _send_one_owed(self) -> None:
+        if self._owed:
+            self._send(self._owed.popleft())
+
+    def _send(self, tensors: list[Any]) -> None:
+        for tensor in tensors:
+            self._leaving.append((tensor, self.group.send(tensor, self.after, self.runtime, self.purpose)))
+
+
+def gather_parts(mine: Sequence[Any], shapes: Sequence[Sequence[int]], owners: Sequence[int], like: Any, group: Group,
+                 runtime: Runtime, purpose: str) -> list[Any]:
+    """All parts of a result on every rank of a group, in order.
+
+    mine: the parts of this rank, in their order. shapes, owners: each part's shape and its rank's place in the group. like: a
+    tensor of their dtype, where they shall be. Ranks without a part call it all the same. Waits.
+    """
+    dtype = runtime.dtype_name(like)
+    sizes = [math.prod(shape) * ITEM_SIZES[dtype] for shape in shapes]
+    totals = [sum(size for size, owner in zip(sizes, owners) if owner == rank) for rank in range(group.size)]
+    flat = [as_bytes(runtime.contiguous(part), runtime) for part in mine]
+    sent = runtime.concat(flat * group.size, 0) if flat else runtime.empty((0,), "uint8", like)
+    received = runtime.empty((sum(totals),), "uint8", like)
+    group.exchange(sent, [totals[group.rank]] * group.size, received, totals, purpose).wait()
+    parts, offsets = [], begins(totals)
+    for shape, size, owner in zip(shapes, sizes, owners):
+        parts.append(part_of(received, offsets[owner], dtype, shape, runtime))
+        offsets[owner] += size
+    return parts
