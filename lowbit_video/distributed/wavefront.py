@@ -25,15 +25,15 @@ from .wire import Work
 class Wavefront:
     """The states that this rank's pieces take and keep.
 
-    group, degree: the first `degree` ranks of the group work, at least 2; this rank is one of them. pieces: how many there are.
-    purpose: as what the bytes are counted. Every piece has the same layers in the same order; in each, `take` comes before
-    `keep`. Call `begin` before a piece and `end` after it.
+    group, degree: the first `degree` ranks of the group work, at least 2. pieces: how many there are. purpose: as what the
+    bytes are counted. numbers: of this rank's pieces. Every piece has the same layers in the same order; in each, `take` comes
+    before `keep`. Call `begin` before a piece and `end` after it.
     """
 
     def __init__(self, group: Group, degree: int, pieces: int, runtime: Runtime, purpose: str) -> None:
         self.group, self.degree, self.pieces, self.runtime, self.purpose = group, degree, pieces, runtime, purpose
         self.before, self.after = (group.rank - 1) % degree, (group.rank + 1) % degree
-        self.numbers = range(group.rank, pieces, degree)  # of this rank's pieces
+        self.numbers = range(group.rank, pieces if group.rank < degree else 0, degree)
         self._number = group.rank
         self._coming: dict[Hashable, tuple[list[Any], list[Work]]] = {}
         self._kept_back: list[list[Any]] = []  # states of this piece, by the last rank of the chain
@@ -104,6 +104,8 @@ def gather_parts(mine: Sequence[Any], shapes: Sequence[Sequence[int]], owners: S
     tensor of their dtype, where they shall be. Ranks without a part call it all the same. Waits.
     """
     dtype = runtime.dtype_name(like)
+    described = [(tuple(shape), dtype) for shape, owner in zip(shapes, owners) if owner == group.rank]
+    assert described == [(runtime.shape(part), runtime.dtype_name(part)) for part in mine], "the parts are not as described"
     sizes = [math.prod(shape) * ITEM_SIZES[dtype] for shape in shapes]
     totals = [sum(size for size, owner in zip(sizes, owners) if owner == rank) for rank in range(group.size)]
     flat = [as_bytes(runtime.contiguous(part), runtime) for part in mine]

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+
+from lowbit_video.distributed.group import Group
+from lowbit_video.distributed.wavefront import Wavefront
 
 from ..shared.config import Config, ConfigError, keep_config
 from ..shared.weights import Model
@@ -103,15 +106,30 @@ class CausalConv3D(nn.Layer):
         pad = (kernel_size - 1) // 2
         self.conv = nn.Conv3D(in_channels, out_channels, kernel_size, padding=[0, pad, pad])
 
-    def forward(self, x: paddle.Tensor, caches: Caches) -> paddle.Tensor:
+    def forward(self, x: paddle.Tensor, caches: Caches | Wavefront) -> paddle.Tensor:
         """[B, I, T, H, W] -> [B, O, T, H, W]. Its cache: past frames on a GPU, products of past frames on the CPU."""
         if on_cpu(x):
             return self._by_partial_sums(x, caches)
-        past = caches.take(self)
+        past = caches.take(self, self._cache_shapes(x), x)
         past = past[0] if past else repeat_frames(x[:, :, :1], self.kernel_size - 1)
         x = paddle.concat([past, x], axis=FRAME)
         caches.keep(self, [x[:, :, 1 - self.kernel_size :].clone()])
         return self.conv(x)
+
+    def expect(self, x: paddle.Tensor, caches: Caches | Wavefront) -> None:
+        """Says that a call with an input like x follows, so that its cache comes from another rank during the work until then.
+
+        On a CPU, where receiving holds the work up, the call itself asks for it, as late as it can.
+        """
+        if not on_cpu(x):
+            caches.expect(self, self._cache_shapes(x), x)
+
+    def _cache_shapes(self, x):
+        batch, channels, _, height, width = x.shape
+        past = self.kernel_size - 1
+        if on_cpu(x):
+            return [(batch, past - tap, self.conv.weight.shape[0], height, width) for tap in range(past)]
+        return [(batch, channels, past, height, width)]
 
     def _by_partial_sums(self, x, caches):
         """The same by one 2D convolution; here the cache holds, per tap, the products that coming frames will add up."""
@@ -122,7 +140,8 @@ class CausalConv3D(nn.Layer):
         weight = self.conv.weight.transpose([2, 0, 1, 3, 4]).reshape([taps * out_channels, in_channels, taps, taps])
         products = F.conv2d(frames_first(x), weight, padding=pad)
         products = [p.reshape([batch, frames, -1, height, width]) for p in paddle.split(products, taps, axis=1)]
-        cache, out, kept = caches.take(self), products.pop(), []
+        out, kept = products.pop(), []
+        cache = caches.take(self, self._cache_shapes(x), x)
         for tap, product in enumerate(products):  # tap 0 looks farthest back
             past = cache[tap] if cache else product[:, :1].expand([-1, taps - 1 - tap, -1, -1, -1])
             past = paddle.concat([past, product], axis=1)
@@ -189,9 +208,11 @@ class ResnetBlock3D(nn.Layer):
         self.conv2 = CausalConv3D(out_channels, out_channels)
         self.conv_shortcut = nn.Conv3D(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: paddle.Tensor, latents: paddle.Tensor | None, caches: Caches) -> paddle.Tensor:
+    def forward(self, x: paddle.Tensor, latents: paddle.Tensor | None, caches: Caches | Wavefront) -> paddle.Tensor:
         condition = (latents,) if self.is_spatial else ()
+        self.conv1.expect(x, caches)
         hidden = self.conv1(F.silu(self.norm1(x, *condition)), caches)
+        self.conv2.expect(hidden, caches)
         hidden = self.conv2(F.silu(self.norm2(hidden, *condition)), caches)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
@@ -275,7 +296,7 @@ class Encoder3D(nn.Layer):
         self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], epsilon=NORM_EPS)
         self.conv_out = CausalConv3D(channels[-1], 2 * config.latent_channels)
 
-    def forward(self, x: paddle.Tensor, caches: Caches) -> paddle.Tensor:
+    def forward(self, x: paddle.Tensor, caches: Caches | Wavefront) -> paddle.Tensor:
         x = self.conv_in(x, caches)
         for block in self.down_blocks:
             for layer in block.resnets:
@@ -284,6 +305,7 @@ class Encoder3D(nn.Layer):
                 x = sampler(x)
         for layer in self.mid_block.resnets:
             x = layer(x, None, caches)
+        self.conv_out.expect(x, caches)
         return self.conv_out(F.silu(self.norm_out(x)), caches)
 
 
@@ -312,7 +334,7 @@ class Decoder3D(nn.Layer):
         self.norm_out = SpatialNorm3D(channels[-1], latent_channels, config.norm_num_groups)
         self.conv_out = CausalConv3D(channels[-1], config.out_channels)
 
-    def forward(self, latents: paddle.Tensor, caches: Caches) -> paddle.Tensor:
+    def forward(self, latents: paddle.Tensor, caches: Caches | Wavefront) -> paddle.Tensor:
         x = self.conv_in(latents, caches)
         for layer in self.mid_block.resnets:
             x = layer(x, latents, caches)
@@ -321,6 +343,7 @@ class Decoder3D(nn.Layer):
                 x = layer(x, latents, caches)
             for sampler in block.upsamplers:
                 x = sampler(x)
+        self.conv_out.expect(x, caches)
         return self.conv_out(F.silu(self.norm_out(x, latents)), caches)
 
 
@@ -398,6 +421,10 @@ class AutoencoderKLCogVideoX(Model):
         self.use_slicing = False
         self.use_tiling = False
         self.on_decoded: Callable[[int], object] | None = None  # told how many latent frames each piece of work had
+        # Ranks that call encode and decode together, with the same input, and all get the result; the first `degree` of them
+        # do the work (None: all).
+        self.group: Group | None = None
+        self.degree: int | None = None
         # The model was trained on pieces of 2 latent frames; other sizes work and look worse.
         self.num_latent_frames_batch_size = 2
         self.num_sample_frames_batch_size = 8
@@ -452,10 +479,17 @@ class AutoencoderKLCogVideoX(Model):
 
     def num_decoded_frames(self, latent_frames: int) -> int:
         """How many video frames `decode` makes: an odd first piece keeps its first frame single."""
-        ratio, total = int(self.config.temporal_compression_ratio), 0
-        for start, stop in pieces_of(latent_frames, self.num_latent_frames_batch_size):
-            total += ratio * (stop - start - 1) + 1 if (stop - start) % 2 else ratio * (stop - start)
-        return total
+        bounds = pieces_of(latent_frames, self.num_latent_frames_batch_size)
+        return sum(self._decoded_frames(stop - start) for start, stop in bounds)
+
+    def _decoded_frames(self, piece: int) -> int:
+        ratio = int(self.config.temporal_compression_ratio)
+        return ratio * (piece - 1) + 1 if piece % 2 else ratio * piece
+
+    def _encoded_frames(self, piece: int) -> int:
+        for _ in range(_temporal_levels(self.config)):
+            piece = (piece + 1) // 2
+        return piece
 
     @paddle.no_grad()
     def encode(self, x: paddle.Tensor) -> DiagonalGaussian:
@@ -508,16 +542,22 @@ class AutoencoderKLCogVideoX(Model):
             y = self.encoder(piece, caches)
             return y if self.quant_conv is None else self.quant_conv(y)
 
-        return self._work(Job(run, self.num_sample_frames_batch_size, self.spatial_compression_ratio, 1), x)
+        job = Job("encode", run, self.num_sample_frames_batch_size, 2 * self.config.latent_channels, self._encoded_frames,
+                  self.spatial_compression_ratio, 1)
+        return self._work(job, x)
 
     def _decode(self, z):
         def run(piece, caches):
             return self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), caches)
 
-        job = Job(run, self.num_latent_frames_batch_size, 1, self.spatial_compression_ratio, self.on_decoded)
+        job = Job("decode", run, self.num_latent_frames_batch_size, self.config.out_channels, self._decoded_frames,
+                  1, self.spatial_compression_ratio, on_done=self.on_decoded)
         return self._work(job, z)
 
     def _work(self, job: Job, x: paddle.Tensor) -> paddle.Tensor:
+        degree = self.degree or (self.group.size if self.group else 1)
+        if degree > 1:
+            job = replace(job, group=self.group, degree=degree)
         if not self.use_tiling:
             return by_pieces(job, x)
         tile = self.tile_latent_min_height, self.tile_latent_min_width

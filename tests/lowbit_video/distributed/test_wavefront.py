@@ -22,7 +22,7 @@ def chain(wire, degree, pieces, layers, ahead=False, slow=0.0):
     wave = Wavefront(group, degree, pieces, runtime, "chain")
     delays = random.Random(wire.rank)
     like, shapes = paddle.zeros([1]), [(2, 3), (1,)]
-    for number in wave.numbers if group.rank < degree else ():
+    for number in wave.numbers:
         wave.begin(number)
         for layer in range(layers):
             if ahead:
