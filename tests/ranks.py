@@ -33,12 +33,14 @@ class ThreadWire:
         return Finished()
 
     def send(self, tensor, to):
+        assert is_whole(tensor), "what is sent must be contiguous and begin where its memory does"
         taken = self._put(tensor, to)
         if self._rendezvous and not taken.wait(self._patience):
             raise TimeoutError(f"rank {to} has not taken what rank {self.rank} sends it")
         return Finished()
 
     def receive(self, tensor, source):
+        assert is_whole(tensor), "what is received must be contiguous and begin where its memory does"
         self._take(tensor, source)
         return Finished()
 
@@ -55,6 +57,10 @@ class ThreadWire:
         assert (arrived.shape, arrived.dtype) == (tensor.shape, tensor.dtype), "what is sent is not what is awaited"
         tensor[:] = arrived
         taken.set()
+
+
+def is_whole(tensor):
+    return tensor.is_contiguous() and tensor.offset == 0
 
 
 class Finished:

@@ -375,7 +375,7 @@ def _check_config(config: Config) -> None:
 
 
 class AutoencoderKLCogVideoX(Model):
-    """The whole VAE: `encode`, `decode`, and the switches that bound memory.
+    """The whole VAE: `encode`, `decode`, the switches that bound memory, and the ranks that share the work (`group`).
 
     The arguments are the keys of `vae/config.json`, named and defaulted as in diffusers 0.42.
 
