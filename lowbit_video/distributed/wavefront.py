@@ -25,58 +25,56 @@ from .wire import Work
 class Wavefront:
     """The states that this rank's pieces take and keep.
 
-    group, degree: the first `degree` ranks of the group work, at least 2. pieces: how many there are. purpose: as what the
-    bytes are counted. numbers: of this rank's pieces. Every piece has the same layers in the same order; in each, `take` comes
-    before `keep`. Call `begin` before a piece and `end` after it.
+    group, degree: the first `degree` ranks of the group work, at least 2. pieces: how many there are. layers: what keeps a
+    state, in the order of work, each with the shapes of its state's tensors. like: a tensor of their dtype, where they are.
+    ahead: whether a state is called for as soon as the layer before has kept its own, to arrive during the work until it is
+    taken; not for a CPU, where receiving holds the work up. purpose: as what the bytes are counted.
+    numbers: of this rank's pieces. In each piece every layer takes, then keeps. Call `begin` before a piece, `end` after it.
     """
 
-    def __init__(self, group: Group, degree: int, pieces: int, runtime: Runtime, purpose: str) -> None:
-        self.group, self.degree, self.pieces, self.runtime, self.purpose = group, degree, pieces, runtime, purpose
+    def __init__(self, group: Group, degree: int, pieces: int, layers: Sequence[tuple[Hashable, Sequence[Sequence[int]]]],
+                 like: Any, ahead: bool, runtime: Runtime, purpose: str) -> None:
+        self.group, self.degree, self.pieces, self.layers = group, degree, pieces, layers
+        self.like, self.ahead, self.runtime, self.purpose = like, ahead, runtime, purpose
         self.before, self.after = (group.rank - 1) % degree, (group.rank + 1) % degree
         self.numbers = range(group.rank, pieces if group.rank < degree else 0, degree)
         self._number = group.rank
-        self._coming: dict[Hashable, tuple[list[Any], list[Work]]] = {}
+        self._taken = 0  # layers of this piece that have taken
+        self._coming: tuple[list[Any], list[Work]] | None = None
         self._kept_back: list[list[Any]] = []  # states of this piece, by the last rank of the chain
         self._owed: deque[list[Any]] = deque()  # and of its piece before
         self._leaving: list[tuple[Any, Work]] = []  # alive until they have left
 
     def begin(self, number: int) -> None:
         """Piece `number` begins."""
-        self._number, self._owed, self._kept_back = number, deque(self._kept_back), []
+        self._number, self._taken, self._owed, self._kept_back = number, 0, deque(self._kept_back), []
         for _ in range(self.degree - 1):
             self._send_one_owed()
+        if self.ahead:
+            self._call()
 
-    def expect(self, layer: Hashable, shapes: Sequence[Sequence[int]], like: Any) -> None:
-        """Lets the state for a layer travel that will soon be taken: on a GPU meanwhile. Not before the layer before has kept
-        its own. shapes, like: as in `take`."""
-        if self._number == 0 or layer in self._coming:
-            return
-        dtype = self.runtime.dtype_name(like)
-        tensors = [self.runtime.empty(shape, dtype, like) for shape in shapes]
-        self._coming[layer] = tensors, [self.group.receive(tensor, self.before) for tensor in tensors]
-        self._send_one_owed()
-
-    def take(self, layer: Hashable, shapes: Sequence[Sequence[int]], like: Any) -> list[Any] | None:
-        """What the layer kept of the piece before; None in the first piece.
-
-        shapes: of its tensors. like: a tensor of their dtype, where they shall be.
-        """
-        if self._number == 0:
+    def take(self, layer: Hashable) -> list[Any] | None:
+        """What the layer kept of the piece before; None in the first piece."""
+        assert layer is self.layers[self._taken][0], "layers take in another order than was said"
+        if not self.ahead:
+            self._call()
+        self._taken += 1
+        if self._coming is None:
             return None
-        self.expect(layer, shapes, like)
-        tensors, works = self._coming.pop(layer)
+        (tensors, works), self._coming = self._coming, None
         for work in works:
             work.wait()
         return tensors
 
     def keep(self, layer: Hashable, tensors: list[Any]) -> None:
         """For the piece that follows. tensors: contiguous, each at the beginning of its own memory, not written to later."""
-        if self._number + 1 == self.pieces:
-            return
-        if self.group.rank == self.degree - 1:
-            self._kept_back.append(tensors)
-        else:
-            self._send(tensors)
+        if self._number + 1 < self.pieces:
+            if self.group.rank == self.degree - 1:
+                self._kept_back.append(tensors)
+            else:
+                self._send(tensors)
+        if self.ahead and self._taken < len(self.layers):
+            self._call()
 
     def end(self) -> None:
         """The piece is done."""
@@ -86,6 +84,15 @@ class Wavefront:
         for _, work in self._leaving:
             work.wait()
         self._leaving.clear()
+
+    def _call(self) -> None:
+        """Lets the next layer's state come."""
+        if self._number == 0:
+            return
+        dtype = self.runtime.dtype_name(self.like)
+        tensors = [self.runtime.empty(shape, dtype, self.like) for shape in self.layers[self._taken][1]]
+        self._coming = tensors, [self.group.receive(tensor, self.before) for tensor in tensors]
+        self._send_one_owed()
 
     def _send_one_owed(self) -> None:
         if self._owed:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import paddle
@@ -110,26 +111,19 @@ class CausalConv3D(nn.Layer):
         """[B, I, T, H, W] -> [B, O, T, H, W]. Its cache: past frames on a GPU, products of past frames on the CPU."""
         if on_cpu(x):
             return self._by_partial_sums(x, caches)
-        past = caches.take(self, self._cache_shapes(x), x)
+        past = caches.take(self)
         past = past[0] if past else repeat_frames(x[:, :, :1], self.kernel_size - 1)
         x = paddle.concat([past, x], axis=FRAME)
         caches.keep(self, [x[:, :, 1 - self.kernel_size :].clone()])
         return self.conv(x)
 
-    def expect(self, x: paddle.Tensor, caches: Caches | Wavefront) -> None:
-        """Says that a call with an input like x follows, so that its cache comes from another rank during the work until then.
-
-        On a CPU, where receiving holds the work up, the call itself asks for it, as late as it can.
-        """
-        if not on_cpu(x):
-            caches.expect(self, self._cache_shapes(x), x)
-
-    def _cache_shapes(self, x):
-        batch, channels, _, height, width = x.shape
-        past = self.kernel_size - 1
+    def cache_shapes(self, x: paddle.Tensor, height: int, width: int) -> list[tuple[int, ...]]:
+        """Of what it keeps of an input of that height and width, of the batch and device of x."""
+        batch, past = x.shape[0], self.kernel_size - 1
+        out_channels, in_channels = self.conv.weight.shape[:2]
         if on_cpu(x):
-            return [(batch, past - tap, self.conv.weight.shape[0], height, width) for tap in range(past)]
-        return [(batch, channels, past, height, width)]
+            return [(batch, past - tap, out_channels, height, width) for tap in range(past)]
+        return [(batch, in_channels, past, height, width)]
 
     def _by_partial_sums(self, x, caches):
         """The same by one 2D convolution; here the cache holds, per tap, the products that coming frames will add up."""
@@ -140,8 +134,7 @@ class CausalConv3D(nn.Layer):
         weight = self.conv.weight.transpose([2, 0, 1, 3, 4]).reshape([taps * out_channels, in_channels, taps, taps])
         products = F.conv2d(frames_first(x), weight, padding=pad)
         products = [p.reshape([batch, frames, -1, height, width]) for p in paddle.split(products, taps, axis=1)]
-        out, kept = products.pop(), []
-        cache = caches.take(self, self._cache_shapes(x), x)
+        cache, out, kept = caches.take(self), products.pop(), []
         for tap, product in enumerate(products):  # tap 0 looks farthest back
             past = cache[tap] if cache else product[:, :1].expand([-1, taps - 1 - tap, -1, -1, -1])
             past = paddle.concat([past, product], axis=1)
@@ -210,9 +203,7 @@ class ResnetBlock3D(nn.Layer):
 
     def forward(self, x: paddle.Tensor, latents: paddle.Tensor | None, caches: Caches | Wavefront) -> paddle.Tensor:
         condition = (latents,) if self.is_spatial else ()
-        self.conv1.expect(x, caches)
         hidden = self.conv1(F.silu(self.norm1(x, *condition)), caches)
-        self.conv2.expect(hidden, caches)
         hidden = self.conv2(F.silu(self.norm2(hidden, *condition)), caches)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
@@ -305,7 +296,6 @@ class Encoder3D(nn.Layer):
                 x = sampler(x)
         for layer in self.mid_block.resnets:
             x = layer(x, None, caches)
-        self.conv_out.expect(x, caches)
         return self.conv_out(F.silu(self.norm_out(x)), caches)
 
 
@@ -343,8 +333,20 @@ class Decoder3D(nn.Layer):
                 x = layer(x, latents, caches)
             for sampler in block.upsamplers:
                 x = sampler(x)
-        self.conv_out.expect(x, caches)
         return self.conv_out(F.silu(self.norm_out(x, latents)), caches)
+
+
+def _caches_of(network: Encoder3D | Decoder3D, x: paddle.Tensor) -> list[tuple[CausalConv3D, list[tuple[int, ...]]]]:
+    """The network's causal convolutions, in the order of work, with the shapes of what each keeps of an input like x."""
+    caches, (height, width) = [], x.shape[HEIGHT:]
+    for layer in network.sublayers():  # registered in that order
+        if isinstance(layer, CausalConv3D):
+            caches.append((layer, layer.cache_shapes(x, height, width)))
+        elif isinstance(layer, Upsample3D):
+            height, width = 2 * height, 2 * width
+        elif isinstance(layer, Downsample3D):
+            height, width = height // 2, width // 2
+    return caches
 
 
 def _temporal_levels(config: Config) -> int:
@@ -542,22 +544,22 @@ class AutoencoderKLCogVideoX(Model):
             y = self.encoder(piece, caches)
             return y if self.quant_conv is None else self.quant_conv(y)
 
-        job = Job("encode", run, self.num_sample_frames_batch_size, 2 * self.config.latent_channels, self._encoded_frames,
-                  self.spatial_compression_ratio, 1)
+        job = Job("encode", run, partial(_caches_of, self.encoder), self.num_sample_frames_batch_size,
+                  2 * self.config.latent_channels, self._encoded_frames, self.spatial_compression_ratio, 1)
         return self._work(job, x)
 
     def _decode(self, z):
         def run(piece, caches):
             return self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), caches)
 
-        job = Job("decode", run, self.num_latent_frames_batch_size, self.config.out_channels, self._decoded_frames,
-                  1, self.spatial_compression_ratio, on_done=self.on_decoded)
+        job = Job("decode", run, partial(_caches_of, self.decoder), self.num_latent_frames_batch_size,
+                  self.config.out_channels, self._decoded_frames, 1, self.spatial_compression_ratio, on_done=self.on_decoded)
         return self._work(job, z)
 
     def _work(self, job: Job, x: paddle.Tensor) -> paddle.Tensor:
         degree = self.degree or (self.group.size if self.group else 1)
         if degree > 1:
-            job = replace(job, group=self.group, degree=degree)
+            job = replace(job, group=self.group, degree=degree, ahead=not on_cpu(x))
         if not self.use_tiling:
             return by_pieces(job, x)
         tile = self.tile_latent_min_height, self.tile_latent_min_width

@@ -23,17 +23,13 @@ FRAME, HEIGHT, WIDTH = 2, 3, 4  # axes of [B, C, T, H, W]
 class Caches:
     """What each causal convolution has for the frames that follow: a list of tensors, handed from one piece to the next.
 
-    Every convolution takes once a piece, then keeps once. Those of a `Wavefront` come from another rank, which is why a taker
-    says what it awaits: shapes, and a tensor `like` them in type and place.
+    Every convolution takes once a piece, then keeps once. On several ranks a `Wavefront` is in its place.
     """
 
     def __init__(self) -> None:
         self._held: dict[nn.Layer, list[paddle.Tensor]] = {}
 
-    def expect(self, conv: nn.Layer, shapes: Sequence[Sequence[int]], like: paddle.Tensor) -> None:
-        """The convolution will take soon."""
-
-    def take(self, conv: nn.Layer, shapes: Sequence[Sequence[int]], like: paddle.Tensor) -> list[paddle.Tensor] | None:
+    def take(self, conv: nn.Layer) -> list[paddle.Tensor] | None:
         """What the convolution kept of the piece before; None in the first one."""
         return self._held.pop(conv, None)
 
@@ -48,15 +44,18 @@ class Job:
 
     name: as what its bytes are counted.
     run: works on one piece [B, C, T, H, W] with the caches of its clip.
+    caches: of an input's pieces: each causal convolution, in the order of work, with the shapes that it keeps.
     piece_frames: frames of a piece.
     channels, frames_made: of the result; frames_made(frames) for one piece.
     scale_in, scale_out: height of the input and of the result, in rows a latent (8 for pixels, 1 for latents).
     group, degree: the ranks that share the work, the first `degree` (at least 2) of a group; None: this one does all of it.
+    ahead: see `Wavefront`.
     on_done: told, piece by piece, how many frames are done, those of all videos added up.
     """
 
     name: str
     run: Callable[[paddle.Tensor, Caches | Wavefront], paddle.Tensor]
+    caches: Callable[[paddle.Tensor], list[tuple[nn.Layer, list[tuple[int, ...]]]]]
     piece_frames: int
     channels: int
     frames_made: Callable[[int], int]
@@ -64,6 +63,7 @@ class Job:
     scale_out: int
     group: Group | None = None
     degree: int = 1
+    ahead: bool = False
     on_done: Callable[[int], object] | None = None
 
     def result_shape(self, shape: Sequence[int]) -> list[int]:
@@ -100,7 +100,7 @@ def by_pieces(job: Job, x: paddle.Tensor) -> paddle.Tensor:
 def _share_pieces(job: Job, x: paddle.Tensor, bounds: list[tuple[int, int]]) -> list[paddle.Tensor]:
     """The results of all pieces, worked on by turns: piece p by rank p % degree."""
     batch, told, mine = x.shape[0], 0, []
-    wave = Wavefront(job.group, job.degree, len(bounds), paddle_runtime, job.name)
+    wave = Wavefront(job.group, job.degree, len(bounds), job.caches(x), x, job.ahead, paddle_runtime, job.name)
     for number in wave.numbers:
         start, stop = bounds[number]
         wave.begin(number)

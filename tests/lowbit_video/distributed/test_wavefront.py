@@ -19,15 +19,13 @@ PATIENCE = 5  # seconds after which a rank that waits counts as stuck
 def chain(wire, degree, pieces, layers, ahead=False, slow=0.0):
     """[(piece, layer, what it took)] of this rank; each layer hands on two tensors that say who kept them."""
     group, seen = Group(wire, range(wire.size)), []
-    wave = Wavefront(group, degree, pieces, runtime, "chain")
-    delays = random.Random(wire.rank)
     like, shapes = paddle.zeros([1]), [(2, 3), (1,)]
+    wave = Wavefront(group, degree, pieces, [(layer, shapes) for layer in range(layers)], like, ahead, runtime, "chain")
+    delays = random.Random(wire.rank)
     for number in wave.numbers:
         wave.begin(number)
         for layer in range(layers):
-            if ahead:
-                wave.expect(layer, shapes, like)
-            taken = wave.take(layer, shapes, like)
+            taken = wave.take(layer)
             seen.append((number, layer, taken and [t.mean().item() for t in taken]))
             time.sleep(delays.random() * slow)
             wave.keep(layer, [paddle.full(shape, 100.0 * number + layer + 0.5 * i) for i, shape in enumerate(shapes)])
@@ -35,7 +33,7 @@ def chain(wire, degree, pieces, layers, ahead=False, slow=0.0):
     return seen, group.traffic.sent.get("chain", 0)
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["asked when needed", "asked ahead"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["when needed", "ahead"])
 @pytest.mark.parametrize("layers", [1, 2, 9])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_states_arrive_and_nobody_waits_in_a_circle(size, layers, ahead):
@@ -59,18 +57,19 @@ def test_ranks_beyond_the_degree_have_no_pieces():
     assert [sorted({number for number, *_ in seen}) for seen, _ in ranks] == [[0, 2, 4], [1, 3], [], []]
 
 
-def test_ranks_work_at_the_same_time():
+@pytest.mark.parametrize("ahead", [False, True], ids=["when needed", "ahead"])
+def test_ranks_work_at_the_same_time(ahead):
     """12 pieces of 10 layers, each asleep for 10 ms: 4 ranks need 3 pieces and a little, not 12."""
     def work(wire):
         group = Group(wire, range(4))
-        wave = Wavefront(group, 4, 12, runtime, "chain")
         like = paddle.zeros([1])
+        wave = Wavefront(group, 4, 12, [(layer, [(1,)]) for layer in range(10)], like, ahead, runtime, "chain")
         wire.barrier()
         begin = time.perf_counter()
         for number in wave.numbers:
             wave.begin(number)
             for layer in range(10):
-                wave.take(layer, [(1,)], like)
+                wave.take(layer)
                 time.sleep(0.01)
                 wave.keep(layer, [like.clone()])
             wave.end()
@@ -102,3 +101,13 @@ def test_works_that_cannot_be_split_are_balanced():
                                  for rank in range(ranks))
     assert loads(1) == [7560] and loads(2) == [3690, 3870] and loads(4)[-1] < 7560 / 3.7
     assert balanced([1, 1, 1], 2) == [0, 1, 0] and sorted(balanced([5, 5], 3)) == [0, 1]
+
+
+def test_a_layer_out_of_turn_is_refused():
+    def work(wire):
+        wave = Wavefront(Group(wire, [0, 1]), 2, 1, [("one", []), ("two", [])], paddle.zeros([1]), False, runtime, "chain")
+        wave.begin(0)
+        with pytest.raises(AssertionError, match="another order"):
+            wave.take("two")
+
+    run_threads(2, work, PATIENCE)
