@@ -8,6 +8,7 @@ import paddle
 import pytest
 
 from lowbit_video.distributed.group import Group
+from lowbit_video.distributed.wavefront import Wavefront
 from lowbit_video.pipelines.cogvideox import vae as module
 from lowbit_video.pipelines.cogvideox.vae import AutoencoderKLCogVideoX
 from ranks import launch, run_threads
@@ -109,6 +110,15 @@ def test_bytes_of_caches_and_pieces_are_counted(model, way):
         out_channels, in_channels = layer.conv.weight.shape[:2]
         states += 3 * out_channels if module.on_cpu(z) else 2 * in_channels  # of one place, by any resolution
     assert handed_on[1:] == [0, 0] and states * 4 * 24 < rank < states * 4 * 24 * 64
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_caches_come_ahead_where_receiving_does_not_hold_up_the_work(model, monkeypatch, is_cpu):
+    made, init = [], Wavefront.__init__
+    monkeypatch.setattr(module, "on_cpu", lambda x: is_cpu)
+    monkeypatch.setattr(Wavefront, "__init__", lambda self, *given: made.append(given[5]) or init(self, *given))
+    on_ranks(model, decode, latents(5), 2)
+    assert made == [not is_cpu] * 2
 
 
 def test_progress_counts_the_pieces_of_the_others(model):
