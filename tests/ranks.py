@@ -8,11 +8,14 @@ import threading
 
 
 class ThreadWire:
-    """One rank's end of a `Wire` whose ranks are threads of this process; transfers are done when they return."""
+    """One rank's end of a `Wire` whose ranks are threads of this process; transfers are done when they return.
 
-    def __init__(self, rank, boxes, barrier, patience):
+    rendezvous: whether `send` returns only when the other one has taken it.
+    """
+
+    def __init__(self, rank, boxes, barrier, patience, rendezvous):
         self.rank, self.size = rank, len(boxes)
-        self._boxes, self._barrier, self._patience = boxes, barrier, patience
+        self._boxes, self._barrier, self._patience, self._rendezvous = boxes, barrier, patience, rendezvous
 
     def exchange(self, sent, sent_bytes, received, received_bytes):
         begin = 0
@@ -30,10 +33,14 @@ class ThreadWire:
         return Finished()
 
     def send(self, tensor, to):
-        self._put(tensor, to)
+        assert is_whole(tensor), "what is sent must be contiguous and begin where its memory does"
+        taken = self._put(tensor, to)
+        if self._rendezvous and not taken.wait(self._patience):
+            raise TimeoutError(f"rank {to} has not taken what rank {self.rank} sends it")
         return Finished()
 
     def receive(self, tensor, source):
+        assert is_whole(tensor), "what is received must be contiguous and begin where its memory does"
         self._take(tensor, source)
         return Finished()
 
@@ -41,12 +48,19 @@ class ThreadWire:
         self._barrier.wait(self._patience)
 
     def _put(self, tensor, to):
-        self._boxes[to][self.rank].put(tensor.clone())
+        taken = threading.Event()
+        self._boxes[to][self.rank].put((tensor.clone(), taken))
+        return taken
 
     def _take(self, tensor, source):
-        arrived = self._boxes[self.rank][source].get(timeout=self._patience)
+        arrived, taken = self._boxes[self.rank][source].get(timeout=self._patience)
         assert (arrived.shape, arrived.dtype) == (tensor.shape, tensor.dtype), "what is sent is not what is awaited"
         tensor[:] = arrived
+        taken.set()
+
+
+def is_whole(tensor):
+    return tensor.is_contiguous() and tensor.offset == 0
 
 
 class Finished:
@@ -54,7 +68,7 @@ class Finished:
         pass
 
 
-def run_threads(size, work, patience=60):
+def run_threads(size, work, patience=60, rendezvous=False):
     """[work(wire) of each rank]; the first rank's error is raised."""
     boxes = [[queue.Queue() for _ in range(size)] for _ in range(size)]
     barrier = threading.Barrier(size)
@@ -62,7 +76,7 @@ def run_threads(size, work, patience=60):
 
     def one(rank):
         try:
-            results[rank] = work(ThreadWire(rank, boxes, barrier, patience))
+            results[rank] = work(ThreadWire(rank, boxes, barrier, patience, rendezvous))
         except BaseException as error:
             errors.append(error)
             barrier.abort()
@@ -73,7 +87,8 @@ def run_threads(size, work, patience=60):
     for thread in threads:
         thread.join()
     if errors:
-        raise next((e for e in errors if not isinstance(e, (queue.Empty, threading.BrokenBarrierError))), errors[0])
+        late = queue.Empty, TimeoutError, threading.BrokenBarrierError
+        raise next((e for e in errors if not isinstance(e, late)), errors[0])
     for row in boxes:
         assert all(box.empty() for box in row), "something was sent that nobody took"
     return results

@@ -39,3 +39,12 @@ def joint_shares(text_tokens: int, video_tokens: int, size: int) -> tuple[list[i
                          f"has some of both (text {text}, video {video}); use fewer ranks for the sequence "
                          "(--cfg-degree 2 takes half of them)")
     return text, video
+
+
+def balanced(sizes: list[int], ranks: int) -> list[int]:
+    """The rank of each of several works that cannot be split: the largest first, each to the rank that has least to do."""
+    loads, owners = [0] * ranks, [0] * len(sizes)
+    for work in sorted(range(len(sizes)), key=lambda work: -sizes[work]):
+        owners[work] = loads.index(min(loads))
+        loads[owners[work]] += sizes[work]
+    return owners

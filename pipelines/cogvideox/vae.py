@@ -15,24 +15,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from lowbit_video.distributed.group import Group
+from lowbit_video.distributed.wavefront import Wavefront
+
 from ..shared.config import Config, ConfigError, keep_config
 from ..shared.weights import Model
+from .vae_pieces import FRAME, HEIGHT, WIDTH, Caches, Job, by_pieces, by_tiles, pieces_of
 
 NORM_EPS = 1e-6  # of every norm outside the residual blocks; those take it from the config
 LOGVAR_RANGE = (-30.0, 20.0)
 DOWN_BLOCK, UP_BLOCK = "CogVideoXDownBlock3D", "CogVideoXUpBlock3D"  # the only block types that a config may name
-FRAME, HEIGHT, WIDTH = 2, 3, 4  # axes of [B, C, T, H, W]
 # Row p adds up the three taps that, at output phase p of a doubled axis, meet the same one of two pixels.
 UPSAMPLE_FOLDS = ([[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]])
-
-Cache = paddle.Tensor | list[paddle.Tensor]  # of one convolution: frames on a GPU, products of frames on the CPU
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,25 @@ class CausalConv3D(nn.Layer):
         pad = (kernel_size - 1) // 2
         self.conv = nn.Conv3D(in_channels, out_channels, kernel_size, padding=[0, pad, pad])
 
-    def forward(self, x: paddle.Tensor, cache: Cache | None) -> tuple[paddle.Tensor, Cache]:
-        """Returns the output [B, O, T, H, W] and the cache for the frames that follow."""
+    def forward(self, x: paddle.Tensor, caches: Caches | Wavefront) -> paddle.Tensor:
+        """[B, I, T, H, W] -> [B, O, T, H, W]. Its cache: past frames on a GPU, products of past frames on the CPU."""
         if on_cpu(x):
-            return self._by_partial_sums(x, cache)
-        past = cache if cache is not None else repeat_frames(x[:, :, :1], self.kernel_size - 1)
+            return self._by_partial_sums(x, caches)
+        past = caches.take(self)
+        past = past[0] if past else repeat_frames(x[:, :, :1], self.kernel_size - 1)
         x = paddle.concat([past, x], axis=FRAME)
-        return self.conv(x), x[:, :, 1 - self.kernel_size :].clone()
+        caches.keep(self, [x[:, :, 1 - self.kernel_size :].clone()])
+        return self.conv(x)
 
-    def _by_partial_sums(self, x, cache):
+    def cache_shapes(self, x: paddle.Tensor, height: int, width: int) -> list[tuple[int, ...]]:
+        """Of what it keeps of an input of that height and width, of the batch and device of x."""
+        batch, past = x.shape[0], self.kernel_size - 1
+        out_channels, in_channels = self.conv.weight.shape[:2]
+        if on_cpu(x):
+            return [(batch, past - tap, out_channels, height, width) for tap in range(past)]
+        return [(batch, in_channels, past, height, width)]
+
+    def _by_partial_sums(self, x, caches):
         """The same by one 2D convolution; here the cache holds, per tap, the products that coming frames will add up."""
         taps, pad = self.kernel_size, (self.kernel_size - 1) // 2
         batch, _, frames, height, width = x.shape
@@ -122,13 +134,14 @@ class CausalConv3D(nn.Layer):
         weight = self.conv.weight.transpose([2, 0, 1, 3, 4]).reshape([taps * out_channels, in_channels, taps, taps])
         products = F.conv2d(frames_first(x), weight, padding=pad)
         products = [p.reshape([batch, frames, -1, height, width]) for p in paddle.split(products, taps, axis=1)]
-        out, kept = products.pop(), []
+        cache, out, kept = caches.take(self), products.pop(), []
         for tap, product in enumerate(products):  # tap 0 looks farthest back
-            past = cache[tap] if cache is not None else product[:, :1].expand([-1, taps - 1 - tap, -1, -1, -1])
+            past = cache[tap] if cache else product[:, :1].expand([-1, taps - 1 - tap, -1, -1, -1])
             past = paddle.concat([past, product], axis=1)
             out = out + past[:, :frames]
             kept.append(past[:, frames:].clone())
-        return out.transpose([0, 2, 1, 3, 4]) + self.conv.bias.reshape([1, -1, 1, 1, 1]), kept
+        caches.keep(self, kept)
+        return out.transpose([0, 2, 1, 3, 4]) + self.conv.bias.reshape([1, -1, 1, 1, 1])
 
 
 class PointwiseConv(nn.Layer):
@@ -188,13 +201,13 @@ class ResnetBlock3D(nn.Layer):
         self.conv2 = CausalConv3D(out_channels, out_channels)
         self.conv_shortcut = nn.Conv3D(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: paddle.Tensor, latents: paddle.Tensor | None, cache: dict) -> tuple[paddle.Tensor, dict]:
+    def forward(self, x: paddle.Tensor, latents: paddle.Tensor | None, caches: Caches | Wavefront) -> paddle.Tensor:
         condition = (latents,) if self.is_spatial else ()
-        hidden, cache1 = self.conv1(F.silu(self.norm1(x, *condition)), cache.get("conv1"))
-        hidden, cache2 = self.conv2(F.silu(self.norm2(hidden, *condition)), cache.get("conv2"))
+        hidden = self.conv1(F.silu(self.norm1(x, *condition)), caches)
+        hidden = self.conv2(F.silu(self.norm2(hidden, *condition)), caches)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return x + hidden, {"conv1": cache1, "conv2": cache2}
+        return x + hidden
 
 
 class Downsample3D(nn.Layer):
@@ -274,16 +287,16 @@ class Encoder3D(nn.Layer):
         self.norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], epsilon=NORM_EPS)
         self.conv_out = CausalConv3D(channels[-1], 2 * config.latent_channels)
 
-    def forward(self, x: paddle.Tensor, cache: dict | None = None) -> tuple[paddle.Tensor, dict]:
-        cache, kept = cache or {}, {}
-        x, kept["conv_in"] = self.conv_in(x, cache.get("conv_in"))
-        for i, block in enumerate(self.down_blocks):
-            x = _run_resnets(block, x, None, cache, kept, f"down{i}")
+    def forward(self, x: paddle.Tensor, caches: Caches | Wavefront) -> paddle.Tensor:
+        x = self.conv_in(x, caches)
+        for block in self.down_blocks:
+            for layer in block.resnets:
+                x = layer(x, None, caches)
             for sampler in block.downsamplers:
                 x = sampler(x)
-        x = _run_resnets(self.mid_block, x, None, cache, kept, "mid")
-        x, kept["conv_out"] = self.conv_out(F.silu(self.norm_out(x)), cache.get("conv_out"))
-        return x, kept
+        for layer in self.mid_block.resnets:
+            x = layer(x, None, caches)
+        return self.conv_out(F.silu(self.norm_out(x)), caches)
 
 
 class Decoder3D(nn.Layer):
@@ -311,23 +324,29 @@ class Decoder3D(nn.Layer):
         self.norm_out = SpatialNorm3D(channels[-1], latent_channels, config.norm_num_groups)
         self.conv_out = CausalConv3D(channels[-1], config.out_channels)
 
-    def forward(self, latents: paddle.Tensor, cache: dict | None = None) -> tuple[paddle.Tensor, dict]:
-        cache, kept = cache or {}, {}
-        x, kept["conv_in"] = self.conv_in(latents, cache.get("conv_in"))
-        x = _run_resnets(self.mid_block, x, latents, cache, kept, "mid")
-        for i, block in enumerate(self.up_blocks):
-            x = _run_resnets(block, x, latents, cache, kept, f"up{i}")
+    def forward(self, latents: paddle.Tensor, caches: Caches | Wavefront) -> paddle.Tensor:
+        x = self.conv_in(latents, caches)
+        for layer in self.mid_block.resnets:
+            x = layer(x, latents, caches)
+        for block in self.up_blocks:
+            for layer in block.resnets:
+                x = layer(x, latents, caches)
             for sampler in block.upsamplers:
                 x = sampler(x)
-        x, kept["conv_out"] = self.conv_out(F.silu(self.norm_out(x, latents)), cache.get("conv_out"))
-        return x, kept
+        return self.conv_out(F.silu(self.norm_out(x, latents)), caches)
 
 
-def _run_resnets(block, x, latents, cache: dict, kept: dict, name: str) -> paddle.Tensor:
-    for i, resnet in enumerate(block.resnets):
-        key = f"{name}.{i}"
-        x, kept[key] = resnet(x, latents, cache.get(key, {}))
-    return x
+def _caches_of(network: Encoder3D | Decoder3D, x: paddle.Tensor) -> list[tuple[CausalConv3D, list[tuple[int, ...]]]]:
+    """The network's causal convolutions, in the order of work, with the shapes of what each keeps of an input like x."""
+    caches, (height, width) = [], x.shape[HEIGHT:]
+    for layer in network.sublayers():  # registered in that order
+        if isinstance(layer, CausalConv3D):
+            caches.append((layer, layer.cache_shapes(x, height, width)))
+        elif isinstance(layer, Upsample3D):
+            height, width = 2 * height, 2 * width
+        elif isinstance(layer, Downsample3D):
+            height, width = height // 2, width // 2
+    return caches
 
 
 def _temporal_levels(config: Config) -> int:
@@ -358,7 +377,7 @@ def _check_config(config: Config) -> None:
 
 
 class AutoencoderKLCogVideoX(Model):
-    """The whole VAE: `encode`, `decode`, and the switches that bound memory.
+    """The whole VAE: `encode`, `decode`, the switches that bound memory, and the ranks that share the work (`group`).
 
     The arguments are the keys of `vae/config.json`, named and defaulted as in diffusers 0.42.
 
@@ -404,6 +423,10 @@ class AutoencoderKLCogVideoX(Model):
         self.use_slicing = False
         self.use_tiling = False
         self.on_decoded: Callable[[int], object] | None = None  # told how many latent frames each piece of work had
+        # Ranks that call encode and decode together, with the same input, and all get the result; the first `degree` of them
+        # do the work (None: all).
+        self.group: Group | None = None
+        self.degree: int | None = None
         # The model was trained on pieces of 2 latent frames; other sizes work and look worse.
         self.num_latent_frames_batch_size = 2
         self.num_sample_frames_batch_size = 8
@@ -458,10 +481,17 @@ class AutoencoderKLCogVideoX(Model):
 
     def num_decoded_frames(self, latent_frames: int) -> int:
         """How many video frames `decode` makes: an odd first piece keeps its first frame single."""
-        ratio, total = int(self.config.temporal_compression_ratio), 0
-        for start, stop in _pieces(latent_frames, self.num_latent_frames_batch_size):
-            total += ratio * (stop - start - 1) + 1 if (stop - start) % 2 else ratio * (stop - start)
-        return total
+        bounds = pieces_of(latent_frames, self.num_latent_frames_batch_size)
+        return sum(self._decoded_frames(stop - start) for start, stop in bounds)
+
+    def _decoded_frames(self, piece: int) -> int:
+        ratio = int(self.config.temporal_compression_ratio)
+        return ratio * (piece - 1) + 1 if piece % 2 else ratio * piece
+
+    def _encoded_frames(self, piece: int) -> int:
+        for _ in range(_temporal_levels(self.config)):
+            piece = (piece + 1) // 2
+        return piece
 
     @paddle.no_grad()
     def encode(self, x: paddle.Tensor) -> DiagonalGaussian:
@@ -510,78 +540,27 @@ class AutoencoderKLCogVideoX(Model):
         return work(x)
 
     def _encode(self, x):
-        def run(piece, cache):
-            y, cache = self.encoder(piece, cache)
-            return (y if self.quant_conv is None else self.quant_conv(y)), cache
+        def run(piece, caches):
+            y = self.encoder(piece, caches)
+            return y if self.quant_conv is None else self.quant_conv(y)
 
-        ratio = self.spatial_compression_ratio
-        return self._by_tiles(run, x, self.num_sample_frames_batch_size, ratio, 1)
+        job = Job("encode", run, partial(_caches_of, self.encoder), self.num_sample_frames_batch_size,
+                  2 * self.config.latent_channels, self._encoded_frames, self.spatial_compression_ratio, 1)
+        return self._work(job, x)
 
     def _decode(self, z):
-        def run(piece, cache):
-            video, cache = self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), cache)
-            if self.on_decoded is not None:
-                self.on_decoded(piece.shape[0] * piece.shape[FRAME])
-            return video, cache
+        def run(piece, caches):
+            return self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), caches)
 
-        return self._by_tiles(run, z, self.num_latent_frames_batch_size, 1, self.spatial_compression_ratio)
+        job = Job("decode", run, partial(_caches_of, self.decoder), self.num_latent_frames_batch_size,
+                  self.config.out_channels, self._decoded_frames, 1, self.spatial_compression_ratio, on_done=self.on_decoded)
+        return self._work(job, z)
 
-    def _by_tiles(self, run, x, piece_frames: int, scale_in: int, scale_out: int):
-        """Runs `run` over x, by tiles where tiling is on and x is larger than one.
-
-        A tile has `tile_latent_min_height` x `tile_latent_min_width` latents; the scales turn latents into the units of x
-        and of the result (8 for pixels). Tiles lie at a stride of the part that is not shared, and each is faded in over
-        the shared part from the one above and the one on the left.
-        """
+    def _work(self, job: Job, x: paddle.Tensor) -> paddle.Tensor:
+        degree = self.degree or (self.group.size if self.group else 1)
+        if degree > 1:
+            job = replace(job, group=self.group, degree=degree, ahead=not on_cpu(x))
+        if not self.use_tiling:
+            return by_pieces(job, x)
         tile = self.tile_latent_min_height, self.tile_latent_min_width
-        if not self.use_tiling or (x.shape[HEIGHT] <= tile[0] * scale_in and x.shape[WIDTH] <= tile[1] * scale_in):
-            return _by_pieces(run, x, piece_frames)
-        factors = self.tile_overlap_factor_height, self.tile_overlap_factor_width
-        strides = [max(int(size * (1 - factor)), 1) for size, factor in zip(tile, factors)]
-        shared = [(size - stride) * scale_out for size, stride in zip(tile, strides)]
-        above: list = []
-        bands = []
-        for top in range(0, x.shape[HEIGHT], strides[0] * scale_in):
-            row: list = []
-            for column, left in enumerate(range(0, x.shape[WIDTH], strides[1] * scale_in)):
-                part = x[:, :, :, top : top + tile[0] * scale_in, left : left + tile[1] * scale_in]
-                part = _by_pieces(run, part, piece_frames)
-                if above:
-                    part = _blend(above[column], part, shared[0], HEIGHT)
-                if row:
-                    part = _blend(row[-1], part, shared[1], WIDTH)
-                row.append(part)
-            height, width = strides[0] * scale_out, strides[1] * scale_out
-            bands.append(paddle.concat([part[:, :, :, :height, :width] for part in row], axis=WIDTH))
-            above = row
-        return paddle.concat(bands, axis=HEIGHT)
-
-
-def _pieces(frames: int, piece_frames: int) -> list[tuple[int, int]]:
-    """Bounds of pieces of `piece_frames` frames; the first piece also takes the frames left over."""
-    bounds = list(range(frames, -1, -piece_frames))[::-1]
-    bounds[0] = 0
-    return list(zip(bounds, bounds[1:])) or [(0, frames)]
-
-
-def _by_pieces(run, x: paddle.Tensor, piece_frames: int) -> paddle.Tensor:
-    """Runs `run(piece, cache)` over the frames piece by piece."""
-    cache, done = None, []
-    for start, stop in _pieces(x.shape[FRAME], piece_frames):
-        y, cache = run(x[:, :, start:stop], cache)
-        done.append(y)
-    return done[0] if len(done) == 1 else paddle.concat(done, axis=FRAME)
-
-
-def _blend(before: paddle.Tensor, tile: paddle.Tensor, extent: int, axis: int) -> paddle.Tensor:
-    """The tile with its first `extent` rows (or columns) faded in from the last ones of the tile before."""
-    extent = min(before.shape[axis], tile.shape[axis], extent)
-    if extent == 0:
-        return tile
-    shape = [1] * 5
-    shape[axis] = extent
-    fade = paddle.arange(extent, dtype="float32").reshape(shape).astype(tile.dtype) / extent
-    old = paddle.slice(before, [axis], [before.shape[axis] - extent], [before.shape[axis]])
-    new = paddle.slice(tile, [axis], [0], [extent])
-    rest = paddle.slice(tile, [axis], [extent], [tile.shape[axis]])
-    return paddle.concat([old * (1 - fade) + new * fade, rest], axis=axis)
+        return by_tiles(job, x, tile, (self.tile_overlap_factor_height, self.tile_overlap_factor_width))
