@@ -28,10 +28,10 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         description="Time, bytes on the wire and memory of every way to share one video out, best first, from measured figures "
                     f"({MEASURED.name}; docs/parallel.md). Nothing runs.")
     parser.add_argument("--model", default="CogVideoX-2b", help=f"{', '.join(MODELS)}, or a folder (default: %(default)s)")
-    parser.add_argument("--gpus", type=int, help=f"list every split by so many, at most {MAX_GPUS} (default: the best split by "
+    parser.add_argument("--gpus", type=int, help=f"list all splits by so many, at most {MAX_GPUS} (default: the best by "
                         f"each of {', '.join(map(str, COUNTS))})")
-    parser.add_argument("--link", default="nvlink", help="nvlink, pcie4, ib400: between the GPUs of a host; hosts of 8 GPUs are "
-                        "linked by ib400 (default: %(default)s)")
+    parser.add_argument("--link", default="nvlink", help="nvlink, pcie4, ib400: between the GPUs of a host; hosts of 8 "
+                        "are linked by ib400 (default: %(default)s)")
     parser.add_argument("--precision", default="int8+fp8", help="of attention (default: %(default)s)")
     parser.add_argument("--exchange", default="auto", choices=("auto", *EXCHANGES), help="what Q, K and V travel as (default: "
                         "the precision's codes)")
