@@ -16,7 +16,8 @@ class Operand(NamedTuple):
 
     strides: of batch (0 where packed), head and token, in elements of the buffer; the last dimension is contiguous. In V's
     transposed FP8 codes the third is that of a channel. format: of what the buffer holds, by name. scale: float32, one for
-    each `block` rows, or for each row where that is None; for V's codes one for each channel.
+    each `block` rows, or for each row where that is None; for V's codes one for each channel. scale_strides: of the scales of
+    batch and head, where they are not contiguous; the quantisers heed them, the attention kernels want contiguous ones.
     """
 
     buffer: Buffer
@@ -25,6 +26,7 @@ class Operand(NamedTuple):
     format: str
     scale: Buffer | None = None
     block: int | None = None
+    scale_strides: tuple[int, int] | None = None
 
 
 class Sequences(NamedTuple):

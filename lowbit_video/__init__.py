@@ -9,6 +9,8 @@
 Importing this package imports NumPy, but no framework and no Triton, and asks no device.
 """
 from .api import attention, attention_varlen
+from .codes import attention_of_codes, prequantize
+from .engine.codes import AttentionCodes
 from .errors import NonFiniteError, UnsupportedError
 from .hook.apply import apply, remove
 from .hook.frames import declare_attention
@@ -19,5 +21,6 @@ from .quantized import Quantized, dequantize, quantize
 from .warming import warmup
 
 __version__ = "0.1.0"
-__all__ = ["ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "UnsupportedError", "apply",
-           "attention", "attention_varlen", "coverage", "declare_attention", "dequantize", "quantize", "remove", "warmup"]
+__all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized",
+           "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "declare_attention",
+           "dequantize", "prequantize", "quantize", "remove", "warmup"]

@@ -7,6 +7,8 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; SageAttention2 (arXiv 
 """
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..blas_threads import one_blas_thread
@@ -150,19 +152,27 @@ def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: s
     q_mean = quant.token_mean(q) if smooth_q else None
     q_codes, q_scale = quant.quantize_rows(q, q_format, None, q_mean)
     k_codes, k_scale = quant.quantize_rows(k, k_format, block_k, k_mean)
-    if pv_format == "fp8":
-        v_codes, v_scale = quant.quantize_v(v)
-        values, p_format = quant.decode_v(v_codes, v.shape[2]), "fp8"
-    else:
-        values, v_scale, p_format = v, None, half
-    out, lse = attn_fwd(
-        quant.decode(q_codes, q_format), quant.decode(k_codes, k_format), values, scale=scale,
-        q_scale=q_scale, k_scale=quant.expand_scale(k_scale, k.shape[2], block_k),
-        v_scale=v_scale, bias=quant.score_bias(q_mean, k, k_mean) if smooth_q else None, p_format=p_format,
-        causal=causal, block_n=block_n, sum_rounded=sum_rounded, backwards=backwards, line=line)
+    v_codes, v_scale = quant.quantize_v(v) if pv_format == "fp8" else (v, None)
+    bias = quant.score_bias(q_mean, k, k_mean) if smooth_q else None
+    out, lse = attend_codes(q_codes, q_scale, k_codes, k_scale, v_codes, v_scale, q_format=q_format, k_format=k_format,
+                            pv_format=pv_format, block_k=block_k, bias=bias, half=half, scale=scale, causal=causal,
+                            block_n=block_n, sum_rounded=sum_rounded, backwards=backwards, line=line)
     if smooth_k:
         lse += lse_correction(q, k_mean, scale)
     return out, lse
+
+
+def attend_codes(q_codes: np.ndarray, q_scale: np.ndarray, k_codes: np.ndarray, k_scale: np.ndarray, v: np.ndarray,
+                 v_scale: np.ndarray | None, *, q_format: str, k_format: str, pv_format: str, block_k: int | None,
+                 bias: np.ndarray | None, half: str, **how: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(out, LSE) of stored codes and scales, as `quant.reference` makes them; the LSE is not corrected for smoothing.
+
+    v: V's codes where pv_format is "fp8", else its values [B, Hkv, Nkv, D] float32. how: the rest of `attn_fwd`'s arguments.
+    """
+    kv_len = k_codes.shape[2]
+    values, p_format = (quant.decode_v(v, kv_len), "fp8") if pv_format == "fp8" else (v, half)
+    return attn_fwd(quant.decode(q_codes, q_format), quant.decode(k_codes, k_format), values, q_scale=q_scale,
+                    k_scale=quant.expand_scale(k_scale, kv_len, block_k), v_scale=v_scale, bias=bias, p_format=p_format, **how)
 
 
 def lse_correction(q: np.ndarray, k_mean: np.ndarray, scale: float) -> np.ndarray:

@@ -102,13 +102,18 @@ def score_bias(q_mean: np.ndarray, k: np.ndarray, k_mean: np.ndarray | None) -> 
     return np.einsum("bhgd,bhnd->bhgn", q_mean.reshape(b, heads, group, d), k).reshape(b, heads * group, n)
 
 
-def quantize_v(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """V [B, H, N, D] in FP8, one scale per channel [B, H, D].
+def v_scale(v: np.ndarray) -> np.ndarray:
+    """V's scales per channel, [B, H, N, D] -> [B, H, D]: absmax / 448."""
+    return (np.maximum(np.abs(v).max(axis=2), np.float32(MIN_MAGNITUDE)) / np.float32(448.0)).astype(np.float32)
+
+
+def quantize_v(v: np.ndarray, scale: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """V [B, H, N, D] in FP8, one scale per channel [B, H, D], its own or one that is given.
 
     Codes are transposed and permuted, [B, H, D, N padded to 128], the tail zero: within every 16 keys
     position 4t + 2h + e holds key 8h + 2t + e (see PERMUTATION_16).
     """
-    scale = (np.maximum(np.abs(v).max(axis=2), np.float32(MIN_MAGNITUDE)) / np.float32(448.0)).astype(np.float32)
+    scale = v_scale(v) if scale is None else scale
     codes = np.clip(v / scale[:, :, None], -448.0, 448.0).astype(ml_dtypes.float8_e4m3fn)
     b, h, n, d = v.shape
     padded = -(-n // BLOCK_K) * BLOCK_K

@@ -18,26 +18,32 @@ class Traffic:
     """What left this process.
 
     sent: bytes by what they were for ("attention in", "attention out", "statistics", "guidance", "decode", ...).
-    in_16_bit: bytes that the same values would have been at two bytes each.
+    in_16_bit: bytes that the same values would have been at two bytes each. notes: what a reader of the counts should know.
     """
 
     sent: dict[str, int] = field(default_factory=dict)
     in_16_bit: dict[str, int] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
 
     def count(self, purpose: str, sent: int, in_16_bit: int | None = None) -> None:
         """Adds bytes; in_16_bit None: as many as were sent."""
         self.sent[purpose] = self.sent.get(purpose, 0) + sent
         self.in_16_bit[purpose] = self.in_16_bit.get(purpose, 0) + (sent if in_16_bit is None else in_16_bit)
 
+    def note(self, text: str) -> None:
+        """Adds a note; once is enough."""
+        self.notes.add(text)
+
     def clear(self) -> None:
-        """Forgets all counts."""
+        """Forgets all counts and notes."""
         self.sent.clear()
         self.in_16_bit.clear()
+        self.notes.clear()
 
     def as_dict(self) -> dict:
         """The counts as plain values, with their sums."""
         return {"sent": dict(self.sent), "in_16_bit": dict(self.in_16_bit), "sent_total": sum(self.sent.values()),
-                "in_16_bit_total": sum(self.in_16_bit.values())}
+                "in_16_bit_total": sum(self.in_16_bit.values()), "notes": sorted(self.notes)}
 
 
 class Group:

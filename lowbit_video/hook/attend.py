@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from ..engine.options import options_of
+from ..engine.codes import AttentionCodes
+from ..engine.options import AttentionOptions, options_of
 from ..engine.run import run
 from ..runtime.detect import runtime_of
 
@@ -16,6 +17,25 @@ class Attend(Protocol):
 
     def __call__(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                  return_lse: bool = False) -> Any: ...
+
+
+class CodedAttend(Protocol):
+    """An `Attend` that also computes from codes, so that what is done around it can quantise first and send codes."""
+
+    def options(self, is_causal: bool, scale: float | None, return_lse: bool) -> AttentionOptions:
+        """The choices of a call."""
+
+    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False
+                 ) -> tuple[Any, Any]:
+        """(out [N, B, H, D], lse [B, H, N] or None) of `engine.codes.AttentionCodes`."""
+
+
+def coded(attend: Attend) -> CodedAttend | None:
+    """The coded form of an attention: itself, or the processor whose method it is; None where it has none."""
+    for candidate in (attend, getattr(attend, "__self__", None)):
+        if getattr(candidate, "of_codes", None) is not None:
+            return candidate
+    return None
 
 
 def exact_attend(q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..engine.options import options_of
+from ..engine.codes import AttentionCodes
+from ..engine.codes import attend as attend_codes
+from ..engine.options import AttentionOptions, options_of
 from ..engine.run import run
 from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
@@ -61,8 +63,7 @@ class LowBitAttnProcessor(AttnProcessor):
             if dtype not in DTYPES:
                 raise UnsupportedError(f"the tensors have dtype {dtype}; low-bit attention takes {', '.join(DTYPES)}; "
                                        "cast the model, or use fallback='exact'")
-            out, lse, variant = run(q, k, v, options_of(self.precision, "NHD", is_causal, scale, return_lse, self.backend,
-                                                        self.check_finite, self.fallback == "exact"))
+            out, lse, variant = run(q, k, v, self.options(is_causal, scale, return_lse))
         except UnsupportedError as error:
             if self.fallback is None:
                 raise
@@ -70,6 +71,19 @@ class LowBitAttnProcessor(AttnProcessor):
             return exact_attend(q, k, v, is_causal, scale, return_lse)
         self.note(f"{self.precision} ({variant.name})")
         return (out, lse) if return_lse else out
+
+    def options(self, is_causal: bool = False, scale: float | None = None, return_lse: bool = False) -> AttentionOptions:
+        """The choices of a call of this processor."""
+        return options_of(self.precision, "NHD", is_causal, scale, return_lse, self.backend, self.check_finite,
+                          self.fallback == "exact")
+
+    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False
+                 ) -> tuple[Any, Any]:
+        """(out [N, B, H, D], lse [B, H, N] or None) of tensors that are codes already."""
+        out, lse, variant = attend_codes(codes, runtime_of(codes.q.memory), is_causal=is_causal, return_lse=return_lse,
+                                         backend=self.backend, smoothed_lse=smoothed_lse)
+        self.note(f"{codes.options.precision} ({variant.name})")
+        return out, lse
 
     def attend_masked(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
         """No low-bit kernel takes a mask: exact attention if the caller asked for the fallback, else an error."""

@@ -10,6 +10,8 @@ import functools
 
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+MULTIPROCESSOR_COUNT = 16
+"""CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT."""
 POINTER_MEMORY_TYPE, POINTER_DEVICE_ORDINAL = 2, 9
 """CU_POINTER_ATTRIBUTE_MEMORY_TYPE and CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL."""
 MEMORY_TYPE_DEVICE = 2
@@ -46,6 +48,12 @@ def capability(ordinal: int) -> tuple[int, int] | None:
     """Compute capability (major, minor) of a CUDA device by ordinal; None without a driver or such a device."""
     major, minor = _attribute(ordinal, CAPABILITY_MAJOR), _attribute(ordinal, CAPABILITY_MINOR)
     return None if major is None or minor is None else (major, minor)
+
+
+@functools.cache
+def multiprocessors(ordinal: int) -> int | None:
+    """Streaming multiprocessors of a CUDA device; None without a driver or such a device."""
+    return _attribute(ordinal, MULTIPROCESSOR_COUNT)
 
 
 @functools.cache

@@ -54,6 +54,11 @@ def arch(t: paddle.Tensor) -> tuple[int, int] | None:
     return None if is_cpu(t) else cuda_driver.capability(device_index(t))
 
 
+def processors(t: paddle.Tensor) -> int | None:
+    """Multiprocessors of the GPU that holds the tensor; None on a CPU."""
+    return None if is_cpu(t) else cuda_driver.multiprocessors(device_index(t))
+
+
 def device_index(t: paddle.Tensor) -> int:
     """The CUDA ordinal of the device that holds the tensor; -1 on a CPU."""
     place = t.place
@@ -99,6 +104,10 @@ def from_numpy(array: np.ndarray, like: paddle.Tensor, dtype: str) -> paddle.Ten
         return paddle.to_tensor(array.view(np.uint8), place=like.place).view(paddle.float8_e4m3fn)
     tensor = paddle.to_tensor(np.ascontiguousarray(array), place=like.place)
     return tensor if dtype_name(tensor) == dtype else tensor.astype(_DTYPES[dtype])
+
+
+def permute(t: paddle.Tensor, axes: Sequence[int]) -> paddle.Tensor:
+    return t.transpose(list(axes))
 
 
 def view(t: paddle.Tensor, dtype: str) -> paddle.Tensor:

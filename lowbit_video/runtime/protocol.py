@@ -34,6 +34,9 @@ class Runtime(Protocol):
     def arch(self, t: Any) -> tuple[int, int] | None:
         """Compute capability of the GPU that holds it; None on a CPU."""
 
+    def processors(self, t: Any) -> int | None:
+        """Multiprocessors of the GPU that holds it; None on a CPU."""
+
     def stream(self, t: Any) -> int:
         """Raw handle of the framework's current stream on the tensor's device."""
 
@@ -48,6 +51,9 @@ class Runtime(Protocol):
 
     def from_numpy(self, array: np.ndarray, like: Any, dtype: str) -> Any:
         """A tensor of that dtype where `like` is."""
+
+    def permute(self, t: Any, axes: Sequence[int]) -> Any:
+        """The tensor with its dimensions in another order."""
 
     def view(self, t: Any, dtype: str) -> Any:
         """The memory of a contiguous tensor read as another dtype, along its last dimension; no copy."""

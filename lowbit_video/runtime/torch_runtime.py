@@ -49,6 +49,11 @@ def arch(t: torch.Tensor) -> tuple[int, int] | None:
     return capability(t.device.index) if t.is_cuda else None
 
 
+def processors(t: torch.Tensor) -> int | None:
+    """Multiprocessors of the GPU that holds the tensor; None on a CPU."""
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else None
+
+
 @functools.cache
 def capability(index: int) -> tuple[int, int]:
     """Compute capability of the CUDA device of that index."""
@@ -82,6 +87,10 @@ def from_numpy(array: np.ndarray, like: torch.Tensor, dtype: str) -> torch.Tenso
     if array.dtype == ml_dtypes.float8_e4m3fn:
         return torch.from_numpy(array.view(np.uint8)).to(like.device).view(torch.float8_e4m3fn)
     return torch.from_numpy(np.ascontiguousarray(array)).to(device=like.device, dtype=getattr(torch, dtype))
+
+
+def permute(t: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    return t.permute(tuple(axes))
 
 
 def view(t: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -1,0 +1,170 @@
+"""`ring()`: each rank keeps its queries; keys and values go round, one part computed while the next is under way.
+
+Partial results are merged by their log-sum-exp. Where the attention has codes, the codes of K and V go round, made once with
+the mean of all keys, so that every part's scores are smoothed alike and merge as they are.
+Source: Ring Attention (arXiv 2310.01889); point to point, never all of K and V at once.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lowbit_video.kernels.exchange.layout import Layout
+
+from ..engine import codes as engine
+from ..engine.codes import AttentionCodes, Codes
+from ..engine.options import AttentionOptions
+from ..errors import UnsupportedError
+from ..hook.attend import Attend, coded
+from ..runtime.detect import runtime_of
+from ..runtime.protocol import Runtime
+from .exchange import check_exchange, on_the_wire
+from .group import ITEM_SIZES, Group, as_bytes, part_of
+from .statistics import shared_statistics, token_counts
+
+
+def ring(attend: Attend, group: Group, exchange: str = "auto", shares: Sequence[int] | None = None,
+         kv_shares: Sequence[int] | None = None) -> Attend:
+    """Attention of tokens that the ranks of a group share, by sending K and V round.
+
+    attend: what computes one part of the keys; must give an LSE. The rest as `ulysses`; any shares can be codes here.
+    is_causal: only where Q's shares are K's; parts that no query of this rank sees are passed on and not computed.
+    """
+    check_exchange(exchange, "16bit")
+    return Ring(attend, group, exchange, shares, kv_shares)
+
+
+class Ring:
+    """See `ring`."""
+
+    def __init__(self, attend: Attend, group: Group, exchange: str, shares: Sequence[int] | None,
+                 kv_shares: Sequence[int] | None) -> None:
+        self.attend, self.group, self.exchange = attend, group, exchange
+        self.shares, self.kv_shares = shares, shares if kv_shares is None else kv_shares
+        self.inner = coded(attend)
+        if self.inner is None:
+            self.of_codes = None
+
+    def __call__(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None, return_lse: bool = False
+                 ) -> Any:
+        if self.group.size == 1:
+            return self.attend(q, k, v, is_causal, scale, return_lse)
+        runtime = runtime_of(q)
+        counts = self._counts(runtime.shape(q)[1], runtime.shape(k)[1], q, runtime)
+        options = self._options(q, k, v, counts, is_causal, scale, return_lse, runtime)
+        if options is None:
+            return self._by_values(q, k, v, counts, is_causal, scale, return_lse, runtime)
+        found = engine.statistics(q, k, v, options, runtime)
+        if found is not None:
+            found = shared_statistics(found, counts, self.group, self.inner, options, runtime)
+        batch, tokens, heads, _ = runtime.shape(q)
+        kind = engine.kind_of(q, options, runtime)
+        layouts = Layout(kind, batch, heads, tokens, 0), Layout(kind, batch, heads, 0, runtime.shape(k)[1])
+        made = [Codes(engine.encode(q, k, v, found, layout, options, runtime), layout) for layout in layouts]
+        codes = AttentionCodes(*made, engine.v_scale_of(found, options), options, runtime.dtype_name(q))
+        out, lse = self._round(codes, counts, is_causal, return_lse, runtime)
+        out = runtime.contiguous(runtime.permute(out, (1, 0, 2, 3)))
+        return (out, lse) if return_lse else out
+
+    def options(self, is_causal: bool, scale: float | None, return_lse: bool) -> AttentionOptions:
+        """The choices of a call, of the attention within."""
+        return self.inner.options(is_causal, scale, return_lse)
+
+    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False
+                 ) -> tuple[Any, Any]:
+        """(out [N, B, H, D], lse) of this rank's queries and all keys, from codes of this rank's share of both."""
+        runtime = runtime_of(codes.q.memory)
+        if self.group.size == 1:
+            return self.inner.of_codes(codes, is_causal, return_lse, smoothed_lse)
+        counts = self._counts(codes.q.layout.q_len, codes.kv.layout.kv_len, codes.q.memory, runtime)
+        return self._round(codes, counts, is_causal, return_lse, runtime)
+
+    def share_statistics(self, found: Any, q_count: int, kv_count: int, options: AttentionOptions, runtime: Runtime) -> Any:
+        """Statistics of all tokens of this group, from those of this rank's."""
+        counts = self._counts(q_count, kv_count, found, runtime)
+        return shared_statistics(found, counts, self.group, self.inner, options, runtime)
+
+    def _counts(self, q_count: int, kv_count: int, like: Any, runtime: Runtime) -> tuple[list[int], list[int]]:
+        return token_counts((q_count, kv_count), like, self.shares, self.kv_shares, self.group, runtime)
+
+    def _options(self, q, k, v, counts, is_causal, scale, return_lse, runtime: Runtime) -> AttentionOptions | None:
+        """The choices of a call by codes, its scale a number; None where values must travel as they are."""
+        if self.exchange == "16bit" or self.inner is None:
+            return None
+        options = on_the_wire(self.inner.options(is_causal, scale, return_lse), self.exchange)
+        try:
+            reason = engine.why_no_codes(q, k, v, replace(options, return_lse=True), runtime, sum(counts[0]), sum(counts[1]))
+        except UnsupportedError:
+            return None  # the attention itself will say so, or fall back
+        if reason is not None:
+            self.group.traffic.note(f"in 16 bits: {reason}")
+            return None
+        return options.scaled(runtime.shape(q)[-1])
+
+    def _round(self, codes: AttentionCodes, counts, is_causal: bool, return_lse: bool, runtime: Runtime) -> tuple[Any, Any]:
+        layout, memory = codes.kv.layout, codes.kv.memory
+        if codes.kv.begin:
+            memory = runtime.contiguous(memory[codes.kv.begin:])
+        layouts = [Layout(layout.kind, layout.batch, layout.heads, 0, count) for count in counts[1]]
+        values = [2 * 2 * layout.batch * layout.heads * layout.kind.head_dim * count for count in counts[1]]
+
+        def attend(memory: Any, source: int, causal: bool) -> tuple[Any, Any]:
+            part = replace(codes, kv=Codes(memory, layouts[source]))
+            return self.inner.of_codes(part, causal, True, smoothed_lse=not return_lse)
+
+        sizes = [one.size for one in layouts]
+        return self._merge_all(memory, sizes, values, counts, attend, is_causal, codes.dtype, True, runtime)
+
+    def _by_values(self, q, k, v, counts, is_causal, scale, return_lse, runtime: Runtime) -> Any:
+        batch, _, heads, head_dim = runtime.shape(k)
+        dtype = runtime.dtype_name(k)
+        elements = [batch * heads * head_dim * count for count in counts[1]]
+        sizes = [2 * count * ITEM_SIZES[dtype] for count in elements]
+        memory = runtime.concat([as_bytes(runtime.contiguous(x), runtime) for x in (k, v)], 0)
+
+        def attend(memory: Any, source: int, causal: bool) -> tuple[Any, Any]:
+            shape = (batch, counts[1][source], heads, head_dim)
+            keys, values = (part_of(memory, begin, dtype, shape, runtime) for begin in (0, sizes[source] // 2))
+            out, lse = self.attend(q, keys, values, causal, scale, True)
+            return runtime.contiguous(out), lse
+
+        in_16_bit = [2 * 2 * count for count in elements]
+        out, lse = self._merge_all(memory, sizes, in_16_bit, counts, attend, is_causal, dtype, False, runtime)
+        return (out, lse) if return_lse else out
+
+    def _merge_all(self, memory: Any, sizes: list[int], in_16_bit: list[int], counts, attend: Any, is_causal: bool, dtype: str,
+                   tokens_first: bool, runtime: Runtime) -> tuple[Any, Any]:
+        """(out, lse) of this rank's queries over all parts of the keys, as they come round.
+
+        memory: this rank's part, uint8 [bytes]. sizes, in_16_bit: bytes of each rank's part, and as 16-bit values. attend:
+        `attend(memory, source, causal)` of one part.
+        """
+        if is_causal and counts[0] != counts[1]:
+            raise UnsupportedError(f"a causal ring needs keys shared as the queries are; given: queries {counts[0]}, keys "
+                                   f"{counts[1]}; use ulysses, which serves any")
+        size, rank = self.group.size, self.group.rank
+        following, before = (rank + 1) % size, (rank - 1) % size
+        out = lse = None
+        last = rank if is_causal else size - 1  # of the parts that are computed, by their number
+        done = 0
+        for step in range(size):
+            source, coming = (rank - step) % size, (rank - step - 1) % size
+            work = None
+            if step + 1 < size:
+                arriving = runtime.empty((sizes[coming],), "uint8", memory)
+                sent_sizes, received_sizes = [0] * size, [0] * size
+                sent_sizes[following], received_sizes[before] = sizes[source], sizes[coming]
+                work = self.group.exchange(memory, sent_sizes, arriving, received_sizes, "ring", in_16_bit=in_16_bit[source])
+            if not (is_causal and source > rank):
+                part, part_lse = attend(memory, source, is_causal and source == rank)
+                if out is None:
+                    out, lse = part, part_lse
+                else:
+                    out, lse = engine.merge(out, lse, part, part_lse, runtime, tokens_first=tokens_first,
+                                            dtype=dtype if done == last else "float32")
+                done += 1
+            if work is not None:
+                work.wait()
+                memory = arriving
+        return out, lse

@@ -1,0 +1,42 @@
+"""What ranks tell each other before they quantise: how many tokens each has, and statistics of them."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..engine import codes as engine
+from ..engine.options import AttentionOptions
+from ..runtime.protocol import Runtime
+from .group import Group
+
+
+def token_counts(own: tuple[int, int], like: Any, shares: Sequence[int] | None, kv_shares: Sequence[int] | None, group: Group,
+                 runtime: Runtime) -> tuple[list[int], list[int]]:
+    """(tokens of Q, tokens of K and V) of each rank of the group, as told, or as the others say.
+
+    own: this rank's. like: a tensor where the question can travel.
+    Raises ValueError where what was told is not what this rank has.
+    """
+    if shares is None:
+        told = group.all_gather(runtime.from_numpy(np.array(own, np.int32), like, "int32"), runtime, "statistics")
+        rows = [runtime.to_numpy(one).tolist() for one in told]
+        return [row[0] for row in rows], [row[1] for row in rows]
+    for name, count, told in (("shares", own[0], shares), ("kv_shares", own[1], kv_shares)):
+        if len(told) != group.size or told[group.rank] != count:
+            raise ValueError(f"{name} are {list(told)}, and rank {group.rank} of {group.size} was given {count} tokens")
+    return list(shares), list(kv_shares)
+
+
+def shared_statistics(found: Any, counts: tuple[list[int], list[int]], group: Group, inner: Any, options: AttentionOptions,
+                      runtime: Runtime) -> Any:
+    """Statistics of all tokens of a group, and of the groups of the wrappers within, from those of this rank's.
+
+    found: of `engine.codes.statistics`. counts: tokens of each rank. inner: what the group's wrapper wraps.
+    """
+    if group.size > 1:
+        found = engine.combined(group.all_gather(found, runtime, "statistics"), *counts, options, runtime)
+    if hasattr(inner, "share_statistics"):
+        found = inner.share_statistics(found, sum(counts[0]), sum(counts[1]), options, runtime)
+    return found
