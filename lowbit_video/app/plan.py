@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ..distributed.cost.figures import MEASURED, Figures, load_figures
-from ..distributed.cost.formats import EXCHANGES, OUTPUTS
 from ..distributed.cost.models import MODELS, find_model
 from ..distributed.cost.split import MAX_GPUS, Cost, predict, splits, task_of
 from ..distributed.cost.task import Task
+from ..distributed.exchange import EXCHANGES, OUTPUTS
 from ..files import write_json
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -33,7 +33,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--link", default="nvlink", help="nvlink, pcie4, ib400: between the GPUs of a host; hosts of 8 "
                         "are linked by ib400 (default: %(default)s)")
     parser.add_argument("--precision", default="int8+fp8", help="of attention (default: %(default)s)")
-    parser.add_argument("--exchange", default="auto", choices=("auto", *EXCHANGES), help="what Q, K and V travel as (default: "
+    parser.add_argument("--exchange", default="auto", choices=EXCHANGES, help="what Q, K and V travel as (default: "
                         "the precision's codes)")
     parser.add_argument("--output", default="16bit", choices=OUTPUTS, help="what attention's output travels as "
                         "(default: %(default)s)")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {
             "about": {"model": task.model.name, "gpu": figures.gpu.name, "tokens": task.tokens, "size": list(task.size), **same,
-                      "exchange": task.wire.exchange, "framework": task.framework},
+                      "precision": task.precision, "wire": str(task.wire), "framework": task.framework},
             "splits": [as_dict(cost, alone) for cost in costs],
             "refused": [{**asdict(degrees), "reason": reason} for degrees, reason in refused],
             "scaling": [as_dict(cost, alone) for cost in scaling], "measured": compared})
@@ -101,7 +101,7 @@ def heading(task: Task) -> list[str]:
     frames, height, width = task.size
     return [f"{task.model.name}, {frames} frames of {height}x{width}: {task.tokens} tokens, {task.steps} steps with guidance; "
             f"{task.figures.gpu.name}, {task.link}",
-            f"attention {task.precision}; Q, K, V travel as {task.wire.exchange}, the output as {task.output}; the rest as "
+            f"attention {task.precision}; Q, K and V travel as {task.wire}, the output as {task.output}; the rest as "
             f"{task.framework} runs it"]
 
 

@@ -1,21 +1,18 @@
-"""Attention of one layer: waves of tiles over the multiprocessors, a ring's parts, and heads exchanged in pieces."""
+"""Attention of one layer as the wrappers do it: waves of tiles over the multiprocessors, a ring's parts, heads in pieces."""
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowbit_video.kernels.formats import BLOCK_K
 
 from ...precision import as_precision
 from ..mesh import Degrees
+from ..pieces import QUERY_ROWS, head_pieces
 from ..shares import even_shares
 from .task import Share, Task, share_of
 from .wire import Transfers, ring_bytes, ulysses_bytes
-
-MAX_PIECES = 8
-"""The most pieces that heads are exchanged in; the number that is fastest is taken."""
-COPIES = 4
-"""Heads are sorted before an exchange and after it, each time read and written."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,6 @@ class Layer:
 
     attention_ms: float
     exchange_ms: float
-    pieces: int = 1
 
     @property
     def total_ms(self) -> float:
@@ -56,9 +52,12 @@ def call_ms(task: Task, calls: int, q_rows: int, k_rows: int) -> float:
 
 
 def ring_ms(task: Task, degrees: Degrees, share: Share, heads: int) -> tuple[float, float]:
-    """(attention of these heads against all parts, what of their transfers is not hidden); one part: no transfer."""
+    """(attention of these heads against all parts, what of their transfers is not hidden); one part: no transfer.
+
+    Where values travel, each part is quantised when it is there.
+    """
     calls, rows = share.batch * heads, share.part_rows
-    part = (kernel_ms if task.wire.coded and degrees.ranks > degrees.cfg else call_ms)(task, calls, rows, rows)
+    part = (kernel_ms if travels_as_codes(task, degrees) else call_ms)(task, calls, rows, rows)
     if degrees.ring == 1:
         return part, 0.0
     transfer = Transfers(task, degrees).neighbour_ms(ring_bytes(task, share, heads))
@@ -68,44 +67,76 @@ def ring_ms(task: Task, degrees: Degrees, share: Share, heads: int) -> tuple[flo
     return degrees.ring * part + (degrees.ring - 1) * merge, (degrees.ring - 1) * waits
 
 
-def pipelined_ms(computes: Sequence[float], there: float, back: float, hidden_share: float) -> float:
-    """Pieces one after the other: each is sent (`there` ms), computed and sent back, and the wire takes one at a time.
+def travels_as_codes(task: Task, degrees: Degrees) -> bool:
+    """Whether there is an exchange, and codes are exchanged: each rank quantises its own tokens before."""
+    return task.wire.kind is not None and degrees.ulysses * degrees.ring > 1
 
-    The next piece is sent before the last one's result. Of what goes on beside a computation `hidden_share` is gained.
+
+def pieces_of(task: Task, degrees: Degrees, share: Share) -> list[tuple[int, ...]]:
+    """The heads of each rank of a Ulysses group, of each piece, as the wrapper cuts them; values go in one."""
+    heads, dim = task.model.heads, task.model.head_dim
+    if not travels_as_codes(task, degrees):
+        return [tuple(even_shares(heads, degrees.ulysses))]
+    tiles = share.batch * -(-share.part_rows // QUERY_ROWS.get(dim, 128))
+    return [piece.shares for piece in head_pieces(heads, degrees.ulysses, tiles, task.figures.gpu.sms)]
+
+
+class Piece(NamedTuple):
+    """Of a piece of heads, ms: quantisation before it travels, the way in, what joins it, attention, the way back, and what
+    puts it in its place."""
+
+    before: float
+    there: float
+    join: float
+    attend: float
+    back: float
+    place: float
+
+
+def pipelined_ms(pieces: Sequence[Piece], hidden_share: float) -> float:
+    """All pieces: prepared and sent one after the other, then each computed when it is there and sent back; the wire takes one
+    transfer at a time. Of transfers beside attention, all but the first and the last, `hidden_share` is gained.
     """
-    wire = arrived = there
-    done = 0.0
-    for number, compute in enumerate(computes):
-        done = max(done, arrived) + compute
-        if number + 1 < len(computes):
-            wire = arrived = wire + there
-        wire = max(wire, done) + back
-    beside = (len(computes) - 1) * (there + back)
-    return wire + (1 - hidden_share) * min(beside, sum(computes))
+    now = wire = 0.0
+    arrived = []
+    for piece in pieces:
+        now += piece.before
+        wire = max(wire, now) + piece.there
+        arrived.append(wire)
+    came_back = []
+    for piece, arrival in zip(pieces, arrived):
+        now = max(now, arrival) + piece.join + piece.attend
+        wire = max(wire, now) + piece.back
+        came_back.append(wire)
+    for piece, arrival in zip(pieces, came_back):
+        now = max(now, arrival) + piece.place
+    beside = sum(piece.there + piece.back for piece in pieces) - pieces[0].there - pieces[-1].back
+    return now + (1 - hidden_share) * min(beside, sum(piece.attend for piece in pieces))
 
 
 def layer(task: Task, degrees: Degrees) -> Layer:
     """Attention of one layer with its exchange. Raises ValueError where the split cannot be."""
-    share = share_of(task, degrees)
-    u, around = degrees.ulysses, task.figures.around
-    before = statistics = 0.0
-    transfers = Transfers(task, degrees)
-    if task.wire.coded and u * degrees.ring > 1:  # codes travel, so each rank quantises its own tokens first
-        before = quantise_ms(task, share.batch * task.model.heads, 3 * share.rows)
-        statistics = transfers.small_ms("ulysses") if u > 1 else 0.0
-    if u == 1:
+    share, transfers = share_of(task, degrees), Transfers(task, degrees)
+    model, coded = task.model, travels_as_codes(task, degrees)
+    quantise = quantise_ms(task, share.batch * model.heads, 3 * share.rows) if coded else 0.0
+    told = sum(transfers.small_ms(group) for group, size in (("ulysses", degrees.ulysses), ("ring", degrees.ring))
+               if size > 1) if task.wire.statistics and coded else 0.0
+    if degrees.ulysses == 1:
         attention, waits = ring_ms(task, degrees, share, share.heads)
-        return Layer(before + attention, waits)
-    there, back = ulysses_bytes(task, degrees, share.batch)
-    sort = COPIES * (there + back) / around.copy_gb_s / 1e6
-    if task.wire.output == "int8":  # to codes before, and back after
-        sort += 2 * quantise_ms(task, share.batch * task.model.heads, share.rows)
-    best = None
-    for pieces in range(1, min(share.heads, MAX_PIECES) + 1):
-        parts = [ring_ms(task, degrees, share, heads) for heads in even_shares(share.heads, pieces)]
-        total = pipelined_ms([sum(part) for part in parts], transfers.exchange_ms(there / pieces, "ulysses"),
-                             transfers.exchange_ms(back / pieces, "ulysses"), around.hidden_share)
-        if best is None or total < best[0]:
-            best = total, sum(attention for attention, _ in parts), pieces
-    total, attention, pieces = best
-    return Layer(before + attention, statistics + sort + total - attention, pieces)
+        return Layer(quantise + attention, told + waits)
+    copy_ms = lambda count: 2 * count / task.figures.around.copy_gb_s / 1e6  # read and written
+    pieces, attention = [], 0.0
+    for heads in pieces_of(task, degrees, share):
+        there, back = ulysses_bytes(task, degrees, share.batch, [heads])
+        attend, waits = ring_ms(task, degrees, share, max(heads))
+        attention += attend
+        own = task.wire.operand_bytes(share.batch, sum(heads), share.rows)
+        output = quantise_ms(task, share.batch * sum(heads), share.rows) if task.wire.output == "int8" and coded else 0.0
+        pieces.append(Piece(
+            quantise * sum(heads) / model.heads if coded else copy_ms(own),
+            transfers.exchange_ms(there, "ulysses") if coded else 3 * transfers.exchange_ms(there / 3, "ulysses"),
+            copy_ms(task.wire.operand_bytes(share.batch, max(heads), share.part_rows)),
+            attend + waits + output, transfers.exchange_ms(back, "ulysses"),
+            output + copy_ms(task.wire.output_bytes(share.batch, sum(heads), share.rows))))
+    total = told + pipelined_ms(pieces, task.figures.around.hidden_share)
+    return Layer(quantise + attention, total - quantise - attention)

@@ -1,79 +1,62 @@
-"""How many bytes attention's operands and its output are on the wire, scales counted."""
+"""What attention's operands and its output are on the wire, in bytes: by the layouts that the wrappers send, scales counted."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowbit_video.kernels.formats import BLOCK_K
+from lowbit_video.kernels.exchange.layout import Kind, Layout
 
+from ...engine.codes import statistics_of
+from ...engine.options import AttentionOptions
+from ...engine.rows import rows_size
 from ...precision import Precision
+from ..exchange import check_exchange, on_the_wire
 
-EXCHANGES = ("16bit", "int8", "int4")
-"""What Q, K and V travel as: int8 is Q and K, int4 is K alone (Q stays int8); V goes by P.V, FP8 or 16 bit."""
-OUTPUTS = ("16bit", "int8")
-"""What attention's output travels as; int8 has a scale a row."""
-SCALE = 4
-"""Bytes of a float32."""
+ITEM = 2
+"""Bytes of a value that travels as it is."""
 
 
 @dataclass(frozen=True)
 class WireFormat:
     """What travels.
 
-    exchange: of EXCHANGES. output: of OUTPUTS. pv: the precision's, "fp8" or "fp16".
-    Raises ValueError for others.
+    precision: of attention, with K in the format that the exchange names. kind: of the codes; None where values travel in 16
+    bits. statistics: float32 vectors a head that ranks tell each other before they quantise. output: of exchange.OUTPUTS.
     """
 
-    exchange: str
+    precision: Precision
+    head_dim: int
+    kind: Kind | None
+    statistics: int
     output: str
-    pv: str
 
-    def __post_init__(self) -> None:
-        for kind, value, known in (("exchange", self.exchange, EXCHANGES), ("output", self.output, OUTPUTS)):
-            if value not in known:
-                raise ValueError(f"unknown {kind} {value!r}; there are: {', '.join(known)}")
+    def __str__(self) -> str:
+        return "16 bit" if self.kind is None else f"codes of {self.precision}"
 
-    @property
-    def coded(self) -> bool:
-        """Whether Q, K and V are quantised before they travel."""
-        return self.exchange != "16bit"
+    def operand_bytes(self, batch: int, heads: int, rows: int) -> int:
+        """Q, K and V of heads [batch, rows, head_dim], as Ulysses sends them."""
+        if self.kind is None:
+            return 3 * ITEM * batch * heads * rows * self.head_dim
+        return heads * Layout(self.kind, batch, 1, rows, rows, records=True).record
 
-    def query_bytes(self, rows: int, head_dim: int) -> int:
-        """Q of a head: [rows, head_dim]; int8 with a scale a row."""
-        return rows * (head_dim + SCALE) if self.coded else rows * head_dim * 2
+    def ring_bytes(self, batch: int, heads: int, rows: int) -> int:
+        """K and V of heads, as a ring passes them on."""
+        if self.kind is None:
+            return 2 * ITEM * batch * heads * rows * self.head_dim
+        return Layout(self.kind, batch, heads, 0, rows).size
 
-    def key_bytes(self, rows: int, head_dim: int) -> int:
-        """K of a head: int8 with a scale a block of 128 rows, int4 with a scale a row."""
-        if self.exchange == "int8":
-            return rows * head_dim + -(-rows // BLOCK_K) * SCALE
-        return rows * (head_dim // 2 + SCALE) if self.exchange == "int4" else rows * head_dim * 2
-
-    def value_bytes(self, rows: int, head_dim: int) -> int:
-        """V of a head: FP8, whose channel scales all ranks know, or 16 bit."""
-        return rows * head_dim * (1 if self.coded and self.pv == "fp8" else 2)
-
-    def operand_bytes(self, rows: int, head_dim: int) -> int:
-        """Q, K and V of a head."""
-        return sum(part(rows, head_dim) for part in (self.query_bytes, self.key_bytes, self.value_bytes))
-
-    def ring_bytes(self, rows: int, head_dim: int) -> int:
-        """K and V of a head that go round the ring; FP8's channel scales are each part's own and go along."""
-        scales = head_dim * SCALE if self.coded and self.pv == "fp8" else 0
-        return self.key_bytes(rows, head_dim) + self.value_bytes(rows, head_dim) + scales
-
-    def output_bytes(self, rows: int, head_dim: int) -> int:
-        """The output of a head."""
-        return rows * (head_dim + SCALE) if self.output == "int8" else rows * head_dim * 2
+    def output_bytes(self, batch: int, heads: int, rows: int) -> int:
+        """Rows of the output for one rank. Values that came in 16 bits go back so."""
+        if self.output == "int8" and self.kind is not None:
+            return rows_size(rows, batch, heads, self.head_dim)
+        return ITEM * batch * heads * rows * self.head_dim
 
 
-def wire_format(precision: Precision, exchange: str = "auto", output: str = "16bit") -> WireFormat:
-    """The format for a precision; "auto" sends the codes that its kernel takes, or 16 bit where these do not travel.
-
-    Raises ValueError where the codes are not the kernel's.
-    """
-    own = {("int8", "int8"): "int8", ("int8", "int4"): "int4"}.get((precision.q, precision.k), "16bit")
-    if exchange == "auto":
-        exchange = own
-    if exchange in EXCHANGES[1:] and exchange != own:
-        raise ValueError(f"--exchange {exchange} sends codes that {precision} does not compute with; it can have: "
-                         + ", ".join(dict.fromkeys(("16bit", own))))
-    return WireFormat(exchange, output, precision.pv)
+def wire_format(precision: str, head_dim: int, exchange: str = "auto", output: str = "16bit") -> WireFormat:
+    """The format of a precision's exchange. Raises ValueError for one that does not exist, listing those that do."""
+    check_exchange(exchange, output)
+    options = on_the_wire(AttentionOptions(precision), exchange)
+    own = options.precision
+    if own.exact or exchange == "16bit":
+        return WireFormat(own, head_dim, None, 0, output)
+    kind = Kind(head_dim, own.q, own.k, own.pv, own.granularity, "float16", bias=own.smooth_q)
+    return WireFormat(own, head_dim, kind, sum(statistics_of(options)), output)

@@ -65,11 +65,11 @@ def best_vae(task: Task, degrees: Degrees) -> int:
 
 def memory_gib(task: Task, degrees: Degrees, share: Share) -> dict[str, float]:
     """GiB of the busiest GPU by part: all weights are on each, denoising and decoding take turns."""
-    model, dim = task.model, task.model.head_dim
+    model = task.model
     _, height, width = task.size
     working = LIVE * share.batch * share.rows * model.width_of_token * 2
     if degrees.ulysses > 1:  # what is sent and what arrives
-        working += 2 * share.batch * model.heads * task.wire.operand_bytes(share.rows, dim)
+        working += 2 * task.wire.operand_bytes(share.batch, model.heads, share.rows)
     if degrees.ring > 1:  # the part at hand and the next
         working += 2 * ring_bytes(task, share, share.heads)
     decoding = task.figures.video.decode_bytes * height * width

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..mesh import Degrees
-from ..shares import joint_shares
-from .attention import call_ms, layer
+from ..shares import even_shares, joint_shares
+from .attention import call_ms, layer, pieces_of
 from .figures import Figures
 from .models import find_model
 from .rest import best_vae, decode_ms, linear_ms, memory_gib
 from .task import Share, Task, share_of
-from .wire import Transfers, ring_bytes, ulysses_bytes
+from .wire import Transfers, ring_bytes, statistics_bytes, ulysses_bytes
 
 MAX_GPUS = 64
 """The most GPUs that are planned for."""
@@ -53,9 +53,10 @@ def sent_bytes(task: Task, degrees: Degrees, share: Share) -> dict[str, int]:
     """Bytes that the busiest rank sends in one step, by purpose; only what is sent at all."""
     u, r, size, layers = degrees.ulysses, degrees.ring, degrees.ulysses * degrees.ring, task.model.layers
     values = task.video_tokens * task.model.token_values * NOISE_BYTES
-    there, back = ulysses_bytes(task, degrees, share.batch) if u > 1 else (0, 0)
+    there, back = ulysses_bytes(task, degrees, share.batch, pieces_of(task, degrees, share)) if u > 1 else (0, 0)
     rows = max(joint_shares(task.model.text_tokens, task.video_tokens, size)[1]) if size > 1 else 0
     sent = {"attention in": layers * there, "attention out": layers * back,
+            "statistics": layers * statistics_bytes(task, degrees, share.batch),
             "ring": layers * (r - 1) * ring_bytes(task, share, share.heads),
             "output tokens": (size - 1) * share.batch * rows * task.model.token_values * NOISE_BYTES,
             "guidance": values if degrees.cfg == 2 else 0}
@@ -129,7 +130,8 @@ def predict(row: Mapping[str, Any], figures: Figures) -> float:
     if what in ("attention", "ring part"):
         return call_ms(task, share.batch * share.heads, share.part_rows, share.part_rows)
     if what in ("exchange in", "exchange out"):
-        return transfers.exchange_ms(ulysses_bytes(task, degrees, share.batch)[what == "exchange out"], "ulysses")
+        whole = [even_shares(task.model.heads, degrees.ulysses)]
+        return transfers.exchange_ms(ulysses_bytes(task, degrees, share.batch, whole)[what == "exchange out"], "ulysses")
     if what == "ring transfer":
         return transfers.neighbour_ms(ring_bytes(task, share, share.heads))
     if what == "layer":

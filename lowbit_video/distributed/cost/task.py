@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from lowbit_video.kernels.formats import BLOCK_K
 
-from ...precision import as_precision
 from ..mesh import Degrees
 from ..shares import even_shares, joint_shares, token_shares
 from .figures import Figures, Program, load_figures, named
@@ -17,8 +16,8 @@ from .models import Model
 class Task:
     """One video. frames, height, width None: the model's own; framework None: the first of the figures.
 
-    precision: of attention. exchange, output: what travels (`formats`). link, framework: of the figures. text_encoder: whether
-    it stays on the GPU.
+    precision: of attention; an exchange of int8 or int4 puts K into that format. exchange, output: as the wrappers take them.
+    link, framework: of the figures. text_encoder: whether it stays on the GPU.
     Raises ValueError for what there is not, saying what there is.
     """
 
@@ -37,7 +36,10 @@ class Task:
 
     def __post_init__(self) -> None:
         dim, figures = self.model.head_dim, self.figures
-        if dim not in named(figures.pace, self.precision, "measured precision") or dim not in figures.attention:
+        object.__setattr__(self, "precision", str(self.wire.precision))
+        if self.precision not in figures.pace:
+            raise ValueError(f"attention at {self.precision} is not measured; there are: {', '.join(figures.pace)}")
+        if dim not in figures.pace[self.precision] or dim not in figures.attention:
             raise ValueError(f"attention at head dim {dim} ({self.model.name}) is not measured; there are: "
                              + ", ".join(map(str, figures.attention)))
         named(figures.links, self.link, "link")
@@ -47,7 +49,6 @@ class Task:
         if self.steps < 1:
             raise ValueError(f"{self.steps} steps; at least one is needed")
         self.model.video_tokens(*self.size)
-        _ = self.wire
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -69,7 +70,7 @@ class Task:
     @property
     def wire(self) -> WireFormat:
         """What travels."""
-        return wire_format(as_precision(self.precision), self.exchange, self.output)
+        return wire_format(self.precision, self.model.head_dim, self.exchange, self.output)
 
     @property
     def program(self) -> Program:
@@ -98,8 +99,9 @@ def share_of(task: Task, degrees: Degrees) -> Share:
     if size > 1:
         joint_shares(task.model.text_tokens, task.video_tokens, size)
     shares = token_shares(task.tokens, size)
-    if task.wire.coded and size > 1 and size > -(-task.tokens // BLOCK_K):
-        raise ValueError(f"{task.tokens} tokens are fewer blocks of {BLOCK_K} than {size} ranks: codes could not be joined "
-                         "again (--exchange 16bit can be)")
+    kind = task.wire.kind
+    if u > 1 and kind is not None and kind.joins_blocks and size > -(-task.tokens // BLOCK_K):
+        raise ValueError(f"{task.tokens} tokens are fewer blocks of {BLOCK_K} than {size} ranks: only 16 bit can travel then "
+                         "(--exchange 16bit)")
     parts = [sum(shares[begin:begin + u]) for begin in range(0, size, u)]
     return Share(2 // degrees.cfg, max(shares), max(parts), even_shares(task.model.heads, u)[0])

@@ -1,10 +1,11 @@
 """Transfers of a split: who passes to whom, over which link, how many bytes, how long."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..mesh import Degrees
-from ..shares import even_shares, token_shares
+from ..shares import token_shares
 from .figures import Link, named
 from .task import Share, Task
 
@@ -62,21 +63,29 @@ class Transfers:
         return min(links[self.task.link], named(links, BETWEEN_HOSTS, "link"), key=lambda link: link.all_to_all_gb_s)
 
 
-def ulysses_bytes(task: Task, degrees: Degrees, batch: int) -> tuple[int, int]:
+def ulysses_bytes(task: Task, degrees: Degrees, batch: int, pieces: Sequence[Sequence[int]]) -> tuple[int, int]:
     """(Q, K and V that the busiest rank sends to the others of its Ulysses group, the output likewise), a layer.
 
     A rank keeps its own heads' rows, and sends its own rows of the others' heads; the output goes the other way.
+    pieces: the heads of each rank, of each piece.
     """
-    u, heads, dim = degrees.ulysses, task.model.heads, task.model.head_dim
-    rows, own = token_shares(task.tokens, u * degrees.ring), even_shares(heads, u)
+    u, wire = degrees.ulysses, task.wire
+    rows = token_shares(task.tokens, u * degrees.ring)
     there, back = [], []
     for rank, here in enumerate(rows):
-        others = sum(rows[rank // u * u:rank // u * u + u]) - here
-        there.append((heads - own[rank % u]) * task.wire.operand_bytes(here, dim))
-        back.append(own[rank % u] * task.wire.output_bytes(others, dim))
-    return batch * max(there), batch * max(back)
+        first = rank // u * u
+        others = [rows[other] for other in range(first, first + u) if other != rank]
+        there.append(sum(wire.operand_bytes(batch, sum(heads) - heads[rank - first], here) for heads in pieces))
+        back.append(sum(wire.output_bytes(batch, heads[rank - first], count) for heads in pieces for count in others))
+    return max(there), max(back)
 
 
 def ring_bytes(task: Task, share: Share, heads: int) -> int:
     """K and V of so many heads that a rank passes on once."""
-    return share.batch * heads * task.wire.ring_bytes(share.part_rows, task.model.head_dim)
+    return task.wire.ring_bytes(share.batch, heads, share.part_rows)
+
+
+def statistics_bytes(task: Task, degrees: Degrees, batch: int) -> int:
+    """What a rank tells the others of its Ulysses group and of its ring before it quantises, a layer."""
+    each = task.wire.statistics * batch * task.model.heads * task.model.head_dim * 4
+    return each * (degrees.ulysses - 1 + degrees.ring - 1)

@@ -36,7 +36,7 @@ def test_splits_are_listed_best_first(capsys):
     for row in rows:
         assert int(row["cfg"]) * int(row["ulysses"]) * int(row["ring"]) == 8
         assert float(row["efficiency"].rstrip("%")) == pytest.approx(100 * float(row["speed-up"]) / 8, abs=1)
-    assert "17776 tokens" in lines[0] and "travel as int8" in lines[1]
+    assert "17776 tokens" in lines[0] and "travel as codes of int8+fp8" in lines[1]
 
 
 def test_without_a_number_the_best_of_each_is_listed(capsys):
@@ -80,7 +80,7 @@ def test_everything_is_written_as_json(tmp_path, capsys):
         assert split["step_ms"] == pytest.approx(sum(split["step"].values()))
         assert split["sent_bytes"] == sum(split["sent"].values()) and split["gpus"] == 4
     assert [split["gpus"] for split in written["scaling"]] == list(plan.COUNTS)
-    assert written["about"]["tokens"] == 17776 and written["about"]["exchange"] == "int8"
+    assert written["about"]["tokens"] == 17776 and written["about"]["wire"] == "codes of int8+fp8"
 
 
 def test_measured_rows_stand_beside_what_is_modelled(tmp_path, capsys):
@@ -97,8 +97,9 @@ def test_measured_rows_stand_beside_what_is_modelled(tmp_path, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--model", "CogVideoX-9b"], "unknown model 'CogVideoX-9b'; there are: CogVideoX-2b, CogVideoX-5b, CogVideoX-1.5-5b"),
     (["--link", "rope"], "unknown link 'rope'; there are: nvlink, pcie4, ib400"), (["--gpus", "65"], "65 GPUs; from 1 to 64"),
-    (["--gpus", "0"], "0 GPUs"), (["--precision", "int9"], "unknown measured precision 'int9'; there are: int8+fp8"),
-    (["--exchange", "int4"], "--exchange int4"), (["--framework", "jax"], "there are: torch"), (["--steps", "0"], "0 steps"),
+    (["--gpus", "0"], "0 GPUs"), (["--precision", "int9"], "unknown precision 'int9'; there are: fp16"),
+    (["--exchange", "int4"],
+     "attention at int8/int4+fp8 is not measured; there are: int8+fp8"), (["--framework", "jax"], "there are: torch"), (["--steps", "0"], "0 steps"),
     (["--height", "100"], "multiples of 16"), (["--measured", "none.json"], "no such file: none.json"),
     (["--plot", "plan.jpg"], "ends in .png")])
 def test_mistakes_are_one_line(argv, words, capsys):

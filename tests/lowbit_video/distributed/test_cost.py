@@ -4,6 +4,8 @@ import pathlib
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
+import paddle
 import pytest
 
 from lowbit_video.distributed.cost import attention, rest
@@ -14,7 +16,11 @@ from lowbit_video.distributed.cost.split import cost_of, predict, sent_bytes, sp
 from lowbit_video.distributed.cost.task import Task, share_of
 from lowbit_video.distributed.cost.wire import Transfers, groups, ring_bytes, ulysses_bytes
 from lowbit_video.distributed.mesh import Degrees, Mesh
-from lowbit_video.precision import as_precision
+from lowbit_video.distributed.ring import ring
+from lowbit_video.distributed.shares import even_shares, token_shares
+from lowbit_video.distributed.ulysses import ulysses
+from lowbit_video.hook.processors import LowBitAttnProcessor
+from ranks import run_threads
 
 ROOT = pathlib.Path(__file__).parents[3]
 SMALL = ROOT / "examples" / "small_cogvideox" / "model"
@@ -84,8 +90,9 @@ def test_time_of_the_kernel_is_its_waves():
     assert attention.quantise_ms(task(), 60, 3 * 17776) == pytest.approx(9.6 / 30, rel=0.01)
 
 
-def test_uneven_heads_cost_what_the_most_of_them_cost():
-    """30 on 4 is as slow as 32 on 4 and slower than 28; on 8 ranks 4 heads are the most."""
+def test_uneven_heads_cost_what_the_most_of_them_cost(monkeypatch):
+    """30 on 4 is as slow as 32 on 4 and slower than 28."""
+    monkeypatch.setattr(attention, "head_pieces", lambda heads, size, *_: [SimpleNamespace(shares=even_shares(heads, size))])
     layers = {heads: attention.layer(Task(replace(MODELS["CogVideoX-2b"], heads=heads), FIGURES), Degrees(ulysses=4))
               for heads in (28, 30, 32)}
     quantised = [attention.quantise_ms(task(), 2 * heads, 3 * 4480) for heads in (30, 32)]
@@ -97,9 +104,40 @@ def test_uneven_heads_cost_what_the_most_of_them_cost():
 
 
 @pytest.mark.parametrize("computes, there, back, hidden, wanted", [
-    ([4], 1, 1, 1, 6), ([4, 4], 1, 1, 1, 10), ([1, 1], 3, 1, 1, 8), ([1, 1], 3, 1, 0.5, 9), ([4, 4], 1, 1, 0.5, 11)])
+    ([4], 1, 1, 1, 6), ([4, 4], 1, 1, 1, 10), ([1, 1], 3, 1, 1, 8), ([1, 1], 3, 1, 0.5, 9), ([4, 4], 1, 1, 0.5, 11),
+    ([1, 1], 1, 4, 1, 10)])
 def test_pieces_overlap_but_for_the_first_and_last(computes, there, back, hidden, wanted):
-    assert attention.pipelined_ms(computes, there, back, hidden) == pytest.approx(wanted)
+    pieces = [attention.Piece(0, there, 0, compute, back, 0) for compute in computes]
+    assert attention.pipelined_ms(pieces, hidden) == pytest.approx(wanted)
+
+
+def test_what_is_prepared_joined_and_placed_takes_time_of_its_own():
+    """Second's preparation (2) goes on while the first travels (1); joins and places are in line with attention."""
+    piece = attention.Piece(before=2, there=1, join=0.5, attend=10, back=1, place=0.25)
+    assert attention.pipelined_ms([piece], 1) == pytest.approx(14.75)
+    assert attention.pipelined_ms([piece, piece], 1) == pytest.approx(2 + 2 + 2 * 10.5 + 1 + 0.25)
+
+
+def test_a_layer_by_heads_is_its_pieces(monkeypatch):
+    """Every term of it, with one piece that nothing hides."""
+    monkeypatch.setattr(attention, "head_pieces", lambda *_: [SimpleNamespace(shares=(15, 15))])
+    links, around, copy = FIGURES.links["nvlink"], FIGURES.around, 2 / FIGURES.around.copy_gb_s / 1e6
+    usual, wire = task(), task().wire
+    there, back = 15 * wire.operand_bytes(2, 1, 8960), 2 * 15 * 8960 * 128
+    ways = 2 * links.all_to_all_us / 1e3 + (there + back) / links.all_to_all_gb_s / 1e6
+    quantised = 60 * 3 * 8960 * 64 * around.quantise_ps / 1e9
+    kernel = attention.kernel_ms(usual, 30, 17776, 17776)
+    wanted = quantised + links.small_us / 1e3 + ways + kernel + copy * (wire.operand_bytes(2, 15, 17776) + 2 * 30 * 8960 * 128)
+    got = attention.layer(usual, Degrees(ulysses=2))
+    assert got.total_ms == pytest.approx(wanted) and got.attention_ms == pytest.approx(quantised + kernel)
+    coded = attention.layer(task(output="int8"), Degrees(ulysses=2)).total_ms
+    fewer = 2 * 15 * 8960 * (128 - 68) / links.all_to_all_gb_s / 1e6 + copy * 2 * 30 * 8960 * (128 - 68)
+    assert coded == pytest.approx(wanted - fewer + 2 * quantised / 3, rel=1e-4)
+    values = 2 * 15 * 8960 * 128
+    plain = attention.layer(task(exchange="16bit"), Degrees(ulysses=2)).total_ms
+    assert plain == pytest.approx(
+        4 * links.all_to_all_us / 1e3 + 4 * values / links.all_to_all_gb_s / 1e6 + attention.call_ms(usual, 30, 17776, 17776)
+        + copy * (4 * 2 * 30 * 8960 * 128 + 3 * 2 * 15 * 17776 * 128))
 
 
 def test_a_ring_waits_only_for_what_takes_longer_than_attention():
@@ -114,12 +152,21 @@ def test_a_ring_waits_only_for_what_takes_longer_than_attention():
     transfer = Transfers(slow, degrees).neighbour_ms(ring_bytes(slow, share, 30))
     assert attention.ring_ms(slow, degrees, share, 30) == (
         fast, pytest.approx(transfer - part + (1 - FIGURES.around.hidden_share) * part))
+    whole = attention.layer(task(), degrees)
+    assert whole.attention_ms == pytest.approx(attention.quantise_ms(task(), 60, 3 * 8960) + fast)
+    assert whole.exchange_ms == pytest.approx(FIGURES.links["nvlink"].small_us / 1e3 + waits)
 
 
-def test_in_16_bit_each_part_of_a_ring_is_quantised_anew():
+def test_where_values_travel_each_part_of_a_ring_is_quantised_when_it_is_there():
     degrees = Degrees(ring=2)
     coded, plain = (attention.ring_ms(t, degrees, share_of(t, degrees), 30)[0] for t in (task(), task(exchange="16bit")))
     assert plain - coded == pytest.approx(2 * attention.quantise_ms(task(), 60, 3 * 8960))
+
+
+def test_guidance_alone_exchanges_nothing_in_a_layer():
+    """And quantises as on one GPU."""
+    layer = attention.layer(task(), Degrees(cfg=2))
+    assert layer.exchange_ms == 0 and layer.attention_ms == attention.call_ms(task(), 30, 17776, 17776)
 
 
 # --- Bytes
@@ -127,44 +174,71 @@ def test_in_16_bit_each_part_of_a_ring_is_quantised_anew():
 
 @pytest.mark.parametrize("precision, exchange, q, k, v", [
     ("int8+fp8", "auto", 512 * 68, 512 * 64 + 4 * 4, 512 * 64), ("int8+fp16", "int8", 512 * 68, 512 * 64 + 4 * 4, 512 * 128),
-    ("int8/int4+fp16", "auto", 512 * 68, 512 * 36, 512 * 128), ("int8+fp8", "16bit", 512 * 128, 512 * 128, 512 * 128),
+    ("int8+fp16", "int4", 512 * 68, 512 * 36, 512 * 128), ("int8+fp8", "16bit", 512 * 128, 512 * 128, 512 * 128),
     ("exact", "auto", 512 * 128, 512 * 128, 512 * 128)])
-def test_bytes_of_a_head_by_hand(precision, exchange, q, k, v):
-    wire = wire_format(as_precision(precision), exchange)
-    assert [wire.query_bytes(512, 64), wire.key_bytes(512, 64), wire.value_bytes(512, 64)] == [q, k, v]
-    assert wire.operand_bytes(512, 64) == q + k + v and wire.output_bytes(512, 64) == 512 * 128
-    assert wire.ring_bytes(512, 64) == k + v + (256 if v == 512 * 64 else 0)
-
-
-def test_a_block_of_keys_that_is_not_full_has_a_scale_too():
-    assert wire_format(as_precision("int8+fp8")).key_bytes(129, 64) == 129 * 64 + 8
+def test_bytes_of_heads_by_hand(precision, exchange, q, k, v):
+    """Of 32 samples, so that no part but its own bytes fill whole lines of 128."""
+    wire = wire_format(precision, 64, exchange)
+    assert wire.operand_bytes(32, 3, 512) == 3 * 32 * (q + k + v)
+    assert wire.ring_bytes(32, 3, 512) == 3 * 32 * (k + v)
+    assert wire.output_bytes(32, 3, 512) == 3 * 32 * 512 * 128
+    output = wire_format(precision, 64, exchange, "int8").output_bytes(32, 3, 512)
+    assert output == 3 * 32 * 512 * (68 if exchange != "16bit" and precision != "exact" else 128)
 
 
 def test_bytes_of_a_small_step_by_hand():
     """4 heads, 896 tokens as 512 and 384: each rank sends its rows of the other's two heads, of both halves of guidance."""
     small = task("tiny")
     assert small.tokens == 896
-    there, back = ulysses_bytes(small, Degrees(ulysses=2), 2)
-    assert there == 2 * 2 * (512 * 68 + 512 * 64 + 16 + 512 * 64) == 401472
+    there, back = ulysses_bytes(small, Degrees(ulysses=2), 2, [(2, 2)])
+    assert there == 2 * (2 * (512 * 68 + 512 * 64 + 512 * 64) + 128) == 401664  # K's 2 x 4 scales fill a line of 128 bytes
     assert back == 2 * 2 * 512 * 128 == 262144  # rank 1 computed rank 0's 512 rows
     degrees = Degrees(ulysses=2)
+    told = 2 * 2 * 4 * 64 * 4  # K's mean and V's scales
     assert sent_bytes(small, degrees, share_of(small, degrees)) == {
-        "attention in": 3 * 401472, "attention out": 3 * 262144, "output tokens": 2 * (512 - 16) * 64 * 2}
+        "attention in": 3 * there, "attention out": 3 * back, "statistics": 3 * told, "output tokens": 2 * (512 - 16) * 64 * 2}
     degrees = Degrees(cfg=2, ring=2)
     assert sent_bytes(small, degrees, share_of(small, degrees)) == {
-        "ring": 3 * 4 * (512 * 64 + 16 + 512 * 64 + 256), "output tokens": 496 * 64 * 2, "guidance": 864 * 64 * 2}
+        "statistics": 3 * told / 2, "ring": 3 * (4 * (512 * 64 + 512 * 64) + 128), "output tokens": 496 * 64 * 2,
+        "guidance": 864 * 64 * 2}
     assert sent_bytes(small, Degrees(), share_of(small, Degrees())) == {}
 
 
 def test_a_rank_with_fewer_heads_sends_more():
     """30 heads on 4, 17776 tokens: rank 2 has 7 heads and 4480 rows."""
-    per_head = 4480 * 68 + 4480 * 64 + 35 * 4 + 4480 * 64
-    assert ulysses_bytes(task(), Degrees(ulysses=4), 1) == (23 * per_head, 8 * (17776 - 4480) * 128)
+    plain = task(exchange="16bit")
+    there, back = ulysses_bytes(plain, Degrees(ulysses=4), 1, [(8, 8, 7, 7)])
+    assert (there, back) == (23 * 3 * 4480 * 128, 8 * (17776 - 4480) * 128)
+    assert ulysses_bytes(plain, Degrees(ulysses=4), 1, [(1, 1, 0, 0), (7, 7, 7, 7)]) == (there, back)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(ulysses=2), Degrees(ring=2), Degrees(ulysses=2, ring=2)], ids=str)
+@pytest.mark.parametrize("precision, exchange, output", [
+    ("int8+fp8", "auto", "16bit"), ("int8+fp16", "int8", "int8"), ("int8+fp16", "int4", "16bit"),
+    ("int4+fp16", "auto", "16bit"), ("int8+fp8", "16bit", "16bit")])
+def test_bytes_are_those_that_the_wrappers_send(degrees, precision, exchange, output):
+    small = Task(TINY, FIGURES, precision, exchange, output)
+    share = share_of(small, degrees)
+    sent = {purpose: count // TINY.layers for purpose, count in sent_bytes(small, degrees, share).items()}
+    rows = token_shares(small.tokens, degrees.ranks)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, small.tokens, TINY.heads, 64)).astype(np.float16)
+
+    def work(wire):
+        mesh = Mesh(wire, degrees)
+        begin = sum(rows[:wire.rank])
+        own = [paddle.to_tensor(x[:, begin:begin + rows[wire.rank]]) for x in (q, k, v)]
+        attend = LowBitAttnProcessor(precision).attend
+        ulysses(ring(attend, mesh.ring, exchange), mesh.ulysses, exchange, output)(*own)
+        return mesh.traffic.sent
+
+    counted = run_threads(degrees.ranks, work)
+    for purpose in ("attention in", "attention out", "ring"):
+        assert max(one.get(purpose, 0) for one in counted) == pytest.approx(sent.get(purpose, 0), rel=1e-3), purpose
 
 
 @pytest.mark.parametrize("output, most", [("16bit", 0.64), ("int8", 0.52)])
 def test_codes_are_that_much_of_16_bit(output, most):
-    sent = [sum(ulysses_bytes(task(exchange=exchange, output=out), Degrees(ulysses=2), 2))
+    sent = [sum(ulysses_bytes(task(exchange=exchange, output=out), Degrees(ulysses=2), 2, [(15, 15)]))
             for exchange, out in (("int8", output), ("16bit", "16bit"))]
     assert 0.95 * most < sent[0] / sent[1] <= most
 
@@ -199,6 +273,32 @@ def test_only_what_leaves_a_host_takes_the_slow_link():
     assert Transfers(task(link="pcie4"), Degrees(ulysses=16)).exchange_ms(150e6, "ulysses") == pytest.approx(
         links["pcie4"].all_to_all_us / 1e3 + 80 / links["pcie4"].all_to_all_gb_s)
     assert Transfers(task(), Degrees(ring=16)).neighbour_ms(1e6) > Transfers(task(), Degrees(ring=8)).neighbour_ms(1e6)
+
+
+# --- A step
+
+
+def test_products_are_whole_waves_of_tiles():
+    """35552 x 1920: 278 x 15 tiles are 32 waves of 132; each tile 128 x 128 x 1920."""
+    one = rest.product_ms(task(), 35552, 1920, 1920)
+    assert one == pytest.approx(32 * 132 * 128 * 128 * 1920 * 2 / task().program.matrix_tflops / 1e9)
+    assert rest.product_ms(task(), 128, 1920, 1920) == rest.product_ms(task(), 8 * 128, 1920, 1920)  # 15 and 120 tiles
+    rate = task().program.elementwise_ps
+    wanted = 4 * one + rest.product_ms(task(), 35552, 7680, 1920) + rest.product_ms(task(), 35552, 1920, 7680)
+    assert rest.linear_ms(task(), share_of(task(), Degrees())) == pytest.approx(wanted + 35552 * 1920 * rate / 1e9)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    degrees, usual = Degrees(cfg=2, ulysses=2), task()
+    cost, share, layer = cost_of(usual, degrees), share_of(usual, degrees), attention.layer(usual, degrees)
+    link = FIGURES.links["nvlink"]
+    ms = lambda count: link.all_to_all_us / 1e3 + count / link.all_to_all_gb_s / 1e6
+    assert cost.step["linear"] == pytest.approx(30 * rest.linear_ms(usual, share) + usual.program.step_ms)
+    assert cost.step["attention"] == pytest.approx(30 * layer.attention_ms)
+    assert cost.step["exchange"] == pytest.approx(30 * layer.exchange_ms + ms(cost.sent["output tokens"]))
+    assert cost.step["guidance"] == pytest.approx(ms(17550 * 64 * 2)) and cost.step["host"] == 0
+    assert cost.sent["output tokens"] == (8960 - 113) * 64 * 2
+    assert cost.step_ms == pytest.approx(sum(cost.step.values())) and cost.sent_bytes == sum(cost.sent.values())
 
 
 # --- Decoding, memory, sizes
@@ -247,6 +347,10 @@ def test_weights_are_on_every_gpu_and_the_rest_is_shared():
     assert len({cost.memory["transformer"] for cost in costs}) == 1
     assert costs[0].memory["working"] == pytest.approx(rest.LIVE * 2 * 45106 * 3072 * 2 / GIB)
     assert costs[0].memory["working"] > costs[1].memory["working"] > costs[2].memory["working"]
+    block = rest.LIVE * 2 * 22656 * 3072 * 2
+    assert costs[1].memory["working"] * GIB == pytest.approx(block + 2 * large.wire.operand_bytes(2, 48, 22656))
+    around = cost_of(large, Degrees(ring=2)).memory["working"] * GIB
+    assert around == pytest.approx(block + 2 * large.wire.ring_bytes(2, 48, 22656))
     decoding = cost_of(whole, Degrees(ulysses=4))  # the peak, if it is larger
     assert decoding.memory["working"] == pytest.approx(FIGURES.video.decode_bytes * 768 * 1360 / GIB)
     assert cost_of(replace(whole, text_encoder=False), Degrees(ulysses=4)).memory_gib == pytest.approx(
@@ -312,10 +416,10 @@ def test_a_video_is_its_steps_and_what_surrounds_them():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(link="carrier pigeon"), "unknown link 'carrier pigeon'; there are: nvlink, pcie4, ib400"),
-    (dict(precision="int8+fp9"), "unknown measured precision"), (dict(steps=0), "0 steps"),
+    (dict(precision="int8+fp9"), "unknown precision 'int8\\+fp9'"), (dict(steps=0), "0 steps"),
     (dict(height=481), "multiples of 16"), (dict(frames=0), "at least one frame"),
-    (dict(exchange="int4"), "--exchange int4 sends codes that int8\\+fp8 does not compute with; it can have: 16bit, int8"),
-    (dict(precision="exact", exchange="int8"), "it can have: 16bit$"), (dict(output="int4"), "unknown output 'int4'"),
+    (dict(exchange="int4"), "attention at int8/int4\\+fp8 is not measured; there are: int8\\+fp8, "),
+    (dict(precision="int2+fp8"), "attention at int2\\+fp8 is not measured"), (dict(output="int4"), "unknown output 'int4'"),
     (dict(exchange="fax"), "unknown exchange 'fax'"), (dict(framework="jax"), "unknown measured framework 'jax'")])
 def test_a_task_that_cannot_be_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
