@@ -54,6 +54,7 @@ def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping
     times.set_yticks(ticks := _ticks(min(*steps, alone / gpus[-1]), alone), [f"{tick:g}" for tick in ticks])
     shares.set_ylabel("efficiency of a step, % (beside: cfg·ulysses·ring)")
     shares.set_ylim(0, 112)
+    shares.set_xlim(0.8, 2 * gpus[-1])  # room for the last label
     for axis in (times, shares):
         axis.set_xscale("log", base=2)
         shown = [count for count in gpus if count & (count - 1) == 0]

@@ -57,7 +57,7 @@ def ring_ms(task: Task, degrees: Degrees, share: Share, heads: int) -> tuple[flo
     Where values travel, each part is quantised when it is there.
     """
     calls, rows = share.batch * heads, share.part_rows
-    part = (kernel_ms if travels_as_codes(task, degrees) else call_ms)(task, calls, rows, rows)
+    part = (call_ms if task.wire.kind is None else kernel_ms)(task, calls, rows, rows)
     if degrees.ring == 1:
         return part, 0.0
     transfer = Transfers(task, degrees).neighbour_ms(ring_bytes(task, share, heads))
@@ -67,15 +67,10 @@ def ring_ms(task: Task, degrees: Degrees, share: Share, heads: int) -> tuple[flo
     return degrees.ring * part + (degrees.ring - 1) * merge, (degrees.ring - 1) * waits
 
 
-def travels_as_codes(task: Task, degrees: Degrees) -> bool:
-    """Whether there is an exchange, and codes are exchanged: each rank quantises its own tokens before."""
-    return task.wire.kind is not None and degrees.ulysses * degrees.ring > 1
-
-
 def pieces_of(task: Task, degrees: Degrees, share: Share) -> list[tuple[int, ...]]:
     """The heads of each rank of a Ulysses group, of each piece, as the wrapper cuts them; values go in one."""
     heads, dim = task.model.heads, task.model.head_dim
-    if not travels_as_codes(task, degrees):
+    if task.wire.kind is None:
         return [tuple(even_shares(heads, degrees.ulysses))]
     tiles = share.batch * -(-share.part_rows // QUERY_ROWS.get(dim, 128))
     return [piece.shares for piece in head_pieces(heads, degrees.ulysses, tiles, task.figures.gpu.sms)]
@@ -117,7 +112,7 @@ def pipelined_ms(pieces: Sequence[Piece], hidden_share: float) -> float:
 def layer(task: Task, degrees: Degrees) -> Layer:
     """Attention of one layer with its exchange. Raises ValueError where the split cannot be."""
     share, transfers = share_of(task, degrees), Transfers(task, degrees)
-    model, coded = task.model, travels_as_codes(task, degrees)
+    model, coded = task.model, task.wire.kind is not None  # then each rank quantises its own tokens first
     quantise = quantise_ms(task, share.batch * model.heads, 3 * share.rows) if coded else 0.0
     told = sum(transfers.small_ms(group) for group, size in (("ulysses", degrees.ulysses), ("ring", degrees.ring))
                if size > 1) if task.wire.statistics and coded else 0.0

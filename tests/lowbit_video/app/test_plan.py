@@ -76,7 +76,12 @@ def test_everything_is_written_as_json(tmp_path, capsys):
     rows = rows_of(lines_of(capsys, "--gpus", "4", "--json", str(path)))
     written = json.loads(path.read_text())
     assert [round(split["step_ms"], 1) for split in written["splits"]] == [float(row["step ms"]) for row in rows]
-    for split in written["splits"]:
+    alone = rows_of(lines_of(capsys, "--gpus", "1"))[0]
+    for split, row in zip(written["splits"], rows):
+        assert float(row["speed-up"]) == pytest.approx(float(alone["step ms"]) / float(row["step ms"]), rel=0.01)
+        assert float(row["speed-up"]) == pytest.approx(split["speed_up"], abs=0.01)
+        assert float(row["MB sent"]) == pytest.approx(split["sent_bytes"] / 1e6, abs=0.6)
+        assert float(row["GiB a GPU"]) == pytest.approx(split["memory_gib"], abs=0.06)
         assert split["step_ms"] == pytest.approx(sum(split["step"].values()))
         assert split["sent_bytes"] == sum(split["sent"].values()) and split["gpus"] == 4
     assert [split["gpus"] for split in written["scaling"]] == list(plan.COUNTS)
@@ -98,8 +103,8 @@ def test_measured_rows_stand_beside_what_is_modelled(tmp_path, capsys):
     (["--model", "CogVideoX-9b"], "unknown model 'CogVideoX-9b'; there are: CogVideoX-2b, CogVideoX-5b, CogVideoX-1.5-5b"),
     (["--link", "rope"], "unknown link 'rope'; there are: nvlink, pcie4, ib400"), (["--gpus", "65"], "65 GPUs; from 1 to 64"),
     (["--gpus", "0"], "0 GPUs"), (["--precision", "int9"], "unknown precision 'int9'; there are: fp16"),
-    (["--exchange", "int4"],
-     "attention at int8/int4+fp8 is not measured; there are: int8+fp8"), (["--framework", "jax"], "there are: torch"), (["--steps", "0"], "0 steps"),
+    (["--exchange", "int4"], "attention at int8/int4+fp8 is not measured; there are: int8+fp8"),
+    (["--framework", "jax"], "there are: torch"), (["--steps", "0"], "0 steps"),
     (["--height", "100"], "multiples of 16"), (["--measured", "none.json"], "no such file: none.json"),
     (["--plot", "plan.jpg"], "ends in .png")])
 def test_mistakes_are_one_line(argv, words, capsys):

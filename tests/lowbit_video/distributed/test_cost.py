@@ -140,6 +140,22 @@ def test_a_layer_by_heads_is_its_pieces(monkeypatch):
         + copy * (4 * 2 * 30 * 8960 * 128 + 3 * 2 * 15 * 17776 * 128))
 
 
+def test_a_layer_by_heads_and_ring_is_cut_as_the_wrapper_cuts_it(monkeypatch):
+    """Each piece of heads goes round a ring, and is quantised when its turn comes."""
+    asked, pipelined = [], []
+    monkeypatch.setattr(attention, "head_pieces", lambda *given: asked.append(given) or [
+        SimpleNamespace(shares=shares) for shares in ((10, 10), (5, 5))])
+    monkeypatch.setattr(attention, "pipelined_ms", lambda pieces, hidden: pipelined.extend(pieces) or 0.0)
+    usual, degrees = task(), Degrees(ulysses=2, ring=2)
+    attention.layer(usual, degrees)
+    assert asked == [(30, 2, 2 * 47, 132)]  # 8960 rows of a part are 47 tiles of 192, for both halves of guidance
+    quantised = attention.quantise_ms(usual, 60, 3 * 4480)
+    assert [piece.before for piece in pipelined] == pytest.approx([quantised * 2 / 3, quantised / 3])
+    for piece, heads in zip(pipelined, (10, 5)):
+        parts = attention.ring_ms(usual, degrees, share_of(usual, degrees), heads)
+        assert parts[1] > 0 and piece.attend == pytest.approx(sum(parts))
+
+
 def test_a_ring_waits_only_for_what_takes_longer_than_attention():
     degrees = Degrees(ring=2)
     share = share_of(task(), degrees)
@@ -166,7 +182,7 @@ def test_where_values_travel_each_part_of_a_ring_is_quantised_when_it_is_there()
 def test_guidance_alone_exchanges_nothing_in_a_layer():
     """And quantises as on one GPU."""
     layer = attention.layer(task(), Degrees(cfg=2))
-    assert layer.exchange_ms == 0 and layer.attention_ms == attention.call_ms(task(), 30, 17776, 17776)
+    assert layer.exchange_ms == 0 and layer.attention_ms == pytest.approx(attention.call_ms(task(), 30, 17776, 17776))
 
 
 # --- Bytes
