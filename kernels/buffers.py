@@ -42,6 +42,11 @@ class Buffer:
     def data_ptr(self) -> int:
         return self.address
 
+    def at(self, offset: int, dtype: str) -> Buffer:
+        """What lies `offset` bytes further on, read as `dtype`."""
+        origin = self.origin and Origin(self.origin.tensor, self.origin.offset + offset)
+        return Buffer(self.address + offset, dtype, origin)
+
     def _same(self, *args: Any, **kwargs: Any) -> Buffer:
         return self
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit_video.kernels.exchange.layout import Layout
+from lowbit_video.kernels.exchange.layout import layout_of
 
 from .engine import codes as engine
 from .engine.checks import require_finite
@@ -37,7 +37,7 @@ def prequantize(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16"
     batch, q_len, heads, head_dim = runtime.shape(q)
     options, kind = options.scaled(head_dim), engine.kind_of(q, options, runtime)
     found = engine.statistics(q, k, v, options, runtime)
-    layouts = [Layout(kind, batch, heads, *lengths) for lengths in ((q_len, 0), (0, runtime.shape(k)[1]))]
+    layouts = [layout_of(kind, batch, heads, *lengths) for lengths in ((q_len, 0), (0, runtime.shape(k)[1]))]
     q_codes, kv_codes = (Codes(engine.encode(q, k, v, found, layout, options, runtime), layout) for layout in layouts)
     return AttentionCodes(q_codes, kv_codes, engine.v_scale_of(found, options), options, runtime.dtype_name(q))
 
@@ -52,7 +52,7 @@ def attention_of_codes(codes: AttentionCodes, tensor_layout: str = "NHD", is_cau
     """
     options_of(codes.options.precision, tensor_layout, is_causal, None, return_lse, backend, None)  # names what does not exist
     runtime = detect.runtime_of(codes.q.memory)
-    out, lse, _ = engine.attend(codes, runtime, is_causal=is_causal, return_lse=return_lse, backend=backend)
-    out = runtime.permute(out, (1, 0, 2, 3) if tensor_layout == "NHD" else (1, 2, 0, 3))
-    out = runtime.contiguous(out)
+    out, lse, _ = engine.attend(codes, runtime, is_causal=is_causal, return_lse=return_lse, backend=backend, tokens_first=False)
+    if tensor_layout == "HND":
+        out = runtime.contiguous(runtime.permute(out, (0, 2, 1, 3)))
     return (out, lse) if return_lse else out

@@ -1,5 +1,7 @@
-"""Copies between two memories by a table: one launch cuts records out of codes, joins them, or puts heads beside each other."""
+"""Copies between memories by a table: one launch joins the records of several ranks, or puts heads beside each other."""
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -7,36 +9,71 @@ import triton.language as tl
 from ..buffers import Buffer
 from ..launch import launch
 from ..quant.shapes import ceil_div
+from .layout import Copy
 
-COLUMNS = 10
-"""Numbers of a copy in the table, those of `layout.Copy`, in words of 4 bytes but for `rows`."""
-BLOCK = 4096
+WORD = 4
+"""Bytes that are copied at once; every offset, stride and count is a multiple."""
+VECTOR = 4
+"""Words that a thread moves at once where everything is a multiple of them."""
+TILE = 4096
 """Words that one program copies."""
+COLUMNS = (512, 256, 128, 64)
+"""Words of a row that one program copies: what fits the rows best; a long contiguous copy is cut into rows of the most."""
+NUMBERS = 12
+"""Numbers of a copy in the table: those of `layout.Copy` in words, its row's words and the words of all of it."""
 
 
 @triton.jit
-def copy_parts_kernel(source, target, table, blocks, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Block i_p of copy i_c of one (batch, head); source, target: int32 words; table: int64 [copies, COLUMNS]."""
-    i_c, i_p = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+def copy_parts_kernel(source, second, target, table, row_blocks, column_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                      NUMBERS: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile [ROWS, COLUMNS] of copy i_c, one (batch, head); memories: int32 words; table: int64 [copies, NUMBERS]."""
+    i_c = tl.program_id(0) // (row_blocks * column_blocks)
+    i_tile = tl.program_id(0) % (row_blocks * column_blocks)
     i_h, i_b = tl.program_id(1), tl.program_id(2)
-    p_row = table + i_c * COLUMNS
-    rows, count = tl.load(p_row + 8), tl.load(p_row + 9)
-    if i_p * BLOCK < rows * count:
-        o_w = i_p * BLOCK + tl.arange(0, BLOCK)
-        i_row, i_word = o_w // count, o_w % count
-        m_w = o_w < rows * count
-        p_s = source + tl.load(p_row) + i_b * tl.load(p_row + 1) + i_h * tl.load(p_row + 2)
-        p_t = target + tl.load(p_row + 4) + i_b * tl.load(p_row + 5) + i_h * tl.load(p_row + 6)
-        b_w = tl.load(p_s + i_row * tl.load(p_row + 3) + i_word, mask=m_w)
-        tl.store(p_t + i_row * tl.load(p_row + 7) + i_word, b_w, mask=m_w)
+    p_c = table + i_c * NUMBERS
+    columns, total = tl.load(p_c + 9), tl.load(p_c + 10)
+    i_row, i_col = i_tile // column_blocks * ROWS, i_tile % column_blocks * COLUMNS
+    if (i_row * columns < total) & (i_col < columns):
+        o_r, o_c = i_row + tl.arange(0, ROWS), i_col + tl.arange(0, COLUMNS)
+        m_w = (o_c < columns)[None, :] & (o_r[:, None] * columns + o_c[None, :] < total)
+        o_s = tl.load(p_c) + i_b * tl.load(p_c + 1) + i_h * tl.load(p_c + 2)
+        o_t = tl.load(p_c + 4) + i_b * tl.load(p_c + 5) + i_h * tl.load(p_c + 6)
+        s_row, t_row = tl.load(p_c + 3), tl.load(p_c + 7)
+        if VECTOR > 1:
+            o_s, o_t = tl.multiple_of(o_s, VECTOR), tl.multiple_of(o_t, VECTOR)
+            s_row, t_row = tl.multiple_of(s_row, VECTOR), tl.multiple_of(t_row, VECTOR)
+        o_x = o_s + o_r[:, None] * s_row + o_c[None, :]
+        o_y = o_t + o_r[:, None] * t_row + o_c[None, :]
+        if tl.load(p_c + 11) == 0:
+            tl.store(target + o_y, tl.load(source + o_x, mask=m_w), mask=m_w)
+        else:
+            tl.store(target + o_y, tl.load(second + o_x, mask=m_w), mask=m_w)
 
 
-def launch_copy_parts(source: Buffer, target: Buffer, table: Buffer, *, copies: int, largest: int, batch: int, heads: int
-                      ) -> None:
+def table_of(copies: Sequence[Copy]) -> list[list[int]]:
+    """The copies as the kernel reads them. Raises AssertionError for one that does not go by words."""
+    rows = []
+    for one in copies:
+        words = [number // WORD for number in one[:8]]
+        assert all(number % WORD == 0 for number in (*one[:8], one.count)), one
+        count, total = one.count // WORD, one.rows * one.count // WORD
+        if one.rows == 1:
+            count = words[3] = words[7] = COLUMNS[0]
+        rows.append([*words, one.rows, count, total, int(one.second)])
+    return rows
+
+
+def launch_copy_parts(source: Buffer, second: Buffer, target: Buffer, table: Buffer, rows: Sequence[Sequence[int]], *,
+                      batch: int, heads: int) -> None:
     """Does the copies of a table for every batch and head.
 
-    source, target: memories read as int32. table: int64 [copies, COLUMNS]. largest: words of one (batch, head) in the largest.
+    source, second, target: memories, read as int32. rows: of `table_of`; table: the same, int64 [copies, NUMBERS].
     """
-    blocks = ceil_div(largest, BLOCK)
-    launch(copy_parts_kernel, (copies * blocks, heads, batch), source, target, table, blocks, BLOCK=BLOCK, COLUMNS=COLUMNS,
-           num_warps=8)
+    width = max(row[9] for row in rows)
+    columns = min(COLUMNS, key=lambda count: ceil_div(width, count) * count)
+    row_blocks = max(ceil_div(ceil_div(row[10], row[9]), TILE // columns) for row in rows)
+    column_blocks = ceil_div(width, columns)
+    # the words of all must do as well: the last vector of a contiguous copy may not reach past its end
+    even = all(number % VECTOR == 0 for row in rows for number in (*row[:8], row[9], row[10]))
+    launch(copy_parts_kernel, (len(rows) * row_blocks * column_blocks, heads, batch), source, second, target, table, row_blocks,
+           column_blocks, ROWS=TILE // columns, COLUMNS=columns, NUMBERS=NUMBERS, VECTOR=VECTOR if even else 1, num_warps=8)

@@ -6,6 +6,7 @@ is `rows` rows of bytes that grow with the tokens, by token or by block of 128 o
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,7 +74,9 @@ class Kind:
 
 
 class Layout:
-    """Where the codes of [B, heads] lie. records: head after head. q_len, kv_len: tokens; 0 leaves Q or K and V out.
+    """Where the codes of [B, heads] lie; `layout_of` makes them.
+
+    records: head after head. q_len, kv_len: tokens; 0 leaves Q, or K and V, out.
 
     parts: by name, with their offsets (in records: within a record). size: bytes in all; record: of one head's record.
     """
@@ -104,9 +107,15 @@ class Layout:
         return (one, self.record, row) if self.records else (self.heads * one, one, row)
 
 
+@functools.lru_cache(maxsize=4096)
+def layout_of(kind: Kind, batch: int, heads: int, q_len: int, kv_len: int, records: bool = False) -> Layout:
+    """The layout of these sizes; the same sizes give the same object, so that it can be a key."""
+    return Layout(kind, batch, heads, q_len, kv_len, records)
+
+
 class Copy(NamedTuple):
     """Bytes from one memory to another, for each batch and head: `rows` rows of `count` bytes each; offsets and the strides of
-    batch, head and row are in bytes too."""
+    batch, head and row are in bytes too. second: from the second of two sources."""
 
     source: int
     source_batch: int
@@ -118,14 +127,15 @@ class Copy(NamedTuple):
     target_row: int
     rows: int
     count: int
+    second: bool = False
 
 
-def joins(source: Layout, begin: int, target: Layout, target_begin: int, first: int) -> list[Copy]:
+def joins(source: Layout, begin: int, target: Layout, target_begin: int, first: int, second: bool = False) -> list[Copy]:
     """The copies that put the codes of a share of the tokens to where they belong among all.
 
     source: of the share, from byte `begin` on; target: of all tokens, from byte `target_begin` on, the same batch and heads;
     what it has no part for (Q's, or K's and V's) is left out. first: the share's first token; a whole block where a part goes
-    by blocks.
+    by blocks. second: of two sources, it is the second.
     """
     copies = []
     for name, into in target.parts.items():
@@ -138,5 +148,5 @@ def joins(source: Layout, begin: int, target: Layout, target_begin: int, first: 
         to_batch, to_head, to_row = target.strides(name)
         there = target_begin + into.offset + part.row_bytes(first)
         copies.append(Copy(begin + part.offset, from_batch, from_head, from_row, there, to_batch, to_head, to_row, part.rows,
-                           part.row_bytes(source.tokens(part))))
+                           part.row_bytes(source.tokens(part)), second))
     return copies

@@ -15,13 +15,13 @@ def part_of(memory: np.ndarray, layout: Layout, name: str) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(memory[part.offset:], shape, (*layout.strides(name), 1))
 
 
-def copy_parts(source: np.ndarray, target: np.ndarray, copies: Sequence[Copy], batch: int, heads: int) -> None:
-    """Does the copies between two memories (uint8 [bytes])."""
+def copy_parts(sources: Sequence[np.ndarray], target: np.ndarray, copies: Sequence[Copy], batch: int, heads: int) -> None:
+    """Does the copies from one or two memories to another (uint8 [bytes])."""
     strided = np.lib.stride_tricks.as_strided
     for one in copies:
         shape = (batch, heads, one.rows, one.count)
         into = strided(target[one.target:], shape, (one.target_batch, one.target_head, one.target_row, 1))
-        into[...] = strided(source[one.source:], shape, (one.source_batch, one.source_head, one.source_row, 1))
+        into[...] = strided(sources[one.second][one.source:], shape, (one.source_batch, one.source_head, one.source_row, 1))
 
 
 def combine_stats(gathered: np.ndarray, weights: np.ndarray, means: int) -> np.ndarray:

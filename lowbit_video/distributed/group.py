@@ -66,28 +66,19 @@ class Group:
                  in_16_bit: int | None = None) -> Work:
         """Everyone to everyone in the group; what `Wire.exchange` says, by place in the group.
 
-        The pieces lie in the order of the group's places. purpose, in_16_bit: for the count; what a rank sends itself costs no
-        wire and is not counted (in_16_bit: without it as well).
+        The pieces lie in the order of the group's places; this rank's own is of no bytes. purpose, in_16_bit: for the count.
         """
-        if tuple(sorted(self.ranks)) != self.ranks:
-            raise AssertionError(f"a group's ranks must rise, for their pieces to lie in order: {self.ranks}")
         by_rank = [[0] * self.wire.size, [0] * self.wire.size]
         for place, rank in enumerate(self.ranks):
             by_rank[0][rank], by_rank[1][rank] = sent_bytes[place], received_bytes[place]
-        self.traffic.count(purpose, sum(sent_bytes) - sent_bytes[self.rank], in_16_bit)
+        self.traffic.count(purpose, sum(sent_bytes), in_16_bit)
         return self.wire.exchange(sent, by_rank[0], received, by_rank[1])
 
     def all_gather(self, tensor: Any, runtime: Runtime, purpose: str) -> list[Any]:
         """Everyone's tensor, by place; all of one shape and dtype. Waits (see `Work.wait`)."""
-        if self.size == 1:
-            return [tensor]
-        flat = as_bytes(runtime.contiguous(tensor), runtime)
-        size = runtime.shape(flat)[0]
-        sent = runtime.concat([flat] * self.size, 0)
-        received = runtime.empty((size * self.size,), "uint8", tensor)
-        self.exchange(sent, [size] * self.size, received, [size] * self.size, purpose).wait()
-        dtype, shape = runtime.dtype_name(tensor), runtime.shape(tensor)
-        return [part_of(received, place * size, dtype, shape, runtime) for place in range(self.size)]
+        shape = runtime.shape(tensor)
+        parts = self.all_gather_rows(tensor.reshape([1, *shape]), [1] * self.size, runtime, purpose)
+        return [part.reshape(list(shape)) for part in parts]
 
     def all_gather_rows(self, tensor: Any, rows: Sequence[int], runtime: Runtime, purpose: str) -> list[Any]:
         """Everyone's tensor, by place, where the first dimensions differ. rows: [size], everyone's first dimension."""
@@ -95,13 +86,15 @@ class Group:
             return [tensor]
         dtype, shape = runtime.dtype_name(tensor), runtime.shape(tensor)
         flat = as_bytes(runtime.contiguous(tensor), runtime)
-        size = runtime.shape(flat)[0]
-        row = size // shape[0]
-        sizes = [count * row for count in rows]
+        row = runtime.shape(flat)[0] // shape[0]
+        others = [place for place in range(self.size) if place != self.rank]
+        sent_bytes, sizes = [row * shape[0]] * self.size, [count * row for count in rows]
+        sent_bytes[self.rank] = sizes[self.rank] = 0
+        sent = flat if self.size == 2 else runtime.concat([flat] * len(others), 0)
         received = runtime.empty((sum(sizes),), "uint8", tensor)
-        self.exchange(runtime.concat([flat] * self.size, 0), [size] * self.size, received, sizes, purpose).wait()
-        begins = [sum(sizes[:place]) for place in range(self.size)]
-        return [part_of(received, begin, dtype, (count, *shape[1:]), runtime) for begin, count in zip(begins, rows)]
+        self.exchange(sent, sent_bytes, received, sizes, purpose).wait()
+        parts = {place: part_of(received, sum(sizes[:place]), dtype, (rows[place], *shape[1:]), runtime) for place in others}
+        return [parts.get(place, tensor) for place in range(self.size)]
 
     def send(self, tensor: Any, to: int, runtime: Runtime, purpose: str) -> Work:
         """A contiguous tensor to the rank of a place."""
@@ -146,3 +139,10 @@ def part_of(flat: Any, begin: int, dtype: str, shape: Sequence[int], runtime: Ru
     for length in shape:
         count *= length
     return runtime.view(flat, dtype)[begin // size:begin // size + count].reshape(list(shape))
+
+
+def without(flat: Any, begin: int, end: int, runtime: Runtime) -> Any:
+    """uint8 [bytes] without those from begin to end; copied only where some remain on both sides."""
+    if begin and end < runtime.shape(flat)[0]:
+        return runtime.concat([flat[:begin], flat[end:]], 0)
+    return flat[:begin] if begin else flat[end:]

@@ -6,11 +6,11 @@ Source: Ring Attention (arXiv 2310.01889); point to point, never all of K and V 
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowbit_video.kernels.exchange.layout import Layout
+from lowbit_video.kernels.exchange.layout import layout_of
 
 from ..engine import codes as engine
 from ..engine.codes import AttentionCodes, Codes
@@ -60,25 +60,29 @@ class Ring:
             found = shared_statistics(found, counts, self.group, self.inner, options, runtime)
         batch, tokens, heads, _ = runtime.shape(q)
         kind = engine.kind_of(q, options, runtime)
-        layouts = Layout(kind, batch, heads, tokens, 0), Layout(kind, batch, heads, 0, runtime.shape(k)[1])
-        made = [Codes(engine.encode(q, k, v, found, layout, options, runtime), layout) for layout in layouts]
-        codes = AttentionCodes(*made, engine.v_scale_of(found, options), options, runtime.dtype_name(q))
-        out, lse = self._round(codes, counts, is_causal, return_lse, runtime)
-        out = runtime.contiguous(runtime.permute(out, (1, 0, 2, 3)))
+        q_layout, kv_layout = layout_of(kind, batch, heads, tokens, 0), layout_of(kind, batch, heads, 0, runtime.shape(k)[1])
+        keys = Codes(engine.encode(q, k, v, found, kv_layout, options, runtime), kv_layout)
+        scale = engine.v_scale_of(found, options)
+
+        def quantise_q() -> AttentionCodes:
+            queries = Codes(engine.encode(q, k, v, found, q_layout, options, runtime), q_layout)
+            return AttentionCodes(queries, keys, scale, options, runtime.dtype_name(q))
+
+        out, lse = self._round(keys, quantise_q, counts, is_causal, return_lse, False, runtime)
         return (out, lse) if return_lse else out
 
     def options(self, is_causal: bool, scale: float | None, return_lse: bool) -> AttentionOptions:
         """The choices of a call, of the attention within."""
         return self.inner.options(is_causal, scale, return_lse)
 
-    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False
-                 ) -> tuple[Any, Any]:
-        """(out [N, B, H, D], lse) of this rank's queries and all keys, from codes of this rank's share of both."""
+    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False,
+                 tokens_first: bool = True) -> tuple[Any, Any]:
+        """(out, lse) of this rank's queries and all keys, from codes of this rank's share of both."""
         runtime = runtime_of(codes.q.memory)
         if self.group.size == 1:
-            return self.inner.of_codes(codes, is_causal, return_lse, smoothed_lse)
+            return self.inner.of_codes(codes, is_causal, return_lse, smoothed_lse, tokens_first)
         counts = self._counts(codes.q.layout.q_len, codes.kv.layout.kv_len, codes.q.memory, runtime)
-        return self._round(codes, counts, is_causal, return_lse, runtime)
+        return self._round(codes.kv, lambda: codes, counts, is_causal, return_lse and not smoothed_lse, tokens_first, runtime)
 
     def share_statistics(self, found: Any, q_count: int, kv_count: int, options: AttentionOptions, runtime: Runtime) -> Any:
         """Statistics of all tokens of this group, from those of this rank's."""
@@ -102,19 +106,27 @@ class Ring:
             return None
         return options.scaled(runtime.shape(q)[-1])
 
-    def _round(self, codes: AttentionCodes, counts, is_causal: bool, return_lse: bool, runtime: Runtime) -> tuple[Any, Any]:
-        layout, memory = codes.kv.layout, codes.kv.memory
-        if codes.kv.begin:
-            memory = runtime.contiguous(memory[codes.kv.begin:])
-        layouts = [Layout(layout.kind, layout.batch, layout.heads, 0, count) for count in counts[1]]
+    def _round(self, keys: Codes, queries: Callable[[], AttentionCodes], counts, is_causal: bool, whole_lse: bool,
+               tokens_first: bool, runtime: Runtime) -> tuple[Any, Any]:
+        """(out, lse) as the codes of K and V come round.
+
+        keys: this rank's, which leave at once. queries: makes the codes of both while they travel. whole_lse: with what
+        smoothing took from it.
+        """
+        layout, memory = keys.layout, keys.memory
+        if keys.begin:
+            memory = runtime.contiguous(memory[keys.begin:])
+        layouts = [layout_of(layout.kind, layout.batch, layout.heads, 0, count) for count in counts[1]]
         values = [2 * 2 * layout.batch * layout.heads * layout.kind.head_dim * count for count in counts[1]]
+        codes: list[AttentionCodes] = []
 
         def attend(memory: Any, source: int, causal: bool) -> tuple[Any, Any]:
-            part = replace(codes, kv=Codes(memory, layouts[source]))
-            return self.inner.of_codes(part, causal, True, smoothed_lse=not return_lse)
+            part = replace(codes[0], kv=Codes(memory, layouts[source]))
+            return self.inner.of_codes(part, causal, True, not whole_lse, tokens_first)
 
         sizes = [one.size for one in layouts]
-        return self._merge_all(memory, sizes, values, counts, attend, is_causal, codes.dtype, True, runtime)
+        return self._merge_all(memory, sizes, values, counts, attend, is_causal, tokens_first, runtime,
+                               meanwhile=lambda: codes.append(queries()))
 
     def _by_values(self, q, k, v, counts, is_causal, scale, return_lse, runtime: Runtime) -> Any:
         batch, _, heads, head_dim = runtime.shape(k)
@@ -130,41 +142,53 @@ class Ring:
             return runtime.contiguous(out), lse
 
         in_16_bit = [2 * 2 * count for count in elements]
-        out, lse = self._merge_all(memory, sizes, in_16_bit, counts, attend, is_causal, dtype, False, runtime)
+        out, lse = self._merge_all(memory, sizes, in_16_bit, counts, attend, is_causal, False, runtime)
         return (out, lse) if return_lse else out
 
-    def _merge_all(self, memory: Any, sizes: list[int], in_16_bit: list[int], counts, attend: Any, is_causal: bool, dtype: str,
-                   tokens_first: bool, runtime: Runtime) -> tuple[Any, Any]:
+    def _merge_all(self, memory: Any, sizes: list[int], in_16_bit: list[int], counts, attend: Callable[..., tuple[Any, Any]],
+                   is_causal: bool, tokens_first: bool, runtime: Runtime, meanwhile: Callable[[], None] | None = None
+                   ) -> tuple[Any, Any]:
         """(out, lse) of this rank's queries over all parts of the keys, as they come round.
 
         memory: this rank's part, uint8 [bytes]. sizes, in_16_bit: bytes of each rank's part, and as 16-bit values. attend:
-        `attend(memory, source, causal)` of one part.
+        `attend(memory, source, causal)` of one part. meanwhile: to do once the first part has left.
+        A part leaves before the merge of what was computed so far: on a GPU a transfer needs a little room to begin, and would
+        get none before the end of an attention that is launched with it.
         """
         if is_causal and counts[0] != counts[1]:
             raise UnsupportedError(f"a causal ring needs keys shared as the queries are; given: queries {counts[0]}, keys "
                                    f"{counts[1]}; use ulysses, which serves any")
         size, rank = self.group.size, self.group.rank
         following, before = (rank + 1) % size, (rank - 1) % size
-        out = lse = None
-        last = rank if is_causal else size - 1  # of the parts that are computed, by their number
-        done = 0
-        for step in range(size):
-            source, coming = (rank - step) % size, (rank - step - 1) % size
+        sources = [(rank - step) % size for step in range(size)]
+        last = max(step for step, source in enumerate(sources) if not (is_causal and source > rank))
+        whole: tuple[Any, Any] | None = None
+        part: tuple[Any, Any] | None = None
+        dtype = None
+        for step, source in enumerate(sources):
             work = None
             if step + 1 < size:
-                arriving = runtime.empty((sizes[coming],), "uint8", memory)
-                sent_sizes, received_sizes = [0] * size, [0] * size
-                sent_sizes[following], received_sizes[before] = sizes[source], sizes[coming]
-                work = self.group.exchange(memory, sent_sizes, arriving, received_sizes, "ring", in_16_bit=in_16_bit[source])
+                arriving = runtime.empty((sizes[sources[step + 1]],), "uint8", memory)
+                sent_bytes, received_bytes = [0] * size, [0] * size
+                sent_bytes[following], received_bytes[before] = sizes[source], sizes[sources[step + 1]]
+                work = self.group.exchange(memory, sent_bytes, arriving, received_bytes, "ring", in_16_bit=in_16_bit[source])
+            if step == 0 and meanwhile is not None:
+                meanwhile()
+            whole, part = self._merged(whole, part, runtime, tokens_first, "float32"), None
             if not (is_causal and source > rank):
-                part, part_lse = attend(memory, source, is_causal and source == rank)
-                if out is None:
-                    out, lse = part, part_lse
-                else:
-                    out, lse = engine.merge(out, lse, part, part_lse, runtime, tokens_first=tokens_first,
-                                            dtype=dtype if done == last else "float32")
-                done += 1
+                part = attend(memory, source, is_causal and source == rank)
+                dtype = dtype or runtime.dtype_name(part[0])
+            if step == last:
+                whole, part = self._merged(whole, part, runtime, tokens_first, dtype), None
             if work is not None:
                 work.wait()
                 memory = arriving
-        return out, lse
+        return whole
+
+    @staticmethod
+    def _merged(whole: tuple[Any, Any] | None, part: tuple[Any, Any] | None, runtime: Runtime, tokens_first: bool, dtype: str
+                ) -> tuple[Any, Any] | None:
+        """(out, lse) of what was merged so far and a part more."""
+        if whole is None or part is None:
+            return part or whole
+        return engine.merge(*whole, *part, runtime, tokens_first=tokens_first, dtype=dtype)

@@ -8,7 +8,7 @@ from lowbit_video.kernels.exchange.layout import Copy
 from ..engine import codes as engine
 from ..engine import rows as row_codes
 from ..runtime.protocol import Runtime
-from .group import ITEM_SIZES, Group, as_bytes
+from .group import ITEM_SIZES, Group, as_bytes, without
 from .pieces import Piece
 
 
@@ -16,39 +16,46 @@ class Rows:
     """The output of a piece of heads: sent when made, put among all heads when asked for.
 
     part: [N, B, this rank's heads of the piece, D], contiguous. tokens: of each rank. output: "16bit", or "int8" with a scale
-    a row.
+    a row; this rank's own rows are never rounded.
     """
 
     def __init__(self, part: Any, piece: Piece, tokens: list[int], group: Group, output: str, runtime: Runtime) -> None:
-        _, batch, own_heads, head_dim = runtime.shape(part)
-        self.runtime, self.piece, self.tokens, self.group = runtime, piece, tokens[group.rank], group
-        self.dtype = runtime.dtype_name(part)
-        self.shape = (batch, head_dim)
-        others = (sum(tokens) - self.tokens) * batch * own_heads * head_dim
-        self.coded = output == "int8"
+        _, batch, heads, head_dim = runtime.shape(part)
+        self.runtime, self.piece, self.group, self.part = runtime, piece, group, part
+        self.tokens, self.before = tokens[group.rank], sum(tokens[:group.rank])
+        self.dtype, self.batch, self.head_dim, self.coded = runtime.dtype_name(part), batch, head_dim, output == "int8"
+        others = [0 if place == group.rank else count for place, count in enumerate(tokens)]
+        theirs = [0 if place == group.rank else count for place, count in enumerate(piece.shares)]
         if self.coded:
-            self.sent, sent_sizes = row_codes.encode_rows(part, tokens, runtime)
-            self.sizes = [row_codes.rows_size(self.tokens, batch, heads, head_dim) for heads in piece.shares]
+            self.sent, sent_bytes = row_codes.encode_rows(part, tokens, group.rank, runtime)
+            self.sizes = [row_codes.rows_size(self.tokens, batch, count, head_dim) for count in theirs]
         else:
             item = batch * head_dim * ITEM_SIZES[self.dtype]
-            self.sent, sent_sizes = as_bytes(part, runtime), [count * own_heads * item for count in tokens]
-            self.sizes = [self.tokens * heads * item for heads in piece.shares]
+            row = heads * item
+            self.sent = without(as_bytes(part, runtime), self.before * row, (self.before + self.tokens) * row, runtime)
+            sent_bytes, self.sizes = [count * row for count in others], [self.tokens * count * item for count in theirs]
         self.received = runtime.empty((sum(self.sizes),), "uint8", part)
-        self.work = group.exchange(self.sent, sent_sizes, self.received, self.sizes, "attention out", in_16_bit=others * 2)
+        self.work = group.exchange(self.sent, sent_bytes, self.received, self.sizes, "attention out",
+                                   in_16_bit=sum(others) * batch * heads * head_dim * 2)
 
     def place(self, out: Any) -> None:
         """Writes the heads of the piece into out [B, own tokens, H, D], contiguous."""
         self.work.wait()
-        batch, head_dim = self.shape
-        begins = [sum(self.sizes[:place]) for place in range(self.group.size)]
-        firsts = [self.piece.first + sum(self.piece.shares[:place]) for place in range(self.group.size)]
-        if self.coded:
-            for begin, first, heads in zip(begins, firsts, self.piece.shares):
+        copies = []
+        for place, heads in enumerate(self.piece.shares):
+            first, begin = self.piece.first + sum(self.piece.shares[:place]), sum(self.sizes[:place])
+            if place == self.group.rank:
+                copies.append(self._copy(0, first, heads, out, own=True))
+            elif self.coded:
                 row_codes.decode_rows(self.received, begin, out, first, heads, self.runtime)
-            return
+            else:
+                copies.append(self._copy(begin, first, heads, out, own=False))
+        engine.copy_parts((self.received, self.part), out, copies, self.batch, 1, self.runtime)
+
+    def _copy(self, begin: int, first: int, heads: int, out: Any, own: bool) -> Copy:
+        """Rows [tokens, B, heads, D] to heads of out."""
         size = ITEM_SIZES[self.dtype]
-        row = self.runtime.shape(out)[2] * head_dim * size
-        copies = [Copy(begin, heads * head_dim * size, 0, batch * heads * head_dim * size, first * head_dim * size,
-                       self.tokens * row, 0, row, self.tokens, heads * head_dim * size)
-                  for begin, first, heads in zip(begins, firsts, self.piece.shares)]
-        engine.copy_parts(self.received, out, copies, batch, 1, self.runtime)
+        row, target_row = heads * self.head_dim * size, self.runtime.shape(out)[2] * self.head_dim * size
+        begin += self.before * self.batch * row if own else 0
+        return Copy(begin, row, 0, self.batch * row, first * self.head_dim * size, self.tokens * target_row, 0, target_row,
+                    self.tokens, row, own)

@@ -36,7 +36,9 @@ def shared_statistics(found: Any, counts: tuple[list[int], list[int]], group: Gr
     found: of `engine.codes.statistics`. counts: tokens of each rank. inner: what the group's wrapper wraps.
     """
     if group.size > 1:
-        found = engine.combined(group.all_gather(found, runtime, "statistics"), *counts, options, runtime)
+        everyone = group.all_gather(found, runtime, "statistics")
+        stacked = runtime.concat([one.reshape([1, *runtime.shape(one)]) for one in everyone], 0)
+        found = engine.combined(stacked, *counts, options, runtime)
     if hasattr(inner, "share_statistics"):
         found = inner.share_statistics(found, sum(counts[0]), sum(counts[1]), options, runtime)
     return found

@@ -30,17 +30,16 @@ class TorchWire:
         if not dist.is_initialized():
             raise RuntimeError("torch.distributed has no process group: start with torchrun, call init_process_group() first")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.grouped = dist.get_backend() == "nccl"  # gloo has no all-to-all
 
     def exchange(self, sent: torch.Tensor, sent_bytes: Sequence[int], received: torch.Tensor, received_bytes: Sequence[int]
                  ) -> Work:
         """See `Wire.exchange`."""
+        if self.grouped:
+            return dist.all_to_all_single(received, sent, list(received_bytes), list(sent_bytes), async_op=True)
         outgoing, incoming = sent.split(list(sent_bytes)), received.split(list(received_bytes))
         operations = []
         for rank in range(self.size):
-            if rank == self.rank:
-                if sent_bytes[rank]:
-                    incoming[rank].copy_(outgoing[rank])
-                continue
             if sent_bytes[rank]:
                 operations.append(dist.P2POp(dist.isend, outgoing[rank], rank))
             if received_bytes[rank]:

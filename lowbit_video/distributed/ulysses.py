@@ -7,10 +7,12 @@ Source: DeepSpeed Ulysses (arXiv 2309.14509) for the exchange of shares; here of
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lowbit_video.kernels.exchange.layout import Layout, joins
+from lowbit_video.kernels.exchange.layout import Copy, Kind, Layout, joins, layout_of
 
 from ..engine import codes as engine
 from ..engine.codes import AttentionCodes, Codes
@@ -21,7 +23,7 @@ from ..runtime.detect import runtime_of
 from ..runtime.protocol import Runtime
 from . import values
 from .exchange import check_exchange, on_the_wire
-from .group import Group
+from .group import Group, without
 from .pieces import QUERY_ROWS, Piece, head_pieces
 from .rows import Rows
 from .shares import begins
@@ -117,32 +119,60 @@ class Arrival:
         cut = slice(piece.first, piece.first + piece.count)
         batch, tokens, _, head_dim = runtime.shape(q)
         kv_tokens, dtype = runtime.shape(k)[1], runtime.dtype_name(q)
-        kind = engine.kind_of(q, options, runtime)
-        self.runtime, self.options, self.dtype, self.counts, self.group = runtime, options, dtype, counts, group
+        self.runtime, self.options, self.dtype = runtime, options, dtype
         own = None if found is None else runtime.contiguous(found[:, :, cut])
-        records = Layout(kind, batch, piece.count, tokens, kv_tokens, records=True)
-        self.sent = engine.encode(q[:, :, cut], k[:, :, cut], v[:, :, cut], own, records, options, runtime)
-        self.heads = piece.shares[group.rank]
-        first = sum(piece.shares[:group.rank])
-        scale = engine.v_scale_of(own, options, slice(first, first + self.heads))
+        kind = engine.kind_of(q, options, runtime)
+        self.plan = plan = _plan(kind, batch, piece, tuple(counts[0]), tuple(counts[1]), group.rank)
+        self.sent = engine.encode(q[:, :, cut], k[:, :, cut], v[:, :, cut], own, plan.records, options, runtime)
+        scale = engine.v_scale_of(own, options, slice(plan.first, plan.first + plan.heads))
         self.v_scale = None if scale is None else runtime.contiguous(scale)
-        self.records = [Layout(kind, batch, self.heads, *lengths, records=True) for lengths in zip(*counts)]
-        sizes = [layout.size for layout in self.records]
-        self.received = runtime.empty((sum(sizes),), "uint8", q)
-        others = piece.count - self.heads
-        self.work = group.exchange(self.sent, [count * records.record for count in piece.shares], self.received, sizes,
-                                   "attention in", in_16_bit=others * batch * head_dim * 2 * (tokens + 2 * kv_tokens))
-        self.whole = [Layout(kind, batch, self.heads, sum(counts[0]), 0), Layout(kind, batch, self.heads, 0, sum(counts[1]))]
+        self.received = runtime.empty((sum(plan.received_bytes),), "uint8", q)
+        others = piece.count - plan.heads
+        record = plan.records.record
+        self.outgoing = without(self.sent, plan.first * record, (plan.first + plan.heads) * record, runtime)
+        self.work = group.exchange(self.outgoing, plan.sent_bytes, self.received, plan.received_bytes, "attention in",
+                                   in_16_bit=others * batch * head_dim * 2 * (tokens + 2 * kv_tokens))
 
     def codes(self) -> AttentionCodes:
         """The codes of these heads for all tokens."""
         self.work.wait()
-        sizes, copies = [layout.size for layout in self.records], []
-        q_whole, kv_whole = self.whole
-        memory = self.runtime.empty((q_whole.size + kv_whole.size,), "uint8", self.received)
-        for place, layout in enumerate(self.records):
-            begin, q_first, kv_first = sum(sizes[:place]), sum(self.counts[0][:place]), sum(self.counts[1][:place])
-            copies += joins(layout, begin, q_whole, 0, q_first) + joins(layout, begin, kv_whole, q_whole.size, kv_first)
-        engine.copy_parts(self.received, memory, copies, q_whole.batch, self.heads, self.runtime)
-        q, kv = Codes(memory, q_whole), Codes(memory, kv_whole, q_whole.size)
+        plan = self.plan
+        memory = self.runtime.empty((plan.q.size + plan.kv.size,), "uint8", self.received)
+        engine.copy_parts((self.received, self.sent), memory, plan.copies, plan.q.batch, plan.heads, self.runtime)
+        q, kv = Codes(memory, plan.q), Codes(memory, plan.kv, plan.q.size)
         return AttentionCodes(q, kv, self.v_scale, self.options, self.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the exchange of a piece of heads depends on, all but the tensors.
+
+    records: of this rank's tokens. first, heads: this rank's among the piece's. sent_bytes, received_bytes: by place. q, kv:
+    where the codes of all tokens go. copies: from what was received, and from this rank's own records, to there.
+    """
+
+    records: Layout
+    first: int
+    heads: int
+    sent_bytes: list[int]
+    received_bytes: list[int]
+    q: Layout
+    kv: Layout
+    copies: tuple[Copy, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(kind: Kind, batch: int, piece: Piece, q_counts: tuple[int, ...], kv_counts: tuple[int, ...], rank: int) -> Plan:
+    heads, first = piece.shares[rank], sum(piece.shares[:rank])
+    records = layout_of(kind, batch, piece.count, q_counts[rank], kv_counts[rank], records=True)
+    layouts = [layout_of(kind, batch, heads, *lengths, records=True) for lengths in zip(q_counts, kv_counts)]
+    sent_bytes, received_bytes = [count * records.record for count in piece.shares], [layout.size for layout in layouts]
+    sent_bytes[rank] = received_bytes[rank] = 0
+    q, kv = layout_of(kind, batch, heads, sum(q_counts), 0), layout_of(kind, batch, heads, 0, sum(kv_counts))
+    copies = []
+    for place, layout in enumerate(layouts):
+        own = place == rank
+        begin = first * records.record if own else sum(received_bytes[:place])
+        for target, target_begin, counts in ((q, 0, q_counts), (kv, q.size, kv_counts)):
+            copies += joins(records if own else layout, begin, target, target_begin, sum(counts[:place]), second=own)
+    return Plan(records, first, heads, sent_bytes, received_bytes, q, kv, tuple(copies))

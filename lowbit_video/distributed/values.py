@@ -6,7 +6,7 @@ from typing import Any
 
 from ..hook.attend import Attend
 from ..runtime.protocol import Runtime
-from .group import ITEM_SIZES, Group, as_bytes, part_of
+from .group import ITEM_SIZES, Group, as_bytes, part_of, without
 from .shares import even_shares
 
 
@@ -32,41 +32,45 @@ class Heads:
 
     def __init__(self, x: Any, heads: Sequence[int], tokens: Sequence[int], group: Group, runtime: Runtime) -> None:
         batch, own, _, head_dim = runtime.shape(x)
-        self.dtype, self.runtime = runtime.dtype_name(x), runtime
-        size = ITEM_SIZES[self.dtype]
-        self.sent = runtime.contiguous(runtime.permute(x, (2, 0, 1, 3)))  # any range of heads is one piece
-        self.shapes = [(heads[group.rank], batch, count, head_dim) for count in tokens]
-        self.sizes = [heads[group.rank] * batch * count * head_dim * size for count in tokens]
+        self.dtype, self.runtime, self.rank = runtime.dtype_name(x), runtime, group.rank
+        size, first, mine = ITEM_SIZES[self.dtype], sum(heads[:group.rank]), heads[group.rank]
+        by_heads = runtime.contiguous(runtime.permute(x, (2, 0, 1, 3)))  # any range of heads is one piece
+        self.own, record = by_heads[first:first + mine], batch * own * head_dim * size
+        self.sent = without(as_bytes(by_heads, runtime), first * record, (first + mine) * record, runtime)
+        sent_bytes = [0 if place == self.rank else count * record for place, count in enumerate(heads)]
+        self.shapes = [(mine, batch, count, head_dim) for count in tokens]
+        self.sizes = [0 if place == self.rank else mine * batch * count * head_dim * size for place, count in enumerate(tokens)]
         self.received = runtime.empty((sum(self.sizes),), "uint8", x)
-        others = (sum(heads) - heads[group.rank]) * batch * own * head_dim
-        sent_sizes = [count * batch * own * head_dim * size for count in heads]
-        self.work = group.exchange(as_bytes(self.sent, runtime), sent_sizes, self.received, self.sizes, "attention in",
-                                   in_16_bit=others * 2)
+        self.work = group.exchange(self.sent, sent_bytes, self.received, self.sizes, "attention in",
+                                   in_16_bit=sum(sent_bytes) // size * 2)
 
     def joined(self) -> Any:
         """All tokens [B, N, heads, D]."""
         self.work.wait()
-        parts = [part_of(self.received, sum(self.sizes[:place]), self.dtype, shape, self.runtime)
+        parts = [self.own if place == self.rank else
+                 part_of(self.received, sum(self.sizes[:place]), self.dtype, shape, self.runtime)
                  for place, shape in enumerate(self.shapes)]
         return self.runtime.permute(self.runtime.concat(parts, 2), (1, 2, 0, 3))
 
 
-def rows_of(x: Any, heads: Sequence[int], tokens: Sequence[int], group: Group, runtime: Runtime, purpose: str = "attention out"
-            ) -> list[Any]:
+def rows_of(x: Any, heads: Sequence[int], tokens: Sequence[int], group: Group, runtime: Runtime) -> list[Any]:
     """This rank's tokens of everyone's heads, by place, from everyone's tokens of this rank's heads.
 
-    x: [N, B, own heads, ..], contiguous. Returns [own tokens, B, heads of a rank, ..] of each. heads, tokens: of each rank.
+    x: [N, B, own heads, ..], contiguous. Returns [own tokens, B, heads of a rank, ..] of each.
     """
-    dtype, (_, batch, _, *rest) = runtime.dtype_name(x), runtime.shape(x)
-    own, item = tokens[group.rank], batch * ITEM_SIZES[dtype]
+    dtype, (_, batch, mine, *rest) = runtime.dtype_name(x), runtime.shape(x)
+    rank, own, first = group.rank, tokens[group.rank], sum(tokens[:group.rank])
+    item = batch * ITEM_SIZES[dtype]
     for length in rest:
         item *= length
-    sizes = [own * count * item for count in heads]
-    sent = [count * heads[group.rank] * item for count in tokens]
+    sizes = [0 if place == rank else own * count * item for place, count in enumerate(heads)]
+    sent_bytes = [0 if place == rank else count * mine * item for place, count in enumerate(tokens)]
     received = runtime.empty((sum(sizes),), "uint8", x)
-    others = (sum(sent) - sent[group.rank]) // ITEM_SIZES[dtype]
-    group.exchange(as_bytes(x, runtime), sent, received, sizes, purpose, in_16_bit=others * 2).wait()
-    return [part_of(received, sum(sizes[:place]), dtype, (own, batch, count, *rest), runtime)
+    sent = without(as_bytes(x, runtime), first * mine * item, (first + own) * mine * item, runtime)
+    in_16_bit = sum(sent_bytes) // ITEM_SIZES[dtype] * 2
+    group.exchange(sent, sent_bytes, received, sizes, "attention out", in_16_bit=in_16_bit).wait()
+    return [x[first:first + own] if place == rank else
+            part_of(received, sum(sizes[:place]), dtype, (own, batch, count, *rest), runtime)
             for place, count in enumerate(heads)]
 
 

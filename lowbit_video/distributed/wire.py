@@ -37,7 +37,7 @@ class Wire(Protocol):
         """Everyone to everyone.
 
         sent, received: contiguous uint8 [bytes], one piece for each rank in turn. sent_bytes, received_bytes: [size], the
-        pieces' lengths, 0 where nothing passes; a rank that nothing passes to or from takes part without waiting.
+        pieces' lengths, 0 where nothing passes, as for the rank itself; who has nothing to pass takes part without waiting.
         """
 
     def send(self, tensor: Any, to: int) -> Work:

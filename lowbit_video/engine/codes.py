@@ -5,10 +5,11 @@ Between the halves the codes can travel, or wait while the originals are freed. 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowbit_video.kernels.exchange.layout import Kind, Layout
+from lowbit_video.kernels.exchange.layout import Copy, Kind, Layout
 from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..runtime.protocol import Runtime
@@ -87,13 +88,12 @@ def statistics(q: Any, k: Any, v: Any, options: AttentionOptions, runtime: Runti
     return _engine(q, runtime).statistics(q, k, v, options, runtime) if sum(statistics_of(options)) else None
 
 
-def combined(gathered: list[Any], q_counts: list[int], kv_counts: list[int], options: AttentionOptions, runtime: Runtime
-             ) -> Any:
-    """The statistics of all tokens from those of shares with so many tokens each."""
+def combined(gathered: Any, q_counts: list[int], kv_counts: list[int], options: AttentionOptions, runtime: Runtime) -> Any:
+    """The statistics of all tokens from those of shares, [shares, ..], with so many tokens each."""
     means, _ = statistics_of(options)
     counts = ([kv_counts] if options.precision.smooth_k else []) + ([q_counts] if options.precision.smooth_q else [])
     weights = [[count / sum(row) for count in row] for row in counts]
-    return _engine(gathered[0], runtime).combined(gathered, weights, means, runtime)
+    return _engine(gathered, runtime).combined(gathered, weights, means, runtime)
 
 
 def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime) -> Any:
@@ -109,9 +109,9 @@ def v_scale_of(found: Any, options: AttentionOptions, heads: slice = slice(None)
     return found[-1][:, heads] if options.precision.pv == "fp8" else None
 
 
-def copy_parts(source: Any, target: Any, copies: list, batch: int, heads: int, runtime: Runtime) -> None:
-    """Does the copies (of `exchange.layout`) between two uint8 [bytes] tensors, or any contiguous ones."""
-    _engine(source, runtime).copy_parts(source, target, copies, batch, heads, runtime)
+def copy_parts(sources: Sequence[Any], target: Any, copies: Sequence[Copy], batch: int, heads: int, runtime: Runtime) -> None:
+    """Does the copies (of `exchange.layout`) from one or two contiguous tensors to another; their offsets are in bytes."""
+    _engine(target, runtime).copy_parts(sources, target, copies, batch, heads, runtime)
 
 
 def variant_of(codes: AttentionCodes, runtime: Runtime, is_causal: bool, return_lse: bool, backend: str) -> KernelVariant:
@@ -126,9 +126,11 @@ def variant_of(codes: AttentionCodes, runtime: Runtime, is_causal: bool, return_
 
 
 def attend(codes: AttentionCodes, runtime: Runtime, *, is_causal: bool = False, return_lse: bool = False, backend: str = "auto",
-           smoothed_lse: bool = False, out_dtype: str | None = None) -> tuple[Any, Any, KernelVariant]:
-    """(out [N, B, H, D], lse [B, H, N] or None, the variant that ran): tokens first, so that a range of them is one piece.
+           smoothed_lse: bool = False, out_dtype: str | None = None, tokens_first: bool = True
+           ) -> tuple[Any, Any, KernelVariant]:
+    """(out, lse [B, H, N] or None, the variant that ran).
 
+    tokens_first: out is [N, B, H, D], so that a range of tokens is one piece; else [B, N, H, D].
     smoothed_lse: an LSE without what smoothing took from it will do, as it does to merge parts of keys that share one mean.
     out_dtype: default: that of the originals.
     Raises UnsupportedError where no variant serves the codes, ValueError for an LSE that they were not made for.
@@ -138,7 +140,7 @@ def attend(codes: AttentionCodes, runtime: Runtime, *, is_causal: bool = False, 
                          "with it")
     variant = variant_of(codes, runtime, is_causal, return_lse, backend)
     engine = codes_cpu if variant.device == "cpu" else codes_gpu
-    out, lse = engine.attend(codes, variant, runtime, is_causal, return_lse, out_dtype or codes.dtype)
+    out, lse = engine.attend(codes, variant, runtime, is_causal, return_lse, out_dtype or codes.dtype, tokens_first)
     return out, lse, variant
 
 

@@ -1,6 +1,7 @@
 """Codes on a CPU: NumPy's quantisers and its attention; see `codes`."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -8,7 +9,7 @@ import numpy as np
 
 from lowbit_video.kernels.attention import reference as attention
 from lowbit_video.kernels.exchange import reference as exchange
-from lowbit_video.kernels.exchange.layout import Layout
+from lowbit_video.kernels.exchange.layout import Copy, Layout
 from lowbit_video.kernels.formats import get_format, scale_block
 from lowbit_video.kernels.quant import reference as quant
 from lowbit_video.kernels.variants import KernelVariant
@@ -34,11 +35,11 @@ def statistics(q: Any, k: Any, v: Any, options: AttentionOptions, runtime: Runti
     return runtime.from_numpy(np.stack(found), q, "float32")
 
 
-def combined(gathered: list[Any], weights: list[list[float]], means: int, runtime: Runtime) -> Any:
-    arrays = np.stack([runtime.to_numpy(one) for one in gathered])
-    flat = arrays.reshape(len(gathered), arrays.shape[1], -1)
-    out = exchange.combine_stats(flat, np.array(weights).reshape(means, len(gathered)), means)
-    return runtime.from_numpy(out.reshape(arrays.shape[1:]), gathered[0], "float32")
+def combined(gathered: Any, weights: list[list[float]], means: int, runtime: Runtime) -> Any:
+    array = runtime.to_numpy(gathered)
+    shares, count, *rest = array.shape
+    out = exchange.combine_stats(array.reshape(shares, count, -1), np.array(weights).reshape(means, shares), means)
+    return runtime.from_numpy(out.reshape(count, *rest), gathered, "float32")
 
 
 def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime) -> Any:
@@ -66,9 +67,9 @@ def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: Attentio
     return runtime.from_numpy(memory, q, "uint8")
 
 
-def copy_parts(source: Any, target: Any, copies: list, batch: int, heads: int, runtime: Runtime) -> None:
+def copy_parts(sources: Sequence[Any], target: Any, copies: Sequence[Copy], batch: int, heads: int, runtime: Runtime) -> None:
     memory = _bytes(target, runtime).copy()
-    exchange.copy_parts(_bytes(source, runtime), memory, copies, batch, heads)
+    exchange.copy_parts([_bytes(one, runtime) for one in sources], memory, copies, batch, heads)
     dtype = runtime.dtype_name(target)
     array = memory.view(DTYPES.get(dtype, dtype)).reshape(runtime.shape(target))
     target[:] = runtime.from_numpy(array, target, dtype)
@@ -80,8 +81,8 @@ def _bytes(x: Any, runtime: Runtime) -> np.ndarray:
     return np.ascontiguousarray(runtime.to_numpy(x)).astype(DTYPES.get(dtype, dtype), copy=False).reshape(-1).view(np.uint8)
 
 
-def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, out_dtype: str
-           ) -> tuple[Any, Any]:
+def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, out_dtype: str,
+           tokens_first: bool) -> tuple[Any, Any]:
     """variant: unused, there is one on a CPU."""
     q, kv, precision = codes.q, codes.kv, codes.options.precision
     q_part = lambda name: _read(runtime.to_numpy(q.memory)[q.begin:], q.layout, name)
@@ -104,7 +105,7 @@ def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool
         bias=rows(kv_part, "bias") if precision.smooth_q else None, half=half, scale=codes.options.scale, causal=is_causal)
     if return_lse and "lse_shift" in q.layout.parts:
         lse = lse + rows(q_part, "lse_shift")
-    out = runtime.from_numpy(out.transpose(2, 0, 1, 3), q.memory, out_dtype)
+    out = runtime.from_numpy(out.transpose((2, 0, 1, 3) if tokens_first else (0, 2, 1, 3)), q.memory, out_dtype)
     return out, runtime.from_numpy(lse, q.memory, "float32") if return_lse else None
 
 

@@ -1,12 +1,17 @@
-"""Codes on a GPU: the quantisers write them where they are wanted, the attention kernels read them there; see `codes`."""
+"""Codes on a GPU: the quantisers write them where they are wanted, the attention kernels read them there; see `codes`.
+
+Every function's launches depend on shapes and choices alone, so they are replayed after the first time (`replay.again`).
+"""
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from lowbit_video.kernels.buffers import Buffer, as_buffer
+from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.exchange.layout import Copy, Layout
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, scale_block
 from lowbit_video.kernels.operands import Operand, codes_of, v_codes_of
@@ -15,106 +20,118 @@ from lowbit_video.kernels.variants import KernelVariant
 
 from ..runtime.protocol import Runtime
 from .options import AttentionOptions
+from .replay import again
 
 INTERPRETED_ARCH = (9, 0)
 """What Triton's CPU interpreter plays."""
-WORD = 4
-"""Bytes that copies are made of."""
 
 _tables: dict[tuple, Any] = {}
-_weights: dict[tuple, Any] = {}
 _making = threading.Lock()
 
 
-def _operand(x: Any, runtime: Runtime) -> Operand:
-    """A [B, N, H, D] tensor, whose last dimension is contiguous, as launchers take it."""
-    batch, tokens, heads, head_dim = runtime.shape(x)
-    b, n, h, _ = runtime.strides(x)
-    dtype = runtime.dtype_name(x)
-    return Operand(Buffer(x.data_ptr(), dtype), (batch, heads, tokens, head_dim), (b, h, n), FORMAT_OF_DTYPE[dtype])
+class Given:
+    """A [B, N, H, D] tensor whose last dimension is contiguous: what a key and an operand need of it."""
+
+    def __init__(self, x: Any, runtime: Runtime) -> None:
+        self.tensor = x if runtime.strides(x)[-1] == 1 else runtime.contiguous(x)
+        self.shape, self.strides = runtime.shape(self.tensor), runtime.strides(self.tensor)
+        self.dtype = runtime.dtype_name(x)
+        self.key = (self.shape, self.strides, self.dtype)
+
+    def operand(self, buffer: Buffer) -> Operand:
+        batch, tokens, heads, head_dim = self.shape
+        b, n, h, _ = self.strides
+        return Operand(buffer, (batch, heads, tokens, head_dim), (b, h, n), FORMAT_OF_DTYPE[self.dtype])
 
 
-def _rows_contiguous(x: Any, runtime: Runtime) -> Any:
-    return x if runtime.strides(x)[-1] == 1 else runtime.contiguous(x)
-
-
-def _rows(found: Any, options: AttentionOptions) -> dict[str, Buffer]:
-    """Where each statistic lies, by name: k_mean, q_mean, v_scale."""
+def _names(options: AttentionOptions) -> list[str]:
+    """The statistics there are, in their order."""
     precision = options.precision
-    names = [name for name, there in (("k_mean", precision.smooth_k), ("q_mean", precision.smooth_q),
-                                      ("v_scale", precision.pv == "fp8")) if there]
-    if not names:
-        return {}
-    step = int(np.prod(tuple(found.shape)[1:])) * 4
-    return {name: Buffer(found.data_ptr() + number * step, "float32") for number, name in enumerate(names)}
+    return [name for name, there in (("k_mean", precision.smooth_k), ("q_mean", precision.smooth_q),
+                                     ("v_scale", precision.pv == "fp8")) if there]
+
+
+def _rows(found: Buffer, options: AttentionOptions, shape: Sequence[int]) -> dict[str, Buffer]:
+    """Where each statistic of [statistics, B, H, D] lies, by name."""
+    step = math.prod(shape) * 4
+    return {name: found.at(number * step, "float32") for number, name in enumerate(_names(options))}
 
 
 def statistics(q: Any, k: Any, v: Any, options: AttentionOptions, runtime: Runtime) -> Any:
-    from lowbit_video.kernels.quant import token_stats
-
-    q, k, v = (_rows_contiguous(x, runtime) for x in (q, k, v))
-    precision = options.precision
-    count = precision.smooth_k + precision.smooth_q + (precision.pv == "fp8")
-    batch, _, heads, head_dim = runtime.shape(k)
-    found = runtime.empty((count, batch, heads, head_dim), "float32", q)
-    rows, wanted, scratch = _rows(found, options), {}, 0
-    for name, x, out in (("k", k, "k_mean"), ("q", q, "q_mean"), ("v", v, "v_scale")):
-        if out in rows:
-            wanted.update({name: _operand(x, runtime), out: rows[out]})
-            scratch += int(np.prod(partial_shape(wanted[name].shape)))
+    given = {"q": Given(q, runtime), "k": Given(k, runtime), "v": Given(v, runtime)}
+    batch, _, heads, head_dim = given["k"].shape
+    names = _names(options)
+    found = runtime.empty((len(names), batch, heads, head_dim), "float32", q)
+    read = {name[0]: given[name[0]] for name in names}
+    scratch = sum(math.prod(partial_shape((batch, heads, one.shape[1], head_dim))) for one in read.values())
     partial = runtime.empty((scratch,), "float32", q)
-    with runtime.launch_guard(q):
-        token_stats.launch_stats(as_buffer(partial), **wanted)
+
+    def launch(partial: Buffer, found: Buffer, *buffers: Buffer) -> None:
+        from lowbit_video.kernels.quant import token_stats
+
+        operands = {name: one.operand(buffer) for (name, one), buffer in zip(read.items(), buffers)}
+        token_stats.launch_stats(partial, **operands, **_rows(found, options, (batch, heads, head_dim)))
+
+    again(("statistics", options, *[one.key for one in read.values()]), runtime,
+          (partial, found, *[one.tensor for one in read.values()]), launch)
     return found
 
 
-def combined(gathered: list[Any], weights: list[list[float]], means: int, runtime: Runtime) -> Any:
-    from lowbit_video.kernels.exchange.combine_stats import launch_combine_stats
+def combined(gathered: Any, weights: list[list[float]], means: int, runtime: Runtime) -> Any:
+    shares, count, *rest = runtime.shape(gathered)
+    out = runtime.empty((count, *rest), "float32", gathered)
+    table = _kept(weights or [[0.0] * shares], gathered, "float32", runtime)
 
-    first, shares = gathered[0], len(gathered)
-    joined = runtime.concat([one.reshape([1, *one.shape]) for one in gathered], 0)
-    out = runtime.empty(runtime.shape(first), "float32", first)
-    table = _kept(_weights, weights or [[0.0] * shares], first, "float32", runtime)
-    statistics = runtime.shape(first)[0]
-    with runtime.launch_guard(first):
-        launch_combine_stats(as_buffer(joined), as_buffer(table), as_buffer(out), n=int(np.prod(runtime.shape(first)[1:])),
-                             shares=shares, means=means, statistics=statistics)
+    def launch(gathered: Buffer, table: Buffer, out: Buffer) -> None:
+        from lowbit_video.kernels.exchange.combine_stats import launch_combine_stats
+
+        launch_combine_stats(gathered, table, out, n=math.prod(rest), shares=shares, means=means, statistics=count)
+
+    again(("combined", shares, count, *rest, means), runtime, (gathered, table, out), launch)
     return out
 
 
 def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime) -> Any:
+    given = [Given(x, runtime) for x in (q, k, v)]
+    memory = runtime.empty((layout.size,), "uint8", q)
+    if found is None:
+        found = memory
+    shape = runtime.shape(k)
+
+    def launch(memory: Buffer, found: Buffer, q: Buffer, k: Buffer, v: Buffer) -> None:
+        one, two, three = (x.operand(buffer) for x, buffer in zip(given, (q, k, v)))
+        _encode(one, two, three, memory, _rows(found, options, (shape[0], shape[2], shape[3])), layout, options)
+
+    again(("encode", options, layout, *[x.key for x in given]), runtime, (memory, found, *[x.tensor for x in given]), launch)
+    if "v" in layout.parts and options.precision.pv != "fp8":
+        _copy_values(given[2], memory, layout, runtime)
+    return memory
+
+
+def _encode(q: Operand, k: Operand, v: Operand, memory: Buffer, rows: dict[str, Buffer], layout: Layout,
+            options: AttentionOptions) -> None:
     from lowbit_video.kernels.quant import quant_qk, quant_v
 
-    precision, rows = options.precision, _rows(found, options)
-    memory = runtime.empty((layout.size,), "uint8", q)
-    place = memory.data_ptr()
-    buffer = lambda name: Buffer(place + layout.parts[name].offset, layout.parts[name].dtype)
+    precision = options.precision
+    buffer = lambda name: memory.at(layout.parts[name].offset, layout.parts[name].dtype)
 
     def codes(x: Operand, name: str, format: str, scale: str, block: int | None) -> Operand:
         b, h, _ = layout.strides(name)
-        return codes_of(x, format, buffer(name), buffer(scale), block)._replace(
-            strides=(b, h, 0), scale_strides=_elements(layout, scale))
+        made = codes_of(x, format, buffer(name), buffer(scale), block)
+        return made._replace(strides=(b, h, 0), scale_strides=_elements(layout, scale))
 
-    with runtime.launch_guard(q):
-        if "q_codes" in layout.parts:
-            one = _operand(_rows_contiguous(q, runtime), runtime)
-            shift = buffer("lse_shift") if "lse_shift" in layout.parts else None
-            quant_qk.launch_quant_qk(one, codes(one, "q_codes", precision.q, "q_scale", None), mean=rows.get("q_mean"),
-                                     lse_shift=shift, k_mean=rows["k_mean"] if shift else None, sm_scale=options.scale,
-                                     token_strides=_elements(layout, "lse_shift") if shift else None)
-        if "k_codes" in layout.parts:
-            if precision.pv == "fp8":
-                one = _operand(_rows_contiguous(v, runtime), runtime)
-                quant_v.launch_quant_v(one, v_codes_of(one, buffer("v"), rows["v_scale"])._replace(strides=layout.strides("v")))
-            else:
-                _copy_rows(v, memory, layout, runtime)
-            one = _operand(_rows_contiguous(k, runtime), runtime)
-            bias = buffer("bias") if "bias" in layout.parts else None
-            quant_qk.launch_quant_qk(
-                one, codes(one, "k_codes", precision.k, "k_scale", scale_block("k", precision.granularity)),
-                mean=rows.get("k_mean"), bias=bias, q_mean=rows["q_mean"] if bias else None,
-                token_strides=_elements(layout, "bias") if bias else None)
-    return memory
+    if "q_codes" in layout.parts:
+        shift = buffer("lse_shift") if "lse_shift" in layout.parts else None
+        quant_qk.launch_quant_qk(q, codes(q, "q_codes", precision.q, "q_scale", None), mean=rows.get("q_mean"), lse_shift=shift,
+                                 k_mean=rows["k_mean"] if shift else None, sm_scale=options.scale,
+                                 token_strides=_elements(layout, "lse_shift") if shift else None)
+    if "k_codes" in layout.parts:
+        if precision.pv == "fp8":
+            quant_v.launch_quant_v(v, v_codes_of(v, buffer("v"), rows["v_scale"])._replace(strides=layout.strides("v")))
+        bias = buffer("bias") if "bias" in layout.parts else None
+        quant_qk.launch_quant_qk(k, codes(k, "k_codes", precision.k, "k_scale", scale_block("k", precision.granularity)),
+                                 mean=rows.get("k_mean"), bias=bias, q_mean=rows["q_mean"] if bias else None,
+                                 token_strides=_elements(layout, "bias") if bias else None)
 
 
 def _elements(layout: Layout, name: str) -> tuple[int, int]:
@@ -123,77 +140,104 @@ def _elements(layout: Layout, name: str) -> tuple[int, int]:
     return b // 4, h // 4
 
 
-def _copy_rows(v: Any, memory: Any, layout: Layout, runtime: Runtime) -> None:
+def _copy_values(v: Given, memory: Any, layout: Layout, runtime: Runtime) -> None:
     """A V that is not quantised, [B, N, H, D], to its part."""
-    v = _rows_contiguous(v, runtime)
-    batch, tokens, heads, head_dim = runtime.shape(v)
-    size = 4 if runtime.dtype_name(v) == "float32" else 2
-    b, n, h, _ = (stride * size for stride in runtime.strides(v))
+    batch, tokens, heads, head_dim = v.shape
+    size = 4 if v.dtype == "float32" else 2
+    b, n, h, _ = (stride * size for stride in v.strides)
     to_b, to_h, _ = layout.strides("v")
-    copy_parts(v, memory, [Copy(0, b, h, n, layout.parts["v"].offset, to_b, to_h, head_dim * size, tokens, head_dim * size)],
-               batch, heads, runtime)
+    one = Copy(0, b, h, n, layout.parts["v"].offset, to_b, to_h, head_dim * size, tokens, head_dim * size)
+    copy_parts((v.tensor,), memory, (one,), batch, heads, runtime)
 
 
-def copy_parts(source: Any, target: Any, copies: list[Copy], batch: int, heads: int, runtime: Runtime) -> None:
-    from lowbit_video.kernels.exchange.copy_parts import launch_copy_parts
+def copy_parts(sources: Sequence[Any], target: Any, copies: Sequence[Copy], batch: int, heads: int, runtime: Runtime) -> None:
+    from lowbit_video.kernels.exchange.copy_parts import launch_copy_parts, table_of
 
-    rows = [[number if name == "rows" else number // WORD for name, number in one._asdict().items()] for one in copies]
-    assert all(number % WORD == 0 for one in copies for name, number in one._asdict().items() if name != "rows"), copies
-    table = _kept(_tables, rows, source, "int64", runtime)
-    with runtime.launch_guard(source):
-        launch_copy_parts(Buffer(source.data_ptr(), "int32"), Buffer(target.data_ptr(), "int32"),
-                          Buffer(table.data_ptr(), "int64"), copies=len(copies), largest=max(one[-1] * one[-2] for one in rows),
-                          batch=batch, heads=heads)
+    copies = tuple(copies)
+    rows = _kept_rows.get(copies)
+    if rows is None:
+        rows = _kept_rows[copies] = table_of(copies)
+    table = _kept(rows, target, "int64", runtime, copies)
+
+    def launch(source: Buffer, second: Buffer, target: Buffer, table: Buffer) -> None:
+        words = [buffer.at(0, "int32") for buffer in (source, second, target)]
+        launch_copy_parts(*words, table.at(0, "int64"), rows, batch=batch, heads=heads)
+
+    again(("copy", copies, batch, heads), runtime, (sources[0], sources[-1], target, table), launch)
 
 
-def _kept(known: dict[tuple, Any], rows: list[list], like: Any, dtype: str, runtime: Runtime) -> Any:
+_kept_rows: dict[tuple, list[list[int]]] = {}
+
+
+def _kept(rows: list[list], like: Any, dtype: str, runtime: Runtime, key: tuple | None = None) -> Any:
     """A small table on `like`'s device; made once, for it depends on shapes alone."""
-    key = (runtime.NAME, runtime.place(like), tuple(map(tuple, rows)))
-    if key not in known:
+    full = (runtime.NAME, runtime.place(like), key or tuple(map(tuple, rows)))
+    if full not in _tables:
         with _making:
-            known[key] = runtime.from_numpy(np.array(rows, dtype=dtype), like, dtype)
-    return known[key]
+            _tables[full] = runtime.from_numpy(np.array(rows, dtype=dtype), like, dtype)
+    return _tables[full]
 
 
-def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, out_dtype: str
-           ) -> tuple[Any, Any]:
-    q_layout, kv_layout, precision = codes.q.layout, codes.kv.layout, codes.options.precision
+def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, out_dtype: str,
+           tokens_first: bool) -> tuple[Any, Any]:
+    q_layout, kv_layout, options = codes.q.layout, codes.kv.layout, codes.options
     batch, heads, head_dim = q_layout.batch, q_layout.heads, q_layout.kind.head_dim
-    q_len, kv_len, memory = q_layout.q_len, kv_layout.kv_len, codes.q.memory
-
-    def buffer(of: Any, name: str) -> Buffer | None:
-        part = of.layout.parts.get(name)
-        return None if part is None else Buffer(of.memory.data_ptr() + of.begin + part.offset, part.dtype)
-
-    shape = lambda tokens: Operand(buffer(codes.q, "q_codes"), (batch, heads, tokens, head_dim), (0, 0, 0), precision.q)
-    q = codes_of(shape(q_len), precision.q, buffer(codes.q, "q_codes"), buffer(codes.q, "q_scale"), None)
-    k = codes_of(shape(kv_len), precision.k, buffer(codes.kv, "k_codes"), buffer(codes.kv, "k_scale"),
-                 scale_block("k", precision.granularity))
-    values = buffer(codes.kv, "v")
-    if precision.pv == "fp8":
-        scale = runtime.contiguous(codes.v_scale)
-        v = v_codes_of(shape(kv_len), values, as_buffer(scale))
-    else:
-        v = Operand(values, (batch, heads, kv_len, head_dim), (heads * kv_len * head_dim, kv_len * head_dim, head_dim),
-                    FORMAT_OF_DTYPE[kv_layout.kind.v_dtype])
-    out = runtime.empty((q_len, batch, heads, head_dim), out_dtype, memory)
+    q_len, memory = q_layout.q_len, codes.q.memory
+    shape = (q_len, batch, heads, head_dim) if tokens_first else (batch, q_len, heads, head_dim)
+    out = runtime.empty(shape, out_dtype, memory)
     lse = runtime.empty((batch, heads, q_len), "float32", memory) if return_lse else None
-    target = Operand(as_buffer(out), (batch, heads, q_len, head_dim), (heads * head_dim, head_dim, batch * heads * head_dim),
-                     FORMAT_OF_DTYPE[out_dtype])
-    pv_dtype = "bfloat16" if codes.dtype == "float32" and precision.pv != "fp8" else None
-    with runtime.launch_guard(memory):
-        variant.load()(q, k, v, target, sm_scale=codes.options.scale, is_causal=is_causal, lse=as_buffer(lse),
-                       arch=runtime.arch(memory) or INTERPRETED_ARCH, bias=buffer(codes.kv, "bias"),
-                       lse_shift=buffer(codes.q, "lse_shift") if return_lse else None, pv_dtype=pv_dtype)
+    scale = None if codes.v_scale is None else runtime.contiguous(codes.v_scale)
+    arch = runtime.arch(memory) or INTERPRETED_ARCH
+
+    def launch(q: Buffer, kv: Buffer, out: Buffer, lse: Buffer, scale: Buffer) -> None:
+        q = q.at(codes.q.begin, "uint8")
+        kv = kv.at(codes.kv.begin, "uint8")
+        part = lambda base, layout, name: base.at(layout.parts[name].offset, layout.parts[name].dtype)
+        whole = lambda tokens: Operand(q, (batch, heads, tokens, head_dim), (0, 0, 0), options.precision.q)
+        _attend(variant, whole(q_len), whole(kv_layout.kv_len), lambda name: part(q, q_layout, name),
+                lambda name: part(kv, kv_layout, name), out, lse if return_lse else None, scale, options, kv_layout,
+                is_causal, arch, out_dtype, tokens_first, "lse_shift" in q_layout.parts)
+
+    key = ("attend", variant.name, options, q_layout, kv_layout, codes.q.begin, codes.kv.begin, is_causal, return_lse,
+           out_dtype, tokens_first)
+    again(key, runtime, (memory, codes.kv.memory, out, memory if lse is None else lse, memory if scale is None else scale),
+          launch)
     return out, lse
 
 
-def merge(out: Any, lse: Any, part: Any, part_lse: Any, runtime: Runtime, tokens_first: bool, dtype: str) -> tuple[Any, Any]:
-    from lowbit_video.kernels.exchange.merge import launch_merge
+def _attend(variant: KernelVariant, q: Operand, kv: Operand, q_part: Any, kv_part: Any, out: Buffer, lse: Buffer | None,
+            v_scale: Buffer, options: AttentionOptions, kv_layout: Layout, is_causal: bool, arch: tuple[int, int],
+            out_dtype: str, tokens_first: bool, shifted: bool) -> None:
+    """The launch of the attention kernel on parts that `q_part(name)` and `kv_part(name)` give."""
+    precision, kind = options.precision, kv_layout.kind
+    batch, heads, q_len, head_dim = q.shape
+    kv_len = kv.shape[2]
+    q_codes = codes_of(q, precision.q, q_part("q_codes"), q_part("q_scale"), None)
+    k_codes = codes_of(kv, precision.k, kv_part("k_codes"), kv_part("k_scale"), scale_block("k", precision.granularity))
+    if precision.pv == "fp8":
+        v = v_codes_of(kv, kv_part("v"), v_scale)
+    else:
+        v = Operand(kv_part("v"), kv.shape, (heads * kv_len * head_dim, kv_len * head_dim, head_dim),
+                    FORMAT_OF_DTYPE[kind.v_dtype])
+    row = heads * head_dim
+    strides = (row, head_dim, batch * row) if tokens_first else (q_len * row, head_dim, row)
+    variant.load()(q_codes, k_codes, v, Operand(out, q.shape, strides, FORMAT_OF_DTYPE[out_dtype]), sm_scale=options.scale,
+                   is_causal=is_causal, lse=lse, arch=arch, bias=kv_part("bias") if kind.bias else None,
+                   lse_shift=q_part("lse_shift") if lse is not None and shifted else None,
+                   pv_dtype="bfloat16" if kind.v_dtype == "float32" and precision.pv != "fp8" else None)
 
+
+def merge(out: Any, lse: Any, part: Any, part_lse: Any, runtime: Runtime, tokens_first: bool, dtype: str) -> tuple[Any, Any]:
     batch, heads, tokens = runtime.shape(lse)
-    result = out if runtime.dtype_name(out) == dtype else runtime.empty(runtime.shape(out), dtype, out)
-    with runtime.launch_guard(out):
-        launch_merge(as_buffer(out), as_buffer(lse), as_buffer(part), as_buffer(part_lse), as_buffer(result),
-                     shape=(batch, heads, tokens, runtime.shape(out)[-1]), tokens_first=tokens_first)
+    given = (runtime.dtype_name(out), runtime.dtype_name(part))
+    result = out if given[0] == dtype else runtime.empty(runtime.shape(out), dtype, out)
+    head_dim = runtime.shape(out)[-1]
+
+    def launch(*buffers: Buffer) -> None:
+        from lowbit_video.kernels.exchange.merge import launch_merge
+
+        launch_merge(*buffers, shape=(batch, heads, tokens, head_dim), tokens_first=tokens_first)
+
+    again(("merge", batch, heads, tokens, head_dim, given, dtype, tokens_first), runtime, (out, lse, part, part_lse, result),
+          launch)
     return result, lse

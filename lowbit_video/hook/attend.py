@@ -25,9 +25,9 @@ class CodedAttend(Protocol):
     def options(self, is_causal: bool, scale: float | None, return_lse: bool) -> AttentionOptions:
         """The choices of a call."""
 
-    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False
-                 ) -> tuple[Any, Any]:
-        """(out [N, B, H, D], lse [B, H, N] or None) of `engine.codes.AttentionCodes`."""
+    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False,
+                 tokens_first: bool = True) -> tuple[Any, Any]:
+        """(out, lse [B, H, N] or None) of codes; the choices are those of `engine.codes.attend`."""
 
 
 def coded(attend: Attend) -> CodedAttend | None:

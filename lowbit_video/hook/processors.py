@@ -77,11 +77,11 @@ class LowBitAttnProcessor(AttnProcessor):
         return options_of(self.precision, "NHD", is_causal, scale, return_lse, self.backend, self.check_finite,
                           self.fallback == "exact")
 
-    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False
-                 ) -> tuple[Any, Any]:
-        """(out [N, B, H, D], lse [B, H, N] or None) of tensors that are codes already."""
+    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False,
+                 tokens_first: bool = True) -> tuple[Any, Any]:
+        """(out, lse [B, H, N] or None) of tensors that are codes already; the choices are those of `engine.codes.attend`."""
         out, lse, variant = attend_codes(codes, runtime_of(codes.q.memory), is_causal=is_causal, return_lse=return_lse,
-                                         backend=self.backend, smoothed_lse=smoothed_lse)
+                                         backend=self.backend, smoothed_lse=smoothed_lse, tokens_first=tokens_first)
         self.note(f"{codes.options.precision} ({variant.name})")
         return out, lse
 
