@@ -43,7 +43,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         parser.add_argument(f"--{name}", type=int, help=f"{unit} (default: the model's)")
     parser.add_argument("--no-text-encoder", action="store_true", help="the text encoder does not stay on the GPU")
     parser.add_argument("--measured", metavar="FILE", help="JSON like measured.json: its figures go before the package's, and "
-                        "its rows are compared and plotted")
+                        "its rows are compared and plotted; or what `bench parallel` wrote")
     parser.add_argument("--json", metavar="FILE", help="write everything to a file")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the scaling; needs matplotlib")
     parser.set_defaults(run=run)

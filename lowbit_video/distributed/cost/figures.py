@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...files import read_json
+from .models import MODELS
 
 MEASURED = Path(__file__).with_name("measured.json")
 """The figures that come with the package."""
@@ -110,12 +112,15 @@ class Figures:
 def load_figures(path: str | Path | None = None) -> Figures:
     """The package's figures; those that a file in the same form has go before them, and its rows beside them.
 
+    path: such a file, or one that the benchmark of attention on several GPUs wrote: its times become rows.
     Raises ValueError for a file that is not such a one, naming the place in it.
     """
     known = read_json(MEASURED)
     rows = [dict(row, source=row.get("source", MEASURED.name)) for row in known.pop("rows")]
     if path is not None:
         given = read_json(path)
+        if isinstance(given.get("attention"), list):
+            given = {"rows": _rows_of_benchmark(given)}
         new_rows = given.pop("rows", [])
         if not isinstance(new_rows, list) or not all(isinstance(row, dict) for row in new_rows):
             raise ValueError(f"{path}: \"rows\" is a list of objects, each with what was measured and its ms")
@@ -133,6 +138,25 @@ def load_figures(path: str | Path | None = None) -> Figures:
         video=group(VideoFigures, "video", known["video"]),
         rows=tuple(rows),
     )
+
+
+def _rows_of_benchmark(report: Mapping) -> list[dict]:
+    """Rows of {"framework", "attention": [{"name", "precision", "methods": {"ulysses2 x ring2, codes, int8 output": {"ms"}}}]}.
+
+    "one" is attention on one GPU; exact methods are the framework's own and are left out, as are shapes of no known model.
+    """
+    rows = []
+    for shape in (shape for shape in report["attention"] if shape["name"] in MODELS):
+        for method, measured in shape["methods"].items():
+            split, *how = method.split(", ")
+            row = {"model": shape["name"], "precision": shape["precision"], "ms": measured["ms"]}
+            if method == "one":
+                rows.append({"what": "attention", **row})
+            elif "exact" not in method:
+                degrees = {name: int(degree) for name, degree in re.findall(r"([a-z]+)(\d+)", split)}
+                rows.append({"what": "layer", **row, **degrees, "exchange": "16bit" if "16bit" in how else "auto",
+                             "output": "int8" if "int8 output" in how else "16bit"})
+    return rows
 
 
 def named(table: Mapping[str, Any], name: str, kind: str) -> Any:

@@ -471,6 +471,22 @@ def test_given_figures_go_before_those_of_the_package(tmp_path):
     assert predict(mine.rows[-1], mine) == pytest.approx(1693, abs=1)
 
 
+def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
+    path = tmp_path / "parallel.json"
+    methods = {"one": 7.5, "one exact": 15, "ulysses2, 16bit": 4.4, "ulysses2, codes, int8 output": 4.2, "ulysses2, exact": 8,
+               "ulysses2 x ring2, codes": 2.4}
+    path.write_text(json.dumps({"gpu": "H100", "framework": "torch", "ranks": 4, "attention": [
+        {"name": "CogVideoX-2b", "precision": "int8+fp8", "methods": {name: {"ms": ms} for name, ms in methods.items()}},
+        {"name": "32k", "precision": "int8+fp8", "methods": {"one": {"ms": 13.3}}}]}))
+    same = {"model": "CogVideoX-2b", "precision": "int8+fp8", "source": str(path)}
+    assert load_figures(path).rows[len(load_figures().rows):] == (
+        {**same, "what": "attention", "ms": 7.5},
+        {**same, "what": "layer", "ulysses": 2, "exchange": "16bit", "output": "16bit", "ms": 4.4},
+        {**same, "what": "layer", "ulysses": 2, "exchange": "auto", "output": "int8", "ms": 4.2},
+        {**same, "what": "layer", "ulysses": 2, "ring": 2, "exchange": "auto", "output": "16bit", "ms": 2.4})
+    assert all(predict(row, FIGURES) > 0 for row in load_figures(path).rows)
+
+
 @pytest.mark.parametrize("content, words", [
     ({"video": {"decode": 1}}, "video has .*; scheduler_ms, .* are expected .unknown: decode."),
     ({"links": {"tin": {"small_us": 1}}}, "links.tin has small_us; all_to_all_us"), ({"links": 3}, "links is 3; an object"),
