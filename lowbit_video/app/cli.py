@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "generate": ("lowbit_video.app.generate", "make a video, optionally beside its full-precision twin"),
     "kernels": ("lowbit_video.app.kernel_table", "the table of kernels that exist"),
+    "plan": ("lowbit_video.app.plan", "what a video costs on several GPUs, by every way to share it out"),
     "doctor": ("lowbit_video.app.doctor", "what this machine can run, and why not"),
 }
 """Commands: module and one line of help."""

@@ -39,6 +39,10 @@ def test_what_the_report_is_made_from_is_in(names):
     assert assets == {name.rpartition("/")[2] for name in names if name.startswith("lowbit_video/eval/report/assets/")}
 
 
+def test_the_figures_of_the_model_of_cost_are_in(names):
+    assert "lowbit_video/distributed/cost/measured.json" in names
+
+
 def test_nothing_else_is_in(names):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lowbit_video"}

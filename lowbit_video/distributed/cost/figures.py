@@ -1,0 +1,198 @@
+"""The figures that the model of cost is made from: `measured.json` beside this file, where each stands with its source."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ...files import read_json
+from .models import MODELS
+
+MEASURED = Path(__file__).with_name("measured.json")
+"""The figures that come with the package."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. sms: that share out tiles. memory_gib: of it. host_ranks: GPUs of one host."""
+
+    name: str
+    sms: int
+    memory_gib: float
+    host_ranks: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Attention of one tile of query rows, int8+fp8: tile_us + block_us a block of 128 keys; a call costs call_us more."""
+
+    rows: int
+    tile_us: float
+    block_us: float
+    call_us: float
+
+
+@dataclass(frozen=True)
+class Link:
+    """A wire of one GPU, in one direction: what an exchange costs whatever its size, and GB (1e9 bytes) a second.
+
+    all_to_all: everyone with everyone. neighbour: in a ring. small_us: an exchange of some kilobytes.
+    """
+
+    all_to_all_us: float
+    all_to_all_gb_s: float
+    neighbour_us: float
+    neighbour_gb_s: float
+    small_us: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything but attention in one framework.
+
+    matrix_tflops: of products whose tiles fill the GPU. elementwise_ps: norms, elementwise work and concatenation, a layer, a
+    channel of a token. step_ms: what is not shared. layer_host_us: the host's part of a layer, below which no layer goes.
+    models: other values of these by a model's name.
+    """
+
+    matrix_tflops: float
+    elementwise_ps: float
+    step_ms: float
+    layer_host_us: float
+    models: Mapping[str, Mapping[str, float]]
+
+    def of(self, model: str) -> Program:
+        """With the values that this model has of its own."""
+        return replace(self, **self.models.get(model, {}))
+
+
+@dataclass(frozen=True)
+class Around:
+    """What surrounds attention's kernel; quantise_ps and merge_ps a value, hidden_share of a transfer beside attention."""
+
+    quantise_ps: float
+    merge_ps: float
+    copy_gb_s: float
+    hidden_share: float
+
+
+@dataclass(frozen=True)
+class VideoFigures:
+    """What surrounds the steps, and memory. decode_*, cache_bytes: a pixel of a frame, or of the picture."""
+
+    scheduler_ms: float
+    text_ms: float
+    decode_ns: float
+    decode_layers: int
+    decode_bytes: float
+    cache_bytes: float
+    runtime_gib: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All figures. attention by head dim, pace by precision and head dim (times int8+fp8's tile), links and programs by name.
+
+    rows: whole things measured, to compare predictions with: dicts as `predict` takes them, with "ms".
+    """
+
+    gpu: Gpu
+    attention: Mapping[int, Tile]
+    pace: Mapping[str, Mapping[int, float]]
+    around: Around
+    links: Mapping[str, Link]
+    programs: Mapping[str, Program]
+    video: VideoFigures
+    rows: tuple[Mapping[str, Any], ...] = ()
+
+
+def load_figures(path: str | Path | None = None) -> Figures:
+    """The package's figures; those that a file in the same form has go before them, and its rows beside them.
+
+    path: such a file, or one that the benchmark of attention on several GPUs wrote: its times become rows.
+    Raises ValueError for a file that is not such a one, naming the place in it.
+    """
+    known = read_json(MEASURED)
+    rows = [dict(row, source=row.get("source", MEASURED.name)) for row in known.pop("rows")]
+    if path is not None:
+        given = read_json(path)
+        if isinstance(given.get("attention"), list):
+            given = {"rows": _rows_of_benchmark(given)}
+        new_rows = given.pop("rows", [])
+        if not isinstance(new_rows, list) or not all(isinstance(row, dict) for row in new_rows):
+            raise ValueError(f"{path}: \"rows\" is a list of objects, each with what was measured and its ms")
+        rows += [dict(row, source=row.get("source", str(path))) for row in new_rows]
+        known = _over(known, {name: value for name, value in given.items() if name != "about"}, str(path))
+    where = str(path or MEASURED)
+    group = lambda kind, name, value: _build(kind, _plain(value), f"{where}: {name}")
+    return Figures(
+        gpu=group(Gpu, "gpu", known["gpu"]),
+        attention={int(dim): group(Tile, f"attention.{dim}", row) for dim, row in known["attention"].items()},
+        pace={name: {int(dim): value for dim, value in _plain(row).items()} for name, row in known["pace"].items()},
+        around=group(Around, "around", known["around"]),
+        links={name: group(Link, f"links.{name}", row) for name, row in known["links"].items()},
+        programs={name: group(Program, f"programs.{name}", row) for name, row in known["programs"].items()},
+        video=group(VideoFigures, "video", known["video"]),
+        rows=tuple(rows),
+    )
+
+
+def _rows_of_benchmark(report: Mapping) -> list[dict]:
+    """Rows of {"framework", "attention": [{"name", "precision", "methods": {"ulysses2 x ring2, codes, int8 output": {"ms"}}}]}.
+
+    "one" is attention on one GPU; exact methods are the framework's own and are left out, as are shapes of no known model.
+    """
+    rows = []
+    for shape in (shape for shape in report["attention"] if shape["name"] in MODELS):
+        for method, measured in shape["methods"].items():
+            split, *how = method.split(", ")
+            row = {"model": shape["name"], "precision": shape["precision"], "ms": measured["ms"]}
+            if method == "one":
+                rows.append({"what": "attention", **row})
+            elif "exact" not in method:
+                degrees = {name: int(degree) for name, degree in re.findall(r"([a-z]+)(\d+)", split)}
+                rows.append({"what": "layer", **row, **degrees, "exchange": "16bit" if "16bit" in how else "auto",
+                             "output": "int8" if "int8 output" in how else "16bit"})
+    return rows
+
+
+def named(table: Mapping[str, Any], name: str, kind: str) -> Any:
+    """The entry; ValueError with those that exist."""
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}; there are: {', '.join(map(str, table))}")
+    return table[name]
+
+
+def _over(known: dict, given: Mapping, where: str) -> dict:
+    """`known` with what `given` has in its place; a figure may be given without the {"value", "source"} around it."""
+    merged = dict(known)
+    for name, value in given.items():
+        inner = merged.get(name)
+        if isinstance(inner, dict) and isinstance(value, Mapping):
+            merged[name] = _over(inner, value, f"{where}: {name}")
+        elif isinstance(inner, dict) and "value" not in inner:
+            raise ValueError(f"{where}: {name} is {json.dumps(value)}; an object with some of {', '.join(inner)} is expected")
+        else:
+            merged[name] = value
+    return merged
+
+
+def _plain(group: Mapping) -> dict:
+    """A group without sources, each figure its value."""
+    return {name: value["value"] if isinstance(value, Mapping) and "value" in value else value
+            for name, value in group.items() if name != "source"}
+
+
+def _build(kind: type, values: dict, where: str) -> Any:
+    names = [field.name for field in fields(kind)]
+    odd, missing = set(values) - set(names), set(names) - set(values)
+    if odd or missing:
+        raise ValueError(f"{where} has {', '.join(sorted(values))}; {', '.join(names)} are expected"
+                         + (f" (unknown: {', '.join(sorted(odd))})" if odd else ""))
+    for name, value in values.items():
+        if name not in ("name", "models") and not (isinstance(value, (int, float)) and value >= 0):
+            raise ValueError(f"{where}.{name} is {json.dumps(value)}; a number from 0 on is expected")
+    return kind(**values)

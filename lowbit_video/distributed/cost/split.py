@@ -1,0 +1,142 @@
+"""Every way to share one video by some GPUs, best first, and a prediction beside each thing that was measured."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..mesh import Degrees
+from ..shares import even_shares, joint_shares
+from .attention import call_ms, layer, pieces_of
+from .figures import Figures
+from .models import find_model
+from .rest import best_vae, decode_ms, linear_ms, memory_gib
+from .task import Share, Task, share_of
+from .wire import Transfers, ring_bytes, statistics_bytes, ulysses_bytes
+
+MAX_GPUS = 64
+"""The most GPUs that are planned for."""
+NOISE_BYTES = 2
+"""Of a value of the transformer's output."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a split costs.
+
+    step: ms of one step by part, on the busiest rank. sent: bytes that the busiest rank sends a step, by purpose. memory: GiB
+    of a GPU by part. decode_ms: of the VAE. video_s: all of a video, seconds. fits: whether the GPU has the memory.
+    """
+
+    degrees: Degrees
+    step: Mapping[str, float]
+    sent: Mapping[str, int]
+    memory: Mapping[str, float]
+    decode_ms: float
+    video_s: float
+    fits: bool
+
+    @property
+    def step_ms(self) -> float:
+        return sum(self.step.values())
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(self.sent.values())
+
+    @property
+    def memory_gib(self) -> float:
+        return sum(self.memory.values())
+
+
+def sent_bytes(task: Task, degrees: Degrees, share: Share) -> dict[str, int]:
+    """Bytes that the busiest rank sends in one step, by purpose; only what is sent at all."""
+    u, r, size, layers = degrees.ulysses, degrees.ring, degrees.ulysses * degrees.ring, task.model.layers
+    values = task.video_tokens * task.model.token_values * NOISE_BYTES
+    there, back = ulysses_bytes(task, degrees, share.batch, pieces_of(task, degrees, share)) if u > 1 else (0, 0)
+    rows = max(joint_shares(task.model.text_tokens, task.video_tokens, size)[1]) if size > 1 else 0
+    sent = {"attention in": layers * there, "attention out": layers * back,
+            "statistics": layers * statistics_bytes(task, degrees, share.batch),
+            "ring": layers * (r - 1) * ring_bytes(task, share, share.heads),
+            "output tokens": (size - 1) * share.batch * rows * task.model.token_values * NOISE_BYTES,
+            "guidance": values if degrees.cfg == 2 else 0}
+    return {purpose: count for purpose, count in sent.items() if count}
+
+
+def cost_of(task: Task, degrees: Degrees) -> Cost:
+    """What a split costs. Raises ValueError where it cannot be, with the reason."""
+    share, model = share_of(task, degrees), task.model
+    attention, transfers = layer(task, degrees), Transfers(task, degrees)
+    sent = sent_bytes(task, degrees, share)
+    step = {"linear": model.layers * linear_ms(task, share) + task.program.step_ms,
+            "attention": model.layers * attention.attention_ms, "exchange": model.layers * attention.exchange_ms}
+    if "output tokens" in sent:
+        step["exchange"] += transfers.exchange_ms(sent["output tokens"], "sequence")
+    step["host"] = max(0.0, model.layers * task.program.layer_host_us / 1e3 - sum(step.values()))
+    step["guidance"] = transfers.exchange_ms(sent["guidance"], "cfg") if "guidance" in sent else 0.0
+    step["scheduler"] = task.figures.video.scheduler_ms
+    memory, decode = memory_gib(task, degrees, share), decode_ms(task, degrees)
+    seconds = (task.steps * sum(step.values()) + task.figures.video.text_ms + decode) / 1e3
+    return Cost(degrees, step, sent, memory, decode, seconds, sum(memory.values()) <= task.figures.gpu.memory_gib)
+
+
+def splits(task: Task, gpus: int) -> tuple[list[Cost], list[tuple[Degrees, str]]]:
+    """(every split by so many GPUs that can be, those that fit into memory first and then the fastest first; the others, with
+    the reason). Raises ValueError for a number of GPUs that is not planned for.
+    """
+    if not 1 <= gpus <= MAX_GPUS:
+        raise ValueError(f"{gpus} GPUs; from 1 to {MAX_GPUS} are planned for")
+    found, refused = [], []
+    for cfg in (1, 2):
+        for ulysses in (u for u in range(1, gpus + 1) if gpus % (cfg * u) == 0):
+            degrees = Degrees(cfg, ulysses, gpus // cfg // ulysses)
+            try:
+                share_of(task, degrees)
+            except ValueError as reason:
+                refused.append((degrees, str(reason)))
+                continue
+            found.append(cost_of(task, Degrees(cfg, ulysses, degrees.ring, best_vae(task, degrees))))
+    return sorted(found, key=lambda cost: (not cost.fits, cost.video_s)), refused
+
+
+WHATS = ("attention", "ring part", "exchange in", "exchange out", "ring transfer", "layer", "transformer", "step", "decode")
+"""What a measured row may be of: a rank's attention without exchange; a part of a ring; an all-to-all of Q, K and V and of the
+output, in one piece; K and V to the neighbour; attention of a layer with its exchange; all layers and the output; that with
+guidance and scheduler; the VAE's decoding."""
+
+
+def task_of(row: Mapping[str, Any], figures: Figures) -> tuple[Task, Degrees]:
+    """What a measured row was a measurement of. Raises ValueError where it says what cannot be."""
+    names = ("precision", "exchange", "output", "link", "framework", "frames", "height", "width")
+    try:
+        task = Task(find_model(row["model"]), figures, **{name: row[name] for name in names if row.get(name) is not None})
+        degrees = Degrees(**{name: row[name] for name in ("cfg", "ulysses", "ring", "vae") if row.get(name)})
+        if row["what"] in WHATS and row["ms"] > 0:
+            return task, degrees
+    except (KeyError, TypeError) as reason:
+        raise ValueError(f"a measured row needs what, model and ms ({type(reason).__name__}: {reason}): {dict(row)}") from None
+    raise ValueError(f"a measured row is of {row['what']!r} with {row['ms']} ms; known are, with more than 0 ms: "
+                     f"{', '.join(WHATS)}")
+
+
+def predict(row: Mapping[str, Any], figures: Figures) -> float:
+    """The ms that the model of cost says of a measured row.
+
+    row: what (of WHATS), model, ms; as they differ from the defaults precision, exchange, output, link, framework, frames,
+    height, width, cfg, ulysses, ring, vae. Other keys are left alone.
+    """
+    task, degrees = task_of(row, figures)
+    share, transfers, what = share_of(task, degrees), Transfers(task, degrees), row["what"]
+    if what in ("attention", "ring part"):
+        return call_ms(task, share.batch * share.heads, share.part_rows, share.part_rows)
+    if what in ("exchange in", "exchange out"):
+        whole = [even_shares(task.model.heads, degrees.ulysses)]
+        return transfers.exchange_ms(ulysses_bytes(task, degrees, share.batch, whole)[what == "exchange out"], "ulysses")
+    if what == "ring transfer":
+        return transfers.neighbour_ms(ring_bytes(task, share, share.heads))
+    if what == "layer":
+        return layer(task, degrees).total_ms
+    cost = cost_of(task, degrees)
+    if what == "decode":
+        return cost.decode_ms
+    return cost.step_ms - (0.0 if what == "step" else cost.step["guidance"] + cost.step["scheduler"])

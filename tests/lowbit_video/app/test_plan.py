@@ -1,0 +1,152 @@
+"""`lowbit-video plan`: what it lists, writes, draws and refuses."""
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lowbit_video.app import cli, plan, plan_plot
+from lowbit_video.distributed.cost.figures import load_figures
+from lowbit_video.distributed.cost.models import find_model
+from lowbit_video.distributed.cost.task import Task
+
+SMALL = str(pathlib.Path(__file__).parents[3] / "examples" / "small_cogvideox" / "model")
+
+
+def lines_of(capsys, *argv):
+    assert cli.main(["plan", *argv]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def rows_of(lines):
+    """{column: cell} of each line of the table."""
+    head = next(number for number, line in enumerate(lines) if line.lstrip().startswith("GPUs"))
+    names = re.split(r"\s{2,}", lines[head].strip())
+    return [dict(zip(names, line.split())) for line in lines[head + 1:lines.index("", head)]]
+
+
+def test_splits_are_listed_best_first(capsys):
+    lines = lines_of(capsys, "--model", "CogVideoX-5b", "--gpus", "8", "--link", "nvlink")
+    rows = rows_of(lines)
+    assert len(rows) == 7 and {row["GPUs"] for row in rows} == {"8"}
+    assert [float(row["video s"]) for row in rows] == sorted(float(row["video s"]) for row in rows)
+    for row in rows:
+        assert int(row["cfg"]) * int(row["ulysses"]) * int(row["ring"]) == 8
+        assert float(row["efficiency"].rstrip("%")) == pytest.approx(100 * float(row["speed-up"]) / 8, abs=1)
+    assert "17776 tokens" in lines[0] and "travel as codes of int8+fp8" in lines[1]
+
+
+def test_without_a_number_the_best_of_each_is_listed(capsys):
+    rows = rows_of(lines_of(capsys))
+    assert [int(row["GPUs"]) for row in rows] == list(plan.COUNTS) and rows[0]["speed-up"] == "1.00"
+    best = rows_of(lines_of(capsys, "--gpus", "16"))[0]
+    assert best in rows
+
+
+def test_options_change_what_is_planned(capsys):
+    shared = lambda *argv: next(row for row in rows_of(lines_of(capsys, "--gpus", "4", *argv)) if row["ulysses"] == "4")
+    step = lambda *argv: float(shared(*argv)["step ms"])
+    usual = step()
+    assert step("--link", "pcie4") > 1.2 * usual and step("--precision", "exact") > 1.1 * usual
+    assert step("--exchange", "16bit") > usual and step("--frames", "25") < 0.6 * usual
+    assert step("--height", "240", "--width", "368") < 0.4 * usual
+    sent = lambda *argv: float(shared(*argv)["MB sent"])
+    assert sent("--output", "int8") < sent() < sent("--exchange", "16bit")
+    video = lambda *argv: float(rows_of(lines_of(capsys, "--gpus", "1", *argv))[0]["video s"])
+    assert video("--steps", "100") > 1.8 * video()
+    memory = lambda *argv: float(rows_of(lines_of(capsys, "--gpus", "1", *argv))[0]["GiB a GPU"])
+    assert memory("--no-text-encoder") == pytest.approx(memory() - 8.9, abs=0.2)
+
+
+def test_what_cannot_be_is_named_with_its_reason(capsys):
+    text = "\n".join(lines_of(capsys, "--model", SMALL, "--gpus", "8"))
+    assert "cannot be: ulysses 8: 4 heads are fewer than 8 ranks" in text and "fewer blocks of 128 than 8 ranks" in text
+
+
+def test_links_between_hosts_are_said(capsys):
+    assert "goes over ib400" in "\n".join(lines_of(capsys, "--gpus", "16"))
+    assert "goes over ib400" not in "\n".join(lines_of(capsys, "--gpus", "8"))
+
+
+def test_everything_is_written_as_json(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    rows = rows_of(lines_of(capsys, "--gpus", "4", "--json", str(path)))
+    written = json.loads(path.read_text())
+    assert [round(split["step_ms"], 1) for split in written["splits"]] == [float(row["step ms"]) for row in rows]
+    alone = rows_of(lines_of(capsys, "--gpus", "1"))[0]
+    for split, row in zip(written["splits"], rows):
+        assert float(row["speed-up"]) == pytest.approx(float(alone["step ms"]) / float(row["step ms"]), rel=0.01)
+        assert float(row["speed-up"]) == pytest.approx(split["speed_up"], abs=0.01)
+        assert float(row["MB sent"]) == pytest.approx(split["sent_bytes"] / 1e6, abs=0.6)
+        assert float(row["GiB a GPU"]) == pytest.approx(split["memory_gib"], abs=0.06)
+        assert split["step_ms"] == pytest.approx(sum(split["step"].values()))
+        assert split["sent_bytes"] == sum(split["sent"].values()) and split["gpus"] == 4
+    assert [split["gpus"] for split in written["scaling"]] == list(plan.COUNTS)
+    assert written["about"]["tokens"] == 17776 and written["about"]["wire"] == "codes of int8+fp8"
+
+
+def test_measured_rows_stand_beside_what_is_modelled(tmp_path, capsys):
+    path = tmp_path / "mine.json"
+    row = {"what": "transformer", "model": "CogVideoX-2b", "precision": "int8+fp8", "cfg": 2, "ms": 250}
+    other = {**row, "model": "CogVideoX-5b", "ms": 9999}
+    path.write_text(json.dumps({"rows": [row, other], "video": {"decode_ns": 0}}))
+    text = "\n".join(lines_of(capsys, "--gpus", "2", "--measured", str(path)))
+    assert "measured: transformer on cfg 2: 250.0 ms, modelled 25" in text and "9999" not in text
+    assert "measured: transformer on one rank: 498.0 ms" in text
+    assert {line["decode s"] for line in rows_of(text.splitlines())} == {"0.00"}
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--model", "CogVideoX-9b"], "unknown model 'CogVideoX-9b'; there are: CogVideoX-2b, CogVideoX-5b, CogVideoX-1.5-5b"),
+    (["--link", "rope"], "unknown link 'rope'; there are: nvlink, pcie4, ib400"), (["--gpus", "65"], "65 GPUs; from 1 to 64"),
+    (["--gpus", "0"], "0 GPUs"), (["--precision", "int9"], "unknown precision 'int9'; there are: fp16"),
+    (["--exchange", "int4"], "attention at int8/int4+fp8 is not measured; there are: int8+fp8"),
+    (["--framework", "jax"], "there are: torch"), (["--steps", "0"], "0 steps"),
+    (["--height", "100"], "multiples of 16"), (["--measured", "none.json"], "no such file: none.json"),
+    (["--plot", "plan.jpg"], "ends in .png")])
+def test_mistakes_are_one_line(argv, words, capsys):
+    assert cli.main(["plan", *argv]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.out == "" and captured.err.count("\n") == 1
+
+
+def test_a_plot_without_matplotlib_is_refused_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["plan", "--plot", str(tmp_path / "plan.png")]) == 2
+    assert "pip install 'lowbit_video[eval]'" in capsys.readouterr().err
+
+
+def test_the_plot_tells_the_measured_from_the_modelled(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib.figure import Figure
+
+    figures = load_figures()
+    task = Task(find_model("CogVideoX-2b"), figures)
+    compared = plan.compare(task, figures) + [{"what": "transformer", "gpus": 2, "ms": 260.0}]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: (drawn.append(figure), path.write_bytes(b"png")))
+    plan_plot.plot_scaling(task, plan.best_by_count(task), compared, tmp_path / "plan.png")
+    times, shares = drawn[0].axes
+    lines = {line.get_label(): line for line in times.lines}
+    assert list(lines["modelled, best split"].get_xdata()) == list(plan.COUNTS)
+    assert (list(lines["measured"].get_xdata()), list(lines["measured"].get_ydata())) == ([1, 2], [498.0, 260.0])
+    efficiency = {line.get_label(): line for line in shares.lines}["measured"]
+    assert list(efficiency.get_ydata()) == pytest.approx([100, 100 * 498 / 260 / 2])
+    assert (tmp_path / "plan.png").read_bytes() == b"png"
+
+
+def test_a_picture_is_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    lines_of(capsys, "--model", "CogVideoX-1.5-5b", "--gpus", "2", "--plot", str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_planning_imports_no_framework():
+    code = ("import sys, lowbit_video.app.cli as c\nc.main(['plan', '--gpus', '2'])\n"
+            "bad = {'paddle', 'torch', 'triton', 'matplotlib'} & set(sys.modules)\nassert not bad, bad")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

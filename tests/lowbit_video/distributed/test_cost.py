@@ -1,0 +1,499 @@
+"""The model of cost: what it counts by hand, what it says of what was measured, and what it refuses."""
+import json
+import pathlib
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+
+from lowbit_video.distributed.cost import attention, rest
+from lowbit_video.distributed.cost.figures import MEASURED, load_figures
+from lowbit_video.distributed.cost.formats import wire_format
+from lowbit_video.distributed.cost.models import GIB, MODELS, Model, find_model
+from lowbit_video.distributed.cost.split import cost_of, predict, sent_bytes, splits
+from lowbit_video.distributed.cost.task import Task, share_of
+from lowbit_video.distributed.cost.wire import Transfers, groups, ring_bytes, ulysses_bytes
+from lowbit_video.distributed.mesh import Degrees, Mesh
+from lowbit_video.distributed.ring import ring
+from lowbit_video.distributed.shares import even_shares, token_shares
+from lowbit_video.distributed.ulysses import ulysses
+from lowbit_video.hook.processors import LowBitAttnProcessor
+from ranks import run_threads
+
+ROOT = pathlib.Path(__file__).parents[3]
+SMALL = ROOT / "examples" / "small_cogvideox" / "model"
+PARALLEL = ROOT / "eval" / "speed" / "results" / "parallel.json"
+"""Measured steps, in the form of measured.json, once there are any."""
+FIGURES = load_figures(PARALLEL if PARALLEL.is_file() else None)
+TINY = Model("tiny", layers=3, heads=4, frames=9, height=128, width=576, text_tokens=32)
+"""896 tokens, 7 blocks: 512 and 384 on two ranks."""
+
+
+def task(name="CogVideoX-2b", **changes):
+    return Task(MODELS.get(name, TINY), FIGURES, **changes)
+
+
+# --- Predictions
+
+
+NAMES = ("what", "model", "framework", "precision", "exchange", "cfg", "ulysses", "ring", "vae")
+
+
+@pytest.mark.parametrize("row", FIGURES.rows, ids=lambda row: "-".join(str(row[name]) for name in NAMES if name in row))
+def test_what_was_measured_is_predicted_within_a_tenth(row):
+    assert predict(row, FIGURES) == pytest.approx(row["ms"], rel=0.10)
+
+
+def test_a_prediction_follows_the_row_and_the_figures():
+    row = {"what": "transformer", "model": "CogVideoX-2b", "precision": "int8+fp8", "ms": 498}
+    whole = predict(row, FIGURES)
+    assert predict({**row, "cfg": 2}, FIGURES) == pytest.approx(whole / 2, rel=0.05)
+    assert predict({**row, "precision": "exact"}, FIGURES) > 1.1 * whole
+    assert predict({**row, "model": "CogVideoX-5b"}, FIGURES) > 2 * whole
+    assert predict({**row, "what": "step"}, FIGURES) == pytest.approx(whole + FIGURES.video.scheduler_ms)
+    fast = replace(FIGURES.programs["torch"], models={"CogVideoX-2b": {"elementwise_ps": 0.0}})
+    assert predict(row, replace(FIGURES, programs={"torch": fast})) == pytest.approx(whole - 144, abs=2)
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"what": "nap", "ms": 1}, "row is of 'nap'"), ({"what": "step"}, "KeyError: 'ms'"),
+    ({"what": "step", "ms": 0}, "more than 0"),
+    ({"what": "step", "ms": 1, "framework": "jax"}, "unknown measured framework 'jax'; there are: torch"),
+    ({"what": "layer", "ms": 1, "ulysses": 31}, "30 heads are fewer than 31")])
+def test_a_row_that_cannot_be_is_refused(row, words):
+    with pytest.raises(ValueError, match=words):
+        predict({"model": "CogVideoX-2b", **row}, FIGURES)
+
+
+# --- Shares and waves
+
+
+def test_the_busiest_rank_has_the_most_tokens_and_heads():
+    assert share_of(task(), Degrees(cfg=2, ulysses=4)) == attention.Share(1, 4480, 17776, 8)  # 8 8 7 7 heads
+    assert share_of(task(), Degrees(ulysses=2, ring=2)) == attention.Share(2, 4480, 8960, 15)
+    assert share_of(task(), Degrees(ring=2)) == attention.Share(2, 8960, 8960, 30)
+
+
+@pytest.mark.parametrize("calls, rows, tile, wanted", [
+    (60, 17776, 192, 43), (30, 17776, 192, 22), (24, 32768, 128, 47), (1, 1, 192, 1), (132, 192, 192, 1), (132, 193, 192, 2)])
+def test_waves_are_whole(calls, rows, tile, wanted):
+    assert attention.waves(calls, rows, tile, 132) == wanted
+
+
+def test_time_of_the_kernel_is_its_waves():
+    tile = FIGURES.attention[64]
+    wanted = 43 * (tile.tile_us + tile.block_us * 17776 / 128) + tile.call_us
+    assert attention.kernel_ms(task(), 60, 17776, 17776) == pytest.approx(wanted / 1e3)
+    assert attention.quantise_ms(task(precision="exact"), 60, 100) == 0
+    assert attention.quantise_ms(task(), 60, 3 * 17776) == pytest.approx(9.6 / 30, rel=0.01)
+
+
+def test_uneven_heads_cost_what_the_most_of_them_cost(monkeypatch):
+    """30 on 4 is as slow as 32 on 4 and slower than 28."""
+    monkeypatch.setattr(attention, "head_pieces", lambda heads, size, *_: [SimpleNamespace(shares=even_shares(heads, size))])
+    layers = {heads: attention.layer(Task(replace(MODELS["CogVideoX-2b"], heads=heads), FIGURES), Degrees(ulysses=4))
+              for heads in (28, 30, 32)}
+    quantised = [attention.quantise_ms(task(), 2 * heads, 3 * 4480) for heads in (30, 32)]
+    assert layers[30].attention_ms - quantised[0] == pytest.approx(layers[32].attention_ms - quantised[1])
+    assert layers[28].attention_ms < 0.95 * layers[30].attention_ms
+
+
+# --- Overlap
+
+
+@pytest.mark.parametrize("computes, there, back, hidden, wanted", [
+    ([4], 1, 1, 1, 6), ([4, 4], 1, 1, 1, 10), ([1, 1], 3, 1, 1, 8), ([1, 1], 3, 1, 0.5, 9), ([4, 4], 1, 1, 0.5, 11),
+    ([1, 1], 1, 4, 1, 10)])
+def test_pieces_overlap_but_for_the_first_and_last(computes, there, back, hidden, wanted):
+    pieces = [attention.Piece(0, there, 0, compute, back, 0) for compute in computes]
+    assert attention.pipelined_ms(pieces, hidden) == pytest.approx(wanted)
+
+
+def test_what_is_prepared_joined_and_placed_takes_time_of_its_own():
+    """Second's preparation (2) goes on while the first travels (1); joins and places are in line with attention."""
+    piece = attention.Piece(before=2, there=1, join=0.5, attend=10, back=1, place=0.25)
+    assert attention.pipelined_ms([piece], 1) == pytest.approx(14.75)
+    assert attention.pipelined_ms([piece, piece], 1) == pytest.approx(2 + 2 + 2 * 10.5 + 1 + 0.25)
+
+
+def test_a_layer_by_heads_is_its_pieces(monkeypatch):
+    """Every term of it, with one piece that nothing hides."""
+    monkeypatch.setattr(attention, "head_pieces", lambda *_: [SimpleNamespace(shares=(15, 15))])
+    links, around, copy = FIGURES.links["nvlink"], FIGURES.around, 2 / FIGURES.around.copy_gb_s / 1e6
+    usual, wire = task(), task().wire
+    there, back = 15 * wire.operand_bytes(2, 1, 8960), 2 * 15 * 8960 * 128
+    ways = 2 * links.all_to_all_us / 1e3 + (there + back) / links.all_to_all_gb_s / 1e6
+    quantised = 60 * 3 * 8960 * 64 * around.quantise_ps / 1e9
+    kernel = attention.kernel_ms(usual, 30, 17776, 17776)
+    wanted = quantised + links.small_us / 1e3 + ways + kernel + copy * (wire.operand_bytes(2, 15, 17776) + 2 * 30 * 8960 * 128)
+    got = attention.layer(usual, Degrees(ulysses=2))
+    assert got.total_ms == pytest.approx(wanted) and got.attention_ms == pytest.approx(quantised + kernel)
+    coded = attention.layer(task(output="int8"), Degrees(ulysses=2)).total_ms
+    fewer = 2 * 15 * 8960 * (128 - 68) / links.all_to_all_gb_s / 1e6 + copy * 2 * 30 * 8960 * (128 - 68)
+    assert coded == pytest.approx(wanted - fewer + 2 * quantised / 3, rel=1e-4)
+    values = 2 * 15 * 8960 * 128
+    plain = attention.layer(task(exchange="16bit"), Degrees(ulysses=2)).total_ms
+    assert plain == pytest.approx(
+        4 * links.all_to_all_us / 1e3 + 4 * values / links.all_to_all_gb_s / 1e6 + attention.call_ms(usual, 30, 17776, 17776)
+        + copy * (4 * 2 * 30 * 8960 * 128 + 3 * 2 * 15 * 17776 * 128))
+
+
+def test_a_layer_by_heads_and_ring_is_cut_as_the_wrapper_cuts_it(monkeypatch):
+    """Each piece of heads goes round a ring, and is quantised when its turn comes."""
+    asked, pipelined = [], []
+    monkeypatch.setattr(attention, "head_pieces", lambda *given: asked.append(given) or [
+        SimpleNamespace(shares=shares) for shares in ((10, 10), (5, 5))])
+    monkeypatch.setattr(attention, "pipelined_ms", lambda pieces, hidden: pipelined.extend(pieces) or 0.0)
+    usual, degrees = task(), Degrees(ulysses=2, ring=2)
+    attention.layer(usual, degrees)
+    assert asked == [(30, 2, 2 * 47, 132)]  # 8960 rows of a part are 47 tiles of 192, for both halves of guidance
+    quantised = attention.quantise_ms(usual, 60, 3 * 4480)
+    assert [piece.before for piece in pipelined] == pytest.approx([quantised * 2 / 3, quantised / 3])
+    for piece, heads in zip(pipelined, (10, 5)):
+        parts = attention.ring_ms(usual, degrees, share_of(usual, degrees), heads)
+        assert parts[1] > 0 and piece.attend == pytest.approx(sum(parts))
+
+
+def test_a_ring_waits_only_for_what_takes_longer_than_attention():
+    degrees = Degrees(ring=2)
+    share = share_of(task(), degrees)
+    fast, waits = attention.ring_ms(task(), degrees, share, 30)
+    part = attention.kernel_ms(task(), 60, 8960, 8960)
+    transfer = Transfers(task(), degrees).neighbour_ms(ring_bytes(task(), share, 30))
+    assert transfer < part and fast == pytest.approx(2 * part + 60 * 8960 * 64 * FIGURES.around.merge_ps / 1e9)
+    assert waits == pytest.approx((1 - FIGURES.around.hidden_share) * transfer)
+    slow = task(link="pcie4")
+    transfer = Transfers(slow, degrees).neighbour_ms(ring_bytes(slow, share, 30))
+    assert attention.ring_ms(slow, degrees, share, 30) == (
+        fast, pytest.approx(transfer - part + (1 - FIGURES.around.hidden_share) * part))
+    whole = attention.layer(task(), degrees)
+    assert whole.attention_ms == pytest.approx(attention.quantise_ms(task(), 60, 3 * 8960) + fast)
+    assert whole.exchange_ms == pytest.approx(FIGURES.links["nvlink"].small_us / 1e3 + waits)
+
+
+def test_where_values_travel_each_part_of_a_ring_is_quantised_when_it_is_there():
+    degrees = Degrees(ring=2)
+    coded, plain = (attention.ring_ms(t, degrees, share_of(t, degrees), 30)[0] for t in (task(), task(exchange="16bit")))
+    assert plain - coded == pytest.approx(2 * attention.quantise_ms(task(), 60, 3 * 8960))
+
+
+def test_guidance_alone_exchanges_nothing_in_a_layer():
+    """And quantises as on one GPU."""
+    layer = attention.layer(task(), Degrees(cfg=2))
+    assert layer.exchange_ms == 0 and layer.attention_ms == pytest.approx(attention.call_ms(task(), 30, 17776, 17776))
+
+
+# --- Bytes
+
+
+@pytest.mark.parametrize("precision, exchange, q, k, v", [
+    ("int8+fp8", "auto", 512 * 68, 512 * 64 + 4 * 4, 512 * 64), ("int8+fp16", "int8", 512 * 68, 512 * 64 + 4 * 4, 512 * 128),
+    ("int8+fp16", "int4", 512 * 68, 512 * 36, 512 * 128), ("int8+fp8", "16bit", 512 * 128, 512 * 128, 512 * 128),
+    ("exact", "auto", 512 * 128, 512 * 128, 512 * 128)])
+def test_bytes_of_heads_by_hand(precision, exchange, q, k, v):
+    """Of 32 samples, so that no part but its own bytes fill whole lines of 128."""
+    wire = wire_format(precision, 64, exchange)
+    assert wire.operand_bytes(32, 3, 512) == 3 * 32 * (q + k + v)
+    assert wire.ring_bytes(32, 3, 512) == 3 * 32 * (k + v)
+    assert wire.output_bytes(32, 3, 512) == 3 * 32 * 512 * 128
+    output = wire_format(precision, 64, exchange, "int8").output_bytes(32, 3, 512)
+    assert output == 3 * 32 * 512 * (68 if exchange != "16bit" and precision != "exact" else 128)
+
+
+def test_bytes_of_a_small_step_by_hand():
+    """4 heads, 896 tokens as 512 and 384: each rank sends its rows of the other's two heads, of both halves of guidance."""
+    small = task("tiny")
+    assert small.tokens == 896
+    there, back = ulysses_bytes(small, Degrees(ulysses=2), 2, [(2, 2)])
+    assert there == 2 * (2 * (512 * 68 + 512 * 64 + 512 * 64) + 128) == 401664  # K's 2 x 4 scales fill a line of 128 bytes
+    assert back == 2 * 2 * 512 * 128 == 262144  # rank 1 computed rank 0's 512 rows
+    degrees = Degrees(ulysses=2)
+    told = 2 * 2 * 4 * 64 * 4  # K's mean and V's scales
+    assert sent_bytes(small, degrees, share_of(small, degrees)) == {
+        "attention in": 3 * there, "attention out": 3 * back, "statistics": 3 * told, "output tokens": 2 * (512 - 16) * 64 * 2}
+    degrees = Degrees(cfg=2, ring=2)
+    assert sent_bytes(small, degrees, share_of(small, degrees)) == {
+        "statistics": 3 * told / 2, "ring": 3 * (4 * (512 * 64 + 512 * 64) + 128), "output tokens": 496 * 64 * 2,
+        "guidance": 864 * 64 * 2}
+    assert sent_bytes(small, Degrees(), share_of(small, Degrees())) == {}
+
+
+def test_a_rank_with_fewer_heads_sends_more():
+    """30 heads on 4, 17776 tokens: rank 2 has 7 heads and 4480 rows."""
+    plain = task(exchange="16bit")
+    there, back = ulysses_bytes(plain, Degrees(ulysses=4), 1, [(8, 8, 7, 7)])
+    assert (there, back) == (23 * 3 * 4480 * 128, 8 * (17776 - 4480) * 128)
+    assert ulysses_bytes(plain, Degrees(ulysses=4), 1, [(1, 1, 0, 0), (7, 7, 7, 7)]) == (there, back)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(ulysses=2), Degrees(ring=2), Degrees(ulysses=2, ring=2)], ids=str)
+@pytest.mark.parametrize("precision, exchange, output", [
+    ("int8+fp8", "auto", "16bit"), ("int8+fp16", "int8", "int8"), ("int8+fp16", "int4", "16bit"),
+    ("int4+fp16", "auto", "16bit"), ("int8+fp8", "16bit", "16bit")])
+def test_bytes_are_those_that_the_wrappers_send(degrees, precision, exchange, output):
+    small = Task(TINY, FIGURES, precision, exchange, output)
+    share = share_of(small, degrees)
+    sent = {purpose: count // TINY.layers for purpose, count in sent_bytes(small, degrees, share).items()}
+    rows = token_shares(small.tokens, degrees.ranks)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, small.tokens, TINY.heads, 64)).astype(np.float16)
+
+    def work(wire):
+        mesh = Mesh(wire, degrees)
+        begin = sum(rows[:wire.rank])
+        own = [paddle.to_tensor(x[:, begin:begin + rows[wire.rank]]) for x in (q, k, v)]
+        attend = LowBitAttnProcessor(precision).attend
+        ulysses(ring(attend, mesh.ring, exchange), mesh.ulysses, exchange, output)(*own)
+        return mesh.traffic.sent
+
+    counted = run_threads(degrees.ranks, work)
+    for purpose in ("attention in", "attention out", "ring"):
+        assert max(one.get(purpose, 0) for one in counted) == pytest.approx(sent.get(purpose, 0), rel=1e-3), purpose
+
+
+@pytest.mark.parametrize("output, most", [("16bit", 0.64), ("int8", 0.52)])
+def test_codes_are_that_much_of_16_bit(output, most):
+    sent = [sum(ulysses_bytes(task(exchange=exchange, output=out), Degrees(ulysses=2), 2, [(15, 15)]))
+            for exchange, out in (("int8", output), ("16bit", "16bit"))]
+    assert 0.95 * most < sent[0] / sent[1] <= most
+
+
+# --- Wires
+
+
+def test_groups_lie_where_the_mesh_puts_them():
+    degrees = Degrees(cfg=2, ulysses=2, ring=3, vae=4)
+    meshes = [Mesh(SimpleNamespace(rank=rank, size=12), degrees) for rank in range(12)]
+    planned = groups(degrees)
+    for kind in ("ulysses", "sequence", "cfg"):
+        assert {tuple(group) for group in planned[kind]} == {getattr(mesh, kind).ranks for mesh in meshes}
+    steps = {(mesh.ring.ranks[i], mesh.ring.ranks[(i + 1) % 3]) for mesh in meshes for i in range(3)}
+    assert {tuple(pair) for pair in planned["ring"]} == steps
+    assert planned["vae"] == [[0, 1], [1, 2], [2, 3], [3, 0]]
+
+
+@pytest.mark.parametrize("degrees, crossing", [
+    (Degrees(2, 4, 1), []), (Degrees(2, 8, 1), ["cfg"]), (Degrees(1, 8, 2), ["ring", "sequence"]),
+    (Degrees(2, 3, 2), ["ulysses", "ring", "sequence", "cfg"]), (Degrees(1, 16, 1), ["ulysses", "sequence"])])
+def test_what_crosses_hosts(degrees, crossing):
+    transfers = Transfers(task(), degrees)
+    assert [kind for kind in ("ulysses", "ring", "sequence", "cfg") if transfers.crosses(kind)] == crossing
+
+
+def test_only_what_leaves_a_host_takes_the_slow_link():
+    links = FIGURES.links
+    inside, across = (Transfers(task(), Degrees(ulysses=u)).exchange_ms(150e6, "ulysses") for u in (8, 16))
+    assert inside == pytest.approx(links["nvlink"].all_to_all_us / 1e3 + 150 / links["nvlink"].all_to_all_gb_s)
+    assert across == pytest.approx(links["ib400"].all_to_all_us / 1e3 + 80 / links["ib400"].all_to_all_gb_s)  # 8 of 15 peers
+    assert Transfers(task(link="pcie4"), Degrees(ulysses=16)).exchange_ms(150e6, "ulysses") == pytest.approx(
+        links["pcie4"].all_to_all_us / 1e3 + 80 / links["pcie4"].all_to_all_gb_s)
+    assert Transfers(task(), Degrees(ring=16)).neighbour_ms(1e6) > Transfers(task(), Degrees(ring=8)).neighbour_ms(1e6)
+
+
+# --- A step
+
+
+def test_products_are_whole_waves_of_tiles():
+    """35552 x 1920: 278 x 15 tiles are 32 waves of 132; each tile 128 x 128 x 1920."""
+    one = rest.product_ms(task(), 35552, 1920, 1920)
+    assert one == pytest.approx(32 * 132 * 128 * 128 * 1920 * 2 / task().program.matrix_tflops / 1e9)
+    assert rest.product_ms(task(), 128, 1920, 1920) == rest.product_ms(task(), 8 * 128, 1920, 1920)  # 15 and 120 tiles
+    rate = task().program.elementwise_ps
+    wanted = 4 * one + rest.product_ms(task(), 35552, 7680, 1920) + rest.product_ms(task(), 35552, 1920, 7680)
+    assert rest.linear_ms(task(), share_of(task(), Degrees())) == pytest.approx(wanted + 35552 * 1920 * rate / 1e9)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    degrees, usual = Degrees(cfg=2, ulysses=2), task()
+    cost, share, layer = cost_of(usual, degrees), share_of(usual, degrees), attention.layer(usual, degrees)
+    link = FIGURES.links["nvlink"]
+    ms = lambda count: link.all_to_all_us / 1e3 + count / link.all_to_all_gb_s / 1e6
+    assert cost.step["linear"] == pytest.approx(30 * rest.linear_ms(usual, share) + usual.program.step_ms)
+    assert cost.step["attention"] == pytest.approx(30 * layer.attention_ms)
+    assert cost.step["exchange"] == pytest.approx(30 * layer.exchange_ms + ms(cost.sent["output tokens"]))
+    assert cost.step["guidance"] == pytest.approx(ms(17550 * 64 * 2)) and cost.step["host"] == 0
+    assert cost.sent["output tokens"] == (8960 - 113) * 64 * 2
+    assert cost.step_ms == pytest.approx(sum(cost.step.values())) and cost.sent_bytes == sum(cost.sent.values())
+
+
+# --- Decoding, memory, sizes
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 13, 49, 81])
+def test_pieces_are_those_that_the_vae_decodes(frames):
+    from lowbit_video.pipelines.cogvideox.vae import _pieces
+
+    bounds = _pieces((frames - 1) // 4 + 1, 2)
+    wanted = [4 * (stop - start) - 3 * (start == 0) for start, stop in bounds]
+    assert rest.decode_pieces(task(frames=frames)) == wanted and sum(wanted) == frames
+
+
+def test_decoding_is_as_slow_as_the_rank_with_the_most_frames():
+    video = replace(FIGURES.video, decode_layers=4000, cache_bytes=0)
+    quick = {name: replace(link, neighbour_us=0) for name, link in FIGURES.links.items()}
+    free = Task(MODELS["CogVideoX-2b"], replace(FIGURES, video=video, links=quick))
+    alone = rest.decode_ms(free, Degrees(ulysses=6))
+    assert alone == pytest.approx(49 * 480 * 720 * video.decode_ns / 1e6)
+    for vae, frames in ((2, 9 + 8 + 8), (3, 17), (4, 17), (6, 9)):  # pieces of 9, 8, 8, 8, 8, 8 in turn
+        assert rest.decode_ms(free, Degrees(ulysses=6, vae=vae)) == pytest.approx(alone * frames / 49, rel=0.01)
+    assert rest.best_vae(free, Degrees(ulysses=8)) == 6
+    held = rest.decode_ms(task(link="pcie4"), Degrees(ulysses=2, vae=2))
+    assert held > rest.decode_ms(task(), Degrees(ulysses=2, vae=2)) > alone * 25 / 49
+
+
+@pytest.mark.parametrize("name, gib, tokens", [
+    ("CogVideoX-2b", 3.16, 17550), ("CogVideoX-5b", 10.38, 17550), ("CogVideoX-1.5-5b", 10.38, 44880)])
+def test_published_models_have_their_published_sizes(name, gib, tokens):
+    assert MODELS[name].weights_gib == pytest.approx(gib, rel=0.01) and task(name).video_tokens == tokens
+
+
+def test_a_folders_sizes_are_those_of_its_files():
+    model = find_model(str(SMALL))
+    stored = sum(path.stat().st_size for path in (SMALL / "transformer").glob("*.safetensors"))
+    assert model.weights_gib * GIB == pytest.approx(stored, rel=0.02)
+    assert (model.layers, model.heads, model.text_tokens, model.frames, model.height, model.width) == (8, 4, 32, 33, 128, 192)
+    assert model.vae_gib * GIB == sum(path.stat().st_size for path in (SMALL / "vae").glob("*.safetensors"))
+
+
+def test_weights_are_on_every_gpu_and_the_rest_is_shared():
+    whole = task("CogVideoX-1.5-5b")
+    large = Task(whole.model, replace(FIGURES, video=replace(FIGURES.video, decode_bytes=0)))
+    costs = [cost_of(large, Degrees(ulysses=u)) for u in (1, 2, 4)]
+    assert len({cost.memory["transformer"] for cost in costs}) == 1
+    assert costs[0].memory["working"] == pytest.approx(rest.LIVE * 2 * 45106 * 3072 * 2 / GIB)
+    assert costs[0].memory["working"] > costs[1].memory["working"] > costs[2].memory["working"]
+    block = rest.LIVE * 2 * 22656 * 3072 * 2
+    assert costs[1].memory["working"] * GIB == pytest.approx(block + 2 * large.wire.operand_bytes(2, 48, 22656))
+    around = cost_of(large, Degrees(ring=2)).memory["working"] * GIB
+    assert around == pytest.approx(block + 2 * large.wire.ring_bytes(2, 48, 22656))
+    decoding = cost_of(whole, Degrees(ulysses=4))  # the peak, if it is larger
+    assert decoding.memory["working"] == pytest.approx(FIGURES.video.decode_bytes * 768 * 1360 / GIB)
+    assert cost_of(replace(whole, text_encoder=False), Degrees(ulysses=4)).memory_gib == pytest.approx(
+        decoding.memory_gib - 8.87)
+
+
+# --- Splits
+
+
+def test_splits_are_all_there_are_and_the_best_stands_first():
+    found, refused = splits(task(), 32)
+    every = {(d.cfg, d.ulysses, d.ring) for d in [cost.degrees for cost in found] + [degrees for degrees, _ in refused]}
+    assert every == {(cfg, u, 32 // cfg // u) for cfg in (1, 2) for u in (1, 2, 4, 8, 16, 32) if cfg * u <= 32}
+    assert [cost.video_s for cost in found] == sorted(cost.video_s for cost in found)
+    assert [(d.ulysses, reason) for d, reason in refused] == [(32, "30 heads are fewer than 32 ranks that share them")]
+
+
+def test_what_does_not_fit_stands_last():
+    video = replace(FIGURES.video, decode_bytes=0)
+    of_memory = lambda gib: splits(Task(MODELS["CogVideoX-1.5-5b"], replace(
+        FIGURES, video=video, gpu=replace(FIGURES.gpu, memory_gib=gib))), 8)[0]
+    roomy = of_memory(1e3)
+    least = min(roomy, key=lambda cost: cost.memory_gib)
+    assert all(cost.fits for cost in roomy) and least.degrees != roomy[0].degrees
+    cramped = of_memory(least.memory_gib)
+    assert cramped[0].degrees == least.degrees and cramped[0].fits and not any(cost.fits for cost in cramped[1:])
+    assert [cost.degrees for cost in cramped[1:]] == [cost.degrees for cost in roomy if cost.degrees != least.degrees]
+
+
+@pytest.mark.parametrize("changes, degrees, words", [
+    (dict(text_tokens=3), Degrees(ring=4), "3 text and 864 video tokens cannot be shared by 4 ranks"),
+    (dict(), Degrees(ulysses=4, ring=2), "896 tokens are fewer blocks of 128 than 8 ranks"),
+    (dict(), Degrees(ulysses=5), "4 heads are fewer than 5 ranks")])
+def test_a_split_that_cannot_be_has_a_reason(changes, degrees, words):
+    with pytest.raises(ValueError, match=words):
+        share_of(Task(replace(TINY, **changes), FIGURES), degrees)
+
+
+def test_16_bit_values_can_be_joined_where_codes_cannot():
+    assert share_of(task("tiny", exchange="16bit"), Degrees(ulysses=4, ring=2)).rows == 112
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_more_and_faster_is_never_slower(name):
+    best = [splits(task(name), gpus)[0][0].step_ms for gpus in (1, 2, 4, 8, 16)]
+    assert best == sorted(best, reverse=True) and best[0] / best[4] <= 16
+    for gpus in (2, 8, 16):
+        fast, slow = (splits(task(name, link=link), gpus)[0][0].video_s for link in ("nvlink", "pcie4"))
+        assert fast < slow
+    degrees = Degrees(ulysses=2)
+    eight, sixteen = (cost_of(task(name, exchange=exchange), degrees) for exchange in ("int8", "16bit"))
+    assert eight.step["exchange"] < sixteen.step["exchange"] and eight.sent_bytes < sixteen.sent_bytes
+
+
+def test_a_video_is_its_steps_and_what_surrounds_them():
+    ten, twenty = (cost_of(task(steps=steps), Degrees(cfg=2)) for steps in (10, 20))
+    assert twenty.video_s - ten.video_s == pytest.approx(ten.step_ms / 100)
+    assert ten.video_s == pytest.approx((10 * ten.step_ms + FIGURES.video.text_ms + ten.decode_ms) / 1e3)
+    slow = replace(FIGURES, programs={"slow": replace(FIGURES.programs["torch"], layer_host_us=1e5)})
+    assert ten.step["host"] == 0  # with a slow host a layer waits for its launches
+    assert cost_of(Task(TINY, slow), Degrees()).step_ms == pytest.approx(3 * 100 + FIGURES.video.scheduler_ms)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(link="carrier pigeon"), "unknown link 'carrier pigeon'; there are: nvlink, pcie4, ib400"),
+    (dict(precision="int8+fp9"), "unknown precision 'int8\\+fp9'"), (dict(steps=0), "0 steps"),
+    (dict(height=481), "multiples of 16"), (dict(frames=0), "at least one frame"),
+    (dict(exchange="int4"), "attention at int8/int4\\+fp8 is not measured; there are: int8\\+fp8, "),
+    (dict(precision="int2+fp8"), "attention at int2\\+fp8 is not measured"), (dict(output="int4"), "unknown output 'int4'"),
+    (dict(exchange="fax"), "unknown exchange 'fax'"), (dict(framework="jax"), "unknown measured framework 'jax'")])
+def test_a_task_that_cannot_be_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        task(**changes)
+
+
+def test_a_head_dim_that_was_not_measured_is_refused():
+    with pytest.raises(ValueError, match="head dim 96 .* not measured; there are: 64, 128"):
+        Task(replace(TINY, head_dim=96), FIGURES)
+
+
+# --- The figures
+
+
+def test_every_figure_has_its_source():
+    written = json.loads(MEASURED.read_text())
+    tables = [row for name in ("attention", "pace", "links", "programs") for row in written[name].values()]
+    for group in [written["gpu"], *tables, *written["around"].values(), *written["video"].values()]:
+        assert group["source"].startswith(("measured", "derived", "assumed", "the unit")), group
+
+
+def test_given_figures_go_before_those_of_the_package(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({
+        "about": "a faster wire", "links": {"nvlink": {"all_to_all_gb_s": 400}, "tin": dict.fromkeys(
+            ("all_to_all_us", "all_to_all_gb_s", "neighbour_us", "neighbour_gb_s", "small_us"), 1)},
+        "video": {"decode_ns": 100}, "rows": [{"what": "decode", "model": "CogVideoX-2b", "ms": 1700}]}))
+    mine, packaged = load_figures(path), load_figures()
+    assert mine.links["nvlink"] == replace(packaged.links["nvlink"], all_to_all_gb_s=400)
+    assert mine.links["tin"].small_us == 1 and mine.links["pcie4"] == packaged.links["pcie4"]
+    assert mine.video == replace(packaged.video, decode_ns=100)
+    assert mine.rows[:-1] == packaged.rows and mine.rows[-1]["source"] == str(path)
+    assert predict(mine.rows[-1], mine) == pytest.approx(1693, abs=1)
+
+
+def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
+    path = tmp_path / "parallel.json"
+    methods = {"one": 7.5, "one exact": 15, "ulysses2, 16bit": 4.4, "ulysses2, codes, int8 output": 4.2, "ulysses2, exact": 8,
+               "ulysses2 x ring2, codes": 2.4}
+    path.write_text(json.dumps({"gpu": "H100", "framework": "torch", "ranks": 4, "attention": [
+        {"name": "CogVideoX-2b", "precision": "int8+fp8", "methods": {name: {"ms": ms} for name, ms in methods.items()}},
+        {"name": "32k", "precision": "int8+fp8", "methods": {"one": {"ms": 13.3}}}]}))
+    same = {"model": "CogVideoX-2b", "precision": "int8+fp8", "source": str(path)}
+    assert load_figures(path).rows[len(load_figures().rows):] == (
+        {**same, "what": "attention", "ms": 7.5},
+        {**same, "what": "layer", "ulysses": 2, "exchange": "16bit", "output": "16bit", "ms": 4.4},
+        {**same, "what": "layer", "ulysses": 2, "exchange": "auto", "output": "int8", "ms": 4.2},
+        {**same, "what": "layer", "ulysses": 2, "ring": 2, "exchange": "auto", "output": "16bit", "ms": 2.4})
+    assert all(predict(row, FIGURES) > 0 for row in load_figures(path).rows)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"video": {"decode": 1}}, "video has .*; scheduler_ms, .* are expected .unknown: decode."),
+    ({"links": {"tin": {"small_us": 1}}}, "links.tin has small_us; all_to_all_us"), ({"links": 3}, "links is 3; an object"),
+    ({"gpu": {"sms": "many"}}, "gpu.sms is \"many\"; a number from 0 on"), ({"rows": {}}, "\"rows\" is a list")])
+def test_a_file_of_other_figures_is_refused(tmp_path, content, words):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words) as refused:
+        load_figures(path)
+    assert str(path) in str(refused.value)
