@@ -54,6 +54,11 @@ def arch(t: paddle.Tensor) -> tuple[int, int] | None:
     return None if is_cpu(t) else cuda_driver.capability(device_index(t))
 
 
+def memory_gib(t: paddle.Tensor) -> float | None:
+    """The whole memory of the GPU that holds the tensor, in GiB; None on a CPU."""
+    return None if is_cpu(t) else cuda_driver.memory_gib(device_index(t))
+
+
 def device_index(t: paddle.Tensor) -> int:
     """The CUDA ordinal of the device that holds the tensor; -1 on a CPU."""
     place = t.place
