@@ -9,6 +9,7 @@
 Importing this package imports NumPy, but no framework and no Triton, and asks no device.
 """
 from .api import attention, attention_varlen
+from .distributed.parallelize import parallelize, unparallelize
 from .errors import NonFiniteError, UnsupportedError
 from .hook.apply import apply, remove
 from .hook.frames import declare_attention
@@ -20,4 +21,5 @@ from .warming import warmup
 
 __version__ = "0.1.0"
 __all__ = ["ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "UnsupportedError", "apply",
-           "attention", "attention_varlen", "coverage", "declare_attention", "dequantize", "quantize", "remove", "warmup"]
+           "attention", "attention_varlen", "coverage", "declare_attention", "dequantize", "parallelize",
+           "quantize", "remove", "unparallelize", "warmup"]

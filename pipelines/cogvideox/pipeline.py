@@ -82,7 +82,12 @@ class CogVideoXPipeline(Pipeline):
             return self.text_encoder(paddle.to_tensor(ids))
 
     def decode_latents(self, latents: paddle.Tensor, progress: bool = False) -> paddle.Tensor:
-        """Video [B, 3, F, H, W] about [-1, 1] of latents [B, f, C, h, w]."""
+        """Video [B, 3, F, H, W] about [-1, 1] of latents [B, f, C, h, w]; on several ranks, each gets it."""
+        if self.parallel is None:
+            return self._decode(latents, progress)
+        return self.parallel.decode(lambda: self._decode(latents, progress))
+
+    def _decode(self, latents: paddle.Tensor, progress: bool) -> paddle.Tensor:
         total = None if self.vae.use_tiling else latents.shape[0] * latents.shape[1]
         latents = latents.transpose([0, 2, 1, 3, 4]) / self.vae.config.scaling_factor
         with tqdm(total=total, desc="decode", unit="frame", disable=not progress) as bar:
@@ -117,6 +122,9 @@ class CogVideoXPipeline(Pipeline):
     ) -> PipelineOutput:
         """Makes `num_videos_per_prompt` videos of each prompt.
 
+        On several ranks (`lowbit_video.parallelize`) each must call this with the same arguments; noise, embeddings and seeds
+        are those of rank 0.
+
         Args:
             prompt: one or several; or None with prompt_embeds.
             negative_prompt: what the videos should not show: one for all prompts or one each; "" by default.
@@ -138,7 +146,7 @@ class CogVideoXPipeline(Pipeline):
                 replaces that tensor.
             callback_on_step_end_tensor_inputs: which of CALLBACK_TENSORS the callback gets; "prompt_embeds" holds the
                 negative ones first where there is guidance.
-            progress: show progress bars of denoising and decoding.
+            progress: show progress bars of denoising and decoding; on several ranks, rank 0 does.
         Raises:
             ValueError: inputs that do not fit the model or each other, before any work.
         """
@@ -155,6 +163,14 @@ class CogVideoXPipeline(Pipeline):
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; give at least 1")
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        if self.parallel is not None:
+            self.parallel.check_same({
+                "prompt": prompts, "negative_prompt": negatives, "height": height, "width": width, "num_frames": num_frames,
+                "num_inference_steps": num_inference_steps, "guidance_scale": float(guidance_scale),
+                "use_dynamic_cfg": use_dynamic_cfg, "num_videos_per_prompt": num_videos_per_prompt,
+                "latent output": output_type == "latent", "max_sequence_length": max_sequence_length,
+            }, "the pipeline")
+            progress = progress and self.parallel.rank == 0
         self.scheduler.set_timesteps(num_inference_steps)
         self.num_timesteps = len(self.scheduler.timesteps)
         self.interrupt = False
@@ -166,16 +182,18 @@ class CogVideoXPipeline(Pipeline):
             videos = (len(prompts) if prompts is not None else prompt_embeds.shape[0]) * num_videos_per_prompt
             shape, padded_frames = self._latent_shape(videos, num_frames, height, width)
             generators, seeds = make_generators(seed, generator, videos)
+            seeds = seeds if self.parallel is None else self.parallel.values(seeds)[0]
             latents = draw(generators, shape) if latents is None else take_latents(latents, shape)
-            latents = latents * self.scheduler.init_noise_sigma
+            latents = self._shared(latents * self.scheduler.init_noise_sigma)
             rotary = self.transformer.rotary_tables(shape[1], shape[3], shape[4])
             with self._timed(timings, "text_encode"):
                 embeds, negative = self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0,
                                                num_videos_per_prompt, max_sequence_length)
+                embeds = self._shared(embeds)
             with self._timed(timings, "denoise"):
                 latents = denoise(
                     self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds, negative,
-                    draw=lambda: draw(generators, shape),
+                    draw=lambda: self._shared(draw(generators, shape)),
                     guidance_at=dynamic if use_dynamic_cfg else None,
                     callback=callback_on_step_end, callback_tensors=callback_on_step_end_tensor_inputs, progress=progress,
                 )

@@ -29,7 +29,8 @@ def denoise(
     """Takes latents along the timesteps of the pipeline's scheduler, or until `pipe.interrupt` is set.
 
     Args:
-        pipe: its `scheduler` has its timesteps set; its `guidance_scale` weighs the prompt, and may change between steps.
+        pipe: its `scheduler` has its timesteps set; its `guidance_scale` weighs the prompt, and may change between steps; its
+            `interrupted()` is asked after each.
         predict: (latents, text embeddings, timesteps [B]) -> the model's prediction; twice the batch where there is guidance.
         latents: starting noise [B, ...], float32.
         embeds: text embeddings [B, N, D]; where there is guidance [2B, N, D], the negative ones first.
@@ -66,6 +67,6 @@ def denoise(
                 latents = changed.get("latents", latents)
                 embeds = changed.get("prompt_embeds", embeds)
             bar.update()
-            if pipe.interrupt:
+            if pipe.interrupted():
                 break
     return latents

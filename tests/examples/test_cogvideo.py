@@ -100,7 +100,7 @@ def test_compiled_equals_eager(model, precision):
     assert np.abs(videos[0] - videos[1]).max() <= 1e-5
     assert calls == [[2, 2], [2, 2]]
     remove(pipe)
-    names = [op.name() for op in pipe.transformer.forward.concrete_program.main_program.global_block().ops]
+    names = [op.name() for op in pipe.transformer.run_blocks.concrete_program.main_program.global_block().ops]
     assert sum("lowbit_attention" in name for name in names) == 2
 
 

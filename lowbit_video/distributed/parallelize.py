@@ -1,0 +1,199 @@
+"""`parallelize()`: a pipeline or a model whose every call is the work of several ranks."""
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..hook.base import slot_of
+from ..hook.report import attention_modules, coverage, named_modules, transformer_of
+from ..runtime.detect import runtime_of
+from .agree import from_first, values_of
+from .mesh import Mesh, degrees_for
+from .ring import ring
+from .split import TokenSplit
+from .ulysses import ulysses
+from .wire import Wire
+
+EXCHANGES = ("auto", "16bit", "int8", "int4")
+"""How Q and K travel; "auto": as the attention at work takes them."""
+OUTPUTS = ("16bit", "int8")
+"""How the attention's output travels."""
+
+
+class Parallel:
+    """What one `parallelize` set up; `undo()`, or leaving it as a context manager, takes it back.
+
+    mesh: the groups of ranks. exchange, output: as given. rank, size: of this process among all.
+    """
+
+    def __init__(self, pipe: Any, mesh: Mesh, exchange: str, output: str) -> None:
+        self.mesh, self.exchange, self.output = mesh, exchange, output
+        self.rank, self.size = mesh.world.rank, mesh.world.size
+        self._pipe = weakref.ref(pipe)
+        self._like = next(iter(transformer_of(pipe).parameters()))
+        self._runtime = runtime_of(self._like)
+
+    def shared(self, tensor: Any) -> Any:
+        """Rank 0's tensor, on every rank. tensor: of one shape and dtype everywhere."""
+        return from_first(tensor, self.mesh.world, self._runtime)
+
+    def values(self, value: Any) -> list[Any]:
+        """Everyone's value, by rank; the host waits. value: what JSON can hold."""
+        return values_of(value, self.mesh.world, self._like, self._runtime)
+
+    def check_same(self, settings: dict[str, Any], what: str) -> None:
+        """Raises ValueError, on every rank, where `settings` are not the same on all; says which differ. what: given them."""
+        everyone = self.values(settings)
+        for rank, theirs in enumerate(everyone):
+            differ = [name for name in settings if theirs.get(name) != everyone[0].get(name)]
+            if differ:
+                listed = "; ".join(f"{name}: {everyone[0].get(name)!r} and {theirs.get(name)!r}" for name in differ)
+                raise ValueError(f"ranks 0 and {rank} gave {what} different settings ({listed}); every rank must run the same "
+                                 "program with the same arguments")
+
+    def decode(self, work: Callable[[], Any]) -> Any:
+        """What `work()` gives on the ranks that decode, on every rank."""
+        if self.mesh.degrees.vae == self.size:
+            return work()
+        video = None if self.mesh.vae is None else work()
+        runtime = self._runtime
+        shape, dtype = self.values(None if video is None else [runtime.shape(video), runtime.dtype_name(video)])[0]
+        video = runtime.empty(shape, dtype, self._like) if video is None else video
+        return from_first(video, self.mesh.world, runtime, "decode")
+
+    def report(self) -> dict[str, Any]:
+        """What the ranks are and what they sent since `parallelize`, as plain values; every rank must call it.
+
+        coverage_differs: by rank, what its attention modules ran, where that is not what those of rank 0 ran.
+        """
+        pipe = self._pipe()
+        ran = [{key: value for key, value in module.as_dict().items() if key != "processor"} for module in coverage(pipe).modules]
+        everyone = self.values({"device": self._runtime.place(self._like), "memory_gib": self._runtime.memory_gib(self._like),
+                                "traffic": self.mesh.traffic.as_dict(), "coverage": ran})
+        differs = {str(rank): one["coverage"] for rank, one in enumerate(everyone) if one["coverage"] != everyone[0]["coverage"]}
+        return {"ranks": self.size, "degrees": asdict(self.mesh.degrees), "exchange": self.exchange, "output": self.output,
+                **{f"{name}s" if name == "device" else name: [one[name] for one in everyone]
+                   for name in ("device", "memory_gib", "traffic")}, "coverage_differs": differs}
+
+    def undo(self) -> None:
+        """The pipeline or model computes alone again."""
+        pipe = self._pipe()
+        if pipe is None or _parallel.get(transformer_of(pipe)) is not self:
+            return
+        model = transformer_of(pipe)
+        del _parallel[model]
+        _set(pipe, model, None, None, None, None)
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+_parallel: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None = None, cfg: int | None = None,
+                vae: int | None = None, exchange: str = "auto", output: str = "16bit", wire: Wire | None = None) -> Parallel:
+    """Shares the work of a pipeline or model among all ranks of a run; every rank calls this, and later the pipeline, alike.
+
+    pipe_or_model: a pipeline (its VAE decodes on several ranks too), or its transformer.
+    ulysses, ring, cfg: how many ways heads, keys and the halves of guidance are shared; their product is the number of ranks,
+        and what is None is chosen (guidance first, then heads, then the ring). vae: ranks that decode; None: all.
+    exchange: how Q and K travel, one of EXCHANGES; output: how the attention's output does, one of OUTPUTS.
+    wire: what carries the bytes; None: that of `paddle.distributed.launch`, or torch.distributed's default group.
+    returns: a handle; `unparallelize(pipe)` or `handle.undo()` gives the pipeline back as it was.
+
+    Attention processors may be set, applied and removed before and after. On every rank the pipeline must be called with the
+    same arguments, and a callback must change the same tensors the same way (what it draws itself must come from the same
+    seed); noise, seeds and latents are rank 0's whatever the others hold, and `pipe.interrupt` on one rank stops all.
+    Raises RuntimeError where no other process was launched, ValueError for degrees that do not make the number of ranks or an
+    option that does not exist, UnsupportedError for a model that cannot share its tokens.
+    """
+    for name, value, known in (("exchange", exchange, EXCHANGES), ("output", output, OUTPUTS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; there are: {', '.join(known)}")
+    model = transformer_of(pipe_or_model)
+    modules = attention_modules(model)
+    _check_model(model, modules)
+    if wire is None:
+        wire = _wire_of(next(iter(modules.values())).to_q.weight)
+    degrees = degrees_for(wire.size, max(module.heads for module in modules.values()), cfg, ulysses, ring, vae)
+    mesh = Mesh(wire, degrees)
+    handle = Parallel(pipe_or_model, mesh, exchange, output)
+    handle.check_same({**asdict(degrees), "exchange": exchange, "output": output, "modules": len(modules)}, "parallelize")
+    _say_unequal_memory(handle)
+    _set(pipe_or_model, model, handle, TokenSplit(model, mesh), _around(mesh, exchange, output), mesh.vae)
+    mesh.traffic.clear()
+    _parallel[model] = handle
+    return handle
+
+
+def unparallelize(pipe_or_model: Any) -> bool:
+    """Takes `parallelize` back: the pipeline or model computes alone again. returns: whether there was something to take back."""
+    handle = _parallel.get(transformer_of(pipe_or_model))
+    if handle is None:
+        return False
+    handle.undo()
+    return True
+
+
+def _check_model(model: Any, modules: dict[str, Any]) -> None:
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (set_processor, to_q, ...)")
+    if model in _parallel:
+        raise ValueError(f"this {type(model).__name__} is parallel already; call unparallelize first")
+    if not hasattr(model, "split"):
+        raise UnsupportedError(f"{type(model).__name__} cannot share its tokens: its forward knows no `split` (see TokenSplit); "
+                               "lowbit_video.pipelines' CogVideoXTransformer3DModel does")
+    if "StaticFunction" in type(model.forward).__name__:
+        raise UnsupportedError("the whole forward of this model is compiled, and no graph can hold the exchange between ranks; "
+                               "compile with pipe.compile(), which leaves the exchange outside, or not at all")
+
+
+def _wire_of(weight: Any) -> Wire:
+    if runtime_of(weight).NAME == "torch":
+        from .torch_wire import TorchWire
+
+        return TorchWire()
+    from .paddle_wire import paddle_wire
+
+    return paddle_wire()
+
+
+def _around(mesh: Mesh, exchange: str, output: str) -> Callable[[Any], Any] | None:
+    """What is wrapped around every attention: keys shared within, heads without."""
+    if mesh.sequence.size == 1:
+        return None
+
+    def around(attend: Any) -> Any:
+        if mesh.ring.size > 1:
+            attend = ring(attend, mesh.ring, exchange)
+        if mesh.ulysses.size > 1:
+            attend = ulysses(attend, mesh.ulysses, exchange, output)
+        return attend
+
+    return around
+
+
+def _set(pipe: Any, model: Any, handle: Any, split: Any, around: Any, vae: Any) -> None:
+    parts = {"": model, **dict(named_modules(model))}
+    for name, module in attention_modules(model).items():
+        slot_of(module, module.to_q.weight, owner=parts[name.rpartition(".")[0]]).around = around
+    model.split = split
+    if pipe is not model:
+        pipe.parallel = handle
+        if getattr(pipe, "vae", None) is not None:
+            pipe.vae.group = vae
+
+
+def _say_unequal_memory(handle: Parallel) -> None:
+    everyone = handle.values(handle._runtime.memory_gib(handle._like))
+    if len({None if one is None else round(one) for one in everyone}) > 1 and handle.rank == 0:
+        listed = ", ".join(f"{one:.0f} GiB on rank {rank}" for rank, one in enumerate(everyone) if one is not None)
+        warnings.warn(f"the GPUs have unequal memory ({listed}); the smallest one limits what fits", stacklevel=3)

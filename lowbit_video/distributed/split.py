@@ -1,0 +1,80 @@
+"""`TokenSplit`: this rank's half of the guidance and share of the tokens, taken at a model's beginning and joined at its end."""
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..hook.base import AttnProcessor
+from ..hook.report import attention_modules
+from ..runtime.detect import runtime_of
+from .mesh import Mesh
+from .shares import begins, joint_shares
+
+
+class TokenSplit:
+    """What a model calls in its forward: `take_half` before anything, `take_tokens` when there are tokens, `join` at the end.
+
+    model: its attention modules are looked at before every forward. mesh: groups cfg and sequence.
+    A copy of a model computes alone: the copy of its split is None.
+    """
+
+    def __init__(self, model: Any, mesh: Mesh) -> None:
+        self.cfg, self.sequence = mesh.cfg, mesh.sequence
+        self._modules = attention_modules(model)
+        self._video_shares: list[int] = []
+        self._warned = False
+
+    def take_half(self, *tensors: Any) -> tuple[Any, ...]:
+        """The rows of this rank's half of the guidance.
+
+        tensors: the first is [B, ...], negative prompts before positive ones; others that have B rows are cut too, and the
+        rest (None, numbers, [1, ...]) stay. Where B is odd there is no guidance to share: all stay, and a warning says so, once.
+        """
+        batch = tensors[0].shape[0]
+        if self.cfg.size == 1:
+            return tensors
+        if batch % 2:
+            if not self._warned:
+                warnings.warn(f"cfg 2 gains nothing here: a batch of {batch} has no guidance whose halves two groups of ranks "
+                              "could take, so both compute all of it; use cfg 1 and more ranks for the sequence "
+                              "(--cfg-degree 1 --ulysses-degree N)", stacklevel=3)
+                self._warned = True
+            return tensors
+        half = slice(self.cfg.rank * batch // 2, (self.cfg.rank + 1) * batch // 2)
+        return tuple(t[half] if hasattr(t, "shape") and len(t.shape) and t.shape[0] == batch else t for t in tensors)
+
+    def take_tokens(self, text: Any, video: Any, rotary: tuple[Any, Any] | None) -> tuple[Any, Any, tuple[Any, Any] | None]:
+        """This rank's share of text tokens [B, N_text, C], video tokens [B, N_video, C] and (cos, sin), each [N_video, D].
+
+        Raises UnsupportedError for an attention processor that would attend within the share alone, ValueError where there
+        are too few tokens to share.
+        """
+        if self.sequence.size == 1:
+            return text, video, rotary
+        for name, module in self._modules.items():
+            if not isinstance(module.processor, AttnProcessor):
+                raise UnsupportedError(
+                    f"{name} has the processor {type(module.processor).__name__}, which is not one of lowbit_video: it would "
+                    "attend to this rank's share of the tokens alone; set ExactAttnProcessor() or LowBitAttnProcessor(...), or "
+                    "a subclass of AttnProcessor whose `attend` computes what it computes")
+        place = self.sequence.rank
+        shares = joint_shares(text.shape[1], video.shape[1], self.sequence.size)
+        cuts = [slice(begins(share)[place], begins(share)[place] + share[place]) for share in shares]
+        self._video_shares = shares[1]
+        rotary = None if rotary is None else tuple(table[cuts[1]] for table in rotary)
+        return text[:, cuts[0]], video[:, cuts[1]], rotary
+
+    def join(self, video: Any, batch: int) -> Any:
+        """[batch, N_video, C] of all ranks' results [B of this half, n of this share, C], on every rank."""
+        runtime = runtime_of(video)
+        if self.sequence.size > 1:
+            rows = runtime.contiguous(video.moveaxis(1, 0))
+            parts = self.sequence.all_gather_rows(rows, self._video_shares, runtime, "prediction")
+            video = runtime.concat(parts, 0).moveaxis(0, 1)
+        if video.shape[0] != batch:
+            video = runtime.concat(self.cfg.all_gather(video, runtime, "guidance"), 0)
+        return video
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
