@@ -1,6 +1,7 @@
 """`parallelize()`: a pipeline or a model whose every call is the work of several ranks."""
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from .mesh import Mesh, degrees_for
 from .ring import ring
 from .split import TokenSplit
 from .ulysses import ulysses
+from .watch import WatchedWire, process_wire
 from .wire import Wire
 
 EXCHANGES = ("auto", "16bit", "int8", "int4")
@@ -34,6 +36,7 @@ class Parallel:
         self.mesh, self.exchange, self.output = mesh, exchange, output
         self.rank, self.size = mesh.world.rank, mesh.world.size
         self._pipe = weakref.ref(pipe)
+        self._waiting = mesh.wire if isinstance(mesh.wire, WatchedWire) else contextlib.nullcontext()
         self._like = next(iter(transformer_of(pipe).parameters()))
         self._runtime = runtime_of(self._like)
 
@@ -43,7 +46,8 @@ class Parallel:
 
     def values(self, value: Any) -> list[Any]:
         """Everyone's value, by rank; the host waits. value: what JSON can hold."""
-        return values_of(value, self.mesh.world, self._like, self._runtime)
+        with self._waiting:
+            return values_of(value, self.mesh.world, self._like, self._runtime)
 
     def check_same(self, settings: dict[str, Any], what: str) -> None:
         """Raises ValueError, on every rank, where `settings` are not the same on all; says which differ. what: given them."""
@@ -56,9 +60,11 @@ class Parallel:
                                  "program with the same arguments")
 
     def decode(self, work: Callable[[], Any]) -> Any:
-        """What `work()` gives on the ranks that decode, on every rank."""
+        """What `work()` gives on the ranks that decode, on every rank; the host waits."""
         if self.mesh.degrees.vae == self.size:
-            return work()
+            video = work()
+            self.values(None)  # here, where a rank that does not come is noticed
+            return video
         video = None if self.mesh.vae is None else work()
         runtime = self._runtime
         shape, dtype = self.values(None if video is None else [runtime.shape(video), runtime.dtype_name(video)])[0]
@@ -68,16 +74,17 @@ class Parallel:
     def report(self) -> dict[str, Any]:
         """What the ranks are and what they sent since `parallelize`, as plain values; every rank must call it.
 
-        coverage_differs: by rank, what its attention modules ran, where that is not what those of rank 0 ran.
+        traffic: by rank, as `Traffic.as_dict`. coverage_differs: by rank, (variant, calls, reason) of what each attention
+        module ran, where that is not what rank 0 ran.
         """
         pipe = self._pipe()
-        ran = [{key: value for key, value in module.as_dict().items() if key != "processor"} for module in coverage(pipe).modules]
+        runs = {module.full_name: [list(run) for run in module.runs] for module in coverage(pipe).modules}
         everyone = self.values({"device": self._runtime.place(self._like), "memory_gib": self._runtime.memory_gib(self._like),
-                                "traffic": self.mesh.traffic.as_dict(), "coverage": ran})
-        differs = {str(rank): one["coverage"] for rank, one in enumerate(everyone) if one["coverage"] != everyone[0]["coverage"]}
+                                "traffic": self.mesh.traffic.as_dict(), "runs": runs})
+        differs = {str(rank): one["runs"] for rank, one in enumerate(everyone) if one["runs"] != everyone[0]["runs"]}
         return {"ranks": self.size, "degrees": asdict(self.mesh.degrees), "exchange": self.exchange, "output": self.output,
-                **{f"{name}s" if name == "device" else name: [one[name] for one in everyone]
-                   for name in ("device", "memory_gib", "traffic")}, "coverage_differs": differs}
+                "devices": [one["device"] for one in everyone], "memory_gib": [one["memory_gib"] for one in everyone],
+                "traffic": [one["traffic"] for one in everyone], "coverage_differs": differs}
 
     def undo(self) -> None:
         """The pipeline or model computes alone again."""
@@ -106,7 +113,8 @@ def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None
     ulysses, ring, cfg: how many ways heads, keys and the halves of guidance are shared; their product is the number of ranks,
         and what is None is chosen (guidance first, then heads, then the ring). vae: ranks that decode; None: all.
     exchange: how Q and K travel, one of EXCHANGES; output: how the attention's output does, one of OUTPUTS.
-    wire: what carries the bytes; None: that of `paddle.distributed.launch`, or torch.distributed's default group.
+    wire: what carries the bytes; None: that of `paddle.distributed.launch`, or torch.distributed's default group, and a watch
+        over the ranks: one that fails or does not answer (LOWBIT_VIDEO_TIMEOUT, seconds) is named and ends all.
     returns: a handle; `unparallelize(pipe)` or `handle.undo()` gives the pipeline back as it was.
 
     Attention processors may be set, applied and removed before and after. On every rank the pipeline must be called with the
@@ -122,7 +130,7 @@ def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None
     modules = attention_modules(model)
     _check_model(model, modules)
     if wire is None:
-        wire = _wire_of(next(iter(modules.values())).to_q.weight)
+        wire = process_wire(next(iter(modules.values())).to_q.weight)
     degrees = degrees_for(wire.size, max(module.heads for module in modules.values()), cfg, ulysses, ring, vae)
     mesh = Mesh(wire, degrees)
     handle = Parallel(pipe_or_model, mesh, exchange, output)
@@ -135,7 +143,7 @@ def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None
 
 
 def unparallelize(pipe_or_model: Any) -> bool:
-    """Takes `parallelize` back: the pipeline or model computes alone again. returns: whether there was something to take back."""
+    """Takes `parallelize` back: the pipeline or model computes alone again. returns: whether there was one to take back."""
     handle = _parallel.get(transformer_of(pipe_or_model))
     if handle is None:
         return False
@@ -149,21 +157,11 @@ def _check_model(model: Any, modules: dict[str, Any]) -> None:
     if model in _parallel:
         raise ValueError(f"this {type(model).__name__} is parallel already; call unparallelize first")
     if not hasattr(model, "split"):
-        raise UnsupportedError(f"{type(model).__name__} cannot share its tokens: its forward knows no `split` (see TokenSplit); "
-                               "lowbit_video.pipelines' CogVideoXTransformer3DModel does")
+        raise UnsupportedError(f"{type(model).__name__} cannot share its tokens: its forward knows no `split` (a TokenSplit); "
+                               "that of lowbit_video.pipelines, CogVideoXTransformer3DModel, does")
     if "StaticFunction" in type(model.forward).__name__:
         raise UnsupportedError("the whole forward of this model is compiled, and no graph can hold the exchange between ranks; "
                                "compile with pipe.compile(), which leaves the exchange outside, or not at all")
-
-
-def _wire_of(weight: Any) -> Wire:
-    if runtime_of(weight).NAME == "torch":
-        from .torch_wire import TorchWire
-
-        return TorchWire()
-    from .paddle_wire import paddle_wire
-
-    return paddle_wire()
 
 
 def _around(mesh: Mesh, exchange: str, output: str) -> Callable[[Any], Any] | None:

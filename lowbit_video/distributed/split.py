@@ -1,4 +1,4 @@
-"""`TokenSplit`: this rank's half of the guidance and share of the tokens, taken at a model's beginning and joined at its end."""
+"""`TokenSplit`: this rank's half of the guidance and share of the tokens, taken where a model begins and joined at its end."""
 from __future__ import annotations
 
 import warnings
@@ -29,7 +29,7 @@ class TokenSplit:
         """The rows of this rank's half of the guidance.
 
         tensors: the first is [B, ...], negative prompts before positive ones; others that have B rows are cut too, and the
-        rest (None, numbers, [1, ...]) stay. Where B is odd there is no guidance to share: all stay, and a warning says so, once.
+        rest (None, numbers, [1, ...]) stay. Where B is odd there is no guidance to share: all stay, and one warning says so.
         """
         batch = tensors[0].shape[0]
         if self.cfg.size == 1:

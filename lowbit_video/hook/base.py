@@ -59,8 +59,8 @@ class AttnProcessor:
                 return (self.attend if around is None else around(self.attend))(q, k, v)
             if around is not None:
                 raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given, and the tokens are shared by "
-                                       "several ranks, none of which has the mask's whole rows; pass no mask, or share guidance "
-                                       "alone (cfg=2, ulysses=1, ring=1)")
+                                       "several ranks, none of which has the mask's whole rows; pass no mask, or share "
+                                       "guidance alone (cfg=2, ulysses=1, ring=1)")
             return self.attend_masked(q, k, v, mask)
         except (UnsupportedError, NonFiniteError) as error:
             raise type(error)(f"{_describe(attn, _active.record)}: {error}") from error
