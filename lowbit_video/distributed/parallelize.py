@@ -15,7 +15,7 @@ from ..runtime.detect import runtime_of
 from .agree import from_first, values_of
 from .mesh import Mesh, degrees_for
 from .ring import ring
-from .split import TokenSplit
+from .split import COMPILED_WHOLE, TokenSplit
 from .ulysses import ulysses
 from .watch import WatchedWire, process_wire
 from .wire import Wire
@@ -160,8 +160,7 @@ def _check_model(model: Any, modules: dict[str, Any]) -> None:
         raise UnsupportedError(f"{type(model).__name__} cannot share its tokens: its forward knows no `split` (a TokenSplit); "
                                "that of lowbit_video.pipelines, CogVideoXTransformer3DModel, does")
     if "StaticFunction" in type(model.forward).__name__:
-        raise UnsupportedError("the whole forward of this model is compiled, and no graph can hold the exchange between ranks; "
-                               "compile with pipe.compile(), which leaves the exchange outside, or not at all")
+        raise UnsupportedError(COMPILED_WHOLE)
 
 
 def _around(mesh: Mesh, exchange: str, output: str) -> Callable[[Any], Any] | None:

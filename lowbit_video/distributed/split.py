@@ -5,11 +5,15 @@ import warnings
 from typing import Any
 
 from ..errors import UnsupportedError
+from ..graph.tracing import traced_by_paddle
 from ..hook.base import AttnProcessor
 from ..hook.report import attention_modules
 from ..runtime.detect import runtime_of
 from .mesh import Mesh
 from .shares import begins, joint_shares
+
+COMPILED_WHOLE = ("the whole forward of a model that several ranks share is compiled, and no graph can hold their exchange; "
+                  "compile with pipe.compile(), which leaves the exchange outside, or not at all")
 
 
 class TokenSplit:
@@ -31,6 +35,8 @@ class TokenSplit:
         tensors: the first is [B, ...], negative prompts before positive ones; others that have B rows are cut too, and the
         rest (None, numbers, [1, ...]) stay. Where B is odd there is no guidance to share: all stay, and one warning says so.
         """
+        if traced_by_paddle(tensors[0]):
+            raise UnsupportedError(COMPILED_WHOLE)
         batch = tensors[0].shape[0]
         if self.cfg.size == 1:
             return tensors
