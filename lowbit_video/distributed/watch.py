@@ -176,19 +176,13 @@ class Watch:
         state.count, state.inside = message.get("count", state.count), message.get("inside", 0)
 
     def _look_for_stalled(self) -> None:
-        """Names the rank for which others wait, where nothing has moved anywhere for too long."""
         now, counts = time.monotonic(), [state.count for state in self._states.values()]
         if counts != self._counts:
             self._counts, self._moved = counts, now
-        waiting = [rank for rank, state in self._states.items() if state.inside]
-        if not waiting or now - self._moved < timeout():
-            return
-        count_of = lambda rank: counts[rank]
-        rank = min([rank for rank in self._states if rank not in waiting] or waiting, key=count_of)
-        other = max(waiting, key=count_of)
-        what = "has ended" if self._states[rank].left else "does not answer"
-        self._end(f"rank {rank} {what}: it stopped after exchange {counts[rank]} while rank {other} waits in exchange "
-                  f"{counts[other]}, for {timeout():g} s now ({TIMEOUT} sets another time)")
+        if now - self._moved >= timeout():
+            text = stalled(self._states)
+            if text is not None:
+                self._end(f"{text}, for {timeout():g} s now ({TIMEOUT} sets another time)")
 
     def _end(self, text: str) -> None:
         """Another rank failed: passes it on, lets this rank come to an end by itself, and else ends it."""
@@ -219,6 +213,22 @@ class Watch:
             for connection in list(self._connections):
                 with contextlib.suppress(OSError):  # it is gone; reading from it says so
                     connection.send_bytes(json.dumps(message).encode())
+
+
+def stalled(states: dict[int, State]) -> str | None:
+    """Which rank others wait for, where nothing moves anywhere: one that is in no exchange, or else in the earliest.
+
+    None where nobody waits: ranks may compute, or be idle, for as long as they like.
+    """
+    waiting = [rank for rank, state in states.items() if state.inside]
+    if not waiting:
+        return None
+    count_of = lambda rank: states[rank].count
+    rank = min([rank for rank in states if rank not in waiting] or waiting, key=count_of)
+    other = max(waiting, key=count_of)
+    what = "has ended" if states[rank].left else "does not answer"
+    return (f"rank {rank} {what}: it stopped after exchange {count_of(rank)} while rank {other} waits in exchange "
+            f"{count_of(other)}")
 
 
 def _first_host() -> str:
