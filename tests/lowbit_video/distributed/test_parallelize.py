@@ -79,20 +79,22 @@ def test_low_bit_costs_on_several_ranks_what_it_costs_on_one(folders, degrees):
     assert ("guidance" in sent) == ("cfg" in degrees and degrees["cfg"] == 2) != ("attention in" in sent)
 
 
-def test_several_videos_share_their_noise_source_and_seeds_with_rank_0(folders):
+def test_noise_embeddings_and_seeds_are_those_of_rank_0(folders):
     """DPM draws noise in every step; what other ranks hold does not matter."""
-    noise = np.random.default_rng(5).standard_normal((2, 4, 8, 6, 10)).astype(np.float32)
-    given = {"seed": lambda rank: dict(seed=None if rank else [7, 9]),
+    normal = np.random.default_rng(5).standard_normal
+    noise, text = normal((2, 4, 8, 6, 10)).astype(np.float32), normal((1, 24, 32)).astype(np.float32)
+    given = {"embeddings": lambda rank: dict(prompt=None, prompt_embeds=text + rank),
+             "seed": lambda rank: dict(seed=None if rank else [7, 9]),
              "generator": lambda rank: dict(seed=None, generator=np.random.default_rng(rank)),
              "latents": lambda rank: dict(seed=rank, latents=noise + rank)}
     for name, of_rank in given.items():
-        call = {**CALL, "num_videos_per_prompt": 2}
-        single = load(folders["1.5"])("a cat", **{**call, **of_rank(0)})
+        call = {**CALL, "num_videos_per_prompt": 2, "prompt": "a cat"}
+        single = load(folders["1.5"])(**{**call, **of_rank(0)})
 
         def work(wire, of_rank=of_rank, call=call):
             pipe = load(folders["1.5"])
             parallelize(pipe, cfg=1, wire=wire)
-            return pipe("a cat", **{**call, **of_rank(wire.rank)})
+            return pipe(**{**call, **of_rank(wire.rank)})
 
         for made in run_threads(2, work):
             assert made.seeds == single.seeds, name
