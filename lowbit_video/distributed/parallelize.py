@@ -16,6 +16,7 @@ from .agree import from_first, values_of
 from .mesh import Mesh, degrees_for
 from .ring import ring
 from .split import COMPILED_WHOLE, TokenSplit
+from .torch_model import SplitByHooks
 from .ulysses import ulysses
 from .watch import WatchedWire, process_wire
 from .wire import Wire
@@ -35,7 +36,7 @@ class Parallel:
     def __init__(self, pipe: Any, mesh: Mesh, exchange: str, output: str) -> None:
         self.mesh, self.exchange, self.output = mesh, exchange, output
         self.rank, self.size = mesh.world.rank, mesh.world.size
-        self._pipe = weakref.ref(pipe)
+        self._pipe, self._hooks = weakref.ref(pipe), None
         self._waiting = mesh.wire if isinstance(mesh.wire, WatchedWire) else contextlib.nullcontext()
         self._like = next(iter(transformer_of(pipe).parameters()))
         self._runtime = runtime_of(self._like)
@@ -93,7 +94,24 @@ class Parallel:
             return
         model = transformer_of(pipe)
         del _parallel[model]
-        _set(pipe, model, None, None, None, None)
+        self._set(None, None, None)
+
+    def _set(self, parallel: Parallel | None, split: TokenSplit | None, around: Callable | None) -> None:
+        """Puts everything in its place, or None into all of them."""
+        pipe = self._pipe()
+        model = transformer_of(pipe)
+        parts = {"": model, **dict(named_modules(model))}
+        for name, module in attention_modules(model).items():
+            slot_of(module, module.to_q.weight, owner=parts[name.rpartition(".")[0]]).around = around
+        if hasattr(model, "split"):
+            model.split = split
+        elif split is None:
+            self._hooks.remove()
+        else:
+            self._hooks = SplitByHooks(model, split)
+        if hasattr(pipe, "parallel"):
+            pipe.parallel = parallel
+            pipe.vae.group = None if parallel is None else self.mesh.vae
 
     def __enter__(self) -> Parallel:
         return self
@@ -109,7 +127,8 @@ def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None
                 vae: int | None = None, exchange: str = "auto", output: str = "16bit", wire: Wire | None = None) -> Parallel:
     """Shares the work of a pipeline or model among all ranks of a run; every rank calls this, and later the pipeline, alike.
 
-    pipe_or_model: a pipeline (its VAE decodes on several ranks too), or its transformer.
+    pipe_or_model: a pipeline (its VAE decodes on several ranks too), or its transformer. Of a diffusers pipeline the
+        transformer alone is shared, and noise is the caller's: the same generators on every rank.
     ulysses, ring, cfg: how many ways heads, keys and the halves of guidance are shared; their product is the number of ranks,
         and what is None is chosen (guidance first, then heads, then the ring). vae: ranks that decode; None: all.
     exchange: how Q and K travel, one of EXCHANGES; output: how the attention's output does, one of OUTPUTS.
@@ -136,7 +155,7 @@ def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None
     handle = Parallel(pipe_or_model, mesh, exchange, output)
     handle.check_same({**asdict(degrees), "exchange": exchange, "output": output, "modules": len(modules)}, "parallelize")
     _say_unequal_memory(handle)
-    _set(pipe_or_model, model, handle, TokenSplit(model, mesh), _around(mesh, exchange, output), mesh.vae)
+    handle._set(handle, TokenSplit(model, mesh), _around(mesh, exchange, output))
     mesh.traffic.clear()
     _parallel[model] = handle
     return handle
@@ -156,9 +175,11 @@ def _check_model(model: Any, modules: dict[str, Any]) -> None:
         raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (set_processor, to_q, ...)")
     if model in _parallel:
         raise ValueError(f"this {type(model).__name__} is parallel already; call unparallelize first")
-    if not hasattr(model, "split"):
-        raise UnsupportedError(f"{type(model).__name__} cannot share its tokens: its forward knows no `split` (a TokenSplit); "
-                               "that of lowbit_video.pipelines, CogVideoXTransformer3DModel, does")
+    if not hasattr(model, "split") and not all(hasattr(model, name) for name in ("register_forward_pre_hook", "proj_out",
+                                                                                  "transformer_blocks")):
+        raise UnsupportedError(f"{type(model).__name__} cannot share its tokens: its forward knows no `split` (a TokenSplit), "
+                               "and it has no transformer_blocks and proj_out to hook; the CogVideoXTransformer3DModel of "
+                               "lowbit_video.pipelines and that of diffusers can")
     if "StaticFunction" in type(model.forward).__name__:
         raise UnsupportedError(COMPILED_WHOLE)
 
@@ -176,17 +197,6 @@ def _around(mesh: Mesh, exchange: str, output: str) -> Callable[[Any], Any] | No
         return attend
 
     return around
-
-
-def _set(pipe: Any, model: Any, handle: Any, split: Any, around: Any, vae: Any) -> None:
-    parts = {"": model, **dict(named_modules(model))}
-    for name, module in attention_modules(model).items():
-        slot_of(module, module.to_q.weight, owner=parts[name.rpartition(".")[0]]).around = around
-    model.split = split
-    if pipe is not model:
-        pipe.parallel = handle
-        if getattr(pipe, "vae", None) is not None:
-            pipe.vae.group = vae
 
 
 def _say_unequal_memory(handle: Parallel) -> None:

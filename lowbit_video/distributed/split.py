@@ -17,7 +17,8 @@ COMPILED_WHOLE = ("the whole forward of a model that several ranks share is comp
 
 
 class TokenSplit:
-    """What a model calls in its forward: `take_half` before anything, `take_tokens` when there are tokens, `join` at the end.
+    """What a model calls in its forward: `take_half` before anything, `take_tokens` when there are tokens, and in the end
+    `join_tokens` and `join_halves`.
 
     model: its attention modules are looked at before every forward. mesh: groups cfg and sequence.
     A copy of a model computes alone: the copy of its split is None.
@@ -71,16 +72,21 @@ class TokenSplit:
         rotary = None if rotary is None else tuple(table[cuts[1]] for table in rotary)
         return text[:, cuts[0]], video[:, cuts[1]], rotary
 
-    def join(self, video: Any, batch: int) -> Any:
-        """[batch, N_video, C] of all ranks' results [B of this half, n of this share, C], on every rank."""
+    def join_tokens(self, video: Any) -> Any:
+        """[B, N_video, C] of all shares' results [B, n, C], on every rank."""
+        if self.sequence.size == 1:
+            return video
         runtime = runtime_of(video)
-        if self.sequence.size > 1:
-            rows = runtime.contiguous(video.moveaxis(1, 0))
-            parts = self.sequence.all_gather_rows(rows, self._video_shares, runtime, "prediction")
-            video = runtime.concat(parts, 0).moveaxis(0, 1)
-        if video.shape[0] != batch:
-            video = runtime.concat(self.cfg.all_gather(video, runtime, "guidance"), 0)
-        return video
+        rows = runtime.contiguous(video.moveaxis(1, 0))
+        parts = self.sequence.all_gather_rows(rows, self._video_shares, runtime, "prediction")
+        return runtime.concat(parts, 0).moveaxis(0, 1)
+
+    def join_halves(self, prediction: Any, batch: int) -> Any:
+        """[batch, ...] of both halves' results, on every rank; what is of the whole batch already stays."""
+        if prediction.shape[0] == batch:
+            return prediction
+        runtime = runtime_of(prediction)
+        return runtime.concat(self.cfg.all_gather(prediction, runtime, "guidance"), 0)
 
     def __reduce__(self) -> tuple:
         return type(None), ()

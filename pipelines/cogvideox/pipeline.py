@@ -90,7 +90,7 @@ class CogVideoXPipeline(Pipeline):
     def _decode(self, latents: paddle.Tensor, progress: bool) -> paddle.Tensor:
         total = None if self.vae.use_tiling else latents.shape[0] * latents.shape[1]
         latents = latents.transpose([0, 2, 1, 3, 4]) / self.vae.config.scaling_factor
-        with tqdm(total=total, desc="decode", unit="frame", disable=not progress) as bar:
+        with tqdm(total=total, desc="decode", unit="frame", disable=not self.shows(progress)) as bar:
             self.vae.on_decoded = bar.update
             try:
                 return self.vae.decode(latents.astype(self.vae.dtype))
@@ -151,26 +151,14 @@ class CogVideoXPipeline(Pipeline):
             ValueError: inputs that do not fit the model or each other, before any work.
         """
         height, width, num_frames = self._resolve_size(height, width, num_frames)
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; supported: {', '.join(OUTPUT_TYPES)}")
-        if eta:
-            raise ValueError(f"eta is {eta}; CogVideoX's schedulers take none. Leave it at 0")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; supported: {', '.join(CALLBACK_TENSORS)}"
-            )
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; give at least 1")
+        _check_choices(output_type, eta, callback_on_step_end_tensor_inputs, num_videos_per_prompt)
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        if self.parallel is not None:
-            self.parallel.check_same({
-                "prompt": prompts, "negative_prompt": negatives, "height": height, "width": width, "num_frames": num_frames,
-                "num_inference_steps": num_inference_steps, "guidance_scale": float(guidance_scale),
-                "use_dynamic_cfg": use_dynamic_cfg, "num_videos_per_prompt": num_videos_per_prompt,
-                "latent output": output_type == "latent", "max_sequence_length": max_sequence_length,
-            }, "the pipeline")
-            progress = progress and self.parallel.rank == 0
+        self._check_ranks(
+            prompt=prompts, negative_prompt=negatives, height=height, width=width, num_frames=num_frames,
+            num_inference_steps=num_inference_steps, guidance_scale=float(guidance_scale), use_dynamic_cfg=use_dynamic_cfg,
+            num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
+            latents_only=output_type == "latent",
+        )
         self.scheduler.set_timesteps(num_inference_steps)
         self.num_timesteps = len(self.scheduler.timesteps)
         self.interrupt = False
@@ -182,7 +170,7 @@ class CogVideoXPipeline(Pipeline):
             videos = (len(prompts) if prompts is not None else prompt_embeds.shape[0]) * num_videos_per_prompt
             shape, padded_frames = self._latent_shape(videos, num_frames, height, width)
             generators, seeds = make_generators(seed, generator, videos)
-            seeds = seeds if self.parallel is None else self.parallel.values(seeds)[0]
+            seeds = self._of_rank_0(seeds)
             latents = draw(generators, shape) if latents is None else take_latents(latents, shape)
             latents = self._shared(latents * self.scheduler.init_noise_sigma)
             rotary = self.transformer.rotary_tables(shape[1], shape[3], shape[4])
@@ -240,6 +228,20 @@ class CogVideoXPipeline(Pipeline):
         frames, ratio = self._latent_frames(num_frames), self.vae.spatial_compression_ratio
         padding = -frames % (self.transformer.config.patch_size_t or 1)
         return [videos, frames + padding, self.transformer.config.in_channels, height // ratio, width // ratio], padding
+
+
+def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str], num_videos_per_prompt: int) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}; supported: {', '.join(OUTPUT_TYPES)}")
+    if eta:
+        raise ValueError(f"eta is {eta}; CogVideoX's schedulers take none. Leave it at 0")
+    unknown = [name for name in callback_tensors if name not in CALLBACK_TENSORS]
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; supported: {', '.join(CALLBACK_TENSORS)}"
+        )
+    if num_videos_per_prompt < 1:
+        raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; give at least 1")
 
 
 def dynamic_guidance(guidance_scale: float, timestep: int, num_inference_steps: int) -> float:

@@ -387,7 +387,7 @@ class CogVideoXTransformer3DModel(Model):
             )
         hidden_states = self.run_blocks(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
         if self.split is not None:
-            hidden_states = self.split.join(hidden_states, batch)
+            hidden_states = self.split.join_halves(self.split.join_tokens(hidden_states), batch)
 
         patch, patch_t = config.patch_size, config.patch_size_t or 1
         rows, columns = height // patch, width // patch

@@ -148,6 +148,19 @@ class Pipeline:
         """The tensor, on several ranks that of rank 0."""
         return tensor if self.parallel is None else self.parallel.shared(tensor)
 
+    def _of_rank_0(self, value: Any) -> Any:
+        """The value (what JSON can hold), on several ranks that of rank 0."""
+        return value if self.parallel is None else self.parallel.values(value)[0]
+
+    def _check_ranks(self, **settings: Any) -> None:
+        """Raises ValueError where other ranks called the pipeline with other settings."""
+        if self.parallel is not None:
+            self.parallel.check_same(settings, "the pipeline")
+
+    def shows(self, progress: bool) -> bool:
+        """Whether this process shows progress: on several ranks, rank 0 does."""
+        return progress and (self.parallel is None or self.parallel.rank == 0)
+
     def interrupted(self) -> bool:
         """Whether to stop: whether `interrupt` is set, on any rank."""
         if self.parallel is not None:
