@@ -79,9 +79,6 @@ def describe(report: dict[str, Any]) -> str:
     """A few lines about the ranks for a person. report: of `Parallel.report`."""
     degrees = ", ".join(f"{name} {degree}" for name, degree in report["degrees"].items() if degree > 1) or "nothing shared"
     lines = [f"{report['ranks']} ranks: {degrees}; on {', '.join(report['devices'])}"]
-    memory = report["memory_gib"]
-    if len({None if one is None else round(one) for one in memory}) > 1:
-        lines.append(f"unequal memory, of which the smallest limits: {', '.join(f'{one or 0:.0f}' for one in memory)} GiB")
     for rank, traffic in enumerate(report["traffic"]):
         parts = ", ".join(f"{purpose} {_mib(count)}" for purpose, count in traffic["sent"].items())
         whole = f"in 16 bits {_mib(traffic['in_16_bit_total'])} MiB"

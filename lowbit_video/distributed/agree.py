@@ -20,21 +20,24 @@ def from_first(tensor: Any, group: Group, runtime: Runtime, purpose: str = PURPO
     others = group.size - 1
     flat = as_bytes(runtime.contiguous(tensor), runtime)
     size = runtime.shape(flat)[0]
-    nothing, one = [0] * group.size, [size] + [0] * others
-    if group.rank == 0:
-        received = runtime.empty((0,), "uint8", tensor)
-        group.exchange(runtime.concat([flat] * others, 0), [0] + [size] * others, received, nothing, purpose).wait()
+    if group.rank == 0:  # a byte comes back from each, as collectives want no empty tensors
+        received = runtime.empty((others,), "uint8", tensor)
+        sent = runtime.concat([flat] * others, 0)
+        group.exchange(sent, [0] + [size] * others, received, [0] + [1] * others, purpose).wait()
         return tensor
     received = runtime.empty((size,), "uint8", tensor)
-    group.exchange(runtime.empty((0,), "uint8", tensor), nothing, received, one, purpose).wait()
+    group.exchange(runtime.contiguous(flat[:1]), [1] + [0] * others, received, [size] + [0] * others, purpose).wait()
     return runtime.view(received, runtime.dtype_name(tensor)).reshape(list(runtime.shape(tensor)))
 
 
 def values_of(value: Any, group: Group, like: Any, runtime: Runtime) -> list[Any]:
-    """Everyone's value, by place; the host waits. value: what JSON can hold. like: a tensor on the device that exchanges."""
+    """Everyone's value, by place; the host waits.
+
+    value: what JSON can hold, and NumPy's numbers. like: a tensor on the device that exchanges.
+    """
     if group.size == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    text = np.frombuffer(json.dumps(value, default=lambda number: number.item()).encode(), np.uint8)
     length = np.array([len(text)], np.int32).view(np.uint8)
     # to_numpy, not the tensors' own values: the host has to wait for them
     lengths = [int(runtime.to_numpy(part).view(np.int32)[0])

@@ -265,6 +265,10 @@ def process_wire(like: Any) -> WatchedWire:
         runtime = runtime_of(like)
         module = importlib.import_module(f".{runtime.NAME}_wire", __package__)
         wire = WatchedWire(module.TorchWire() if runtime.NAME == "torch" else module.paddle_wire())
+        if runtime.NAME == "paddle" and runtime.is_cpu(like) != (type(wire.wire).__name__ == "GlooWire"):
+            raise RuntimeError(f"the tensors are on {runtime.place(like)}, and the launcher chose the "
+                               f"{type(wire.wire).__name__} for other devices; launch CPU ranks with --nproc_per_node N and "
+                               "PADDLE_DISTRI_BACKEND=gloo, GPU ranks with --devices 0,1")
         _watch = Watch(wire, like, runtime)
     return _watch.wire
 

@@ -134,9 +134,20 @@ WRONG = {
     "prompt": (["--prompt", " "], "the prompt is empty"),
     "dtype": (["--dtype", "int8"], "unknown dtype 'int8'"),
     "device": (["--device", "gpu:77"], "device 'gpu:77' is not available"),
+    "ranks": (["--cfg-degree", "2", "--ulysses-degree", "2"], "--ulysses-degree 2 --cfg-degree 2 shares the work of several "
+              "processes, and one runs; launch them: python -m paddle.distributed.launch --devices 0,1,2,3 "),
+    "exchange": (["--exchange", "int4"], "--exchange int4 shares the work of several processes"),
+    "degree": (["--ring-degree", "0"], "ring_degree is 0; it must be positive"),
     "pattern": (["--modules", "x"], "write PATTERN=PRECISION"),
     "pattern-precision": (["--modules", "x=int9"], "--modules x=int9: unknown precision"),
 }
+
+
+def test_ways_to_exchange_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="unknown exchange 'int2'; there are: auto, 16bit, int8, int4"):
+        generate.Job(exchange="int2")
+    with pytest.raises(ValueError, match="unknown exchange_output 'int4'; there are: 16bit, int8"):
+        generate.Job(exchange_output="int4")
 
 
 @pytest.mark.parametrize("arguments, message", WRONG.values(), ids=WRONG)

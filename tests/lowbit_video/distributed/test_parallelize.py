@@ -1,5 +1,6 @@
 """One video on several ranks: the same as on one, whatever is shared; what cannot be shared is refused by name."""
 import copy
+import threading
 import warnings
 
 import numpy as np
@@ -16,7 +17,9 @@ from lowbit_video import (  # noqa: E402
     remove,
     unparallelize,
 )
+from lowbit_video.app.ranks import describe  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline  # noqa: E402
+from lowbit_video.runtime import paddle_runtime  # noqa: E402
 from ranks import run_threads  # noqa: E402
 
 import toy_model  # noqa: E402
@@ -215,6 +218,30 @@ def test_what_would_attend_within_a_share_alone_is_refused(folders):
 
     for made in run_threads(2, work):
         assert sqnr_db(made, alone(folders["2b"])) > FLOAT32_DB
+
+
+def test_unequal_memory_is_said_once_and_other_attention_is_reported(folders, monkeypatch):
+    ranks = {}
+    monkeypatch.setattr(paddle_runtime, "memory_gib", lambda like: (79.2, 39.6)[ranks[threading.get_ident()]])
+
+    def work(wire):
+        ranks[threading.get_ident()] = wire.rank
+        pipe = load(folders["2b"])
+        apply(pipe, ("int8+fp16", "int8+fp8")[wire.rank])
+        handle = parallelize(pipe, cfg=2, wire=wire)
+        pipe("a cat", **CALL)
+        return handle.report()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reports = run_threads(2, work)
+    said = [str(one.message) for one in caught if "memory" in str(one.message)]
+    assert said == ["the GPUs have unequal memory (79 GiB on rank 0, 40 GiB on rank 1); the smallest one limits what fits"]
+    assert reports[0] == reports[1] and reports[0]["memory_gib"] == [79.2, 39.6]
+    assert list(reports[0]["coverage_differs"]) == ["1"]
+    (run,) = reports[0]["coverage_differs"]["1"]["transformer.transformer_blocks.0.attn1"]
+    assert run[0].startswith("int8+fp8") and run[1:] == [2, ""]
+    assert "rank 1 ran other attention than rank 0: {'transformer.transformer_blocks.0.attn1'" in describe(reports[0])
 
 
 def test_a_copy_of_a_shared_model_computes_alone(folders):
