@@ -8,7 +8,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test gpu-test parity lint wheel eval-demo clean
+.PHONY: demo demo-parallel test gpu-test parity lint wheel eval-demo clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -30,6 +30,11 @@ $(PARITY_VENV)/.done: pyproject.toml setup.py
 demo: $(VENV)/.cpu  ## make a video with low-bit attention on the CPU: make demo ARGS='--prompt "..." --compare'
 	$(VENV)/bin/python examples/cogvideo.py $(ARGS)
 
+demo-parallel: export OMP_NUM_THREADS ?= 1
+demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again on one: the same, and what was sent
+	env -u CUDA_VISIBLE_DEVICES $(VENV)/bin/python -m paddle.distributed.launch --nproc_per_node 2 --log_dir outputs/parallel \
+		examples/parallel.py --cfg-degree 1 $(ARGS)
+
 test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
 	$(VENV)/bin/python -m pytest --ignore=tests/parity $(ARGS)
 
@@ -43,7 +48,12 @@ eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 pre
 	$(VENV)/bin/lowbit-video eval compare --prompts eval/prompts/small_world.txt --steps 8 --out outputs/eval \
 		--speed eval/speed/results/kernels.json --speed-shape CogVideoX-2b $(ARGS)
 
-gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
+gpu-demo-parallel: export OMP_NUM_THREADS ?= 1
+demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again on one: the same, and what was sent
+	env -u CUDA_VISIBLE_DEVICES $(VENV)/bin/python -m paddle.distributed.launch --nproc_per_node 2 --log_dir outputs/parallel \
+		examples/parallel.py --cfg-degree 1 $(ARGS)
+
+test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
 	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
 
 lint: $(VENV)/.test

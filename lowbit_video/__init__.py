@@ -10,6 +10,7 @@ Importing this package imports NumPy, but no framework and no Triton, and asks n
 """
 from .api import attention, attention_varlen
 from .codes import attention_of_codes, prequantize
+from .distributed.parallelize import parallelize, unparallelize
 from .engine.codes import AttentionCodes
 from .errors import NonFiniteError, UnsupportedError
 from .hook.apply import apply, remove
@@ -23,4 +24,4 @@ from .warming import warmup
 __version__ = "0.1.0"
 __all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized",
            "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "declare_attention",
-           "dequantize", "prequantize", "quantize", "remove", "warmup"]
+           "dequantize", "parallelize", "prequantize", "quantize", "remove", "unparallelize", "warmup"]

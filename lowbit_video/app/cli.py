@@ -16,6 +16,8 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from ..distributed.watch import end_process
+
 COMMANDS = {
     "generate": ("lowbit_video.app.generate", "make a video, optionally beside its full-precision twin"),
     "kernels": ("lowbit_video.app.kernel_table", "the table of kernels that exist"),
@@ -79,7 +81,16 @@ def _run(argv: list[str], chosen: str | None) -> int:
 
 
 def guarded(work: Callable[[], int], name: str) -> int:
-    """Runs the work; a caller's mistake and Ctrl-C become one line on stderr and an exit status."""
+    """Runs the work; a caller's mistake and Ctrl-C become one line on stderr and an exit status.
+
+    A process that is one of several ranks ends here, with that status.
+    """
+    status = _status_of(work, name)
+    end_process(status)
+    return status
+
+
+def _status_of(work: Callable[[], int], name: str) -> int:
     try:
         return work()
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from .. import apply, remove
 from ..files import write_json
 from .compare_twin import compare_twin
 from .job import EXACT, SMALL_MODEL, Job, add_arguments, fill, job_of, shows_shapes, small_model
+from .ranks import check_launched, connected, describe, is_first, make_once, share
 from .run_pipeline import load_pipeline, resolve_device, resolve_dtype, run_pipeline, seconds_line, timed
 from .verdict import judge_shapes
 
@@ -47,16 +48,24 @@ def check_before(job: Job) -> None:
 def make(job: Job, say: Any = print) -> dict[str, Any]:
     """Does the job: writes video.mp4, report.json and, with compare, the twin, both side by side and the figures.
 
+    On several ranks each calls this, and rank 0 alone writes and says anything.
     returns: the report. Raises ValueError, OSError or ImportError for what cannot be done, as early as it
     can be known.
     """
-    check_before(job)
-    out = Path(job.out)
+    check_launched(job)
+    if is_first():
+        check_before(job)
     device = resolve_device(job.device)
+    with connected(device) as wire:
+        return _make(job, device, wire, say if is_first() else lambda text: None)
+
+
+def _make(job: Job, device: str, wire: Any, say: Any) -> dict[str, Any]:
+    out = Path(job.out)
     folder = job.model or small_model()
     random = folder is None
     if random:
-        folder = _random_model(out, say)
+        folder = _random_model(out, wire, say)
         job = replace(job, steps=job.steps or RANDOM_STEPS)
     job = fill(job, folder)
     dtype = resolve_dtype(job.dtype, device, job.model)
@@ -66,15 +75,30 @@ def make(job: Job, say: Any = print) -> dict[str, Any]:
     pipe, load_s = load_pipeline(job, dtype, device)
     if job.hooked:
         apply(pipe, None if job.precision in EXACT else job.precision, job.modules, fallback=job.fallback, backend=job.backend)
+    parallel = None if wire is None else share(pipe, job, wire)
     run = run_pipeline(pipe, job)
-    files = {"video": out / "video.mp4"}
-    run.seconds["mp4"] = timed(pipelines.export_to_video, run.video, files["video"], job.fps)
-    say(seconds_line({"load": load_s, **run.seconds}, job.steps))
-    say(f"\n{run.coverage}")
     frames, height, width = run.video.shape[:3]
     report = {"job": asdict(job), "device": device, "dtype": dtype, "random_model": random,
               "video": {"frames": frames, "height": height, "width": width, "fps": job.fps},
               "seconds": {"load": load_s, **run.seconds}, "coverage": run.coverage.as_dict()}
+    if parallel is not None:
+        report["parallel"] = parallel.report()
+    if is_first():
+        return _finish(pipe, job, run, report, out, say)
+    if job.compare:
+        remove(pipe)
+        run_pipeline(pipe, job)
+    return report
+
+
+def _finish(pipe: Any, job: Job, run: Any, report: dict[str, Any], out: Path, say: Any) -> dict[str, Any]:
+    """Writes and says what came of a run, and makes its twin."""
+    files = {"video": out / "video.mp4"}
+    report["seconds"]["mp4"] = timed(pipelines.export_to_video, run.video, files["video"], job.fps)
+    say(seconds_line(report["seconds"], job.steps))
+    say(f"\n{run.coverage}")
+    if "parallel" in report:
+        say(f"\n{describe(report['parallel'])}")
     if shows_shapes(job.model):
         report["adherence"] = judge_shapes(run.video, job.prompt, say)
     _write_report(report, files, out)
@@ -86,7 +110,7 @@ def make(job: Job, say: Any = print) -> dict[str, Any]:
     for name, path in files.items():
         say(f"{name.replace('_', ' ')}: {path}")
     say(f"report: {out / 'report.json'}")
-    if random:
+    if report["random_model"]:
         say("The model is random: the video is noise, and only shows that everything runs.")
     return report
 
@@ -96,10 +120,10 @@ def _write_report(report: dict[str, Any], files: dict[str, Path], out: Path) -> 
     write_json(out / "report.json", report)
 
 
-def _random_model(out: Path, say: Any) -> Path:
+def _random_model(out: Path, wire: Any, say: Any) -> Path:
     folder = out / "random_model"
     say(f"no --model given and no trained model at {SMALL_MODEL}: making a small random one in {folder}")
-    pipelines.make_random_pipeline(folder, seed=0)
+    make_once(folder, lambda folder: pipelines.make_random_pipeline(folder, seed=0), wire)
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from lowbit_video.kernels.variants import BACKENDS
 from lowbit_video.pipelines.shared.generation import read_generation
 
+from ..distributed.parallelize import EXCHANGES, OUTPUTS
 from ..precision import as_precision, precision_specs
 
 SMALL_MODEL = Path("examples", "small_cogvideox", "model")
@@ -27,6 +28,7 @@ class Job:
     model: folder or hub id; None takes the small trained model if it is there, else makes a random one.
     precision: "int8+fp16", ...; "exact" runs without a hook. modules: name patterns to precisions.
     height, width: pixels. fps: frames a second. device, dtype: "auto" or as Paddle names them.
+    ulysses_degree, ring_degree, cfg_degree, vae_degree, exchange, exchange_output: of several ranks, as in `parallelize`.
     Raises ValueError when built with a value that cannot be meant.
     """
 
@@ -48,6 +50,12 @@ class Job:
     dtype: str = "auto"
     compile: bool = False
     compare: bool = False
+    ulysses_degree: int | None = None
+    ring_degree: int | None = None
+    cfg_degree: int | None = None
+    vae_degree: int | None = None
+    exchange: str = "auto"
+    exchange_output: str = "16bit"
     out: str = DEFAULT_OUT
 
     def __post_init__(self) -> None:
@@ -59,7 +67,10 @@ class Job:
                 raise ValueError(f"--modules {pattern}={precision}: {error}") from None
         if self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; there are: {', '.join(BACKENDS)}")
-        for name in ("steps", "frames", "height", "width", "fps"):
+        for name, known in (("exchange", EXCHANGES), ("exchange_output", OUTPUTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; there are: {', '.join(known)}")
+        for name in ("steps", "frames", "height", "width", "fps", "ulysses_degree", "ring_degree", "cfg_degree", "vae_degree"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must be positive")
@@ -129,6 +140,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="run the transformer through paddle.jit.to_static")
     parser.add_argument("--compare", action="store_true", help="also run full precision with the same seed: side-by-side mp4, "
                         "PSNR and SSIM per frame")
+    ranks = parser.add_argument_group("several GPUs", "one video on the processes that `python -m paddle.distributed.launch "
+                                      "--devices 0,1 ...` started (CPU: --nproc_per_node 2); what is not given is chosen")
+    ranks.add_argument("--ulysses-degree", type=int, metavar="N", help="ranks that share the heads of attention")
+    ranks.add_argument("--ring-degree", type=int, metavar="N", help="parts of keys that go round a ring of ranks")
+    ranks.add_argument("--cfg-degree", type=int, metavar="N", choices=[1, 2], help="2: the two halves of guidance apart")
+    ranks.add_argument("--vae-degree", type=int, metavar="N", help="ranks that decode (default: all)")
+    ranks.add_argument("--exchange", default="auto", choices=EXCHANGES, help="how queries and keys travel between ranks "
+                       "(default: %(default)s, as the precision of attention takes them)")
+    ranks.add_argument("--exchange-output", default="16bit", choices=OUTPUTS, help="how the output of attention travels "
+                       "(default: %(default)s)")
     parser.add_argument("--out", default=DEFAULT_OUT, metavar="DIR", help="output folder (default: %(default)s)")
 
 

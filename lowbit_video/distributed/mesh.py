@@ -76,8 +76,8 @@ def degrees_for(size: int, heads: int, cfg: int | None = None, ulysses: int | No
 
 
 class Mesh:
-    """The groups of this process. cfg, ulysses, ring, vae: each a Group, or None where this process has no part in it;
-    sequence: all that share this process's video tokens, in their order; world: all.
+    """The groups of this process. cfg, ulysses, ring: those that share guidance, heads and keys with it; sequence: all that share
+    its half of the tokens, in their order; world: all.
 
     Raises ValueError where the degrees do not make the wire's ranks.
     """
@@ -95,4 +95,3 @@ class Mesh:
         self.ulysses = group(range(first + place // u * u, first + place // u * u + u))
         self.ring = group(range(first + place % u, first + u * r, u))
         self.cfg = group(range(place, wire.size, u * r))
-        self.vae = group(range(degrees.vae)) if wire.rank < degrees.vae else None

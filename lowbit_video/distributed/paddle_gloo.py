@@ -15,20 +15,12 @@ import paddle
 import paddle.distributed as dist
 from paddle.base import core
 
-from .wire import Done, Work
+from .wire import TIMEOUT, Done, Work, timeout
 
-TIMEOUT = "LOWBIT_VIDEO_TIMEOUT"
-"""Environment variable: seconds for which a rank may keep another waiting."""
-DEFAULT_TIMEOUT = 1800.0
 HEAD_START = 0.2
 """Seconds that the lower rank of a pair has for its store to listen; missed, Paddle tries again after three."""
 FIRST_GROUP = 1000
 """Numbers of the pairs' process groups, above those that anyone else makes."""
-
-
-def timeout() -> float:
-    """Seconds for which a rank may keep another waiting: LOWBIT_VIDEO_TIMEOUT, else half an hour."""
-    return float(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT))
 
 
 class GlooWire:

@@ -5,8 +5,18 @@ float16 that overflow on CPUs); bytes always pass.
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
+
+TIMEOUT = "LOWBIT_VIDEO_TIMEOUT"
+"""Environment variable: seconds for which a rank may keep another waiting."""
+DEFAULT_TIMEOUT = 1800.0
+
+
+def timeout() -> float:
+    """Seconds for which a rank may keep another waiting: LOWBIT_VIDEO_TIMEOUT, else half an hour."""
+    return float(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT))
 
 
 class Work(Protocol):

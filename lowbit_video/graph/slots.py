@@ -19,12 +19,14 @@ class Slot:
 
     runtime: of the module's tensors. frame: of the module's protocol (`hook/frames`). run: `run(module, q, k, v, mask=None)`,
     eagerly, by the processor that the module has then. operator, masked_operator, key: with Paddle, the operators that stand
-    for the attention in a static graph, and the key by which they find this slot.
+    for the attention in a static graph, and the key by which they find this slot. around: None, or what is wrapped around the
+    attention of whatever processor the module has (`Attend -> Attend`, as sequence parallel is).
     """
 
     def __init__(self, attn: Any, like: Any, frame: Callable, run: Callable) -> None:
         self.runtime, self.frame = runtime_of(like), frame
         self.operator = self.masked_operator = self.key = None
+        self.around: Callable[[Any], Any] | None = None
         if self.runtime.NAME == "paddle":
             from . import paddle_ops
 

@@ -21,8 +21,8 @@ _active = threading.local()
 class AttnProcessor:
     """The frame of a module around an `attend`, and the book-keeping.
 
-    Subclasses define `attend`. Wrappers (sequence parallel) may replace `processor.attend` by another `Attend`. One processor
-    may serve any number of modules.
+    Subclasses define `attend`. Wrappers (sequence parallel) stand in the module's slot, around whatever processor it has. One
+    processor may serve any number of modules.
 
     records: what ran, per attention module. low_bit: whether the coverage report counts it as hooked.
     """
@@ -53,9 +53,14 @@ class AttnProcessor:
     def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """Attention for one module, counted in its record: [B, N, H, D] in and out."""
         outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
+        around = attn.attention_slot.around
         try:
             if mask is None:
-                return self.attend(q, k, v)
+                return (self.attend if around is None else around(self.attend))(q, k, v)
+            if around is not None:
+                raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given, and the tokens are shared by "
+                                       "several ranks, none of which has the mask's whole rows; pass no mask, or share "
+                                       "guidance alone (cfg=2, ulysses=1, ring=1)")
             return self.attend_masked(q, k, v, mask)
         except (UnsupportedError, NonFiniteError) as error:
             raise type(error)(f"{_describe(attn, _active.record)}: {error}") from error

@@ -66,6 +66,15 @@ def device_name(ordinal: int) -> str | None:
     return name.value.decode(errors="replace")
 
 
+@functools.cache
+def memory_gib(ordinal: int) -> float | None:
+    """The device's whole memory in GiB; None without a driver or such a device."""
+    cuda, size = _library(), ctypes.c_size_t()
+    if cuda is None or cuda.cuDeviceTotalMem_v2(ctypes.byref(size), ordinal) != 0:
+        return None
+    return size.value / 2**30
+
+
 def device_of_pointer(pointer: int) -> int | None:
     """Ordinal of the CUDA device whose memory holds an address; None for host memory or without a driver."""
     cuda = _library()

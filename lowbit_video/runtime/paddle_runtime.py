@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -57,6 +58,11 @@ def arch(t: paddle.Tensor) -> tuple[int, int] | None:
 def processors(t: paddle.Tensor) -> int | None:
     """Multiprocessors of the GPU that holds the tensor; None on a CPU."""
     return None if is_cpu(t) else cuda_driver.multiprocessors(device_index(t))
+
+
+def memory_gib(t: paddle.Tensor) -> float | None:
+    """The whole memory of the GPU that holds the tensor, in GiB; None on a CPU."""
+    return None if is_cpu(t) else cuda_driver.memory_gib(device_index(t))
 
 
 def device_index(t: paddle.Tensor) -> int:
@@ -150,18 +156,25 @@ def launch_guard(t: paddle.Tensor) -> contextlib.AbstractContextManager:
 
 
 def default_device() -> str:
-    """"gpu:0", else the first custom device whose memory is CUDA's, such as "cudev:0", else "cpu"."""
+    """"gpu:0", else the first custom device whose memory is CUDA's, such as "cudev:0", else "cpu"; of several processes on a
+    host, each has the one that the launcher gives it."""
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
-        return "gpu:0"
+        return f"gpu:{_launched_on('gpu') or 0}"
     seen = set()
     for name in paddle.device.get_available_custom_device() or ():
         kind, _, index = name.partition(":")
         if kind not in seen:
             seen.add(kind)
-            probe = paddle.empty([1], dtype="float32", device=paddle.CustomPlace(kind, int(index or 0)))
+            index = _launched_on(kind) or index or "0"
+            probe = paddle.empty([1], dtype="float32", device=paddle.CustomPlace(kind, int(index)))
             if cuda_driver.device_of_pointer(probe.data_ptr()) is not None:
-                return f"{kind}:{index or 0}"
+                return f"{kind}:{index}"
     return "cpu"
+
+
+def _launched_on(kind: str) -> str:
+    """The number of the device that Paddle's launcher gives this process; "" where it gives none."""
+    return os.environ.get(f"FLAGS_selected_{kind}s", "").split(",")[0]
 
 
 def anchor(device: str = "auto") -> paddle.Tensor:

@@ -37,6 +37,9 @@ class Runtime(Protocol):
     def processors(self, t: Any) -> int | None:
         """Multiprocessors of the GPU that holds it; None on a CPU."""
 
+    def memory_gib(self, t: Any) -> float | None:
+        """The whole memory of the GPU that holds it, in GiB; None on a CPU."""
+
     def stream(self, t: Any) -> int:
         """Raw handle of the framework's current stream on the tensor's device."""
 

@@ -60,6 +60,11 @@ def capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def memory_gib(t: torch.Tensor) -> float | None:
+    """The whole memory of the GPU that holds the tensor, in GiB; None on a CPU."""
+    return torch.cuda.get_device_properties(t.device).total_memory / 2**30 if t.is_cuda else None
+
+
 def stream(t: torch.Tensor) -> int:
     """Handle of torch's current stream on the tensor's device."""
     return torch._C._cuda_getCurrentRawStream(t.get_device())

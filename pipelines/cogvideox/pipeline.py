@@ -82,10 +82,15 @@ class CogVideoXPipeline(Pipeline):
             return self.text_encoder(paddle.to_tensor(ids))
 
     def decode_latents(self, latents: paddle.Tensor, progress: bool = False) -> paddle.Tensor:
-        """Video [B, 3, F, H, W] about [-1, 1] of latents [B, f, C, h, w]."""
+        """Video [B, 3, F, H, W] about [-1, 1] of latents [B, f, C, h, w]; on several ranks, each gets it."""
+        if self.parallel is None:
+            return self._decode(latents, progress)
+        return self.parallel.decode(lambda: self._decode(latents, progress))
+
+    def _decode(self, latents: paddle.Tensor, progress: bool) -> paddle.Tensor:
         total = None if self.vae.use_tiling else latents.shape[0] * latents.shape[1]
         latents = latents.transpose([0, 2, 1, 3, 4]) / self.vae.config.scaling_factor
-        with tqdm(total=total, desc="decode", unit="frame", disable=not progress) as bar:
+        with tqdm(total=total, desc="decode", unit="frame", disable=not self.shows(progress)) as bar:
             self.vae.on_decoded = bar.update
             try:
                 return self.vae.decode(latents.astype(self.vae.dtype))
@@ -117,6 +122,9 @@ class CogVideoXPipeline(Pipeline):
     ) -> PipelineOutput:
         """Makes `num_videos_per_prompt` videos of each prompt.
 
+        On several ranks (`lowbit_video.parallelize`) each must call this with the same arguments; noise, embeddings and seeds
+        are those of rank 0.
+
         Args:
             prompt: one or several; or None with prompt_embeds.
             negative_prompt: what the videos should not show: one for all prompts or one each; "" by default.
@@ -138,23 +146,19 @@ class CogVideoXPipeline(Pipeline):
                 replaces that tensor.
             callback_on_step_end_tensor_inputs: which of CALLBACK_TENSORS the callback gets; "prompt_embeds" holds the
                 negative ones first where there is guidance.
-            progress: show progress bars of denoising and decoding.
+            progress: show progress bars of denoising and decoding; on several ranks, rank 0 does.
         Raises:
             ValueError: inputs that do not fit the model or each other, before any work.
         """
         height, width, num_frames = self._resolve_size(height, width, num_frames)
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; supported: {', '.join(OUTPUT_TYPES)}")
-        if eta:
-            raise ValueError(f"eta is {eta}; CogVideoX's schedulers take none. Leave it at 0")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; supported: {', '.join(CALLBACK_TENSORS)}"
-            )
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; give at least 1")
+        _check_choices(output_type, eta, callback_on_step_end_tensor_inputs, num_videos_per_prompt)
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        self._check_ranks(
+            prompt=prompts, negative_prompt=negatives, height=height, width=width, num_frames=num_frames,
+            num_inference_steps=num_inference_steps, guidance_scale=float(guidance_scale), use_dynamic_cfg=use_dynamic_cfg,
+            num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
+            latents_only=output_type == "latent",
+        )
         self.scheduler.set_timesteps(num_inference_steps)
         self.num_timesteps = len(self.scheduler.timesteps)
         self.interrupt = False
@@ -166,16 +170,18 @@ class CogVideoXPipeline(Pipeline):
             videos = (len(prompts) if prompts is not None else prompt_embeds.shape[0]) * num_videos_per_prompt
             shape, padded_frames = self._latent_shape(videos, num_frames, height, width)
             generators, seeds = make_generators(seed, generator, videos)
+            seeds = self._of_rank_0(seeds)
             latents = draw(generators, shape) if latents is None else take_latents(latents, shape)
-            latents = latents * self.scheduler.init_noise_sigma
+            latents = self._shared(latents * self.scheduler.init_noise_sigma)
             rotary = self.transformer.rotary_tables(shape[1], shape[3], shape[4])
             with self._timed(timings, "text_encode"):
                 embeds, negative = self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0,
                                                num_videos_per_prompt, max_sequence_length)
+                embeds = self._shared(embeds)
             with self._timed(timings, "denoise"):
                 latents = denoise(
                     self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds, negative,
-                    draw=lambda: draw(generators, shape),
+                    draw=lambda: self._shared(draw(generators, shape)),
                     guidance_at=dynamic if use_dynamic_cfg else None,
                     callback=callback_on_step_end, callback_tensors=callback_on_step_end_tensor_inputs, progress=progress,
                 )
@@ -222,6 +228,20 @@ class CogVideoXPipeline(Pipeline):
         frames, ratio = self._latent_frames(num_frames), self.vae.spatial_compression_ratio
         padding = -frames % (self.transformer.config.patch_size_t or 1)
         return [videos, frames + padding, self.transformer.config.in_channels, height // ratio, width // ratio], padding
+
+
+def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str], num_videos_per_prompt: int) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}; supported: {', '.join(OUTPUT_TYPES)}")
+    if eta:
+        raise ValueError(f"eta is {eta}; CogVideoX's schedulers take none. Leave it at 0")
+    unknown = [name for name in callback_tensors if name not in CALLBACK_TENSORS]
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; supported: {', '.join(CALLBACK_TENSORS)}"
+        )
+    if num_videos_per_prompt < 1:
+        raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; give at least 1")
 
 
 def dynamic_guidance(guidance_scale: float, timestep: int, num_inference_steps: int) -> float:

@@ -325,6 +325,7 @@ class CogVideoXTransformer3DModel(Model):
         self.norm_out = AdaLayerNorm(time_embed_dim, width, norm_elementwise_affine, norm_eps)
         values = patch_size * patch_size * (patch_size_t or 1) * (in_channels if out_channels is None else out_channels)
         self.proj_out = nn.Linear(width, values)
+        self.split: Any = None  # a TokenSplit, where several ranks share the tokens or the guidance
 
     def rotary_tables(self, frames: int, height: int, width: int) -> tuple[paddle.Tensor, paddle.Tensor] | None:
         """Returns `image_rotary_emb` for latents of this size; None where the model has no rotary positions.
@@ -365,6 +366,10 @@ class CogVideoXTransformer3DModel(Model):
         config = self.config
         dtype = self.proj_out.weight.dtype
         batch, frames, _, height, width = hidden_states.shape
+        if self.split is not None:
+            hidden_states, encoder_hidden_states, timestep, ofs = self.split.take_half(
+                hidden_states, encoder_hidden_states, timestep, ofs
+            )
         hidden_states = hidden_states.astype(dtype)
         encoder_hidden_states = encoder_hidden_states.astype(dtype)
 
@@ -372,19 +377,32 @@ class CogVideoXTransformer3DModel(Model):
         temb = self.time_embedding(self._embed_number(timestep, inner_dim).astype(dtype))
         if self.ofs_embedding is not None:
             temb = temb + self.ofs_embedding(self._embed_number(ofs, config.ofs_embed_dim).astype(dtype))
-        if temb.shape[0] != batch:
-            temb = temb.expand([batch, temb.shape[1]])
+        if temb.shape[0] != hidden_states.shape[0]:
+            temb = temb.expand([hidden_states.shape[0], temb.shape[1]])
 
         encoder_hidden_states, hidden_states = self.patch_embed(encoder_hidden_states, hidden_states)
-        for block in self.transformer_blocks:
-            hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
-        hidden_states = self.proj_out(self.norm_out(self.norm_final(hidden_states), temb))
+        if self.split is not None:
+            encoder_hidden_states, hidden_states, image_rotary_emb = self.split.take_tokens(
+                encoder_hidden_states, hidden_states, image_rotary_emb
+            )
+        hidden_states = self.run_blocks(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+        if self.split is not None:
+            hidden_states = self.split.join_halves(self.split.join_tokens(hidden_states), batch)
 
         patch, patch_t = config.patch_size, config.patch_size_t or 1
         rows, columns = height // patch, width // patch
         out = hidden_states.reshape([batch, frames // patch_t, rows, columns, -1, patch_t, patch, patch])
         out = out.transpose([0, 1, 5, 4, 2, 6, 3, 7])
         return out.reshape([batch, frames, -1, height, width])
+
+    def run_blocks(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None):
+        """Video tokens [B, N_video, C] to what is predicted of them [B, N_video, values]; what `compile` makes one graph of.
+
+        On several ranks the tokens are this rank's: what is exchanged inside is exchanged by the attention.
+        """
+        for block in self.transformer_blocks:
+            hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+        return self.proj_out(self.norm_out(self.norm_final(hidden_states), temb))
 
     def _embed_number(self, number: Any, dim: int) -> paddle.Tensor:
         """Returns the sine-cosine embedding [B, dim] of timesteps, float32."""

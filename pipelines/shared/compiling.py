@@ -1,4 +1,4 @@
-"""A transformer as one compiled graph, in which low-bit attention stays an operator; its errors come out as themselves."""
+"""A transformer's blocks as one compiled graph, in which attention stays an operator; its errors come out as themselves."""
 from __future__ import annotations
 
 import contextlib
@@ -12,10 +12,14 @@ from lowbit_video.hook.report import attention_modules
 
 
 def compiled(transformer: paddle.nn.Layer) -> paddle.nn.Layer:
-    """The transformer, compiled; its attention stays one operator that runs the processor set at the time."""
+    """The transformer, its `run_blocks` compiled; attention stays one operator that runs the processor set at the time.
+
+    What surrounds the blocks stays eager: several ranks share out tokens there, and no graph can hold their exchange.
+    """
     for module in attention_modules(transformer).values():
         slot_of(module, module.to_q.weight)
-    return paddle.jit.to_static(transformer, full_graph=True)
+    transformer.run_blocks = paddle.jit.to_static(transformer.run_blocks, full_graph=True)
+    return transformer
 
 
 @contextlib.contextmanager

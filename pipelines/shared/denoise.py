@@ -29,7 +29,8 @@ def denoise(
     """Takes latents along the timesteps of the pipeline's scheduler, or until `pipe.interrupt` is set.
 
     Args:
-        pipe: its `scheduler` has its timesteps set; its `guidance_scale` weighs the prompt, and may change between steps.
+        pipe: its `scheduler` has its timesteps set; its `guidance_scale` weighs the prompt, and may change between steps; its
+            `interrupted()` is asked after each, and `shows(progress)` before.
         predict: (latents, text embeddings, timesteps [B]) -> the model's prediction; twice the batch where there is guidance.
         latents: starting noise [B, ...], float32.
         embeds: text embeddings [B, N, D]; where there is guidance [2B, N, D], the negative ones first.
@@ -43,7 +44,7 @@ def denoise(
     """
     scheduler, guided = pipe.scheduler, negative is not None
     before, clean = None, None
-    with tqdm(total=len(scheduler.timesteps), desc="denoise", disable=not progress) as bar:
+    with tqdm(total=len(scheduler.timesteps), desc="denoise", disable=not pipe.shows(progress)) as bar:
         for step, timestep in enumerate(map(int, scheduler.timesteps)):
             model_input = paddle.concat([latents] * 2) if guided else latents
             model_input = scheduler.scale_model_input(model_input, timestep)
@@ -66,6 +67,6 @@ def denoise(
                 latents = changed.get("latents", latents)
                 embeds = changed.get("prompt_embeds", embeds)
             bar.update()
-            if pipe.interrupt:
+            if pipe.interrupted():
                 break
     return latents

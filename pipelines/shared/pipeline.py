@@ -35,6 +35,7 @@ class Pipeline:
         for name, part in parts.items():
             setattr(self, name, part)
         self.device = device or paddle.get_device()
+        self.parallel: Any = None  # what `lowbit_video.parallelize` makes, where several ranks share the work
         self.interrupt = False  # a callback sets this to stop after the current step
         self.guidance_scale = 1.0  # of the current step
         self.num_timesteps = 0
@@ -134,7 +135,7 @@ class Pipeline:
         self.transformer.set_attn_processor(processor)
 
     def compile(self) -> None:
-        """Compiles the transformer with `paddle.jit.to_static`; the first call traces it.
+        """Compiles the transformer's blocks with `paddle.jit.to_static`; the first call traces them.
 
         Processors can be set, applied and removed before and after: the one that is set at the time runs, its calls are
         counted, and its errors come out as in eager mode.
@@ -142,6 +143,29 @@ class Pipeline:
         self.transformer = compiled(self.transformer)
 
     # ------------------------------------------------------------------------------------------------ for a call
+
+    def _shared(self, tensor: paddle.Tensor) -> paddle.Tensor:
+        """The tensor, on several ranks that of rank 0."""
+        return tensor if self.parallel is None else self.parallel.shared(tensor)
+
+    def _of_rank_0(self, value: Any) -> Any:
+        """The value (what JSON can hold), on several ranks that of rank 0."""
+        return value if self.parallel is None else self.parallel.values(value)[0]
+
+    def _check_ranks(self, **settings: Any) -> None:
+        """Raises ValueError where other ranks called the pipeline with other settings."""
+        if self.parallel is not None:
+            self.parallel.check_same(settings, "the pipeline")
+
+    def shows(self, progress: bool) -> bool:
+        """Whether this process shows progress: on several ranks, rank 0 does."""
+        return progress and (self.parallel is None or self.parallel.rank == 0)
+
+    def interrupted(self) -> bool:
+        """Whether to stop: whether `interrupt` is set, on any rank."""
+        if self.parallel is not None:
+            self.interrupt = any(self.parallel.values(bool(self.interrupt)))
+        return self.interrupt
 
     def _embed(self, prompts, negatives, prompt_embeds, negative_prompt_embeds, guided: bool, times: int, length: int | None):
         """(embeddings for the model, negative ones alone) of texts or given embeddings, each row `times` times.

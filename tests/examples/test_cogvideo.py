@@ -100,7 +100,7 @@ def test_compiled_equals_eager(model, precision):
     assert np.abs(videos[0] - videos[1]).max() <= 1e-5
     assert calls == [[2, 2], [2, 2]]
     remove(pipe)
-    names = [op.name() for op in pipe.transformer.forward.concrete_program.main_program.global_block().ops]
+    names = [op.name() for op in pipe.transformer.run_blocks.concrete_program.main_program.global_block().ops]
     assert sum("lowbit_attention" in name for name in names) == 2
 
 
@@ -134,9 +134,20 @@ WRONG = {
     "prompt": (["--prompt", " "], "the prompt is empty"),
     "dtype": (["--dtype", "int8"], "unknown dtype 'int8'"),
     "device": (["--device", "gpu:77"], "device 'gpu:77' is not available"),
+    "ranks": (["--cfg-degree", "2", "--ulysses-degree", "2"], "--ulysses-degree 2 --cfg-degree 2 shares the work of several "
+              "processes, and one runs; launch them: python -m paddle.distributed.launch --devices 0,1,2,3 "),
+    "exchange": (["--exchange", "int4"], "--exchange int4 shares the work of several processes"),
+    "degree": (["--ring-degree", "0"], "ring_degree is 0; it must be positive"),
     "pattern": (["--modules", "x"], "write PATTERN=PRECISION"),
     "pattern-precision": (["--modules", "x=int9"], "--modules x=int9: unknown precision"),
 }
+
+
+def test_ways_to_exchange_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="unknown exchange 'int2'; there are: auto, 16bit, int8, int4"):
+        generate.Job(exchange="int2")
+    with pytest.raises(ValueError, match="unknown exchange_output 'int4'; there are: 16bit, int8"):
+        generate.Job(exchange_output="int4")
 
 
 @pytest.mark.parametrize("arguments, message", WRONG.values(), ids=WRONG)
