@@ -9,7 +9,7 @@ from pathlib import Path
 from lowbit_video.kernels.variants import BACKENDS
 from lowbit_video.pipelines.shared.generation import read_generation
 
-from ..distributed.parallelize import EXCHANGES, OUTPUTS
+from ..distributed.exchange import EXCHANGES, OUTPUTS
 from ..precision import as_precision, precision_specs
 
 SMALL_MODEL = Path("examples", "small_cogvideox", "model")
