@@ -20,7 +20,7 @@ from lowbit_video.app.cli import guarded
 from lowbit_video.app.job import SMALL_PROMPT, small_model
 from lowbit_video.app.ranks import connected, describe, is_first
 from lowbit_video.app.run_pipeline import resolve_device, resolve_dtype
-from lowbit_video.distributed.parallelize import EXCHANGES, OUTPUTS
+from lowbit_video.distributed.exchange import EXCHANGES, OUTPUTS
 from lowbit_video.eval.metrics.psnr import psnr
 
 
