@@ -41,6 +41,18 @@ def add_parsers(subparsers) -> None:
     tune.set_defaults(run=run_tune)
 
 
+    parallel = subparsers.add_parser(
+        "parallel", help="time attention, a whole step and decoding on several GPUs beside one",
+        description="Starts a process for each GPU and times attention of a layer with its exchange, a whole step by every "
+                    "split, and the VAE's decode, each beside one GPU in the same turns, with the bytes sent and how equal the "
+                    "results are.")
+    parallel.add_argument("--gpus", type=int, default=2, metavar="N", help="default: 2")
+    from .parallel.arguments import add_arguments
+
+    add_arguments(parallel)
+    parallel.set_defaults(run=run_parallel)
+
+
 def _common(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = ("float16", "bfloat16")) -> None:
     parser.add_argument("--shapes", metavar="LIST",
                         help='";"-separated groups (models, anchors, sweep), model names or B,H,N,D[,causal]')
@@ -88,6 +100,12 @@ def run_kernels(args: argparse.Namespace) -> int:
     print(bench.markdown(rows, about))
     print("written:", *bench.save(rows, about, args.out, args.name))
     return 1 if any(row.error for row in rows) else 0
+
+
+def run_parallel(args: argparse.Namespace) -> int:
+    from .parallel.launch import launch
+
+    return launch(args)
 
 
 def run_tune(args: argparse.Namespace) -> int:

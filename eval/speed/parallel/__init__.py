@@ -1,0 +1,1 @@
+"""How fast several GPUs are: attention of a layer with its exchange, a whole step, decoding; `bench parallel` starts it."""

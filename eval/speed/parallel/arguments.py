@@ -1,0 +1,21 @@
+"""What `bench parallel` measures, as its command and its processes are told."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+PARTS = ("attention", "step", "decode")
+MODELS = ("2b", "5b", "1.5-5b")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that a process is started with."""
+    parser.add_argument("--framework", choices=("paddle", "torch"), default="paddle")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
+                        help="what is measured (default: all; decode is Paddle's)")
+    parser.add_argument("--shapes", default="CogVideoX-2b;CogVideoX-1.5-5b", metavar="LIST",
+                        help="of attention, as in bench kernels (default: %(default)s)")
+    parser.add_argument("--models", nargs="+", default=["2b"], choices=MODELS, help="whose step (default: 2b)")
+    parser.add_argument("--precision", default="int8+fp8", help="of attention (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/parallel.json"), metavar="FILE",
+                        help="default: %(default)s")

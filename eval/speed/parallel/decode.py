@@ -1,0 +1,46 @@
+"""The VAE's decode of a CogVideoX clip on several GPUs, beside one: 49 frames of 480x720."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lowbit_video.distributed.mesh import Degrees, Mesh
+
+from .clock import Clock
+from .models import paddle_vae
+
+ROUNDS = 3
+LATENTS = (1, 16, 13, 60, 90)
+
+
+def measure(wire: Any, clock: Clock, say: Callable[[str], None]) -> dict[str, Any]:
+    """Times of a decode by one rank and by all, with and without tiles; whether they are equal to the bit."""
+    runtime, vae = clock.runtime, paddle_vae()
+    z = runtime.from_numpy(np.random.default_rng(0).standard_normal(LATENTS).astype(np.float32), clock.like, "float16")
+    mesh = Mesh(wire, Degrees(ulysses=wire.size, vae=wire.size))
+    ways = {"one": (False, False), "all": (True, False), "one, tiles": (False, True), "all, tiles": (True, True)}
+
+    @contextlib.contextmanager
+    def shared(name: str) -> Iterator[None]:
+        together, tiles = ways[name]
+        vae.group, vae.degree = (mesh.world, wire.size) if together else (None, None)
+        vae.enable_tiling() if tiles else vae.disable_tiling()
+        yield
+        vae.group = vae.degree = None
+
+    outs = {}
+    for name in ways:
+        with shared(name):
+            outs[name] = runtime.to_numpy(vae.decode(z))
+    times = clock.together(dict.fromkeys(ways, lambda: vae.decode(z)), ROUNDS, 1, shared)
+    result: dict[str, Any] = {"latents": list(LATENTS), "ranks": wire.size, "traffic": mesh.traffic.as_dict(), "ways": {}}
+    for name, milliseconds in times.items():
+        base = "one, tiles" if ways[name][1] else "one"
+        equal = bool(np.array_equal(outs[name], outs[base]))
+        result["ways"][name] = {"ms": milliseconds, "speedup": times[base] / milliseconds, "equal": equal}
+        say(f"decode, {name}: {milliseconds:.0f} ms, {times[base] / milliseconds:.2f}x, "
+            + ("equal to the bit" if equal else "DIFFERS from one GPU"))
+    return result

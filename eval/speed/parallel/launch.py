@@ -1,0 +1,31 @@
+"""Starts the processes of `bench parallel`: Paddle's by its launcher, PyTorch's by torchrun."""
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lowbit_video.runtime import cuda_driver
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Runs one process for each GPU; returns their exit status. ValueError where there are too few GPUs."""
+    there = cuda_driver.device_count()
+    if not 2 <= args.gpus <= there:
+        raise ValueError(f"--gpus {args.gpus}: this machine has {there} NVIDIA GPUs, and two at least are needed")
+    given = ["--framework", args.framework, "--parts", *args.parts, "--shapes", args.shapes, "--models", *args.models,
+             "--precision", args.precision, "--out", str(args.out.resolve())]
+    environment = {"OMP_NUM_THREADS": "4", **os.environ}
+    if args.framework == "torch":
+        command = ["-m", "torch.distributed.run", f"--nproc_per_node={args.gpus}", "-m",
+                   "lowbit_video.eval.speed.parallel.worker"]
+        return subprocess.run([sys.executable, *command, *given], env=environment).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "worker.py")  # Paddle's launcher runs files, not modules
+        script.write_text("from lowbit_video.eval.speed.parallel.worker import main\n\nmain()\n")
+        devices = ",".join(map(str, range(args.gpus)))
+        command = ["-m", "paddle.distributed.launch", "--devices", devices, "--log_dir", str(Path(folder, "log")), str(script)]
+        return subprocess.run([sys.executable, *command, *given], env=environment).returncode

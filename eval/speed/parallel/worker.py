@@ -1,0 +1,60 @@
+"""One process for each GPU of `bench parallel`: measures with the others; rank 0 prints and writes."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+
+from lowbit_video.files import write_json
+
+from .. import bench
+from ..shapes import parse_shapes
+from . import attention, decode, step
+from .arguments import add_arguments
+from .clock import Clock, wire_and_like
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures and ends the process: Paddle tears its communicators down after the CUDA runtime is gone, and would hang."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    status = 1
+    try:
+        _measure(args)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    wire, like = wire_and_like(args.framework)
+    clock = Clock(wire, like)
+    say = (lambda text: print(text, flush=True)) if wire.rank == 0 else (lambda text: None)
+    about = bench.environment(args.framework) if wire.rank == 0 else {}
+    result: dict = {**about, "ranks": wire.size, "attention": [], "steps": [], "decode": None}
+
+    def save() -> None:
+        if wire.rank == 0:
+            write_json(args.out, result)
+
+    if "attention" in args.parts:
+        for shape in parse_shapes(args.shapes):
+            result["attention"].append(attention.measure(shape, args.precision, wire, clock, say))
+            save()
+    if "step" in args.parts:
+        for model in args.models:
+            result["steps"].append(step.measure(model, args.precision, args.framework, wire, clock, say))
+            save()
+    if "decode" in args.parts and args.framework == "paddle":
+        result["decode"] = decode.measure(wire, clock, say)
+        save()
+    wire.barrier()
+
+
+if __name__ == "__main__":
+    main()
