@@ -76,8 +76,8 @@ def degrees_for(size: int, heads: int, cfg: int | None = None, ulysses: int | No
 
 
 class Mesh:
-    """The groups of this process. cfg, ulysses, ring: those that share guidance, heads and keys with it; sequence: all that share
-    its half of the tokens, in their order; world: all.
+    """The groups of this process. cfg, ulysses, ring: those that share guidance, heads and keys with it; sequence: all that
+    share its half of the tokens, in their order; world: all.
 
     Raises ValueError where the degrees do not make the wire's ranks.
     """

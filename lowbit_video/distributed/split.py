@@ -20,8 +20,8 @@ class TokenSplit:
     """What a model calls in its forward: `take_half` before anything, `take_tokens` when there are tokens, and in the end
     `join_tokens` and `join_halves`.
 
-    model: its attention modules are looked at before every forward. mesh: groups cfg and sequence. shares: text and video tokens
-    of each rank of the sequence, in the forward under way.
+    model: its attention modules are looked at before every forward. mesh: groups cfg and sequence. shares: text and video
+    tokens of each rank of the sequence, in the forward under way.
     A copy of a model computes alone: the copy of its split is None.
     """
 

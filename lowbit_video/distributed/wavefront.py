@@ -116,16 +116,16 @@ def gather_parts(mine: Sequence[Any], shapes: Sequence[Sequence[int]], owners: S
     sizes = [math.prod(shape) * ITEM_SIZES[dtype] for shape in shapes]
     totals = [sum(size for size, owner in zip(sizes, owners) if owner == rank) for rank in range(group.size)]
     flat = [as_bytes(runtime.contiguous(part), runtime) for part in mine]
-    sent = runtime.concat(flat * (group.size - 1), 0) if flat else runtime.empty((0,), "uint8", like)
-    sent_bytes = [totals[group.rank]] * group.size
-    sent_bytes[group.rank] = totals[group.rank] = 0  # its own parts stay where they are
+    sent = runtime.concat(flat * (group.size - 1), 0) if flat and group.size > 1 else runtime.empty((0,), "uint8", like)
+    sent_bytes = [0 if rank == group.rank else totals[group.rank] for rank in range(group.size)]
+    totals[group.rank] = 0
     received = runtime.empty((sum(totals),), "uint8", like)
     group.exchange(sent, sent_bytes, received, totals, purpose).wait()
     parts, offsets, own = [], begins(totals), iter(mine)
     for shape, size, owner in zip(shapes, sizes, owners):
         if owner == group.rank:
             parts.append(next(own))
-        else:
-            parts.append(part_of(received, offsets[owner], dtype, shape, runtime))
-            offsets[owner] += size
+            continue
+        parts.append(part_of(received, offsets[owner], dtype, shape, runtime))
+        offsets[owner] += size
     return parts

@@ -322,9 +322,9 @@ def test_a_step_is_the_sum_of_its_parts():
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 13, 49, 81])
 def test_pieces_are_those_that_the_vae_decodes(frames):
-    from lowbit_video.pipelines.cogvideox.vae import _pieces
+    from lowbit_video.pipelines.cogvideox.vae_pieces import pieces_of
 
-    bounds = _pieces((frames - 1) // 4 + 1, 2)
+    bounds = pieces_of((frames - 1) // 4 + 1, 2)
     wanted = [4 * (stop - start) - 3 * (start == 0) for start, stop in bounds]
     assert rest.decode_pieces(task(frames=frames)) == wanted and sum(wanted) == frames
 

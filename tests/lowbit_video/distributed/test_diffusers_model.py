@@ -18,7 +18,7 @@ KINDS = {"2b": {}, "5b": dict(use_rotary_positional_embeddings=True),
 def make(kind):
     torch.manual_seed(0)
     model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=10,
+        num_attention_heads=3, attention_head_dim=32, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=10,
         num_layers=2, sample_width=16, sample_height=16, sample_frames=13, max_text_seq_length=9, **KINDS[kind])
     return model.eval()
 
@@ -30,7 +30,7 @@ def predict(model, batch, positional=False, **more):
                  timestep=torch.arange(batch) * 100 + 7)
     if model.config.use_rotary_positional_embeddings:
         tokens = 4 // (model.config.patch_size_t or 1) * 64
-        angle = torch.randn(tokens, 8, generator=generator).repeat_interleave(2, dim=1)
+        angle = torch.randn(tokens, 16, generator=generator).repeat_interleave(2, dim=1)
         more["image_rotary_emb"] = (angle.cos(), angle.sin())
     with torch.no_grad():
         return (model(*given.values(), **more) if positional else model(**given, **more))[0].numpy()
