@@ -68,6 +68,7 @@ class Group:
 
         The pieces lie in the order of the group's places; this rank's own is of no bytes. purpose, in_16_bit: for the count.
         """
+        assert not sent_bytes[self.rank] and not received_bytes[self.rank], "a rank exchanges nothing with itself"
         by_rank = [[0] * self.wire.size, [0] * self.wire.size]
         for place, rank in enumerate(self.ranks):
             by_rank[0][rank], by_rank[1][rank] = sent_bytes[place], received_bytes[place]

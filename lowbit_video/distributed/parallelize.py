@@ -70,7 +70,8 @@ class Parallel:
         """
         pipe = self._pipe()
         runs = {module.full_name: [list(run) for run in module.runs] for module in coverage(pipe).modules}
-        everyone = self.values({"device": self._runtime.place(self._like), "memory_gib": self._runtime.memory_gib(self._like),
+        place = self._runtime.place(self._like).removeprefix("Place(").removesuffix(")")  # Paddle's; PyTorch's are bare
+        everyone = self.values({"device": place, "memory_gib": self._runtime.memory_gib(self._like),
                                 "traffic": self.mesh.traffic.as_dict(), "runs": runs})
         differs = {str(rank): one["runs"] for rank, one in enumerate(everyone) if one["runs"] != everyone[0]["runs"]}
         return {"ranks": self.size, "degrees": asdict(self.mesh.degrees), "exchange": self.exchange, "output": self.output,

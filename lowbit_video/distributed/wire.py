@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 TIMEOUT = "LOWBIT_VIDEO_TIMEOUT"
-"""Environment variable: seconds for which a rank may keep another waiting."""
+"""Environment variable: seconds for which a rank may keep another waiting; more than a step or a decoding takes."""
 DEFAULT_TIMEOUT = 1800.0
 
 

@@ -47,7 +47,7 @@ def model(tmp_path_factory):
 
 
 def test_two_ranks_make_the_video_of_one_and_rank_0_alone_writes_and_prints(model, tmp_path):
-    """Three jobs in one launch: exact, compared at low bit, compiled. Each rank has a folder of its own to write to."""
+    """Four jobs in one launch: exact, compared at low bit, compiled. Each rank has a folder of its own to write to."""
     script = tmp_path / "script.py"
     script.write_text(f"""
 import os
@@ -68,6 +68,7 @@ generate._finish = keep
 
 out = {str(tmp_path)!r} + "/rank" + os.environ["PADDLE_TRAINER_ID"]
 job = dict(model={model!r}, steps=2, seed=4, **{SIZE})
+make(Job(**{{**job, "frames": 17}}, precision="exact", ulysses_degree=2, out=out + "/long"))  # two pieces for the VAE
 make(Job(**job, precision="exact", ulysses_degree=2, out=out + "/exact"))
 make(Job(**job, compare=True, ring_degree=2, exchange="16bit", out=out + "/low"))
 make(Job(**job, precision="exact", compile=True, ulysses_degree=2, out=out + "/compiled"))
@@ -75,8 +76,11 @@ end_process(0)
 """)
     _, (_, first, second), _ = launch(script, 2, tmp_path)
     pipe = CogVideoXPipeline.from_pretrained(model, device="cpu")
-    alone = pipe(OTHER_PROMPT, seed=4, num_inference_steps=2, num_frames=9, height=48, width=80, progress=False).frames[0]
+    make = lambda frames: pipe(OTHER_PROMPT, seed=4, num_inference_steps=2, num_frames=frames, height=48, width=80,
+                               progress=False).frames[0]
+    alone = make(9)
     video = lambda name: np.load(tmp_path / "rank0" / name / "video.npy")
+    assert np.abs(video("long") - make(17)).max() < 1e-4
     assert np.abs(video("exact") - alone).max() < 1e-4 and np.abs(video("compiled") - alone).max() < 1e-4
     assert 25 < psnr(video("low"), alone).min() < 80
     twin, _ = read_video(tmp_path / "rank0" / "low" / "full_precision.mp4")

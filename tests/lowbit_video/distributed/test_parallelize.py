@@ -67,7 +67,7 @@ def test_exact_attention_gives_the_same_video_on_any_number_of_ranks(folders, ki
     for got, report in made:
         assert sqnr_db(got, wanted) > FLOAT32_DB
         assert np.array_equal(got, made[0][0]), "ranks ended with different latents"
-        assert report["ranks"] == size and not report["coverage_differs"]
+        assert report["ranks"] == size and not report["coverage_differs"] and report["devices"] == ["cpu"] * size
     chosen = made[0][1]["degrees"]
     assert all(chosen[name] == degree for name, degree in degrees.items())
     assert chosen["cfg"] * chosen["ulysses"] * chosen["ring"] == size
