@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="CogVideoX-2b;CogVideoX-1.5-5b", metavar="LIST",
                         help="of attention, as in bench kernels (default: %(default)s)")
     parser.add_argument("--models", nargs="+", default=["2b"], choices=MODELS, help="whose step (default: 2b)")
+    parser.add_argument("--tiles", action="store_true", help="decode by tiles as well")
     parser.add_argument("--precision", default="int8+fp8", help="of attention (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/parallel.json"), metavar="FILE",
                         help="default: %(default)s")

@@ -79,9 +79,12 @@ class Clock:
                 with around(name):
                     calls[name]()
                     times[name].append(self.once(calls[name], passes))
-        own = np.array([times[name] for name in calls], np.float32)
-        slowest = np.max(self.everyone(own), axis=0)
-        return {name: statistics.median(map(float, slowest[number])) for number, name in enumerate(calls)}
+        return self.medians(times)
+
+    def medians(self, times: dict[str, list[float]]) -> dict[str, float]:
+        """The median over turns of the slowest rank's time, of each call."""
+        slowest = np.max(self.everyone(np.array(list(times.values()), np.float32)), axis=0)
+        return {name: statistics.median(map(float, slowest[number])) for number, name in enumerate(times)}
 
     def everyone(self, own: np.ndarray) -> list[np.ndarray]:
         """Every rank's float32 array of one shape."""

@@ -17,7 +17,7 @@ def launch(args: argparse.Namespace) -> int:
     if not 2 <= args.gpus <= there:
         raise ValueError(f"--gpus {args.gpus}: this machine has {there} NVIDIA GPUs, and two at least are needed")
     given = ["--framework", args.framework, "--parts", *args.parts, "--shapes", args.shapes, "--models", *args.models,
-             "--precision", args.precision, "--out", str(args.out.resolve())]
+             "--precision", args.precision, "--out", str(args.out.resolve()), *(["--tiles"] if args.tiles else [])]
     environment = {"OMP_NUM_THREADS": "4", **os.environ}
     if args.framework == "torch":
         command = ["-m", "torch.distributed.run", f"--nproc_per_node={args.gpus}", "-m",

@@ -66,6 +66,7 @@ def torch_transformer(model: str) -> Any:
     with torch.device("meta"):
         made = CogVideoXTransformer3DModel(**CONFIGS[model])
     made = made.half().to_empty(device="cuda").eval()
+    torch.manual_seed(0)  # every rank's model is the same
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0, SPREAD) if parameter.dim() > 1 else parameter.zero_()

@@ -51,7 +51,7 @@ def _measure(args: argparse.Namespace) -> None:
             result["steps"].append(step.measure(model, args.precision, args.framework, wire, clock, say))
             save()
     if "decode" in args.parts and args.framework == "paddle":
-        result["decode"] = decode.measure(wire, clock, say)
+        result["decode"] = decode.measure(wire, clock, say, args.tiles)
         save()
     wire.barrier()
 
