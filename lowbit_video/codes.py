@@ -38,7 +38,7 @@ def prequantize(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16"
     options, kind = options.scaled(head_dim), engine.kind_of(q, options, runtime)
     found = engine.statistics(q, k, v, options, runtime)
     layouts = [layout_of(kind, batch, heads, *lengths) for lengths in ((q_len, 0), (0, runtime.shape(k)[1]))]
-    q_codes, kv_codes = (Codes(engine.encode(q, k, v, found, layout, options, runtime), layout) for layout in layouts)
+    q_codes, kv_codes = (Codes(engine.encode((q, k, v), found, layout, options, runtime), layout) for layout in layouts)
     return AttentionCodes(q_codes, kv_codes, engine.v_scale_of(found, options), options, runtime.dtype_name(q))
 
 

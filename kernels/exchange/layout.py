@@ -1,8 +1,7 @@
 """How the codes of Q, K and V lie in one piece of memory, for one process or on their way to another.
 
-Two orders of the same parts. Whole: part after part, each [B, H, ..], as the attention kernels read them. Records: head after
-head, each with all its parts [B, ..], so that any range of heads is one piece that can be sent. Each part of one (batch, head)
-is `rows` rows of bytes that grow with the tokens, by token or by block of 128 of them.
+Part after part, each [B, H, ..], or [H, B, ..] where heads come first. Each part of one (batch, head) is `rows` rows of bytes
+that grow with the tokens, by token or by block of 128 of them.
 """
 from __future__ import annotations
 
@@ -76,13 +75,12 @@ class Kind:
 class Layout:
     """Where the codes of [B, heads] lie; `layout_of` makes them.
 
-    records: head after head. q_len, kv_len: tokens; 0 leaves Q, or K and V, out.
-
-    parts: by name, with their offsets (in records: within a record). size: bytes in all; record: of one head's record.
+    q_len, kv_len: tokens; 0 leaves Q, or K and V, out. heads_first: [heads, B] in memory, and for the kernels, which read it in
+    its order. parts: by name, with their offsets. size: bytes in all.
     """
 
-    def __init__(self, kind: Kind, batch: int, heads: int, q_len: int, kv_len: int, records: bool = False) -> None:
-        self.kind, self.batch, self.heads, self.records = kind, batch, heads, records
+    def __init__(self, kind: Kind, batch: int, heads: int, q_len: int, kv_len: int, heads_first: bool = False) -> None:
+        self.kind, self.batch, self.heads, self.heads_first = kind, batch, heads, heads_first
         self.q_len, self.kv_len = q_len, kv_len
         self.parts: dict[str, Part] = {}
         offset = 0
@@ -90,10 +88,13 @@ class Layout:
             tokens = self.tokens(part)
             if tokens:
                 self.parts[name] = part._replace(offset=offset)
-                count = batch * (1 if records else heads) * part.rows * part.row_bytes(tokens)
-                offset += ceil_div(count, ALIGNMENT) * ALIGNMENT
-        self.record = offset if records else 0
-        self.size = offset * heads if records else offset
+                offset += ceil_div(batch * heads * part.rows * part.row_bytes(tokens), ALIGNMENT) * ALIGNMENT
+        self.size = offset
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """(batch, heads) in memory's order: what the attention kernels take for batch and heads."""
+        return (self.heads, self.batch) if self.heads_first else (self.batch, self.heads)
 
     def tokens(self, part: Part) -> int:
         """How many tokens a part is of."""
@@ -104,13 +105,13 @@ class Layout:
         part = self.parts[name]
         row = part.row_bytes(self.tokens(part))
         one = part.rows * row
-        return (one, self.record, row) if self.records else (self.heads * one, one, row)
+        return (one, self.batch * one, row) if self.heads_first else (self.heads * one, one, row)
 
 
 @functools.lru_cache(maxsize=4096)
-def layout_of(kind: Kind, batch: int, heads: int, q_len: int, kv_len: int, records: bool = False) -> Layout:
+def layout_of(kind: Kind, batch: int, heads: int, q_len: int, kv_len: int, heads_first: bool = False) -> Layout:
     """The layout of these sizes; the same sizes give the same object, so that it can be a key."""
-    return Layout(kind, batch, heads, q_len, kv_len, records)
+    return Layout(kind, batch, heads, q_len, kv_len, heads_first)
 
 
 class Copy(NamedTuple):

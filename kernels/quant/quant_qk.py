@@ -125,13 +125,14 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
 def launch_quant_qk(x: Operand, codes: Operand, sequences: Sequences | None = None, *, mean: Buffer | None = None,
                     lse_shift: Buffer | None = None, k_mean: Buffer | None = None, sm_scale: float = 1.0,
                     bias: Buffer | None = None, q_mean: Buffer | None = None, group: int = 1,
-                    token_strides: tuple[int, int] | None = None) -> None:
+                    token_strides: tuple[int, int] | None = None, stat_heads: int | None = None) -> None:
     """Codes and float32 scales of x, as `codes` (of `operands.codes_of`) describes them.
 
     codes: [B, H, N, D / codes_per_byte] contiguous; its scale: [B, H, ceil(N / block)], or [B, H, N] where block is None.
     mean [B, H, D]: subtracted first. lse_shift [B, H, N] with k_mean [B, H / group, D], for Q: sm_scale * (x . k_mean) of the
     unsmoothed rows. bias [B, H * group, N] with q_mean [B, H * group, D], for K: q_mean . (x - mean), unscaled.
-    token_strides: of batch and head of lse_shift and bias, where they are not contiguous.
+    token_strides: of batch and head of lse_shift and bias, where they are not contiguous. stat_heads: of mean, k_mean and
+    q_mean, where those begin at x's first head and have more than x (group 1 only).
     With sequences: x's shape is (S, H, T, D); codes [H, T, ..], token scales, lse_shift and bias [.., T], block scales
     [H, T // block + S] (sequence s from cu[s] // block + s).
     """
@@ -147,7 +148,8 @@ def launch_quant_qk(x: Operand, codes: Operand, sequences: Sequences | None = No
         quant_qk_kernel, (ceil_div(sequences.longest if packed else tokens, rows), heads, batch),
         x.buffer, codes.buffer, codes.scale, mean, lse_shift, k_mean, bias, q_mean, sequences.cu if packed else None,
         *x.strides, *codes.strides[:2], *(codes.scale_strides or row_strides(heads, scales, packed)),
-        *(token_strides or row_strides(heads * group if bias is not None else heads, tokens, packed)), sm_scale, heads, tokens,
+        *(token_strides or row_strides(heads * group if bias is not None else heads, tokens, packed)), sm_scale,
+        stat_heads or heads, tokens,
         MAX_CODE=fmt.max_code, D=head_dim, PAD_D=triton.next_power_of_2(head_dim), ROWS=rows, FORMAT=codes.format,
         PER_TOKEN=per_token, GROUP=group, SMOOTH=mean is not None, SHIFT=lse_shift is not None, BIAS=bias is not None,
         VARLEN=packed, INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=8 if rows * head_dim > 8192 else 4)

@@ -47,17 +47,18 @@ def quant_v_kernel(v, codes, v_scale, cu_seqlens, stride_b, stride_h, stride_n, 
         tl.store(p_c + o_d[:, None].to(tl.int64) * codes_stride_d + o_n[None, :], tl.trans(b_c), mask=(o_d < D)[:, None])
 
 
-def launch_quant_v(v: Operand, codes: Operand, sequences: Sequences | None = None) -> None:
+def launch_quant_v(v: Operand, codes: Operand, sequences: Sequences | None = None, scale_heads: int | None = None) -> None:
     """Codes of v: e4m3 [B, H, D, Npad], Npad = ceil(N / 128) * 128, permuted within 16, tail zero.
 
     codes: of `operands.v_codes_of`, whose scale [B, H, D] float32 `launch_stats` has written. With sequences: v's shape is
-    (S, H, T, D), codes [H, D, (T // 128 + S) * 128], sequence s from column (cu[s] // 128 + s) * 128.
+    (S, H, T, D), codes [H, D, (T // 128 + S) * 128], sequence s from column (cu[s] // 128 + s) * 128. scale_heads: of the
+    scales, where those begin at v's first head and have more than v.
     """
     batch, heads, tokens, head_dim = v.shape
     packed = sequences is not None
     tiles = ceil_div(sequences.longest if packed else tokens, BLOCK_K)
     launch(
         quant_v_kernel, (tiles, heads, batch), v.buffer, codes.buffer, codes.scale, sequences.cu if packed else None,
-        *v.strides, *codes.strides, heads, tokens,
+        *v.strides, *codes.strides, scale_heads or heads, tokens,
         D=head_dim, PAD_D=triton.next_power_of_2(head_dim), BLOCK=BLOCK_K, VARLEN=packed,
         INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=4 if head_dim <= 64 else 8)

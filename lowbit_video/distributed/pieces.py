@@ -8,9 +8,11 @@ from .shares import even_shares
 
 QUERY_ROWS = {64: 192, 128: 128}
 """Query rows of a tile of the fastest kernel, by head dim; others are taken as 128."""
-WIRE_TILES = 1.6 / 15, 1.2 / 15
-"""What a head's exchange takes, in and out, in waves of tiles: 0.27 and 0.2 ms for 15 heads of 17776 tokens, where a wave is
-0.17 ms (two H100s over NVLink). Only their proportions to a wave count, and only for the first and the last piece."""
+WIRE_WAVES = 1.6 / 15
+"""What a head's exchange takes on its way in, in waves of tiles: 0.27 ms for 15 heads of 17776 tokens, where a wave is 0.17 ms
+(two H100s over NVLink)."""
+PIECE_WAVES = 0.15
+"""What a piece costs by itself, likewise: launches and waits."""
 
 
 class Piece(NamedTuple):
@@ -23,25 +25,24 @@ class Piece(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def head_pieces(heads: int, size: int, rows: int, processors: int | None) -> tuple[Piece, ...]:
-    """Pieces of `heads` heads for `size` ranks: a small first one, whose exchange little hides, most of them, a small last one.
+    """`heads` heads for `size` ranks, in one piece or two: a small first one, during which the codes of the others arrive.
 
-    rows: query rows of one head, batch counted, in tiles. processors: of the GPU, which run a tile each at a time; None: a CPU,
-    which hides nothing, and all heads are one piece.
+    rows: query rows of one head of one rank's tokens, batch counted, in tiles; every rank's are computed by themselves.
+    processors: of the GPU, which run a tile each at a time; None: a CPU, which hides nothing.
     """
     least = heads // size
-    best = (least,)
-    if processors is not None:
-        candidates = [(first, least - first - last, last) for first in range(1, least) for last in range(1, least - first)]
-        best = min([best, *candidates], key=lambda split: _waves(split, rows, processors))
+    splits = [(least,), *((first, least - first) for first in range(1, least))]
+    best = splits[0] if processors is None else min(splits, key=lambda split: _waves(split, size, rows, processors))
     pieces, begin = [], 0
     for number, each in enumerate(best):
-        count = heads - begin - sum(best[number + 1:]) * size if number == len(best) // 2 else each * size
+        count = heads - begin if number == len(best) - 1 else each * size
         pieces.append(Piece(begin, count, tuple(even_shares(count, size))))
         begin += count
     return tuple(pieces)
 
 
-def _waves(split: tuple[int, ...], rows: int, processors: int) -> float:
-    """What a split costs, in waves of tiles."""
-    computed = sum(-(-each * rows // processors) for each in split)
-    return computed + split[0] * WIRE_TILES[0] + split[-1] * WIRE_TILES[1]
+def _waves(split: tuple[int, ...], size: int, rows: int, processors: int) -> float:
+    """What a split costs, in waves of tiles: what is computed, the way in of the first piece, what else is waited for."""
+    computed = [size * -(-each * rows // processors) for each in split]
+    waits = sum(max(0.0, each * WIRE_WAVES - before) for each, before in zip(split[1:], computed))
+    return sum(computed) + split[0] * WIRE_WAVES + waits + PIECE_WAVES * len(split)

@@ -61,11 +61,11 @@ class Ring:
         batch, tokens, heads, _ = runtime.shape(q)
         kind = engine.kind_of(q, options, runtime)
         q_layout, kv_layout = layout_of(kind, batch, heads, tokens, 0), layout_of(kind, batch, heads, 0, runtime.shape(k)[1])
-        keys = Codes(engine.encode(q, k, v, found, kv_layout, options, runtime), kv_layout)
+        keys = Codes(engine.encode((q, k, v), found, kv_layout, options, runtime), kv_layout)
         scale = engine.v_scale_of(found, options)
 
         def quantise_q() -> AttentionCodes:
-            queries = Codes(engine.encode(q, k, v, found, q_layout, options, runtime), q_layout)
+            queries = Codes(engine.encode((q, k, v), found, q_layout, options, runtime), q_layout)
             return AttentionCodes(queries, keys, scale, options, runtime.dtype_name(q))
 
         out, lse = self._round(keys, quantise_q, counts, is_causal, return_lse, False, runtime)
@@ -116,7 +116,7 @@ class Ring:
         layout, memory = keys.layout, keys.memory
         if keys.begin:
             memory = runtime.contiguous(memory[keys.begin:])
-        layouts = [layout_of(layout.kind, layout.batch, layout.heads, 0, count) for count in counts[1]]
+        layouts = [layout_of(layout.kind, layout.batch, layout.heads, 0, count, layout.heads_first) for count in counts[1]]
         values = [2 * 2 * layout.batch * layout.heads * layout.kind.head_dim * count for count in counts[1]]
         codes: list[AttentionCodes] = []
 

@@ -15,6 +15,7 @@ from lowbit_video.kernels.variants import KernelVariant, Request
 from ..runtime.protocol import Runtime
 from . import codes_cpu, codes_gpu
 from .checks import request_of
+from .codes_target import Target, new_target
 from .options import AttentionOptions
 from .select import select
 
@@ -32,7 +33,8 @@ class Codes:
 class AttentionCodes:
     """Q, K and V quantised, and all that attention needs beside them; nothing refers to the originals.
 
-    q, kv: where the codes are. v_scale: float32 [B, Hkv, D] of FP8 V, else None. options: of the call, its scale a number.
+    q, kv: where the codes are. v_scale: float32 [B, Hkv, D] of FP8 V, in the layout's order, else None. options: of the call,
+    its scale a number.
     dtype: of the originals, and of the output.
     """
 
@@ -96,15 +98,18 @@ def combined(gathered: Any, q_counts: list[int], kv_counts: list[int], options: 
     return _engine(gathered, runtime).combined(gathered, weights, means, runtime)
 
 
-def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime,
-           memory: Any = None, of: str | None = None) -> Any:
+def encode(x: tuple[Any, Any, Any], found: Any, layout: Layout, options: AttentionOptions, runtime: Runtime, *,
+           memory: Any = None, begin: int = 0, first: tuple[int, int] = (0, 0), head: int = 0, of: str | None = None) -> Any:
     """Codes of q, k and v [B, N, H, D] as uint8 [bytes] in a layout; parts that it lacks are left out.
 
-    found: their statistics. options.scale: a number. memory: where to write; None makes it. of: "q" or "kv" writes those parts
-    alone.
+    found: statistics of these heads, or of more, of which `head` is the first of these. options.scale: a number.
+    memory: where to write, from byte `begin` on; None makes it. first: where these tokens (of Q, of K and V) begin among the
+    layout's. of: "q" or "kv" writes those parts alone.
     """
     parts = tuple(name for name, part in layout.parts.items() if of in (None, part.of))
-    return _engine(q, runtime).encode(q, k, v, found, layout, parts, options, runtime, memory)
+    memory = runtime.empty((layout.size,), "uint8", x[0]) if memory is None else memory
+    _engine(memory, runtime).encode(x, found, head, layout, parts, first, options, runtime, memory, begin)
+    return memory
 
 
 def q_needs_statistics(options: AttentionOptions) -> bool:
@@ -134,13 +139,13 @@ def variant_of(codes: AttentionCodes, runtime: Runtime, is_causal: bool, return_
 
 
 def attend(codes: AttentionCodes, runtime: Runtime, *, is_causal: bool = False, return_lse: bool = False, backend: str = "auto",
-           smoothed_lse: bool = False, out_dtype: str | None = None, tokens_first: bool = True
+           smoothed_lse: bool = False, tokens_first: bool = True, target: Target | None = None
            ) -> tuple[Any, Any, KernelVariant]:
-    """(out, lse [B, H, N] or None, the variant that ran).
+    """(out, lse [B, H, N] or None, the variant that ran); B and H as in the layout's order.
 
-    tokens_first: out is [N, B, H, D], so that a range of tokens is one piece; else [B, N, H, D].
+    tokens_first: out is [N, B, H, D], so that a range of tokens is one piece; else [B, N, H, D]. target: where to write
+    instead; out is its tensor.
     smoothed_lse: an LSE without what smoothing took from it will do, as it does to merge parts of keys that share one mean.
-    out_dtype: default: that of the originals.
     Raises UnsupportedError where no variant serves the codes, ValueError for an LSE that they were not made for.
     """
     if return_lse and not smoothed_lse and codes.options.precision.smooth_k and not codes.q.layout.kind.shift:
@@ -148,8 +153,12 @@ def attend(codes: AttentionCodes, runtime: Runtime, *, is_causal: bool = False, 
                          "with it")
     variant = variant_of(codes, runtime, is_causal, return_lse, backend)
     engine = codes_cpu if variant.device == "cpu" else codes_gpu
-    out, lse = engine.attend(codes, variant, runtime, is_causal, return_lse, out_dtype or codes.dtype, tokens_first)
-    return out, lse, variant
+    if target is None:
+        layout = codes.q.layout
+        shape = (*layout.order, layout.q_len, layout.kind.head_dim)
+        target = new_target(shape, codes.dtype, tokens_first, codes.q.memory, runtime)
+    lse = engine.attend(codes, variant, runtime, is_causal, return_lse, target)
+    return target.tensor, lse, variant
 
 
 def merge(out: Any, lse: Any, part: Any, part_lse: Any, runtime: Runtime, *, tokens_first: bool, dtype: str) -> tuple[Any, Any]:

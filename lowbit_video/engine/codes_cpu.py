@@ -15,6 +15,7 @@ from lowbit_video.kernels.quant import reference as quant
 from lowbit_video.kernels.variants import KernelVariant
 
 from ..runtime.protocol import Runtime
+from .codes_target import Target
 from .options import AttentionOptions
 
 DTYPES = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -42,17 +43,18 @@ def combined(gathered: Any, weights: list[list[float]], means: int, runtime: Run
     return runtime.from_numpy(out.reshape(count, *rest), gathered, "float32")
 
 
-def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, parts: Sequence[str], options: AttentionOptions,
-           runtime: Runtime, into: Any) -> Any:
-    precision, memory = options.precision, np.zeros(layout.size, np.uint8) if into is None else runtime.to_numpy(into).copy()
-    rows = [] if found is None else list(runtime.to_numpy(found))
+def encode(x: tuple[Any, Any, Any], found: Any, head: int, layout: Layout, parts: Sequence[str], first: tuple[int, int],
+           options: AttentionOptions, runtime: Runtime, memory: Any, begin: int) -> None:
+    (q, k, v), precision, array = x, options.precision, runtime.to_numpy(memory).copy()
+    heads = slice(head, head + runtime.shape(q)[2])
+    rows = [] if found is None else list(runtime.to_numpy(found)[:, :, heads])
     k_mean = rows.pop(0) if rows and precision.smooth_k else None
     q_mean = rows.pop(0) if rows and precision.smooth_q else None
     made: dict[str, np.ndarray] = {}
     if "q_codes" in parts:
         wide = _heads_first(q, runtime)
         made["q_codes"], made["q_scale"] = quant.quantize_rows(wide, precision.q, None, q_mean)
-        if "lse_shift" in layout.parts:
+        if "lse_shift" in parts:
             made["lse_shift"] = attention.lse_correction(wide, k_mean, options.scale)
     if "k_codes" in parts:
         wide, values = _heads_first(k, runtime), _heads_first(v, runtime)
@@ -63,12 +65,12 @@ def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, parts: Sequence[s
         made["v"] = (quant.quantize_v(values, rows[0])[0] if precision.pv == "fp8"
                      else values.astype(DTYPES.get(layout.kind.v_dtype, np.float32)))
     for name in parts:
-        part = exchange.part_of(memory, layout, name)
-        part[...] = np.ascontiguousarray(made[name]).view(np.uint8).reshape(part.shape)
-    if into is None:
-        return runtime.from_numpy(memory, q, "uint8")
-    into[:] = runtime.from_numpy(memory, q, "uint8")
-    return into
+        part = layout.parts[name]
+        tokens = runtime.shape(q if part.of == "q" else k)[1]
+        after = part.row_bytes(first[part.of == "kv"])
+        whole = exchange.part_of(array[begin:], layout, name)[..., after:after + part.row_bytes(tokens)]
+        whole[...] = np.ascontiguousarray(made[name]).view(np.uint8).reshape(whole.shape)
+    memory[:] = runtime.from_numpy(array, memory, "uint8")
 
 
 def copy_parts(sources: Sequence[Any], target: Any, copies: Sequence[Copy], batch: int, heads: int, runtime: Runtime) -> None:
@@ -85,13 +87,12 @@ def _bytes(x: Any, runtime: Runtime) -> np.ndarray:
     return np.ascontiguousarray(runtime.to_numpy(x)).astype(DTYPES.get(dtype, dtype), copy=False).reshape(-1).view(np.uint8)
 
 
-def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, out_dtype: str,
-           tokens_first: bool) -> tuple[Any, Any]:
+def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, target: Target) -> Any:
     """variant: unused, there is one on a CPU."""
     q, kv, precision = codes.q, codes.kv, codes.options.precision
+    (batch, heads), dim = q.layout.order, q.layout.kind.head_dim
     q_part = lambda name: _read(runtime.to_numpy(q.memory)[q.begin:], q.layout, name)
     kv_part = lambda name: _read(runtime.to_numpy(kv.memory)[kv.begin:], kv.layout, name)
-    batch, heads, dim = q.layout.batch, q.layout.heads, q.layout.kind.head_dim
     values = kv_part("v").reshape((batch, heads, dim, -1) if precision.pv == "fp8" else (batch, heads, -1, dim))
     half = "bf16" if codes.dtype == "bfloat16" else "fp16"
     if precision.pv == "fp16":
@@ -99,8 +100,8 @@ def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool
         if codes.dtype == "float32":
             half = "bf16" if np.abs(values).max() > get_format("fp16").max_code else "fp16"
             values = values.astype(DTYPES["bfloat16" if half == "bf16" else "float16"]).astype(np.float32)
-    stored = lambda part, name: part(name).reshape(batch, heads, -1, dim // get_format(name_of[name]).codes_per_byte)
     name_of = {"q_codes": precision.q, "k_codes": precision.k}
+    stored = lambda part, name: part(name).reshape(batch, heads, -1, dim // get_format(name_of[name]).codes_per_byte)
     rows = lambda part, name: part(name).reshape(batch, heads, -1)
     out, lse = attention.attend_codes(
         stored(q_part, "q_codes"), rows(q_part, "q_scale"), stored(kv_part, "k_codes"), rows(kv_part, "k_scale"), values,
@@ -109,13 +110,25 @@ def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool
         bias=rows(kv_part, "bias") if precision.smooth_q else None, half=half, scale=codes.options.scale, causal=is_causal)
     if return_lse and "lse_shift" in q.layout.parts:
         lse = lse + rows(q_part, "lse_shift")
-    out = runtime.from_numpy(out.transpose((2, 0, 1, 3) if tokens_first else (0, 2, 1, 3)), q.memory, out_dtype)
-    return out, runtime.from_numpy(lse, q.memory, "float32") if return_lse else None
+    _write(target, out, runtime)
+    return runtime.from_numpy(lse, q.memory, "float32") if return_lse else None
+
+
+def _write(target: Target, out: np.ndarray, runtime: Runtime) -> None:
+    """out [outer, inner, N, D] to its place."""
+    dtype = runtime.dtype_name(target.tensor)
+    whole = np.ascontiguousarray(runtime.to_numpy(target.tensor)).copy()
+    size = 4 if dtype == "float32" else 2
+    flat = whole.reshape(-1)[target.begin // size:]
+    view = np.lib.stride_tricks.as_strided(flat, out.shape, tuple(stride * flat.itemsize for stride in (*target.strides, 1)))
+    view[...] = out
+    target.tensor[:] = runtime.from_numpy(whole, target.tensor, dtype)
 
 
 def _read(memory: np.ndarray, layout: Layout, name: str) -> np.ndarray:
-    """A part's values [B, heads, rows, elements]."""
-    part = np.ascontiguousarray(exchange.part_of(memory, layout, name))
+    """A part's values [outer, inner, rows, elements], in the layout's order."""
+    part = exchange.part_of(memory, layout, name)
+    part = np.ascontiguousarray(part.swapaxes(0, 1) if layout.heads_first else part)
     return part.view(DTYPES.get(layout.parts[name].dtype, layout.parts[name].dtype))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from lowbit_video.kernels.quant.shapes import partial_shape
 from lowbit_video.kernels.variants import KernelVariant
 
 from ..runtime.protocol import Runtime
+from .codes_target import Target
 from .options import AttentionOptions
 from .replay import again
 
@@ -91,49 +92,57 @@ def combined(gathered: Any, weights: list[list[float]], means: int, runtime: Run
     return out
 
 
-def encode(q: Any, k: Any, v: Any, found: Any, layout: Layout, parts: Sequence[str], options: AttentionOptions,
-           runtime: Runtime, memory: Any) -> Any:
-    given = [Given(x, runtime) for x in (q, k, v)]
-    memory = runtime.empty((layout.size,), "uint8", q) if memory is None else memory
-    if found is None:
-        found = memory
-    shape = runtime.shape(k)
+def encode(x: tuple[Any, Any, Any], found: Any, head: int, layout: Layout, parts: Sequence[str], first: tuple[int, int],
+           options: AttentionOptions, runtime: Runtime, memory: Any, begin: int) -> None:
+    given = [Given(one, runtime) for one in x]
+    batch, heads = given[1].shape[0], runtime.shape(found)[2] if found is not None else 0
+    head_dim = given[1].shape[3]
 
     def launch(memory: Buffer, found: Buffer, q: Buffer, k: Buffer, v: Buffer) -> None:
-        one, two, three = (x.operand(buffer) for x, buffer in zip(given, (q, k, v)))
-        _encode(one, two, three, memory, _rows(found, options, (shape[0], shape[2], shape[3])), layout, parts, options)
+        operands = tuple(one.operand(buffer) for one, buffer in zip(given, (q, k, v)))
+        rows = {name: row.at(head * head_dim * 4, "float32")
+                for name, row in _rows(found, options, (batch, heads, head_dim)).items()} if heads else {}
+        place = lambda name: memory.at(begin + _offset(layout, name, first), layout.parts[name].dtype)
+        _encode(operands, place, rows, heads, layout, parts, options)
 
-    again(("encode", options, layout, parts, *[x.key for x in given]), runtime, (memory, found, *[x.tensor for x in given]),
-          launch)
+    key = ("encode", options, layout, parts, first, begin, head, heads, *[one.key for one in given])
+    again(key, runtime, (memory, memory if found is None else found, *[one.tensor for one in given]), launch)
     if "v" in parts and options.precision.pv != "fp8":
-        _copy_values(given[2], memory, layout, runtime)
-    return memory
+        _copy_values(given[2], memory, begin + _offset(layout, "v", first), layout, runtime)
 
 
-def _encode(q: Operand, k: Operand, v: Operand, memory: Buffer, rows: dict[str, Buffer], layout: Layout,
-            parts: Sequence[str], options: AttentionOptions) -> None:
+def _offset(layout: Layout, name: str, first: tuple[int, int]) -> int:
+    """Where the tokens from `first` (of Q, of K and V) on lie in a part."""
+    part = layout.parts[name]
+    return part.offset + part.row_bytes(first[part.of == "kv"])
+
+
+def _encode(operands: tuple[Operand, Operand, Operand], place: Callable[[str], Buffer], rows: dict[str, Buffer], heads: int,
+            layout: Layout, parts: Sequence[str], options: AttentionOptions) -> None:
+    """The quantisers' launches. rows: the statistics from the first head on, of `heads` heads."""
     from lowbit_video.kernels.quant import quant_qk, quant_v
 
-    precision = options.precision
-    buffer = lambda name: memory.at(layout.parts[name].offset, layout.parts[name].dtype)
+    (q, k, v), precision = operands, options.precision
+    more = {"stat_heads": heads or None}
 
     def codes(x: Operand, name: str, format: str, scale: str, block: int | None) -> Operand:
         b, h, _ = layout.strides(name)
-        made = codes_of(x, format, buffer(name), buffer(scale), block)
+        made = codes_of(x, format, place(name), place(scale), block)
         return made._replace(strides=(b, h, 0), scale_strides=_elements(layout, scale))
 
     if "q_codes" in parts:
-        shift = buffer("lse_shift") if "lse_shift" in parts else None
+        shift = place("lse_shift") if "lse_shift" in parts else None
         quant_qk.launch_quant_qk(q, codes(q, "q_codes", precision.q, "q_scale", None), mean=rows.get("q_mean"), lse_shift=shift,
                                  k_mean=rows["k_mean"] if shift else None, sm_scale=options.scale,
-                                 token_strides=_elements(layout, "lse_shift") if shift else None)
+                                 token_strides=_elements(layout, "lse_shift") if shift else None, **more)
     if "k_codes" in parts:
         if precision.pv == "fp8":
-            quant_v.launch_quant_v(v, v_codes_of(v, buffer("v"), rows["v_scale"])._replace(strides=layout.strides("v")))
-        bias = buffer("bias") if "bias" in parts else None
+            made = v_codes_of(v, place("v"), rows["v_scale"])
+            quant_v.launch_quant_v(v, made._replace(strides=layout.strides("v")), scale_heads=heads or None)
+        bias = place("bias") if "bias" in parts else None
         quant_qk.launch_quant_qk(k, codes(k, "k_codes", precision.k, "k_scale", scale_block("k", precision.granularity)),
                                  mean=rows.get("k_mean"), bias=bias, q_mean=rows["q_mean"] if bias else None,
-                                 token_strides=_elements(layout, "bias") if bias else None)
+                                 token_strides=_elements(layout, "bias") if bias else None, **more)
 
 
 def _elements(layout: Layout, name: str) -> tuple[int, int]:
@@ -142,13 +151,13 @@ def _elements(layout: Layout, name: str) -> tuple[int, int]:
     return b // 4, h // 4
 
 
-def _copy_values(v: Given, memory: Any, layout: Layout, runtime: Runtime) -> None:
-    """A V that is not quantised, [B, N, H, D], to its part."""
+def _copy_values(v: Given, memory: Any, begin: int, layout: Layout, runtime: Runtime) -> None:
+    """A V that is not quantised, [B, N, H, D], to its part, from byte `begin` on."""
     batch, tokens, heads, head_dim = v.shape
     size = 4 if v.dtype == "float32" else 2
     b, n, h, _ = (stride * size for stride in v.strides)
     to_b, to_h, _ = layout.strides("v")
-    one = Copy(0, b, h, n, layout.parts["v"].offset, to_b, to_h, head_dim * size, tokens, head_dim * size)
+    one = Copy(0, b, h, n, begin, to_b, to_h, head_dim * size, tokens, head_dim * size)
     copy_parts((v.tensor,), memory, (one,), batch, heads, runtime)
 
 
@@ -180,51 +189,45 @@ def _kept(rows: list[list], like: Any, dtype: str, runtime: Runtime, key: tuple 
     return _tables[full]
 
 
-def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, out_dtype: str,
-           tokens_first: bool) -> tuple[Any, Any]:
+def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, target: Target
+           ) -> Any:
     q_layout, kv_layout, options = codes.q.layout, codes.kv.layout, codes.options
-    batch, heads, head_dim = q_layout.batch, q_layout.heads, q_layout.kind.head_dim
-    q_len, memory = q_layout.q_len, codes.q.memory
-    shape = (q_len, batch, heads, head_dim) if tokens_first else (batch, q_len, heads, head_dim)
-    out = runtime.empty(shape, out_dtype, memory)
+    (batch, heads), q_len, memory = q_layout.order, q_layout.q_len, codes.q.memory
     lse = runtime.empty((batch, heads, q_len), "float32", memory) if return_lse else None
-    scale = None if codes.v_scale is None else runtime.contiguous(codes.v_scale)
+    scale = memory if codes.v_scale is None else runtime.contiguous(codes.v_scale)
     arch = runtime.arch(memory) or INTERPRETED_ARCH
+    out_dtype, (out, begin, strides) = runtime.dtype_name(target.tensor), target
 
     def launch(q: Buffer, kv: Buffer, out: Buffer, lse: Buffer, scale: Buffer) -> None:
-        q = q.at(codes.q.begin, "uint8")
-        kv = kv.at(codes.kv.begin, "uint8")
-        part = lambda base, layout, name: base.at(layout.parts[name].offset, layout.parts[name].dtype)
-        whole = lambda tokens: Operand(q, (batch, heads, tokens, head_dim), (0, 0, 0), options.precision.q)
-        _attend(variant, whole(q_len), whole(kv_layout.kv_len), lambda name: part(q, q_layout, name),
-                lambda name: part(kv, kv_layout, name), out, lse if return_lse else None, scale, options, kv_layout,
-                is_causal, arch, out_dtype, tokens_first, "lse_shift" in q_layout.parts)
+        part = lambda base, begin, layout, name: base.at(begin + layout.parts[name].offset, layout.parts[name].dtype)
+        shape = (batch, heads, q_len, q_layout.kind.head_dim)
+        result = Operand(out.at(begin, out_dtype), shape, strides, FORMAT_OF_DTYPE[out_dtype])
+        _attend(variant, result, kv_layout, lambda name: part(q, codes.q.begin, q_layout, name),
+                lambda name: part(kv, codes.kv.begin, kv_layout, name), lse if return_lse else None, scale, options, is_causal,
+                arch, "lse_shift" in q_layout.parts)
 
     key = ("attend", variant.name, options, q_layout, kv_layout, codes.q.begin, codes.kv.begin, is_causal, return_lse,
-           out_dtype, tokens_first)
-    again(key, runtime, (memory, codes.kv.memory, out, memory if lse is None else lse, memory if scale is None else scale),
-          launch)
-    return out, lse
+           out_dtype, begin, strides)
+    again(key, runtime, (memory, codes.kv.memory, out, memory if lse is None else lse, scale), launch)
+    return lse
 
 
-def _attend(variant: KernelVariant, q: Operand, kv: Operand, q_part: Any, kv_part: Any, out: Buffer, lse: Buffer | None,
-            v_scale: Buffer, options: AttentionOptions, kv_layout: Layout, is_causal: bool, arch: tuple[int, int],
-            out_dtype: str, tokens_first: bool, shifted: bool) -> None:
+def _attend(variant: KernelVariant, out: Operand, kv_layout: Layout, q_part: Any, kv_part: Any, lse: Buffer | None,
+            v_scale: Buffer, options: AttentionOptions, is_causal: bool, arch: tuple[int, int], shifted: bool) -> None:
     """The launch of the attention kernel on parts that `q_part(name)` and `kv_part(name)` give."""
     precision, kind = options.precision, kv_layout.kind
-    batch, heads, q_len, head_dim = q.shape
-    kv_len = kv.shape[2]
-    q_codes = codes_of(q, precision.q, q_part("q_codes"), q_part("q_scale"), None)
-    k_codes = codes_of(kv, precision.k, kv_part("k_codes"), kv_part("k_scale"), scale_block("k", precision.granularity))
+    batch, heads, _, head_dim = out.shape
+    kv_len = kv_layout.kv_len
+    keys = out._replace(shape=(batch, heads, kv_len, head_dim))
+    q = codes_of(out, precision.q, q_part("q_codes"), q_part("q_scale"), None)
+    k = codes_of(keys, precision.k, kv_part("k_codes"), kv_part("k_scale"), scale_block("k", precision.granularity))
     if precision.pv == "fp8":
-        v = v_codes_of(kv, kv_part("v"), v_scale)
+        v = v_codes_of(keys, kv_part("v"), v_scale)
     else:
-        v = Operand(kv_part("v"), kv.shape, (heads * kv_len * head_dim, kv_len * head_dim, head_dim),
+        v = Operand(kv_part("v"), keys.shape, (heads * kv_len * head_dim, kv_len * head_dim, head_dim),
                     FORMAT_OF_DTYPE[kind.v_dtype])
-    row = heads * head_dim
-    strides = (row, head_dim, batch * row) if tokens_first else (q_len * row, head_dim, row)
-    variant.load()(q_codes, k_codes, v, Operand(out, q.shape, strides, FORMAT_OF_DTYPE[out_dtype]), sm_scale=options.scale,
-                   is_causal=is_causal, lse=lse, arch=arch, bias=kv_part("bias") if kind.bias else None,
+    variant.load()(q, k, v, out, sm_scale=options.scale, is_causal=is_causal, lse=lse, arch=arch,
+                   bias=kv_part("bias") if kind.bias else None,
                    lse_shift=q_part("lse_shift") if lse is not None and shifted else None,
                    pv_dtype="bfloat16" if kind.v_dtype == "float32" and precision.pv != "fp8" else None)
 

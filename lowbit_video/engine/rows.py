@@ -30,14 +30,15 @@ def rows_size(tokens: int, batch: int, heads: int, head_dim: int) -> int:
     return _parts(tokens, batch, heads, head_dim)[1]
 
 
-def encode_rows(x: Any, shares: Sequence[int], own: int, runtime: Runtime) -> tuple[Any, list[int]]:
+def encode_rows(x: Any, shares: Sequence[int], own: int | None, runtime: Runtime) -> tuple[Any, list[int]]:
     """(uint8 [bytes], bytes of each share): x [N, B, H, D], contiguous, in shares of its tokens, each codes and scales.
 
-    own: the number of the share that stays here, of no bytes.
+    own: the number of a share that stays here, of no bytes. A share of no tokens has none either.
     """
     _, batch, heads, head_dim = runtime.shape(x)
-    sizes = [0 if number == own else rows_size(count, batch, heads, head_dim) for number, count in enumerate(shares)]
-    pieces = [(sum(shares[:number]), sum(sizes[:number]), count) for number, count in enumerate(shares) if number != own]
+    stays = [number == own or not count for number, count in enumerate(shares)]
+    sizes = [0 if stay else rows_size(count, batch, heads, head_dim) for stay, count in zip(stays, shares)]
+    pieces = [(sum(shares[:number]), sum(sizes[:number]), count) for number, count in enumerate(shares) if not stays[number]]
     if runtime.is_cpu(x):
         memory, array = np.zeros(sum(sizes), np.uint8), runtime.to_numpy(x)
         for first, begin, count in pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ..engine.codes import AttentionCodes
+from ..engine.codes_target import Target
 from ..engine.options import AttentionOptions, options_of
 from ..engine.run import run
 from ..runtime.detect import runtime_of
@@ -26,7 +27,7 @@ class CodedAttend(Protocol):
         """The choices of a call."""
 
     def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False,
-                 tokens_first: bool = True) -> tuple[Any, Any]:
+                 tokens_first: bool = True, target: Target | None = None) -> tuple[Any, Any]:
         """(out, lse [B, H, N] or None) of codes; the choices are those of `engine.codes.attend`."""
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..engine.codes import AttentionCodes
 from ..engine.codes import attend as attend_codes
+from ..engine.codes_target import Target
 from ..engine.options import AttentionOptions, options_of
 from ..engine.run import run
 from ..errors import UnsupportedError
@@ -78,10 +79,11 @@ class LowBitAttnProcessor(AttnProcessor):
                           self.fallback == "exact")
 
     def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False,
-                 tokens_first: bool = True) -> tuple[Any, Any]:
+                 tokens_first: bool = True, target: Target | None = None) -> tuple[Any, Any]:
         """(out, lse [B, H, N] or None) of tensors that are codes already; the choices are those of `engine.codes.attend`."""
         out, lse, variant = attend_codes(codes, runtime_of(codes.q.memory), is_causal=is_causal, return_lse=return_lse,
-                                         backend=self.backend, smoothed_lse=smoothed_lse, tokens_first=tokens_first)
+                                         backend=self.backend, smoothed_lse=smoothed_lse, tokens_first=tokens_first,
+                                         target=target)
         self.note(f"{codes.options.precision} ({variant.name})")
         return out, lse
 

@@ -36,7 +36,7 @@ class WireFormat:
         """Q, K and V of heads [batch, rows, head_dim], as Ulysses sends them."""
         if self.kind is None:
             return 3 * ITEM * batch * heads * rows * self.head_dim
-        return heads * Layout(self.kind, batch, 1, rows, rows, records=True).record
+        return heads * Layout(self.kind, batch, 1, rows, rows).size
 
     def ring_bytes(self, batch: int, heads: int, rows: int) -> int:
         """K and V of heads, as a ring passes them on."""
