@@ -11,6 +11,8 @@ QUERY_ROWS = {64: 192, 128: 128}
 WIRE_WAVES = 1.6 / 15
 """What a head's exchange takes on its way in, in waves of tiles: 0.27 ms for 15 heads of 17776 tokens, where a wave is 0.17 ms
 (two H100s over NVLink)."""
+BESIDE = 2.0
+"""How many times as long an exchange takes beside attention, which leaves it few multiprocessors."""
 PIECE_WAVES = 0.15
 """What a piece costs by itself, likewise: launches and waits."""
 
@@ -44,5 +46,5 @@ def head_pieces(heads: int, size: int, rows: int, processors: int | None) -> tup
 def _waves(split: tuple[int, ...], size: int, rows: int, processors: int) -> float:
     """What a split costs, in waves of tiles: what is computed, the way in of the first piece, what else is waited for."""
     computed = [size * -(-each * rows // processors) for each in split]
-    waits = sum(max(0.0, each * WIRE_WAVES - before) for each, before in zip(split[1:], computed))
+    waits = sum(max(0.0, each * WIRE_WAVES * BESIDE - before) for each, before in zip(split[1:], computed))
     return sum(computed) + split[0] * WIRE_WAVES + waits + PIECE_WAVES * len(split)
