@@ -48,12 +48,7 @@ eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 pre
 	$(VENV)/bin/lowbit-video eval compare --prompts eval/prompts/small_world.txt --steps 8 --out outputs/eval \
 		--speed eval/speed/results/kernels.json --speed-shape CogVideoX-2b $(ARGS)
 
-gpu-demo-parallel: export OMP_NUM_THREADS ?= 1
-demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again on one: the same, and what was sent
-	env -u CUDA_VISIBLE_DEVICES $(VENV)/bin/python -m paddle.distributed.launch --nproc_per_node 2 --log_dir outputs/parallel \
-		examples/parallel.py --cfg-degree 1 $(ARGS)
-
-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
+gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
 	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
 
 lint: $(VENV)/.test

@@ -42,8 +42,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     for name, unit in (("frames", "of the video"), ("height", "pixels"), ("width", "pixels")):
         parser.add_argument(f"--{name}", type=int, help=f"{unit} (default: the model's)")
     parser.add_argument("--no-text-encoder", action="store_true", help="the text encoder does not stay on the GPU")
-    parser.add_argument("--measured", metavar="FILE", help="JSON like measured.json: its figures go before the package's, and "
-                        "its rows are compared and plotted; or what `bench parallel` wrote")
+    parser.add_argument("--measured", nargs="+", default=[], metavar="FILE", help="JSON like measured.json: its figures go "
+                        "before the package's, and its rows are compared and plotted; or what `bench parallel` wrote")
     parser.add_argument("--json", metavar="FILE", help="write everything to a file")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the scaling; needs matplotlib")
     parser.set_defaults(run=run)
@@ -51,7 +51,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; writes what was asked for."""
-    figures = load_figures(args.measured)
+    figures = load_figures(*args.measured)
     same = {name: getattr(args, name) for name in ("precision", "exchange", "output", "link", "framework", "steps", "frames",
                                                    "height", "width")}
     task = Task(find_model(args.model), figures, **same, text_encoder=not args.no_text_encoder)
@@ -132,7 +132,9 @@ def compare(task: Task, figures: Figures) -> list[dict[str, Any]]:
 
 def comparison(compared: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for each thing measured."""
-    return [f"measured: {row['what']} on {row['split']}: {row['ms']:.1f} ms, modelled {row['modelled_ms']:.1f} "
+    how = lambda row: "".join(f", {name} {row[name]}" for name, usual in (("exchange", "auto"), ("output", "16bit"))
+                              if row.get(name, usual) != usual)
+    return [f"measured: {row['what']} on {row['split']}{how(row)}: {row['ms']:.1f} ms, modelled {row['modelled_ms']:.1f} "
             f"({row['modelled_ms'] / row['ms'] - 1:+.1%})" for row in compared]
 
 

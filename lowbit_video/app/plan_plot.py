@@ -39,22 +39,27 @@ def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping
     shares.plot(gpus, [100 * alone / cost.step_ms / cost.degrees.ranks for cost in scaling], color="tab:blue", linestyle="--",
                 marker="o", markersize=4, markerfacecolor="white", label="modelled, best split")
     measured = [row for row in compared if row["what"] in STEPS]
-    first = {row["what"]: row["ms"] for row in measured if row["gpus"] == 1}
+    first = {(row["what"], row["source"]): row["ms"] for row in measured if row["gpus"] == 1}
     if measured:
-        marks = dict(color="tab:red", marker="D", linestyle="none", markersize=7, label="measured")
+        marks = dict(color="tab:red", marker="D", linestyle="none", markersize=7, markerfacecolor="none", markeredgewidth=1.6,
+                     label="measured")
         times.plot([row["gpus"] for row in measured], [row["ms"] for row in measured], **marks)
-        over = [(row["gpus"], 100 * first[row["what"]] / row["ms"] / row["gpus"]) for row in measured if row["what"] in first]
-        shares.plot([count for count, _ in over], [share for _, share in over], **marks)
+        over = [(row["gpus"], 100 * first[row["what"], row["source"]] / row["ms"] / row["gpus"], row["split"])
+                for row in measured if (row["what"], row["source"]) in first]
+        shares.plot([count for count, _, _ in over], [share for _, share, _ in over], **marks)
+        for place, text in _beside(over):
+            shares.annotate(text, place, textcoords="offset points", xytext=(0, -7), ha="center", va="top", fontsize=7,
+                            color="tab:red")
     for cost in scaling[1:]:
         d = cost.degrees
         shares.annotate("·".join(map(str, (d.cfg, d.ulysses, d.ring))), (d.ranks, 100 * alone / cost.step_ms / d.ranks),
-                        textcoords="offset points", xytext=(4, 4), ha="left", fontsize=7, color="0.3")
+                        textcoords="offset points", xytext=(3, 5), ha="left", fontsize=7, color="0.3", rotation=35)
     times.set_yscale("log")
     times.set_ylabel("ms a step")
     times.set_yticks(ticks := _ticks(min(*steps, alone / gpus[-1]), alone), [f"{tick:g}" for tick in ticks])
     shares.set_ylabel("efficiency of a step, % (beside: cfg·ulysses·ring)")
     shares.set_ylim(0, 112)
-    shares.set_xlim(0.8, 2 * gpus[-1])  # room for the last label
+    shares.set_xlim(0.8, 1.6 * gpus[-1])  # room for the last label
     for axis in (times, shares):
         axis.set_xscale("log", base=2)
         shown = [count for count in gpus if count & (count - 1) == 0]
@@ -67,6 +72,17 @@ def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping
                     f"{task.figures.gpu.name}, {task.link}, {task.framework}", fontsize=10)
     with write_whole(path) as temporary:
         figure.savefig(temporary, dpi=130)
+
+
+def _beside(points: Sequence[tuple[int, float, str]]) -> list[tuple[tuple[int, float], str]]:
+    """(where, what) of labels of measured points on several GPUs; points too near for a label each have one together."""
+    labels: list[tuple[tuple[int, float], str]] = []
+    for count, share, split in sorted({point for point in points if point[0] > 1}):
+        if labels and labels[-1][0][0] == count and share - labels[-1][0][1] < 3:
+            labels[-1] = labels[-1][0], f"{labels[-1][1]}\n{split}"
+        else:
+            labels.append(((count, share), split))
+    return labels
 
 
 def _ticks(low: float, high: float) -> list[float]:

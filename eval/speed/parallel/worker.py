@@ -6,11 +6,11 @@ import os
 import sys
 import traceback
 
-from lowbit_video.files import write_json
+from lowbit_video.files import write_json, write_whole
 
 from .. import bench
 from ..shapes import parse_shapes
-from . import attention, decode, step
+from . import attention, decode, step, table
 from .arguments import add_arguments
 from .clock import Clock, wire_and_like
 
@@ -40,7 +40,10 @@ def _measure(args: argparse.Namespace) -> None:
 
     def save() -> None:
         if wire.rank == 0:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(args.out, result)
+            with write_whole(args.out.with_suffix(".md")) as temporary:
+                temporary.write_text(table.markdown([result]), encoding="utf-8")
 
     if "attention" in args.parts:
         for shape in parse_shapes(args.shapes):

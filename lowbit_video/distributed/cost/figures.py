@@ -13,6 +13,8 @@ from .models import MODELS
 
 MEASURED = Path(__file__).with_name("measured.json")
 """The figures that come with the package."""
+DECODED = [1, 16, 13, 60, 90]
+"""Latents of the 2b model's own video."""
 
 
 @dataclass(frozen=True)
@@ -109,24 +111,24 @@ class Figures:
     rows: tuple[Mapping[str, Any], ...] = ()
 
 
-def load_figures(path: str | Path | None = None) -> Figures:
-    """The package's figures; those that a file in the same form has go before them, and its rows beside them.
+def load_figures(*paths: str | Path) -> Figures:
+    """The package's figures; those that files in the same form have go before them, and their rows beside them.
 
-    path: such a file, or one that the benchmark of attention on several GPUs wrote: its times become rows.
+    paths: such files, or those that the benchmark of several GPUs wrote: its times become rows.
     Raises ValueError for a file that is not such a one, naming the place in it.
     """
     known = read_json(MEASURED)
     rows = [dict(row, source=row.get("source", MEASURED.name)) for row in known.pop("rows")]
-    if path is not None:
+    for path in paths:
         given = read_json(path)
         if isinstance(given.get("attention"), list):
-            given = {"rows": _rows_of_benchmark(given)}
+            given = {"rows": _rows_of_benchmark(given, str(path))}
         new_rows = given.pop("rows", [])
         if not isinstance(new_rows, list) or not all(isinstance(row, dict) for row in new_rows):
             raise ValueError(f"{path}: \"rows\" is a list of objects, each with what was measured and its ms")
         rows += [dict(row, source=row.get("source", str(path))) for row in new_rows]
         known = _over(known, {name: value for name, value in given.items() if name != "about"}, str(path))
-    where = str(path or MEASURED)
+    where = ", ".join(map(str, paths)) or str(MEASURED)
     group = lambda kind, name, value: _build(kind, _plain(value), f"{where}: {name}")
     return Figures(
         gpu=group(Gpu, "gpu", known["gpu"]),
@@ -140,23 +142,41 @@ def load_figures(path: str | Path | None = None) -> Figures:
     )
 
 
-def _rows_of_benchmark(report: Mapping) -> list[dict]:
-    """Rows of {"framework", "attention": [{"name", "precision", "methods": {"ulysses2 x ring2, codes, int8 output": {"ms"}}}]}.
+def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
+    """Rows of what `bench parallel` wrote: attention on one GPU and layers, steps as the whole transformer, decoding.
 
-    "one" is attention on one GPU; exact methods are the framework's own and are left out, as are shapes of no known model.
+    Exact methods are the framework's own and are left out, as are shapes of no known model, decoding by tiles and other sizes.
+    Raises ValueError where the file lacks something of it.
     """
     rows = []
-    for shape in (shape for shape in report["attention"] if shape["name"] in MODELS):
-        for method, measured in shape["methods"].items():
-            split, *how = method.split(", ")
-            row = {"model": shape["name"], "precision": shape["precision"], "ms": measured["ms"]}
-            if method == "one":
-                rows.append({"what": "attention", **row})
-            elif "exact" not in method:
-                degrees = {name: int(degree) for name, degree in re.findall(r"([a-z]+)(\d+)", split)}
-                rows.append({"what": "layer", **row, **degrees, "exchange": "16bit" if "16bit" in how else "auto",
-                             "output": "int8" if "int8 output" in how else "16bit"})
+    try:
+        framework = report["framework"]
+        for shape in (shape for shape in report["attention"] if shape["name"] in MODELS):
+            same = {"model": shape["name"], "framework": framework, "precision": shape["precision"]}
+            for method, measured in shape["methods"].items():
+                split, *how = method.split(", ")
+                if method == "one":
+                    rows.append({"what": "attention", **same, "ms": measured["ms"]})
+                elif "exact" not in method:
+                    rows.append({"what": "layer", **same, **_degrees(split), "exchange": "16bit" if "16bit" in how else "auto",
+                                 "output": "int8" if "int8 output" in how else "16bit", "ms": measured["ms"]})
+        for step in report.get("steps") or ():
+            same = {"what": "transformer", "model": f"CogVideoX-{step['model']}", "framework": framework}
+            same.update({name: step[name] for name in ("precision", "exchange", "output")})
+            rows += [{**same, **_degrees(split), "ms": measured["ms"]} for split, measured in step["ways"].items()]
+        decode = report.get("decode")
+        if decode and decode["latents"] == DECODED:
+            same = {"what": "decode", "model": "CogVideoX-2b", "framework": framework}
+            shared = {"ulysses": decode["ranks"], "vae": decode["ranks"]}
+            rows += [{**same, "ms": decode["ways"]["one"]["ms"]}, {**same, **shared, "ms": decode["ways"]["all"]["ms"]}]
+    except (KeyError, TypeError, AttributeError) as reason:
+        raise ValueError(f"{path} is not what `bench parallel` writes ({type(reason).__name__}: {reason})") from None
     return rows
+
+
+def _degrees(split: str) -> dict[str, int]:
+    """Of "ulysses2 x ring2"."""
+    return {name: int(degree) for name, degree in re.findall(r"([a-z]+)(\d+)", split)}
 
 
 def named(table: Mapping[str, Any], name: str, kind: str) -> Any:

@@ -24,9 +24,9 @@ from ranks import run_threads
 
 ROOT = pathlib.Path(__file__).parents[3]
 SMALL = ROOT / "examples" / "small_cogvideox" / "model"
-PARALLEL = ROOT / "eval" / "speed" / "results" / "parallel.json"
-"""Measured steps, in the form of measured.json, once there are any."""
-FIGURES = load_figures(PARALLEL if PARALLEL.is_file() else None)
+PARALLEL = sorted((ROOT / "eval" / "speed" / "results").glob("parallel_*.json"))
+"""What `bench parallel` measured on several GPUs."""
+FIGURES = load_figures(*PARALLEL)
 TINY = Model("tiny", layers=3, heads=4, frames=9, height=128, width=576, text_tokens=32)
 """896 tokens, 7 blocks: 512 and 384 on two ranks."""
 
@@ -47,20 +47,21 @@ def test_what_was_measured_is_predicted_within_a_tenth(row):
 
 
 def test_a_prediction_follows_the_row_and_the_figures():
-    row = {"what": "transformer", "model": "CogVideoX-2b", "precision": "int8+fp8", "ms": 498}
+    row = {"what": "transformer", "model": "CogVideoX-2b", "framework": "torch", "precision": "int8+fp8", "ms": 498}
     whole = predict(row, FIGURES)
     assert predict({**row, "cfg": 2}, FIGURES) == pytest.approx(whole / 2, rel=0.05)
     assert predict({**row, "precision": "exact"}, FIGURES) > 1.1 * whole
     assert predict({**row, "model": "CogVideoX-5b"}, FIGURES) > 2 * whole
     assert predict({**row, "what": "step"}, FIGURES) == pytest.approx(whole + FIGURES.video.scheduler_ms)
     fast = replace(FIGURES.programs["torch"], models={"CogVideoX-2b": {"elementwise_ps": 0.0}})
-    assert predict(row, replace(FIGURES, programs={"torch": fast})) == pytest.approx(whole - 144, abs=2)
+    assert predict(row, replace(FIGURES, programs={"torch": fast})) == pytest.approx(whole - 146, abs=2)
+    assert predict({**row, "framework": "paddle"}, FIGURES) < 0.95 * whole
 
 
 @pytest.mark.parametrize("row, words", [
     ({"what": "nap", "ms": 1}, "row is of 'nap'"), ({"what": "step"}, "KeyError: 'ms'"),
     ({"what": "step", "ms": 0}, "more than 0"),
-    ({"what": "step", "ms": 1, "framework": "jax"}, "unknown measured framework 'jax'; there are: torch"),
+    ({"what": "step", "ms": 1, "framework": "jax"}, "unknown measured framework 'jax'; there are: paddle, torch"),
     ({"what": "layer", "ms": 1, "ulysses": 31}, "30 heads are fewer than 31")])
 def test_a_row_that_cannot_be_is_refused(row, words):
     with pytest.raises(ValueError, match=words):
@@ -475,16 +476,34 @@ def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
     path = tmp_path / "parallel.json"
     methods = {"one": 7.5, "one exact": 15, "ulysses2, 16bit": 4.4, "ulysses2, codes, int8 output": 4.2, "ulysses2, exact": 8,
                "ulysses2 x ring2, codes": 2.4}
-    path.write_text(json.dumps({"gpu": "H100", "framework": "torch", "ranks": 4, "attention": [
+    step = {"model": "2b", "precision": "int8+fp8", "framework": "torch", "exchange": "auto", "output": "int8",
+            "ways": {"one": {"ms": 500}, "cfg2 x ring2": {"ms": 130}}}
+    decode = {"latents": [1, 16, 13, 60, 90], "ranks": 4, "ways": {"one": {"ms": 4000}, "all": {"ms": 1400},
+                                                                   "one, tiles": {"ms": 9000}, "all, tiles": {"ms": 5000}}}
+    report = {"gpu": "H100", "framework": "torch", "ranks": 4, "attention": [
         {"name": "CogVideoX-2b", "precision": "int8+fp8", "methods": {name: {"ms": ms} for name, ms in methods.items()}},
-        {"name": "32k", "precision": "int8+fp8", "methods": {"one": {"ms": 13.3}}}]}))
-    same = {"model": "CogVideoX-2b", "precision": "int8+fp8", "source": str(path)}
-    assert load_figures(path).rows[len(load_figures().rows):] == (
-        {**same, "what": "attention", "ms": 7.5},
-        {**same, "what": "layer", "ulysses": 2, "exchange": "16bit", "output": "16bit", "ms": 4.4},
-        {**same, "what": "layer", "ulysses": 2, "exchange": "auto", "output": "int8", "ms": 4.2},
-        {**same, "what": "layer", "ulysses": 2, "ring": 2, "exchange": "auto", "output": "16bit", "ms": 2.4})
-    assert all(predict(row, FIGURES) > 0 for row in load_figures(path).rows)
+        {"name": "32k", "precision": "int8+fp8", "methods": {"one": {"ms": 13.3}}}], "steps": [step], "decode": decode}
+    path.write_text(json.dumps(report))
+    new_rows = lambda: load_figures(path).rows[len(load_figures().rows):]
+    same = {"model": "CogVideoX-2b", "framework": "torch", "source": str(path)}
+    low = {**same, "precision": "int8+fp8"}
+    whole = {**low, "what": "transformer", "exchange": "auto", "output": "int8"}
+    layers = (
+        {**low, "what": "attention", "ms": 7.5},
+        {**low, "what": "layer", "ulysses": 2, "exchange": "16bit", "output": "16bit", "ms": 4.4},
+        {**low, "what": "layer", "ulysses": 2, "exchange": "auto", "output": "int8", "ms": 4.2},
+        {**low, "what": "layer", "ulysses": 2, "ring": 2, "exchange": "auto", "output": "16bit", "ms": 2.4})
+    steps = ({**whole, "ms": 500}, {**whole, "cfg": 2, "ring": 2, "ms": 130})
+    decoded = ({**same, "what": "decode", "ms": 4000}, {**same, "what": "decode", "ulysses": 4, "vae": 4, "ms": 1400})
+    assert new_rows() == layers + steps + decoded
+    assert all(predict(row, FIGURES) > 0 for row in new_rows())
+    path.write_text(json.dumps({**report, "decode": {**decode, "latents": [1, 16, 13, 30, 44]}}))
+    assert new_rows() == layers + steps  # another video than the model's own
+    path.write_text(json.dumps({"framework": "torch", "attention": report["attention"][:1]}))
+    assert new_rows() == layers
+    path.write_text(json.dumps({**report, "steps": [{"model": "2b"}]}))
+    with pytest.raises(ValueError, match="parallel.json is not what `bench parallel` writes .KeyError: 'precision'"):
+        new_rows()
 
 
 @pytest.mark.parametrize("content, words", [

@@ -1,0 +1,373 @@
+"""The benchmark of several GPUs without one: what is started, how ranks' times become one, what is measured, its tables."""
+import argparse
+import contextlib
+import json
+import subprocess
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+from lowbit_video.app import cli  # noqa: E402
+from lowbit_video.distributed.group import Group, Traffic  # noqa: E402
+from lowbit_video.eval.speed.parallel import attention, decode, step, table, worker  # noqa: E402
+from lowbit_video.eval.speed.parallel.arguments import add_arguments  # noqa: E402
+from lowbit_video.eval.speed.parallel.clock import Clock  # noqa: E402
+from lowbit_video.eval.speed.shapes import Shape  # noqa: E402
+from lowbit_video.runtime import cuda_driver, detect  # noqa: E402
+from ranks import run_threads  # noqa: E402
+
+# --- What is started
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What would have been started, and the script in it; the machine has 4 GPUs."""
+    seen = []
+
+    def run(command, env):
+        script = next((Path(part) for part in command if part.endswith("worker.py")), None)
+        seen.append((command, script and script.read_text(), env))
+        return types.SimpleNamespace(returncode=7)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cuda_driver, "device_count", lambda: 4)
+    return seen
+
+
+GIVEN = ["--parts", "attention", "step", "--shapes", "8k", "--models", "5b", "2b", "--precision", "int8+fp16", "--tiles"]
+
+
+@pytest.mark.parametrize("framework", ["paddle", "torch"])
+def test_a_process_for_each_gpu_is_told_everything(framework, started, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    out = tmp_path / "here.json"
+    assert cli.main(["bench", "parallel", "--gpus", "3", "--framework", framework, "--out", str(out), *GIVEN]) == 7
+    [(command, script, environment)] = started
+    if framework == "torch":
+        assert command[1:6] == ["-m", "torch.distributed.run", "--nproc_per_node=3", "-m",
+                                "lowbit_video.eval.speed.parallel.worker"]
+        rest = command[6:]
+    else:
+        assert command[1:5] == ["-m", "paddle.distributed.launch", "--devices", "0,1,2"]
+        assert "from lowbit_video.eval.speed.parallel.worker import main" in script
+        rest = command[command.index(next(part for part in command if part.endswith("worker.py"))) + 1:]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    told = parser.parse_args(rest)
+    assert vars(told) == dict(framework=framework, parts=["attention", "step"], shapes="8k", models=["5b", "2b"], tiles=True,
+                              precision="int8+fp16", out=out)
+    assert environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_where_to_write_does_not_depend_on_the_folder_of_a_process(started):
+    assert cli.main(["bench", "parallel"]) == 7
+    command, _, _ = started[0]
+    assert command[command.index("--out") + 1] == str(Path("outputs/bench/parallel.json").resolve())
+    assert "--tiles" not in command and command[command.index("--devices") + 1] == "0,1"
+
+
+@pytest.mark.parametrize("gpus", ["5", "1", "0"])
+def test_too_few_gpus_are_said_in_a_line(gpus, started, capsys):
+    assert cli.main(["bench", "parallel", "--gpus", gpus]) == 2 and not started
+    captured = capsys.readouterr()
+    assert f"--gpus {gpus}: this machine has 4 NVIDIA GPUs, and two at least" in captured.err and captured.err.count("\n") == 1
+
+
+# --- The clock
+
+
+class FakeClock(Clock):
+    """A clock without a GPU. now: what the call that just ran took on this rank, ms."""
+
+    def __init__(self, wire, now=lambda: 1.0):
+        self.like = paddle.zeros([1])
+        self.world, self.runtime = Group(wire, range(wire.size), Traffic()), detect.runtime_of(self.like)
+        self.now, self.turns = now, []
+
+    def once(self, call, passes=0):
+        call()
+        self.turns.append(passes)
+        return self.now()
+
+
+def test_a_time_is_the_median_over_turns_of_the_slowest_rank():
+    """Not the slowest rank's median (3), nor that of the ranks' means (2.5)."""
+    own = [{"a": [1, 5, 1], "b": [1, 1, 1]}, {"a": [4, 2, 3], "b": [2, 2, 9]}]
+    assert run_threads(2, lambda wire: FakeClock(wire).medians(own[wire.rank])) == [{"a": 4, "b": 2}] * 2
+
+
+def test_calls_take_turns_every_other_round_backwards():
+    def work(wire):
+        ran, inside = [], []
+        clock = FakeClock(wire, now=lambda: float(len(ran)))
+        calls = {name: lambda name=name: ran.append(name) for name in "ab"}
+        clock.together(calls, rounds=2, passes=5)
+        assert ran == list("abab" "ab" "ba") and clock.turns == [5] * 4  # two rounds that warm, two that count
+
+        @contextlib.contextmanager
+        def around(name):
+            inside.append(name)
+            yield
+            inside.append("/" + name)
+
+        ran.clear()
+        times = clock.together(calls, rounds=3, around=around)
+        assert ran == list("aabb" "bbaa" "aabb")  # the first in a turn does not count
+        assert inside == ["a", "/a", "b", "/b", "b", "/b", "a", "/a", "a", "/a", "b", "/b"]
+        return times
+
+    assert run_threads(2, work) == [{"a": 8.0, "b": 6.0}] * 2
+
+
+# --- What is measured
+
+SHAPE = Shape("tiny", 1, 4, 300, 64)
+TIMES = {"one": 8.0, "one exact": 16.0, "ulysses2, codes": 5.0, "ulysses2, exact": 10.0}
+
+
+def test_attention_on_two_ranks_beside_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(SHAPE.dims).astype(np.float32) for _ in range(3)]
+    monkeypatch.setattr(attention, "make_inputs", lambda *_: [paddle.to_tensor(x) for x in inputs])
+    said = []
+
+    def work(wire):
+        clock = FakeClock(wire)
+        clock.together = lambda calls: {name: TIMES.get(name, 4.0) for name in calls}
+        return attention.measure(SHAPE, "int8+fp16", wire, clock, said.append if wire.rank == 0 else lambda text: None)
+
+    result, other = run_threads(2, work, patience=120)
+    assert result["shares"] == [256, 44] and (result["ranks"], result["shape"]) == (2, [1, 4, 300, 64])
+    methods = result["methods"]
+    assert list(methods) == ["one", "one exact", "ulysses2, 16bit", "ulysses2, codes", "ulysses2, codes, int8 output",
+                             "ring2, 16bit", "ring2, codes", "ulysses2, exact"]
+    assert len(said) == 8 and "ulysses2, codes: 5.000 ms, 80.0 % of ideal" in said[3]
+    share = {name: row["of_ideal"] for name, row in methods.items()}
+    assert share["ulysses2, codes"] == 8 / 2 / 5 and share["ulysses2, exact"] == 16 / 2 / 10 and share["one"] == 0.5
+    errors = {name: row["l1"] for name, row in methods.items()}
+    assert errors == {name: row["l1"] for name, row in other["methods"].items()}, "errors are those of all ranks' rows"
+    assert errors["one exact"] < 1e-6 and errors["ulysses2, exact"] < 1e-6
+    assert 0.002 < errors["one"] < 0.03 and all(abs(error - errors["one"]) < 0.005 for name, error in errors.items()
+                                                if "exact" not in name)
+    assert methods["one"]["bytes"] is None
+    sent = {name: row["bytes"]["sent_total"] for name, row in methods.items() if row["bytes"]}
+    assert sent["ulysses2, codes, int8 output"] < sent["ulysses2, codes"] < sent["ulysses2, 16bit"] == sent["ulysses2, exact"]
+    assert sent["ring2, codes"] < sent["ring2, 16bit"]
+
+
+def test_every_way_to_share_a_step_has_a_name():
+    assert step.splits(2) == {"ring2": dict(cfg=1, ulysses=1, ring=2), "ulysses2": dict(cfg=1, ulysses=2, ring=1),
+                              "cfg2": dict(cfg=2, ulysses=1, ring=1)}
+    assert list(step.splits(3)) == ["ring3", "ulysses3"]
+    assert list(step.splits(4)) == ["ring4", "ulysses2 x ring2", "ulysses4", "cfg2 x ring2", "cfg2 x ulysses2"]
+
+
+class StubModel:
+    """Answers the latents, a thousandth larger where it is shared by a ring; says how it is shared."""
+
+    shared = None
+
+    def rotary_tables(self, frames, height, width):
+        assert (frames, height, width) == (2, 4, 6)
+        return "tables"
+
+    def __call__(self, latents, text, timestep, image_rotary_emb):
+        assert image_rotary_emb == "tables" and text.shape == [2, 226, 4096] and timestep.shape == [2]
+        return latents.astype("float32") * (1.001 if self.shared and self.shared["ring"] > 1 else 1)
+
+
+def test_a_step_by_every_split_beside_one_gpu(monkeypatch):
+    traffic = []
+
+    @contextlib.contextmanager
+    def parallelize(model, exchange, output, wire, **degrees):
+        counted = Traffic()
+        counted.sent["while it was shared out"] = 99
+        traffic.append((degrees, exchange, output))
+        model.shared = degrees
+        yield types.SimpleNamespace(mesh=types.SimpleNamespace(traffic=counted))
+        model.shared = None
+
+    monkeypatch.setattr(step, "apply", lambda model, precision: None)
+    monkeypatch.setattr(step, "parallelize", parallelize)
+    monkeypatch.setitem(step.LATENTS, "2b", (2, 4, 6))
+    models = threading.local()
+
+    def make(name):
+        models.own = StubModel()
+        return models.own
+
+    monkeypatch.setattr(step, "paddle_transformer", make)
+
+    def work(wire):
+        shared = lambda: models.own.shared or {"ring": 0, "cfg": 0}
+        clock = FakeClock(wire, now=lambda: {0: 100.0, 2: 60.0}[shared()["ring"]] if shared()["ring"] != 1 else
+                          50.0 + wire.rank * shared()["cfg"])
+        return step.measure("2b", "int8+fp8", "paddle", wire, clock, lambda text: None, output="int8")
+
+    result, _ = run_threads(2, work)
+    ways = result["ways"]
+    assert [(name, row["ms"], row["of_ideal"]) for name, row in ways.items()] == [
+        ("one", 100, 0.5), ("ring2", 60, pytest.approx(5 / 6)), ("ulysses2", 51, 50 / 51), ("cfg2", 52, 50 / 52)]
+    assert ways["ring2"]["sqnr_db"] == pytest.approx(60, abs=0.1)
+    assert ways["one"]["sqnr_db"] is None and ways["cfg2"]["sqnr_db"] is None
+    assert ways["one"]["bytes"] is None and ways["ring2"]["bytes"]["sent"] == {}  # what was counted before the step is gone
+    assert {(exchange, output) for _, exchange, output in traffic} == {("auto", "int8")} and result["output"] == "int8"
+
+
+@pytest.mark.parametrize("wrong", [None, "all"])
+def test_decoding_by_all_ranks_beside_one(monkeypatch, wrong):
+    class Vae:
+        group = degree = None
+        tiles = False
+
+        def enable_tiling(self):
+            self.tiles = True
+
+        def disable_tiling(self):
+            self.tiles = False
+
+        def decode(self, z):
+            assert (self.group is None) == (self.degree is None)
+            own.ms = {False: {False: 100, True: 300}, True: {False: 55, True: 200}}[bool(self.group)][self.tiles]
+            return z.astype("float32") + (wrong == "all" and bool(self.group) and not self.tiles) + 10 * self.tiles
+
+    own = threading.local()
+    monkeypatch.setattr(decode, "LATENTS", (1, 2, 3, 4, 5))
+    monkeypatch.setattr(decode, "paddle_vae", Vae)
+    result, _ = run_threads(2, lambda wire: decode.measure(
+        wire, FakeClock(wire, lambda: float(own.ms + wire.rank)), lambda text: None, tiled=True))
+    assert {name: row["ms"] for name, row in result["ways"].items()} == {
+        "one": 101, "all": 56, "one, tiles": 301, "all, tiles": 201}
+    assert result["ways"]["all"]["speedup"] == 101 / 56 and result["ways"]["all, tiles"]["speedup"] == 301 / 201
+    assert {name: row["equal"] for name, row in result["ways"].items()} == {
+        "one": True, "all": wrong is None, "one, tiles": True, "all, tiles": True}
+
+
+# --- Tables
+
+STEP = "A step of CogVideoX-2b, int8+fp8"
+
+
+def sent(total, of):
+    return {"sent": {}, "in_16_bit": {}, "sent_total": total, "in_16_bit_total": of, "notes": []}
+
+
+def result_of(framework, **parts):
+    """A result of two GPUs; Paddle's is twice as slow."""
+    times = 2 if framework == "paddle" else 1
+    about = dict(gpu="NVIDIA H100", arch=[9, 0], driver="13.0", framework=framework, python="3.12", commit="abc1234",
+                 versions={"triton": "3.6.0", framework: "9.9"}, ranks=2)
+    methods = {"one": (7.0, 0.5, 0.0389, None), "one exact": (11.0, 0.5, 0.0, None),
+               "ulysses2, codes": (3.8, 0.9211, 0.039, sent(640e6, 1000e6)),
+               "ring2, 16bit": (9.0, 0.3889, 0.0388, sent(1000e6, 1000e6))}
+    layers = [{"shape": [2, 30, 17776, 64], "name": "CogVideoX-2b", "precision": "int8+fp8", "ranks": 2, "shares": [8960, 8816],
+               "methods": {name: dict(ms=times * ms, of_ideal=ideal, l1=l1, bytes=counted)
+                           for name, (ms, ideal, l1, counted) in methods.items()}}]
+    ways = {"one": (500.0, 0.5, None, None), "ring2": (290.0, 0.8621, 59.64, sent(5e6, 10e6)),
+            "cfg2": (254.0, 0.9843, None, sent(2e6, 2e6))}
+    steps = [{"model": "2b", "precision": "int8+fp8", "framework": framework, "ranks": 2, "exchange": "auto", "output": "16bit",
+              "ways": {name: dict(ms=times * ms, of_ideal=ideal, sqnr_db=db, bytes=counted)
+                       for name, (ms, ideal, db, counted) in ways.items()}}]
+    decoded = {"latents": [1, 16, 13, 60, 90], "ranks": 2, "traffic": sent(1, 1), "ways": {
+        "one": dict(ms=4000.0, speedup=1.0, equal=True), "all": dict(ms=2200.0, speedup=1.818, equal=True),
+        "all, tiles": dict(ms=9000.0, speedup=0.444, equal=False)}}
+    return {**about, "attention": layers, "steps": steps, "decode": decoded, **parts}
+
+
+def tables_of(text):
+    """{heading: [{column: cell}]}; every row as wide as its heading."""
+    found, heading, columns = {}, "", None
+    for line in text.splitlines():
+        if line.startswith("#"):
+            heading, columns = line.lstrip("# "), None
+        elif line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if columns is None:
+                columns = cells
+            elif set(line) - set("| -"):
+                assert len(cells) == len(columns), line
+                found.setdefault(heading, []).append(dict(zip(columns, cells)))
+    return found
+
+
+def test_the_page_has_everything_that_was_measured_the_losers_too():
+    page = table.markdown([result_of("paddle", decode=None), result_of("torch")])
+    assert "- Paddle: 2 x NVIDIA H100; triton 3.6.0, paddle 9.9; driver 13.0; commit abc1234\n- PyTorch: 2 x" in page
+    tables = tables_of(page)
+    assert list(tables) == ["Attention of a layer: (2, 30, 17776, 64) CogVideoX-2b, int8+fp8", STEP,
+                            "Decoding 49 frames of 480x720"]
+    layers, steps, decoded = tables.values()
+    assert len(layers) == 8 and layers[2] == {
+        "framework": "Paddle", "GPUs": "2", "method": "ulysses2, codes", "ms": "7.600", "of an even share": "92.1 %",
+        "rel. L1": "0.0390", "MB sent": "640.0", "of 16 bit": "0.640"}
+    assert [layers[7][name] for name in ("method", "of an even share", "of 16 bit")] == ["ring2, 16bit", "38.9 %", "1.000"]
+    assert layers[4] == {"framework": "PyTorch", "GPUs": "1", "method": "one", "ms": "7.000", "of an even share": "",
+                         "rel. L1": "0.0389", "MB sent": "", "of 16 bit": ""}
+    assert [row["SQNR, dB"] for row in steps] == ["", "59.6", "equal"] * 2 and steps[4]["of an even share"] == "86.2 %"
+    assert [(row["framework"], row["way"], row["speed-up"], row["equal to the bit"]) for row in decoded] == [
+        ("PyTorch", "one", "", "yes"), ("PyTorch", "all", "1.82x", "yes"), ("PyTorch", "all, tiles", "0.44x", "NO")]
+
+
+def test_what_was_not_measured_is_left_out():
+    assert list(tables_of(table.markdown([result_of("torch", attention=[], decode=None)]))) == [STEP]
+    assert tables_of(table.markdown([result_of("torch", attention=[], steps=[], decode=None)])) == {}
+
+
+def test_the_short_table_has_frameworks_side_by_side(capsys, tmp_path):
+    files = []
+    for framework, parts in (("torch", {}), ("paddle", dict(attention=[]))):
+        files.append(tmp_path / f"{framework}.json")
+        files[-1].write_text(json.dumps(result_of(framework, **parts)))
+    table.main([*map(str, files), "--short"])
+    rows = tables_of(capsys.readouterr().out)[""]
+    by_what = {row["on several GPUs"]: row for row in rows}
+    assert list(by_what) == [
+        *(f"a layer's attention, 17776 tokens: {name}" for name in ("one GPU", "ulysses2, codes", "ring2, 16bit")),
+        *(f"a step of 2b: {name}" for name in ("one GPU", "ring2", "cfg2")),
+        *(f"decoding 49 frames of 480x720: {name}" for name in ("one GPU", "all GPUs", "all GPUs, tiles"))]
+    assert list(rows[0]) == ["on several GPUs", "Paddle", "PyTorch", "bytes of 16 bit", "how equal"]
+    assert list(rows[1].values())[1:] == ["", "3.80 ms (92.1 %)", "0.640", "L1 0.0390"]
+    assert list(by_what["a step of 2b: ring2"].values())[1:] == [
+        "580 ms (86.2 %)", "290 ms (86.2 %)", "0.500", "59.6 dB to one GPU"]
+    assert list(by_what["a step of 2b: cfg2"].values())[-1] == "equal to one GPU" and rows[3]["how equal"] == ""
+    assert list(by_what["decoding 49 frames of 480x720: all GPUs, tiles"].values())[2:] == [
+        "9.00 s (0.44x)", "", "DIFFERS from one GPU"]
+    table.main([str(files[0]), "--short"])
+    assert list(tables_of(capsys.readouterr().out)[""][0]) == ["on several GPUs", "PyTorch", "bytes of 16 bit", "how equal"]
+
+
+def test_rank_0_writes_figures_and_page_after_each_part(monkeypatch, tmp_path):
+    own, kept = threading.local(), result_of("paddle")
+    out = tmp_path / "new folder" / "parallel.json"
+    seen = []
+    monkeypatch.setattr(worker, "wire_and_like", lambda framework: (own.wire, None))
+    monkeypatch.setattr(worker, "Clock", lambda wire, like: None)
+    about = {name: kept[name] for name in ("gpu", "driver", "framework", "versions", "commit")}
+    monkeypatch.setattr(worker.bench, "environment", lambda framework: about)
+    monkeypatch.setattr(worker.attention, "measure", lambda *_: kept["attention"][0])
+
+    def measure_step(*_):
+        if own.wire.rank == 0:
+            seen.append(json.loads(out.read_text()))
+        return kept["steps"][0]
+
+    monkeypatch.setattr(worker.step, "measure", measure_step)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--out", str(out), "--parts", "attention", "step", "--shapes", "CogVideoX-2b"])
+
+    def work(wire):
+        own.wire = wire
+        worker._measure(args)
+
+    run_threads(2, work)
+    written = json.loads(out.read_text())
+    assert seen[0]["attention"] == kept["attention"] == written["attention"] and seen[0]["steps"] == []
+    assert written["steps"] == kept["steps"] and written["ranks"] == 2 and written["decode"] is None
+    assert sorted(path.name for path in out.parent.iterdir()) == ["parallel.json", "parallel.md"]
+    assert out.with_suffix(".md").read_text() == table.markdown([written])
