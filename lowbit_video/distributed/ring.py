@@ -13,6 +13,7 @@ from typing import Any
 from lowbit_video.kernels.exchange.layout import layout_of
 
 from ..engine import codes as engine
+from ..engine.checks import check_finite
 from ..engine.codes import AttentionCodes, Codes
 from ..engine.options import AttentionOptions
 from ..errors import UnsupportedError
@@ -104,6 +105,7 @@ class Ring:
         if reason is not None:
             self.group.traffic.note(f"in 16 bits: {reason}")
             return None
+        check_finite(options, runtime, q=q, k=k, v=v)
         return options.scaled(runtime.shape(q)[-1])
 
     def _round(self, keys: Codes, queries: Callable[[], AttentionCodes], counts, is_causal: bool, whole_lse: bool,

@@ -15,6 +15,7 @@ from typing import Any
 from lowbit_video.kernels.exchange.layout import Copy, Kind, Layout, joins, layout_of
 
 from ..engine import codes as engine
+from ..engine.checks import check_finite
 from ..engine.codes import AttentionCodes, Codes
 from ..engine.options import AttentionOptions
 from ..errors import UnsupportedError
@@ -90,6 +91,7 @@ class Ulysses:
         if reason is not None:
             self.group.traffic.note(f"in 16 bits: {reason}")
             return None
+        check_finite(options, runtime, q=q, k=k, v=v)
         return options.scaled(runtime.shape(q)[-1])
 
     def _by_codes(self, q, k, v, counts, options: AttentionOptions, is_causal: bool, return_lse: bool, runtime: Runtime) -> Any:
