@@ -100,7 +100,7 @@ class Ring:
         options = on_the_wire(self.inner.options(is_causal, scale, return_lse), self.exchange)
         try:
             reason = engine.why_no_codes(q, k, v, replace(options, return_lse=True), runtime, sum(counts[0]), sum(counts[1]))
-        except UnsupportedError:
+        except (UnsupportedError, TypeError):
             return None  # the attention itself will say so, or fall back
         if reason is not None:
             self.group.traffic.note(f"in 16 bits: {reason}")

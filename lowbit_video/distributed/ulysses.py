@@ -84,7 +84,7 @@ class Ulysses:
         options = on_the_wire(self.inner.options(is_causal, scale, return_lse), self.exchange)
         try:
             reason = engine.why_no_codes(q, k, v, options, runtime, sum(counts[0]), sum(counts[1]))
-        except UnsupportedError:
+        except (UnsupportedError, TypeError):
             return None  # the attention itself will say so, or fall back
         if reason is None and engine.kind_of(q, options, runtime).joins_blocks and any(b % 128 for b in begins(counts[1])):
             reason = f"shares of {', '.join(map(str, counts[1]))} tokens are not whole blocks of 128"
