@@ -5,8 +5,8 @@ from typing import Any
 
 from lowbit_video.kernels.exchange.layout import layout_of
 
+from .engine import checks
 from .engine import codes as engine
-from .engine.checks import require_finite
 from .engine.codes import AttentionCodes, Codes
 from .engine.options import options_of
 from .errors import UnsupportedError
@@ -32,8 +32,7 @@ def prequantize(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16"
     reason = engine.why_no_codes(q, k, v, options, runtime)
     if reason is not None:
         raise UnsupportedError(f"these tensors cannot be kept as codes: {reason}; use attention()")
-    if check_finite or (check_finite is None and runtime.is_cpu(q)):
-        require_finite(runtime, q=q, k=k, v=v)
+    checks.check_finite(options, runtime, q=q, k=k, v=v)
     batch, q_len, heads, head_dim = runtime.shape(q)
     options, kind = options.scaled(head_dim), engine.kind_of(q, options, runtime)
     found = engine.statistics(q, k, v, options, runtime)

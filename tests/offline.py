@@ -18,6 +18,11 @@ from triton.runtime import driver, jit
 from lowbit_video.kernels.attention import portable
 from lowbit_video.kernels.attention.hopper import launch as hopper
 from lowbit_video.kernels.buffers import Buffer
+from lowbit_video.kernels.exchange.combine_stats import launch_combine_stats
+from lowbit_video.kernels.exchange.copy_parts import launch_copy_parts, table_of
+from lowbit_video.kernels.exchange.dequant_rows import launch_dequant_rows
+from lowbit_video.kernels.exchange.layout import Copy
+from lowbit_video.kernels.exchange.merge import launch_merge
 from lowbit_video.kernels.formats import BLOCK_K, FORMAT_OF_DTYPE, QK_FORMATS, scale_block
 from lowbit_video.kernels.operands import Operand, Packed, Sequences, codes_of, v_codes_of
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
@@ -115,6 +120,17 @@ class Quantisers(NamedTuple):
         return f"{sm(self.arch)} quantisers D{self.head_dim} {self.dtype}"
 
 
+class Exchange(NamedTuple):
+    """The builds of the kernels that cut, join and merge what several GPUs send each other; results in `dtype`."""
+
+    arch: tuple[int, int]
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{sm(self.arch)} exchange D{self.head_dim} {self.dtype}"
+
+
 class Hopper(NamedTuple):
     """One build of the Hopper kernel; lse: none, "lse", or "shifted" by what K smoothing took."""
 
@@ -189,6 +205,19 @@ def _launch_quantisers(case: Quantisers) -> None:
             launch_quant_v(x, v_codes_of(x, buffer("uint8"), float32, sequences is not None), sequences)
 
 
+def _launch_exchange(case: Exchange) -> None:
+    x, float32, int32 = operand((2, 15, 8960, case.head_dim), case.dtype), buffer("float32"), buffer("int32")
+    launch_combine_stats(float32, float32, float32, n=2 * 30 * case.head_dim, shares=2, means=1, statistics=2)
+    row = 64 * case.head_dim
+    for count in (row, row + 4):  # copied by 16 bytes, and by 4
+        rows = table_of([Copy(0, 70 * row, 0, row, 0, 70 * row, 0, row, 70, row), Copy(0, 0, 0, 0, 0, 0, 0, 0, 1, count, True)])
+        launch_copy_parts(int32, int32, int32, buffer("int64"), rows, batch=2, heads=15)
+    launch_dequant_rows(codes_of(x, "int8", buffer("int8"), float32, None)._replace(scale_strides=(15 * 8960, 8960)), x)
+    for tokens_first in (True, False):
+        for result in ("float32", case.dtype):
+            launch_merge(float32, float32, x.buffer, float32, buffer(result), shape=x.shape, tokens_first=tokens_first)
+
+
 def _launch_hopper(case: Hopper) -> None:
     x, float32 = operand((2, 6, 1000, case.head_dim), case.dtype), buffer("float32")
     codes = codes_of(x, case.qk, buffer("int8"), float32, None), codes_of(x, case.qk, buffer("int8"), float32, BLOCK_K)
@@ -204,9 +233,10 @@ def code_of(ptx: str) -> str:
     return "\n".join(line for line in lines if line and not re.match(r"\.loc\b|\$L__(?:tmp|func_)", line))
 
 
-def compiled(case: Attention | Quantisers | Hopper) -> list[Any]:
+def compiled(case: Attention | Quantisers | Exchange | Hopper) -> list[Any]:
     """The kernels that a case launches, in their order."""
-    launch = {Attention: _launch_attention, Quantisers: _launch_quantisers, Hopper: _launch_hopper}[type(case)]
+    launch = {Attention: _launch_attention, Quantisers: _launch_quantisers, Exchange: _launch_exchange,
+              Hopper: _launch_hopper}[type(case)]
     with compiling(case.arch) as kernels:
         launch(case)
     return kernels
@@ -225,7 +255,7 @@ def ptxas(kernel: Any) -> dict[str, Any]:
                 tensor_ops=sorted(set(re.findall(r"\b[HIQ]GMMA\.\S+", sass))))
 
 
-def build(case: Attention | Quantisers | Hopper) -> list[Built]:
+def build(case: Attention | Quantisers | Exchange | Hopper) -> list[Built]:
     """What is recorded of a case's kernels; runs in any process, so that several can share the work."""
     found = []
     for kernel in compiled(case):

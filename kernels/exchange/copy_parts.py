@@ -32,6 +32,8 @@ def copy_parts_kernel(source, second, target, table, row_blocks, column_blocks, 
     i_h, i_b = tl.program_id(1), tl.program_id(2)
     p_c = table + i_c * NUMBERS
     columns, total = tl.load(p_c + 9), tl.load(p_c + 10)
+    if VECTOR > 1:
+        columns, total = tl.multiple_of(columns, VECTOR), tl.multiple_of(total, VECTOR)
     i_row, i_col = i_tile // column_blocks * ROWS, i_tile % column_blocks * COLUMNS
     if (i_row * columns < total) & (i_col < columns):
         o_r, o_c = i_row + tl.arange(0, ROWS), i_col + tl.arange(0, COLUMNS)

@@ -119,7 +119,8 @@ class Group:
         return f"ranks {', '.join(map(str, self.ranks))}"
 
 
-ITEM_SIZES = {"int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+ITEM_SIZES = {"int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4,
+              "float64": 8, "int64": 8}
 """Bytes of an element, by dtype."""
 
 

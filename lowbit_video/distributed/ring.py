@@ -13,6 +13,7 @@ from typing import Any
 from lowbit_video.kernels.exchange.layout import layout_of
 
 from ..engine import codes as engine
+from ..engine.checks import check_finite
 from ..engine.codes import AttentionCodes, Codes
 from ..engine.options import AttentionOptions
 from ..errors import UnsupportedError
@@ -99,11 +100,12 @@ class Ring:
         options = on_the_wire(self.inner.options(is_causal, scale, return_lse), self.exchange)
         try:
             reason = engine.why_no_codes(q, k, v, replace(options, return_lse=True), runtime, sum(counts[0]), sum(counts[1]))
-        except UnsupportedError:
+        except (UnsupportedError, TypeError):
             return None  # the attention itself will say so, or fall back
         if reason is not None:
             self.group.traffic.note(f"in 16 bits: {reason}")
             return None
+        check_finite(options, runtime, q=q, k=k, v=v)
         return options.scaled(runtime.shape(q)[-1])
 
     def _round(self, keys: Codes, queries: Callable[[], AttentionCodes], counts, is_causal: bool, whole_lse: bool,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..engine import codes as engine
+from ..engine.checks import check_finite
 from ..engine.options import AttentionOptions
 from ..errors import UnsupportedError
 from ..hook.attend import Attend, coded
@@ -77,13 +78,14 @@ class Ulysses:
         options = on_the_wire(self.inner.options(is_causal, scale, return_lse), self.exchange)
         try:
             reason = engine.why_no_codes(q, k, v, options, runtime, sum(counts[0]), sum(counts[1]))
-        except UnsupportedError:
+        except (UnsupportedError, TypeError):
             return None  # the attention itself will say so, or fall back
         if reason is None and engine.kind_of(q, options, runtime).joins_blocks and any(b % 128 for b in begins(counts[1])):
             reason = f"shares of {', '.join(map(str, counts[1]))} tokens are not whole blocks of 128"
         if reason is not None:
             self.group.traffic.note(f"in 16 bits: {reason}")
             return None
+        check_finite(options, runtime, q=q, k=k, v=v)
         return options.scaled(runtime.shape(q)[-1])
 
     def _by_codes(self, q, k, v, counts, options: AttentionOptions, is_causal: bool, return_lse: bool, runtime: Runtime) -> Any:

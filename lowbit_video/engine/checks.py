@@ -70,6 +70,13 @@ def _aligned(x: Any, runtime: Runtime, item_size: int) -> bool:
         x.data_ptr() % 16 == 0 and all(stride * item_size % 16 == 0 for stride, length in steps if length > 1))
 
 
+def check_finite(options: AttentionOptions, runtime: Runtime, **tensors: Any) -> None:
+    """`require_finite` where the options ask for it: on a CPU unless they say no, on a GPU only if they say yes."""
+    asked = options.check_finite
+    if asked or (asked is None and all(runtime.is_cpu(tensor) for tensor in tensors.values())):
+        require_finite(runtime, **tensors)
+
+
 def require_finite(runtime: Runtime, **tensors: Any) -> None:
     """Raises NonFiniteError that names the tensor and counts its NaN and infinite elements."""
     for name, tensor in tensors.items():

@@ -76,15 +76,15 @@ def encode(x: tuple[Any, Any, Any], found: Any, head: int, layout: Layout, parts
 def copy_parts(sources: Sequence[Any], target: Any, copies: Sequence[Copy], batch: int, heads: int, runtime: Runtime) -> None:
     memory = _bytes(target, runtime).copy()
     exchange.copy_parts([_bytes(one, runtime) for one in sources], memory, copies, batch, heads)
-    dtype = runtime.dtype_name(target)
-    array = memory.view(DTYPES.get(dtype, dtype)).reshape(runtime.shape(target))
-    target[:] = runtime.from_numpy(array, target, dtype)
+    flat = runtime.view(runtime.from_numpy(memory, target, "uint8"), runtime.dtype_name(target))
+    target[:] = flat.reshape(list(runtime.shape(target)))
 
 
 def _bytes(x: Any, runtime: Runtime) -> np.ndarray:
     """A contiguous tensor's memory, as uint8 [bytes]."""
     dtype = runtime.dtype_name(x)
-    return np.ascontiguousarray(runtime.to_numpy(x)).astype(DTYPES.get(dtype, dtype), copy=False).reshape(-1).view(np.uint8)
+    with np.errstate(invalid="ignore"):  # memory that nobody has written yet may be anything
+        return np.ascontiguousarray(runtime.to_numpy(x)).astype(DTYPES.get(dtype, dtype), copy=False).reshape(-1).view(np.uint8)
 
 
 def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool, return_lse: bool, target: Target) -> Any:

@@ -7,7 +7,7 @@ from lowbit_video.kernels.variants import KernelVariant
 
 from ..runtime import detect
 from . import cpu, gpu, replay
-from .checks import request_of, require_finite
+from .checks import check_finite, request_of
 from .options import AttentionOptions
 from .packing import Packing
 from .select import select, warn_if_slower
@@ -35,7 +35,6 @@ def run(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | No
     request = request_of(q, k, v, options, packing, runtime)
     variant = select(request, options.backend)
     warn_if_slower(variant, request)
-    if options.check_finite or (options.check_finite is None and request.device == "cpu"):
-        require_finite(runtime, q=q, k=k, v=v)
+    check_finite(options, runtime, q=q, k=k, v=v)
     out, lse = ENGINES[variant.device](variant, request, (q, k, v), options.scaled(request.head_dim), packing, runtime, key)
     return out, lse, variant

@@ -14,8 +14,8 @@ import paddle.nn.functional as F
 from . import cuda_driver, triton_driver
 
 NAME = "paddle"
-_DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16, "float32": paddle.float32, "int8": paddle.int8,
-           "uint8": paddle.uint8, "int32": paddle.int32, "float8_e4m3fn": paddle.float8_e4m3fn}
+_DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16, "float32": paddle.float32, "float64": paddle.float64,
+           "int8": paddle.int8, "uint8": paddle.uint8, "int32": paddle.int32, "float8_e4m3fn": paddle.float8_e4m3fn}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

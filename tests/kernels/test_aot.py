@@ -11,7 +11,7 @@ from lowbit_video.kernels import tuning  # noqa: E402
 from lowbit_video.kernels.variants import VARIANTS  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 
-from offline import Attention, Quantisers, sm  # noqa: E402
+from offline import Attention, Exchange, Quantisers, sm  # noqa: E402
 
 ARCHS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -73,6 +73,7 @@ def attention_cases(arch):
 ATTENTION = [case for arch in ARCHS for case in attention_cases(arch)]
 ATTENTION += [Attention(arch, "int8", "int8", "fp16", 72) for arch in ((8, 9), (9, 0))]  # rows of 72 bytes: no 16 at a time
 QUANTISERS = [Quantisers(arch) for arch in ARCHS]
+EXCHANGES = [Exchange((9, 0)), Exchange((8, 0), 72, "float16"), Exchange((12, 0), 128, "float32")]
 
 
 def instructions(case):
@@ -109,6 +110,16 @@ def test_quantisers_compile(case, built):
         assert kernel.stack <= STACK.get(str(case), 0), kernel
         # rows come in as 16 bytes a thread
         assert "fold" in kernel.name or kernel.wide_loads, kernel
+
+
+@pytest.mark.parametrize("case", EXCHANGES, ids=str)
+def test_exchanges_compile(case, built):
+    kernels = built(case)
+    assert [kernel.name for kernel in kernels] == ["combine_stats_kernel", *["copy_parts_kernel"] * 2, "dequant_rows_kernel",
+                                                   *["merge_kernel"] * 4]
+    assert all(kernel.stack == 0 for kernel in kernels), kernels
+    by_vectors, by_words = kernels[1:3]
+    assert by_vectors.wide_loads and not by_words.wide_loads
 
 
 def test_every_tile_of_the_table_is_compiled():
