@@ -371,3 +371,11 @@ def test_rank_0_writes_figures_and_page_after_each_part(monkeypatch, tmp_path):
     assert written["steps"] == kept["steps"] and written["ranks"] == 2 and written["decode"] is None
     assert sorted(path.name for path in out.parent.iterdir()) == ["parallel.json", "parallel.md"]
     assert out.with_suffix(".md").read_text() == table.markdown([written])
+
+
+def test_the_readme_shows_what_was_measured():
+    root = Path(__file__).parents[2]
+    shown = (root / "README.md").read_text().partition("<!-- parallel:begin -->\n")[2].partition("<!-- parallel:end -->")[0]
+    files = sorted((root / "eval" / "speed" / "results").glob("parallel_*.json"))
+    assert shown == table.short([json.loads(file.read_text()) for file in files]), (
+        "put what `python -m lowbit_video.eval.speed.parallel.table eval/speed/results/parallel_*.json --short` prints there")
