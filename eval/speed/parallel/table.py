@@ -29,18 +29,20 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def short(results: Sequence[Result]) -> str:
-    """The README's table: frameworks side by side, without exact attention."""
+    """The README's table: frameworks side by side, without exact attention; what else differs between them is shown of both."""
     frameworks = [name for name in FRAMEWORKS if any(result["framework"] == name for result in results)]
-    cells: dict[str, dict[str, str]] = {}
-    rest: dict[str, tuple[str, str]] = {}
+    cells: dict[str, dict[str, Sequence[str]]] = {}
     for part in (_attention_lines, _step_lines, _decode_lines):
         for result in results:
-            for title, time, *more in part(result):
-                cells.setdefault(title, {})[result["framework"]] = time
-                rest[title] = tuple(more)
+            for title, *found in part(result):
+                cells.setdefault(title, {})[result["framework"]] = found
+    rows = []
+    for title, found in cells.items():
+        there = [found[name] for name in frameworks if name in found]
+        both = [" / ".join(dict.fromkeys(one[column] for one in there)) for column in (1, 2)]
+        rows.append([title, *(found[name][0] if name in found else "" for name in frameworks), *both])
     columns = ("on several GPUs", *(FRAMEWORKS[name] for name in frameworks), "bytes of 16 bit", "how equal")
-    return "\n".join(_table(columns, [[title, *(cells[title].get(name, "") for name in frameworks), *rest[title]]
-                                      for title in cells])) + "\n"
+    return "\n".join(_table(columns, rows)) + "\n"
 
 
 def _machine(result: Result) -> str:
