@@ -101,7 +101,7 @@ def _step_lines(result: Result) -> Iterator[tuple[str, str, str, str]]:
         for name, row in step["ways"].items():
             sqnr = _sqnr(name, row)
             yield (f"a step of {step['model']}: {_whole(name)}", _time(name, row, f"{row['ms']:.0f}"), _bytes(row["bytes"])[1],
-                   sqnr and ("equal to one GPU" if row["sqnr_db"] is None else f"{sqnr} dB to one GPU"))
+                   sqnr and ("equal" if row["sqnr_db"] is None else f"{sqnr} dB"))
 
 
 def _decode_lines(result: Result) -> Iterator[tuple[str, str, str, str]]:
@@ -110,7 +110,7 @@ def _decode_lines(result: Result) -> Iterator[tuple[str, str, str, str]]:
             alone = name.startswith("one")
             yield (f"decoding {_clip(result['decode'])}: {_whole(name)}",
                    f"{row['ms'] / 1e3:.2f} s" + ("" if alone else f" ({row['speedup']:.2f}x)"), "",
-                   "" if alone else "equal to one GPU" if row["equal"] else "DIFFERS from one GPU")
+                   "" if alone else "equal" if row["equal"] else "DIFFERS")
 
 
 def _clip(decode: Mapping[str, Any]) -> str:
