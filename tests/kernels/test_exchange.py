@@ -107,6 +107,8 @@ def test_shares_joined_are_the_codes_of_the_whole():
 def test_a_share_that_is_not_whole_blocks_cannot_follow():
     share, whole = layout_of(KINDS[0], 1, 1, 60, 60, heads_first=True), layout_of(KINDS[0], 1, 1, 0, 160)
     joins(share, 0, whole, 0, 0)
+    with pytest.raises(AssertionError, match="not a whole block"):
+        joins(share, 0, whole, 0, 64)
     with pytest.raises(AssertionError, match="k_scale of a share that begins at token 100 cannot be joined: not a whole block"):
         joins(share, 0, whole, 0, 100)
     assert len(joins(share, 0, layout_of(KINDS[0], 1, 1, 160, 0), 0, 100)) == 3  # Q's parts go by token
