@@ -85,7 +85,8 @@ def together(framework, case: Case, heads_by=1, ring_of=1, shares=None, kv_share
         for x, array in zip(tensors, before):
             np.testing.assert_array_equal(framework.numpy(x), array, err_msg="the tensors that were given have changed")
         out, lse = result if case.lse else (result, None)
-        assert out.dtype == tensors[0].dtype and list(out.shape) == list(tensors[0].shape) and out.is_contiguous()
+        assert out.dtype == tensors[0].dtype and list(out.shape) == list(tensors[0].shape)
+        assert size == 1 or out.is_contiguous()
         return framework.numpy(out), None if lse is None else framework.numpy(lse), mesh.world.traffic.as_dict()
 
     outs, lses, traffic = zip(*run_threads(size, work, patience))
@@ -99,7 +100,7 @@ def row_db(value, exact):
         return np.where(noise == 0, np.inf, 10 * np.log10((exact**2).sum(-1) / noise))
 
 
-def assert_as_good(got: Result, alone: Result, exact, case: Case, near_db, loss_db=0.05, row_loss_db=6.0, lse_atol=5e-3) -> None:
+def assert_as_good(got: Result, alone: Result, exact, case: Case, near_db, loss_db=0.05, row_loss_db=6.0, lse_atol=5e-3):
     """As near to exact attention as one rank's result, all in all and row by row, and near that itself; the LSE as well.
 
     near_db: what is computed from the same codes differs by rounding alone.
@@ -123,5 +124,5 @@ def assert_exact(got: Result, exact, case: Case) -> None:
         np.testing.assert_allclose(got.lse, exact[1], atol=2e-5)
 
 
-def arrays(tokens=600, heads=7, batch=2, dim=32, seed=0, **more):
+def arrays(tokens=450, heads=5, batch=2, dim=32, seed=0, **more):
     return qkv(batch=batch, heads=heads, q_len=tokens, dim=dim, seed=seed, **more)

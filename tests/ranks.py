@@ -94,6 +94,26 @@ def run_threads(size, work, patience=60, rendezvous=False):
     return results
 
 
+def launch_torch(script, ranks, folder, *arguments, timeout=240):
+    """Runs a script on `ranks` processes by torchrun; what each rank wrote as JSON to $RANK_OUT/<rank>.json.
+
+    Raises AssertionError with the output unless the status is 0.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(script),
+               *map(str, arguments)]
+    done = subprocess.run(command, env=_environment(folder), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return [json.load(open(os.path.join(folder, f"{rank}.json"))) for rank in range(ranks)]
+
+
+def _environment(folder):
+    """Of a launcher: one thread a rank, this tree first, and where ranks write."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = [root, os.path.join(root, "tests"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "RANK_OUT": str(folder), "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "OMP_NUM_THREADS": "1"}
+
+
 def launch(script, ranks, folder, *arguments, timeout=240, environment=None, check=True):
     """Runs a script on `ranks` processes by paddle.distributed.launch.
 
@@ -101,10 +121,7 @@ def launch(script, ranks, folder, *arguments, timeout=240, environment=None, che
     check: raise AssertionError with the logs unless the status is 0.
     """
     folder = str(folder)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths = [root, os.path.join(root, "tests"), os.environ.get("PYTHONPATH", "")]
-    variables = {**os.environ, "RANK_OUT": folder, "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-                 "OMP_NUM_THREADS": "1", **(environment or {})}
+    variables = {**_environment(folder), **(environment or {})}
     variables.pop("CUDA_VISIBLE_DEVICES", None)  # Paddle's launcher fails on an empty one
     command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks), "--log_dir",
                os.path.join(folder, "log"), str(script), *map(str, arguments)]

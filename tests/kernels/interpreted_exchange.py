@@ -72,6 +72,16 @@ def test_copies_in_one_piece(words, monkeypatch):
     assert vector == (1 if words % 4 else 4)
 
 
+@pytest.mark.parametrize("words, rows", [(6, 5), (6, 1), (510, 3)], ids=str)
+def test_a_vector_never_reaches_past_the_end_of_a_row(words, rows, monkeypatch):
+    """Where everything begins at a vector, and only the count is none."""
+    row = 16 * -(-words // 4)
+    one = Copy(16, 0, rows * row, row, 32, 0, rows * row, row, rows, 4 * words)
+    got, wanted, vector = copied([one], (3 * rows * row, 64, 3 * rows * row), 1, 2, monkeypatch)
+    np.testing.assert_array_equal(got, wanted)
+    assert vector == 1
+
+
 def test_copies_of_rows_beside_one_piece(monkeypatch):
     rows = Copy(0, 0, 40 * 48, 48, 0, 0, 40 * 64, 64, 40, 48)
     piece = Copy(0, 0, 3200, 0, 5120, 0, 3200, 0, 1, 3200, second=True)

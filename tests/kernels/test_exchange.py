@@ -20,21 +20,19 @@ KINDS = [Kind(32, "int8", "int8", "fp8", "block", "float16", shift=True),
 LENGTHS = [(1, 1), (130, 257), (128, 0), (0, 300)]
 
 
-@pytest.mark.parametrize("records", [False, True], ids=["whole", "records"])
+@pytest.mark.parametrize("heads_first", [False, True], ids=["batch_first", "heads_first"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_every_byte_of_every_part_is_its_own(kind, records):
+def test_every_byte_of_every_part_is_its_own(kind, heads_first):
     for q_len, kv_len in LENGTHS:
-        layout = layout_of(kind, 2, 3, q_len, kv_len, records)
-        assert layout.record % ALIGNMENT == layout.size % ALIGNMENT == 0
+        layout = layout_of(kind, 2, 3, q_len, kv_len, heads_first)
+        assert layout.size % ALIGNMENT == 0 and all(part.offset % ALIGNMENT == 0 for part in layout.parts.values())
         owners = np.zeros(layout.size, np.int32)
-        for name in layout.parts:
-            part = layout.parts[name]
-            assert part.offset % ALIGNMENT == 0
-            strides = [4 * stride for stride in layout.strides(name)]
+        for name, part in layout.parts.items():
             shape = (2, 3, part.rows, part.row_bytes(layout.tokens(part)))
+            strides = [4 * stride for stride in layout.strides(name)]
             view = np.lib.stride_tricks.as_strided(owners[part.offset:], shape, (*strides, 4))
             view += 1
-        assert owners.max() == 1 and layout.size - owners.sum() < ALIGNMENT * len(layout.parts) * (3 if records else 1)
+        assert owners.max() == 1 and layout.size - owners.sum() < ALIGNMENT * len(layout.parts)
         rng, memory, written = np.random.default_rng(0), np.zeros(layout.size, np.uint8), {}
         for name in layout.parts:
             view = reference.part_of(memory, layout, name)
@@ -61,11 +59,11 @@ def test_where_parts_lie_by_hand():
     assert offsets == {"q_codes": 0, "q_scale": 24960, "lse_shift": 28160, "k_codes": 31360, "k_scale": 80768, "v": 80896}
     assert layout.strides("q_codes") == (3 * 4160, 4160, 4160) and layout.strides("k_scale") == (3 * 12, 12, 12)
     assert layout.strides("v") == (3 * 32 * 384, 32 * 384, 384) and layout.size == 80896 + 2 * 3 * 32 * 384
-    layout = layout_of(KINDS[0], 2, 3, 130, 257, records=True)
-    offsets = {name: part.offset for name, part in layout.parts.items()}
-    assert offsets == {"q_codes": 0, "q_scale": 8320, "lse_shift": 9472, "k_codes": 10624, "k_scale": 27136, "v": 27264}
-    assert layout.record == 27264 + 2 * 32 * 384 and layout.size == 3 * layout.record
-    assert layout.strides("q_codes") == (4160, layout.record, 4160) and layout.strides("v") == (32 * 384, layout.record, 384)
+    assert layout.order == (2, 3)
+    turned = layout_of(KINDS[0], 2, 3, 130, 257, heads_first=True)
+    assert turned.parts == layout.parts and turned.size == layout.size and turned.order == (3, 2)
+    assert turned.strides("q_codes") == (4160, 2 * 4160, 4160) and turned.strides("k_scale") == (12, 2 * 12, 12)
+    assert turned.strides("v") == (32 * 384, 2 * 32 * 384, 384)
 
 
 def fill(memory, layout, k, v, q, begin=0):
@@ -83,7 +81,7 @@ def fill(memory, layout, k, v, q, begin=0):
 
 
 def test_shares_joined_are_the_codes_of_the_whole():
-    """Records of three ranks, one of them in a second memory, joined into Q's and K's codes that follow each other."""
+    """Codes of three ranks, one of them in a second memory, joined into Q's and K's codes that follow each other."""
     kind, q_shares, kv_shares = KINDS[0], (50, 7, 100), (128, 256, 1)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in qkv(batch=2, heads=3, q_len=157, kv_len=385, dim=32))
     targets = layout_of(kind, 2, 3, 157, 0), layout_of(kind, 2, 3, 0, 385)
@@ -91,7 +89,7 @@ def test_shares_joined_are_the_codes_of_the_whole():
     wanted = np.zeros(sum(target.size for target in targets), np.uint8)
     for begin, target in zip(begins, targets):
         fill(wanted, target, k, v, q, begin)
-    layouts = [layout_of(kind, 2, 3, *lengths, records=True) for lengths in zip(q_shares, kv_shares)]
+    layouts = [layout_of(kind, 2, 3, *lengths, heads_first=True) for lengths in zip(q_shares, kv_shares)]
     sources, copies = [np.zeros(256 + layouts[0].size + layouts[2].size, np.uint8), np.zeros(layouts[1].size, np.uint8)], []
     places = [(0, 256), (1, 0), (0, 256 + layouts[0].size)]
     for rank, (layout, (source, begin)) in enumerate(zip(layouts, places)):
@@ -107,12 +105,14 @@ def test_shares_joined_are_the_codes_of_the_whole():
 
 
 def test_a_share_that_is_not_whole_blocks_cannot_follow():
-    share, whole = layout_of(KINDS[0], 1, 1, 60, 60, records=True), layout_of(KINDS[0], 1, 1, 0, 160)
+    share, whole = layout_of(KINDS[0], 1, 1, 60, 60, heads_first=True), layout_of(KINDS[0], 1, 1, 0, 160)
     joins(share, 0, whole, 0, 0)
+    with pytest.raises(AssertionError, match="not a whole block"):
+        joins(share, 0, whole, 0, 64)
     with pytest.raises(AssertionError, match="k_scale of a share that begins at token 100 cannot be joined: not a whole block"):
         joins(share, 0, whole, 0, 100)
     assert len(joins(share, 0, layout_of(KINDS[0], 1, 1, 160, 0), 0, 100)) == 3  # Q's parts go by token
-    by_token = layout_of(KINDS[2], 1, 1, 60, 60, records=True)
+    by_token = layout_of(KINDS[2], 1, 1, 60, 60, heads_first=True)
     assert len(joins(by_token, 0, layout_of(KINDS[2], 1, 1, 0, 160), 0, 100)) == 3
 
 

@@ -63,7 +63,7 @@ def test_without_lse_and_with_a_scale(framework):
 
 @pytest.mark.parametrize("precision, loss_db", [("int8+fp8", 0.3), ("int4+fp16", 0.3), ("exact", 300)], ids=str)
 def test_output_in_int8(framework, precision, loss_db):
-    """Rows that come back as codes: as many bits as attention itself has. Exact attention has no codes: they come as they are."""
+    """Rows that come back as codes: as many bits as attention has itself. Exact attention's come as they are."""
     for causal in (False, True):
         case = Case(arrays(), precision, causal)
         got = together(framework, case, 3, output="int8")
@@ -80,8 +80,7 @@ def test_output_in_int8(framework, precision, loss_db):
     ("16bit", "int8+fp8", "int8+fp8"), ("auto", "int8+fp8", "int8+fp8"), ("int8", "int8/int4+fp8", "int8+fp8"),
     ("int8", "int8/int2+fp16", "int8+fp16"), ("int4", "int8+fp8", "int8/int4+fp8"), ("int4", "int8+fp16", "int8/int4+fp16"),
     ("int4", "int4+fp8", "int4+fp8"), ("int8", "exact", "exact"), ("16bit", "exact", "exact"),
-    ("int4", Precision("int8+fp16", smooth_q=True, smooth_k=False), Precision("int8/int4+fp16", smooth_q=True, smooth_k=False))],
-    ids=str)
+    ("int4", Precision("int8+fp16", None, False, True), Precision("int8/int4+fp16", None, False, True))], ids=str)
 def test_what_travels_is_what_is_computed(framework, exchange, precision, computes):
     case, wanted = (Case(arrays(tokens=300, heads=4), p) for p in (precision, computes))
     got = together(framework, case, 2, exchange=exchange)
@@ -129,7 +128,7 @@ def test_shares_that_are_not_whole_blocks_travel_in_16_bits(framework):
 @pytest.mark.parametrize("precision", ["exact", "int8+fp8", "int4+fp16"])
 def test_shares_that_are_asked_for(framework, precision):
     for kv_len in (600, 300):
-        case = Case(arrays(kv_len=kv_len), precision)
+        case = Case(arrays(tokens=600, kv_len=kv_len), precision)
         told, asked = (together(framework, case, 3, told=told, shares=[256, 128, 216], kv_shares=None if kv_len == 600 else [
             128, 128, 44]) for told in (True, False))
         np.testing.assert_array_equal(asked.out, told.out)
@@ -164,7 +163,7 @@ def test_grouped_queries_travel_as_values(framework, precision):
 
 def uneven():
     """Q, K and V whose statistics are none that a rank could have of its own share, or that equal weights would give."""
-    q, k, v = (x.copy() for x in arrays())
+    q, k, v = (x.copy() for x in arrays(tokens=600))
     k[:, 384:] += 8
     q[:, :300, :, 4] += 5
     v[:, 500] *= 20
@@ -205,13 +204,14 @@ class Noting(LowBitAttnProcessor):
     (dict(dim=36), "head_dim 36 is not a multiple of 8"), (dict(dim=288), "head_dim 288 is not a multiple of 8"),
     (dict(dtype="float64"), "the tensors have dtype float64"), (dict(), "")], ids=["36", "288", "float64", "served"])
 def test_a_processor_falls_back_as_on_one_rank(framework, changes, reason):
-    case = Case(arrays(tokens=300, heads=3, batch=1, dim=changes.get("dim", 32)), lse=False, dtype=changes.get("dtype", "float32"))
+    given = arrays(tokens=300, heads=3, batch=1, dim=changes.get("dim", 32))
+    case = Case(given, lse=False, dtype=changes.get("dtype", "float32"))
     alone = Noting("int8+fp8", fallback="exact")
     wanted = alone.attend(*[framework.tensor(x, case.dtype) for x in case.arrays])
     ranks = [Noting("int8+fp8", fallback="exact") for _ in range(2)]
     taken = iter(ranks)
-    got = together(framework, case, 2, attend=lambda *given, **more: next(taken).attend(*given, **more)) if reason else together(
-        framework, case, 2, attend=ranks[0].attend)
+    by_values = lambda *given: next(taken).attend(*given)
+    got = together(framework, case, 2, attend=by_values if reason else ranks[0].attend)
     assert sqnr_db(got.out, framework.numpy(wanted)) > (100 if reason else NEAR_DB)
     if reason:
         ((variant, why),) = alone.notes
@@ -219,7 +219,7 @@ def test_a_processor_falls_back_as_on_one_rank(framework, changes, reason):
         assert ranks[0].notes == ranks[1].notes == alone.notes
     else:
         assert alone.notes == {("int8+fp8 (reference-lowbit)", ""): 1}
-        assert ranks[0].notes == {("int8+fp8 (reference-lowbit)", ""): 2}
+        assert ranks[0].notes == {("int8+fp8 (reference-lowbit)", ""): 4}  # two ranks', and each attends the queries of both
 
 
 @pytest.mark.parametrize("dim, dtype", [(36, "float32"), (32, "float64")])
@@ -250,7 +250,7 @@ def test_what_ran_is_in_the_coverage():
         return coverage(model)
 
     for report in run_threads(2, work):
-        assert [one.runs for one in report.modules] == [(("int8+fp8 (reference-lowbit)", 1, ""),)] * 2
+        assert [one.runs for one in report.modules] == [(("int8+fp8 (reference-lowbit)", 2, ""),)] * 2
 
 
 def test_the_coded_form_of_an_attention():
@@ -266,14 +266,14 @@ PIECES = (Piece(0, 2, (1, 1)), Piece(2, 3, (2, 1)), Piece(5, 2, (1, 1))), (Piece
 @pytest.mark.parametrize("output", ["16bit", "int8"])
 @pytest.mark.parametrize("precision", ["int8+fp8", "int4+fp16"])
 def test_pieces_of_heads_change_nothing(framework, precision, output, pieces, monkeypatch):
-    case = Case(arrays(tokens=300), precision)
+    case = Case(arrays(tokens=300, heads=7), precision)
     whole = together(framework, case, 2, output=output)
     monkeypatch.setattr(module, "head_pieces", lambda *given: pieces)
     got = together(framework, case, 2, output=output)
     assert sqnr_db(got.out, whole.out) > (80 if output == "16bit" else 38)
     np.testing.assert_allclose(got.lse, whole.lse, atol=1e-5)
-    # each head's record is the same, however they are grouped; who computes a head decides what is sent
-    assert sum(one["sent"]["attention in"] for one in got.traffic) > 0.7 * sum(one["sent"]["attention in"] for one in whole.traffic)
+    sent = [sum(one["sent"]["attention in"] for one in result.traffic) for result in (got, whole)]
+    assert 0.7 < sent[0] / sent[1] < 1.3  # who computes which head decides it
 
 
 def test_bytes_by_hand(framework):
@@ -281,7 +281,7 @@ def test_bytes_by_hand(framework):
     given = Case(arrays(tokens=2048, heads=4, batch=1, dim=64), "int8+fp8", lse=False, dtype="float16")
     values = 3 * 1024 * 2 * 64 * 2
     back = 1024 * 2 * 64 * 2
-    codes = 2 * (3 * 1024 * 64 + 4 * 1024 + 128)  # Q, K and V; Q's scales; 8 of K's, and their room
+    codes = 2 * (3 * 1024 * 64 + 4 * 1024) + 128  # Q, K and V; Q's scales; 2 x 8 of K's, and their room
     statistics = 2 * 4 * 64 * 4
     rows = 1024 * 2 * 64 + 1024 * 2 * 4
     for choices, arrive, leave, limit in ((dict(exchange="16bit"), values, back, 1), ({}, codes, back, 0.64),
@@ -316,7 +316,7 @@ def test_what_cannot_be_shared_is_refused(framework):
     with pytest.raises(ValueError, match="unknown output 'fp8'; there are: 16bit, int8"):
         ulysses(exact_attend, None, output="fp8")
     for precision, exchange, spec in (("fp8+fp8", "int4", "fp8/int4"), ("int4+fp16", "int8", "int4/int8")):
-        with pytest.raises(ValueError, match=f"exchange '{exchange}' would make .* '{spec}.*does not exist.*try exchange='auto'"):
+        with pytest.raises(ValueError, match=f"exchange '{exchange}' would make .* '{spec}.*try exchange='auto'"):
             together(framework, Case(case.arrays, precision), 2, exchange=exchange)
 
 
@@ -336,6 +336,6 @@ def test_a_nan_is_named(framework, exchange):
     case = Case(arrays(tokens=300, heads=2), "int8+fp8")
     case.arrays[2][0, 0, 0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="^v has 1 NaN"):
-        together(framework, case, 2, exchange=exchange, patience=2)
+        together(framework, case, 2, exchange=exchange, patience=0.5)
     processor = LowBitAttnProcessor("int8+fp8", check_finite=False)
     assert np.isnan(together(framework, case, 2, exchange=exchange, attend=processor.attend).out).any()

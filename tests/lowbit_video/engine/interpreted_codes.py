@@ -12,6 +12,7 @@ import pytest
 from lowbit_video.engine import codes as engine
 from lowbit_video.engine import codes_cpu, codes_gpu, rows
 from lowbit_video.engine.codes import AttentionCodes, Codes
+from lowbit_video.engine.codes_target import Target
 from lowbit_video.engine.options import options_of
 from lowbit_video.kernels.exchange import reference
 from lowbit_video.kernels.exchange.layout import joins, layout_of
@@ -56,28 +57,52 @@ def test_statistics(framework, precision):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("records", [False, True], ids=["whole", "records"])
+@pytest.mark.parametrize("heads_first", [False, True], ids=["batch_first", "heads_first"])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_codes(framework, precision, records, dtype):
+def test_codes(framework, precision, heads_first, dtype):
+    """As an exchange makes them: Q's parts and K's and V's one after the other, among other tokens, in the middle of a memory,
+    with statistics of more heads."""
     q, k, v, runtime = given(framework, dtype)
     choices = options(precision)
-    found = engine.statistics(q, k, v, choices, runtime)
-    layout = layout_of(engine.kind_of(q, choices, runtime), 2, 3, 150, 70, records)
-    wanted = runtime.to_numpy(codes_cpu.encode(q, k, v, found, layout, tuple(layout.parts), choices, runtime, None))
-    memory = runtime.from_numpy(np.full(layout.size, 0x55, np.uint8), q, "uint8")
-    # Q's parts and K's and V's one after the other, as an exchange makes them; the engine chooses by device, so by hand here
-    for of in ("q", "kv"):
-        parts = tuple(name for name, part in layout.parts.items() if part.of == of)
-        assert codes_gpu.encode(q, k, v, found, layout, parts, choices, runtime, memory) is memory
-    got = runtime.to_numpy(memory)
+    more = [runtime.concat([x[:, :, 1:], x, x[:, :, :1]], 2) for x in (q, k, v)]
+    found = engine.statistics(*more, choices, runtime)  # heads 2, 3 and 4 of them are these
+    layout = layout_of(engine.kind_of(q, choices, runtime), 2, 3, 250, 300, heads_first)
+    memories = []
+    for one in (codes_cpu, codes_gpu):  # the engine chooses by device
+        memory = runtime.from_numpy(np.full(384 + layout.size, 0x55, np.uint8), q, "uint8")
+        for of in ("q", "kv"):
+            parts = tuple(name for name, part in layout.parts.items() if part.of == of)
+            one.encode((q, k, v), found, 2, layout, parts, (100, 128), choices, runtime, memory, 256)
+        memories.append(runtime.to_numpy(memory))
+    wanted, got = memories
+    untouched = np.ones(wanted.shape, bool)
     for name, part in layout.parts.items():
-        one, other = (np.ascontiguousarray(reference.part_of(x, layout, name)) for x in (got, wanted))
+        first, tokens = (100, 150) if part.of == "q" else (128, 70)
+        written = slice(part.row_bytes(first), part.row_bytes(first) + part.row_bytes(tokens))
+        reference.part_of(untouched[256:].view(np.uint8), layout, name)[..., written] = 0
+        one, other = (np.ascontiguousarray(reference.part_of(x[256:], layout, name)[..., written]) for x in (got, wanted))
         if part.dtype == "float32":
             np.testing.assert_allclose(one.view(np.float32), other.view(np.float32), rtol=1e-5, atol=1e-5, err_msg=name)
         elif name == "v" and precision.pv == "fp16":
             np.testing.assert_array_equal(one, other)
         else:
             assert (one != other).mean() < 2e-3, name
+    assert all((memory[untouched] == 0x55).all() for memory in memories)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_codes_of_these_heads_are_those_of_their_own_statistics(framework, precision):
+    q, k, v, runtime = given(framework)
+    choices = options(precision)
+    layout = layout_of(engine.kind_of(q, choices, runtime), 2, 2, 150, 70)
+    cut = [x[:, :, 1:] for x in (q, k, v)]
+    found = engine.statistics(q, k, v, choices, runtime)
+    own = engine.statistics(*cut, choices, runtime)
+    for one in (codes_cpu, codes_gpu):
+        memories = [runtime.from_numpy(np.zeros(layout.size, np.uint8), q, "uint8") for _ in range(2)]
+        one.encode(cut, own, 0, layout, tuple(layout.parts), (0, 0), choices, runtime, memories[0], 0)
+        one.encode(cut, found, 1, layout, tuple(layout.parts), (0, 0), choices, runtime, memories[1], 0)
+        np.testing.assert_array_equal(*map(runtime.to_numpy, memories))
 
 
 @pytest.mark.parametrize("cut", [slice(None), slice(1, 4)], ids=["contiguous", "cut"])
@@ -86,16 +111,17 @@ def test_values_of_one_copy(framework, cut):
     q, k, v, runtime = given(framework, "float16", cut=cut)
     choices = options(Precision("int8+fp16", smooth_k=False))
     layout = layout_of(engine.kind_of(q, choices, runtime), 2, 3, 0, 70)
-    memory = runtime.to_numpy(codes_gpu.encode(q, k, v, None, layout, ("k_codes", "k_scale", "v"), choices, runtime, None))
-    values = np.ascontiguousarray(reference.part_of(memory, layout, "v")).view(np.float16).reshape(2, 3, 70, 32)
-    np.testing.assert_array_equal(values, framework.numpy(v).transpose(0, 2, 1, 3))
+    memory = runtime.empty((layout.size,), "uint8", q)
+    codes_gpu.encode((q, k, v), None, 0, layout, ("k_codes", "k_scale", "v"), (0, 0), choices, runtime, memory, 0)
+    values = np.ascontiguousarray(reference.part_of(runtime.to_numpy(memory), layout, "v")).view(np.float16)
+    np.testing.assert_array_equal(values.reshape(2, 3, 70, 32), framework.numpy(v).transpose(0, 2, 1, 3))
 
 
 def test_copies(framework):
     """Shares in two memories joined into one, as a CPU does it; twice, for the tables are kept."""
     q, _, _, runtime = given(framework)
     kind = engine.kind_of(q, options(EVERYTHING), runtime)
-    shares = [layout_of(kind, 2, 3, 128, 128, records=True), layout_of(kind, 2, 3, 40, 72, records=True)]
+    shares = [layout_of(kind, 2, 3, 128, 128, heads_first=True), layout_of(kind, 2, 3, 40, 72)]
     targets = layout_of(kind, 2, 3, 168, 0), layout_of(kind, 2, 3, 0, 200)
     copies = []
     for number, share in enumerate(shares):
@@ -112,29 +138,43 @@ def test_copies(framework):
         np.testing.assert_array_equal(*results)
 
 
-@pytest.mark.parametrize("precision, dtype", [*zip(PRECISIONS, ["float16", "float32", "float32", "float16"])], ids=str)
+@pytest.mark.parametrize("precision, dtype", [*zip(PRECISIONS, ["float16", "float32", "bfloat16", "float16"])], ids=str)
 def test_attention_of_codes(framework, precision, dtype):
-    """Codes in the middle of a memory; every choice of the output's order, dtype and LSE."""
+    """Codes in the middle of a memory; every choice of the order, of the LSE, and of where the output goes."""
     q, k, v, runtime = given(framework, dtype, q_len=50, kv_len=140)
-    for lse, smoothed, causal in ((True, False, False), (True, True, True), (False, False, True)):
+    for lse, smoothed, causal, heads_first, given_target in ((True, False, False, True, True), (True, True, True, False, False),
+                                                             (False, False, True, True, False)):
         choices = options(precision, lse and not smoothed)
         found = engine.statistics(q, k, v, choices, runtime)
         kind = engine.kind_of(q, choices, runtime)
-        layouts = layout_of(kind, 2, 3, 50, 0), layout_of(kind, 2, 3, 0, 140)
+        layouts = [layout_of(kind, 2, 3, *lengths, heads_first) for lengths in ((50, 0), (0, 140))]
         begins = 256, 256 + layouts[0].size
-        parts = [runtime.to_numpy(engine.encode(q, k, v, found, layout, choices, runtime)) for layout in layouts]
-        memory = runtime.from_numpy(np.concatenate([np.full(256, 0x55, np.uint8), *parts]), q, "uint8")
+        memory = runtime.from_numpy(np.full(begins[1] + layouts[1].size, 0x55, np.uint8), q, "uint8")
+        for layout, begin in zip(layouts, begins):
+            assert engine.encode((q, k, v), found, layout, choices, runtime, memory=memory, begin=begin) is memory
+        scale = engine.v_scale_of(found, choices)
+        if scale is not None and heads_first:
+            scale = runtime.permute(scale, (1, 0, 2))
         held = [Codes(memory, layout, begin) for layout, begin in zip(layouts, begins)]
-        codes = AttentionCodes(*held, engine.v_scale_of(found, choices), choices, dtype)
-        more = dict(is_causal=causal, return_lse=lse, smoothed_lse=smoothed, tokens_first=smoothed)
-        (got, got_lse, variant), (wanted, wanted_lse, _) = (engine.attend(codes, runtime, backend=backend, **more)
-                                                            for backend in ("triton", "reference"))
-        assert variant.backend == "triton" and runtime.dtype_name(got) == dtype
-        assert runtime.shape(got) == ((50, 2, 3, 32) if smoothed else (2, 50, 3, 32))
-        # a P that rounding puts on another code moves single elements, not the sum
-        assert sqnr_db(framework.numpy(got), framework.numpy(wanted)) > 45
+        codes, (outer, inner) = AttentionCodes(*held, scale, choices, dtype), layouts[0].order
+        row, size = (inner + 1) * 32, 4 if dtype == "float32" else 2
+        targets = [Target(framework.tensor(np.full((outer, 60, inner + 1, 32), 7.0), dtype), (9 * row + 32) * size,
+                          (60 * row, 32, row)) if given_target else None for _ in range(2)]
+        results = []
+        for backend, target in zip(("triton", "reference"), targets):
+            out, out_lse, variant = engine.attend(codes, runtime, backend=backend, is_causal=causal, return_lse=lse,
+                                                  smoothed_lse=smoothed, tokens_first=smoothed, target=target)
+            assert variant.backend == backend and runtime.dtype_name(out) == dtype
+            out = framework.numpy(out)
+            if given_target:
+                assert (out[:, :9] == 7).all() and (out[:, 59:] == 7).all() and (out[:, :, 0] == 7).all()
+                out = out[:, 9:59, 1:]
+            assert out.shape == ((50, outer, inner, 32) if smoothed else (outer, 50, inner, 32))
+            results.append((out, framework.numpy(out_lse) if lse else None))
+        (got, got_lse), (wanted, wanted_lse) = results
+        assert np.array_equal(got, wanted) or sqnr_db(got, wanted) > 45  # a P on another code moves single elements
         if lse:
-            np.testing.assert_allclose(framework.numpy(got_lse), framework.numpy(wanted_lse), atol=5e-3)
+            np.testing.assert_allclose(got_lse, wanted_lse, atol=5e-3)
 
 
 @pytest.mark.parametrize("tokens_first", [True, False], ids=["tokens", "batch"])

@@ -1,0 +1,222 @@
+"""Attention by sending keys round, alone and inside `ulysses`: what one rank computes, with every precision and share."""
+import math
+
+import numpy as np
+import pytest
+
+from lowbit_video import LowBitAttnProcessor, NonFiniteError, Precision, UnsupportedError
+from lowbit_video.distributed import ulysses as heads_module
+from lowbit_video.distributed.pieces import Piece
+from lowbit_video.distributed.ring import ring
+from lowbit_video.hook.attend import coded, exact_attend
+from parallel_attention import Case, arrays, assert_as_good, assert_exact, together
+from ranks import run_threads
+
+from helpers import sqnr_db
+
+PRECISIONS = ["int8+fp8", "int8+fp16", "int4+fp16", "int8/int4+fp8", "int2+fp8", "fp8+fp8",
+              Precision("int8+fp8", smooth_k=False), Precision("int8+fp16", granularity="token", smooth_q=True)]
+DEGREES = [(1, 2), (1, 3), (1, 4), (2, 2)]
+"""(shares of the heads, ring)."""
+
+
+def near_db(precision):
+    """Codes are one rank's; but P is rounded beside the largest score of a part of the keys, not of all so far."""
+    precision = Precision(precision) if isinstance(precision, str) else precision
+    return 30 if precision.pv == "fp8" else 55
+
+
+def check(framework, case: Case, got):
+    if case.precision == "exact":
+        assert_exact(got, case.exact(), case)
+    else:
+        assert_as_good(got, case.alone(framework), case.exact(), case, near_db(case.precision))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("degrees", [(1, 1), *DEGREES], ids=str)
+def test_exact_attention(framework, degrees, causal):
+    for lse in (True, False):
+        case = Case(arrays(tokens=200), causal=causal, lse=lse, scale=None if lse else 0.3)
+        check(framework, case, together(framework, case, *degrees))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p if isinstance(p, str) else f"{p.granularity}-{p.smooth_k}")
+def test_low_bit(framework, precision, causal):
+    case = Case(arrays(), precision, causal)
+    alone, exact = case.alone(framework), case.exact()
+    for degrees in DEGREES:
+        got = together(framework, case, *degrees)
+        assert_as_good(got, alone, exact, case, near_db(precision))
+        assert not got.traffic[0]["notes"] and "ring" in got.traffic[0]["sent"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtypes_and_no_lse(framework, dtype):
+    for precision in ("int8+fp8", "int8/int4+fp16", "exact"):
+        case = Case(arrays(tokens=300, heads=3), precision, dtype=dtype, scale=0.3, lse=precision == "exact")
+        for degrees in ((1, 2), (2, 2)):
+            got, alone = together(framework, case, *degrees), case.alone(framework)
+            assert_as_good(got, alone, case.exact(), case, 30, loss_db=0.6)
+    assert sqnr_db(got.out, case._replace(scale=None).exact()[0]) < 10, "the scale must have mattered"
+
+
+@pytest.mark.parametrize("shares", [[100, 200], [1, 299], [33, 128, 139]], ids=str)
+def test_any_shares_are_codes(framework, shares):
+    for precision in ("int8+fp16", "int8+fp8", "exact"):
+        for causal in (False, True):
+            case = Case(arrays(tokens=300), precision, causal)
+            for told in (True, False):
+                got = together(framework, case, 1, len(shares), shares=shares, told=told)
+                assert not got.traffic[0]["notes"]
+                if precision == "exact":
+                    assert_exact(got, case.exact(), case)
+                else:  # the blocks of K's scales begin elsewhere, so that a row has other luck with them
+                    assert_as_good(got, case.alone(framework), case.exact(), case, 25, 0.5, 12, 6e-2)
+
+
+def test_keys_that_are_not_the_queries(framework):
+    for precision in ("int8+fp8", "int4+fp16", "exact"):
+        for q_len, kv_len in ((300, 600), (600, 300)):
+            for degrees in ((1, 2), (2, 2)):
+                case = Case(arrays(tokens=q_len, kv_len=kv_len), precision)
+                got = together(framework, case, *degrees, shares=None if degrees[0] == 1 else {
+                    300: [128, 64, 64, 44], 600: [128, 256, 128, 88]}[q_len], kv_shares=None if degrees[0] == 1 else {
+                    600: [128, 256, 128, 88], 300: [128, 44, 128, 0]}[kv_len] if kv_len == 600 else [128, 20, 128, 24])
+                if precision == "exact":
+                    assert_exact(got, case.exact(), case)
+                else:
+                    assert_as_good(got, case.alone(framework), case.exact(), case, 25, loss_db=0.5, lse_atol=2e-2)
+    case = Case(arrays(tokens=300, kv_len=600), "int8+fp8", causal=True)
+    with pytest.raises(UnsupportedError, match=r"a causal ring needs keys shared as the queries are; given: queries \[256, 44\]"
+                                               r", keys \[384, 216\]; use ulysses"):
+        together(framework, case, 1, 2, patience=5)
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8+fp8"])
+def test_grouped_queries_travel_as_values(framework, precision):
+    """Of each part by itself: its keys' own mean."""
+    case = Case(arrays(tokens=600, heads=6, kv_heads=3), precision)
+    for degrees in ((1, 2), (2, 2)):
+        got = together(framework, case, *degrees)
+        if precision == "exact":
+            assert_exact(got, case.exact(), case)
+        else:
+            assert_as_good(got, case.alone(framework), case.exact(), case, 25, loss_db=0.5, lse_atol=2e-2)
+            assert got.traffic[0]["notes"] == ["in 16 bits: grouped queries"]
+        assert "statistics" not in got.traffic[0]["sent"]
+
+
+@pytest.mark.parametrize("precision", ["int8+fp16", "int8+fp8", "int4+fp8", "int4+fp16"])
+def test_statistics_are_those_of_all_tokens(framework, precision):
+    """K's mean, Q's mean and V's largest values, none of them those of a share or of shares that weigh the same."""
+    q, k, v = (x.copy() for x in arrays(tokens=600))
+    k[:, 384:] += 8
+    q[:, :300, :, 4] += 5
+    v[:, 500] *= 20
+    case = Case((q, k, v), precision)
+    alone, exact = case.alone(framework), case.exact()
+    for degrees, shares in (((1, 2), [384, 216]), ((1, 2), [128, 472]), ((1, 3), [128, 128, 344]),
+                            ((2, 2), [128, 128, 256, 88]), ((2, 2), [256, 128, 128, 88])):
+        got = together(framework, case, *degrees, shares=shares)
+        assert_as_good(got, alone, exact, case, near_db(precision))
+
+
+def test_values_beyond_float16(framework):
+    q, k, v = arrays(tokens=300)
+    for precision in ("int8+fp16", "int8+fp8", "exact"):
+        case = Case((q, k, v * 1e5), precision)
+        for degrees in ((1, 2), (2, 2)):
+            got = together(framework, case, *degrees)
+            if precision == "exact":
+                assert_exact(got, case.exact(), case)
+            else:
+                assert_as_good(got, case.alone(framework), case.exact(), case, 30, loss_db=0.5, lse_atol=1e-2)
+
+
+@pytest.mark.parametrize("exchange, precision, computes", [
+    ("16bit", "int8+fp16", "int8+fp16"), ("int8", "int8/int4+fp16", "int8+fp16"), ("int4", "int8+fp8", "int8/int4+fp8"),
+    ("int4", "exact", "exact")])
+def test_what_travels_is_what_is_computed(framework, exchange, precision, computes):
+    case, wanted = (Case(arrays(tokens=600, heads=4), p) for p in (precision, computes))
+    for degrees in ((1, 2), (2, 2)):
+        got = together(framework, case, *degrees, exchange=exchange)
+        if precision == "exact":
+            assert_exact(got, case.exact(), case)
+        else:
+            assert_as_good(got, wanted.alone(framework), case.exact(), case, near_db(computes) if exchange != "16bit" else 25,
+                           0.5, 12, 2e-2)
+        ratio = got.traffic[0]["sent"]["ring"] / got.traffic[0]["in_16_bit"]["ring"]
+        assert ratio == 2 if "exact" in precision or exchange == "16bit" else ratio < 1.7  # float32 tensors
+
+
+def test_a_processor_falls_back_as_on_one_rank(framework):
+    case = Case(arrays(tokens=300, heads=2, dim=36))
+    served = Case(arrays(tokens=300, heads=2), dtype="bfloat16")
+    processor = LowBitAttnProcessor("fp8+fp8", fallback="exact", backend="hopper")
+    for degrees in ((1, 2), (2, 2)):
+        got = together(framework, served, *degrees, attend=processor.attend)
+        assert sqnr_db(got.out, served.exact()[0]) > 40  # bfloat16's
+        with pytest.raises(UnsupportedError, match="head_dim 36 is not a multiple of 8"):  # which has no LSE either
+            together(framework, case, *degrees, attend=LowBitAttnProcessor("int8+fp8", fallback="exact").attend, patience=5)
+
+
+def test_the_coded_form_of_a_ring(framework):
+    def work(wire):
+        from lowbit_video.distributed.group import Group
+
+        group, processor = Group(wire, range(2)), LowBitAttnProcessor("int8+fp8")
+        low, exact = ring(processor.attend, group), ring(exact_attend, group)
+        choices = low.options(False, 0.5, True), processor.options(False, 0.5, True)
+        return coded(low) is low and coded(exact) is None and choices[0] == choices[1]
+
+    assert run_threads(2, work) == [True, True]
+
+
+@pytest.mark.parametrize("lse", [True, False])
+def test_pieces_of_heads_go_round_one_by_one(framework, lse, monkeypatch):
+    case = Case(arrays(heads=7), "int8+fp16", causal=True, lse=lse)
+    whole = together(framework, case, 2, 2)
+    monkeypatch.setattr(heads_module, "head_pieces", lambda *given: (Piece(0, 3, (1, 2)), Piece(3, 4, (3, 1))))
+    got = together(framework, case, 2, 2)
+    assert sqnr_db(got.out, whole.out) > 80
+    assert not lse or np.abs(got.lse - whole.lse).max() < 1e-5
+
+
+def test_bytes_by_hand(framework):
+    """Two ranks, 1024 tokens each, 4 heads of 64: everyone's K and V go to the next one, once."""
+    case = Case(arrays(tokens=2048, heads=4, batch=1, dim=64), "int8+fp8", lse=False, dtype="float16")
+    values, statistics = 2 * 1024 * 4 * 64 * 2, 2 * 4 * 64 * 4
+    codes = 2 * 1024 * 4 * 64 + 4 * 8 * 4
+    for traffic in together(framework, case, 1, 2).traffic:
+        assert traffic["sent"] == {"ring": codes, "statistics": statistics}
+        assert traffic["in_16_bit"] == {"ring": values, "statistics": statistics}
+        assert traffic["sent_total"] / traffic["in_16_bit_total"] < 0.52
+    # every rank of three passes on what it has got, one part less than there are
+    shares = [640, 640, 768]
+    sent = [traffic["sent"]["ring"] for traffic in together(framework, case, 1, 3, shares=shares).traffic]
+    size = lambda tokens: 2 * tokens * 4 * 64 + -(-4 * (tokens // 128) * 4 // 128) * 128
+    assert sent == [size(640) + size(768), 2 * size(640), size(768) + size(640)]
+    case = case._replace(precision="exact", dtype="float32")
+    for traffic in together(framework, case, 1, 2).traffic:
+        assert traffic["sent"] == {"ring": 2 * values} and traffic["in_16_bit"] == {"ring": values}
+
+
+def test_parts_that_no_query_sees_are_not_computed(framework):
+    processor, calls = LowBitAttnProcessor("int8+fp8"), []
+    of_codes = processor.of_codes
+    processor.of_codes = lambda codes, is_causal, *more: calls.append(is_causal) or of_codes(codes, is_causal, *more)
+    together(framework, Case(arrays(), "int8+fp8", causal=True), 1, 4, attend=processor.attend)
+    assert sorted(calls) == [False] * 6 + [True] * 4
+
+
+def test_what_cannot_be_meant_is_refused(framework):
+    with pytest.raises(ValueError, match="unknown exchange 'int2'"):
+        ring(exact_attend, None, exchange="int2")
+    with pytest.raises(ValueError, match="exchange 'int4' would make fp8.fp8 attention 'fp8/int4.fp8', which does not exist"):
+        together(framework, Case(arrays(tokens=300), "fp8+fp8"), 1, 2, exchange="int4", patience=5)
+    case = Case(arrays(tokens=300, heads=2), "int8+fp8")
+    case.arrays[1][0, 0, 0, 0] = math.inf
+    with pytest.raises(NonFiniteError, match="^k has 0 NaN and 1 infinite"):
+        together(framework, case, 1, 2, patience=0.5)
