@@ -6,9 +6,14 @@ import pytest
 
 from lowbit_video import LowBitAttnProcessor, NonFiniteError, Precision, UnsupportedError
 from lowbit_video.distributed import ulysses as heads_module
+from lowbit_video.distributed.group import Group
 from lowbit_video.distributed.pieces import Piece
 from lowbit_video.distributed.ring import ring
+from lowbit_video.distributed.statistics import shared_statistics
+from lowbit_video.engine import codes as engine
 from lowbit_video.hook.attend import coded, exact_attend
+from lowbit_video.kernels.exchange.layout import layout_of
+from lowbit_video.runtime.detect import runtime_of
 from parallel_attention import Case, arrays, assert_as_good, assert_exact, together
 from ranks import run_threads
 
@@ -164,8 +169,6 @@ def test_a_processor_falls_back_as_on_one_rank(framework):
 
 def test_the_coded_form_of_a_ring(framework):
     def work(wire):
-        from lowbit_video.distributed.group import Group
-
         group, processor = Group(wire, range(2)), LowBitAttnProcessor("int8+fp8")
         low, exact = ring(processor.attend, group), ring(exact_attend, group)
         choices = low.options(False, 0.5, True), processor.options(False, 0.5, True)
@@ -182,6 +185,44 @@ def test_pieces_of_heads_go_round_one_by_one(framework, lse, monkeypatch):
     got = together(framework, case, 2, 2)
     assert sqnr_db(got.out, whole.out) > 80
     assert not lse or np.abs(got.lse - whole.lse).max() < 1e-5
+
+
+def test_output_in_int8_of_a_ring_within(framework):
+    case = Case(arrays(), "int8+fp8", causal=True)
+    got, plain = (together(framework, case, 2, 2, output=output) for output in ("int8", "16bit"))
+    assert_as_good(got, case.alone(framework), case.exact(), case, 28, loss_db=0.3)
+    assert not np.array_equal(got.out, plain.out) and np.array_equal(got.lse, plain.lse)
+    assert got.traffic[3]["sent"]["attention out"] < 0.6 * plain.traffic[3]["sent"]["attention out"]
+
+
+def test_codes_that_begin_later_in_their_memory_go_round(framework):
+    """`Ring.of_codes` by itself: Q's and K's codes follow each other in one memory, heads first."""
+    case = Case(arrays(tokens=256, heads=2), "int8+fp8")
+
+    def work(wire):
+        tensors = [framework.tensor(x[:, 128 * wire.rank:][:, :128]) for x in case.arrays]
+        runtime, processor = runtime_of(tensors[0]), LowBitAttnProcessor("int8+fp8")
+        around = ring(processor.attend, Group(wire, range(2)), shares=[128, 128])
+        options = processor.options(False, None, True).scaled(32)
+        found = shared_statistics(engine.statistics(*tensors, options, runtime), ([128, 128],) * 2, around.group, processor,
+                                  options, runtime)
+        kind = engine.kind_of(tensors[0], options, runtime)
+        layouts = [layout_of(kind, 2, 2, *lengths, True) for lengths in ((128, 0), (0, 128))]
+        memory = runtime.empty((sum(layout.size for layout in layouts),), "uint8", tensors[0])
+        held = [engine.Codes(memory, layout, begin) for layout, begin in zip(layouts, (0, layouts[0].size))]
+        for one in held:
+            engine.encode(tuple(tensors), found, one.layout, options, runtime, memory=memory, begin=one.begin)
+        scale = runtime.contiguous(runtime.permute(engine.v_scale_of(found, options), (1, 0, 2)))
+        codes = engine.AttentionCodes(*held, scale, options, "float32")
+        results = [around.of_codes(codes, False, True, tokens_first=first) for first in (True, False)]
+        return [(framework.numpy(out), framework.numpy(lse)) for out, lse in results]
+
+    exact, lse = case.exact()
+    for rank, results in enumerate(run_threads(2, work)):
+        cut = slice(128 * rank, 128 * rank + 128)
+        for (out, out_lse), axes in zip(results, ((2, 0, 1, 3), (2, 1, 0, 3))):  # of [N, H, B, D] and [H, N, B, D]
+            assert sqnr_db(out.transpose(axes), exact[:, cut]) > 27
+            np.testing.assert_allclose(out_lse.transpose(1, 0, 2), lse[:, :, cut], atol=5e-2)
 
 
 def test_bytes_by_hand(framework):

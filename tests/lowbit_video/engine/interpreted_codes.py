@@ -142,6 +142,8 @@ def test_copies(framework):
 def test_attention_of_codes(framework, precision, dtype):
     """Codes in the middle of a memory; every choice of the order, of the LSE, and of where the output goes."""
     q, k, v, runtime = given(framework, dtype, q_len=50, kv_len=140)
+    if dtype == "float32":
+        v = v * 1e5  # beyond float16's range
     for lse, smoothed, causal, heads_first, given_target in ((True, False, False, True, True), (True, True, True, False, False),
                                                              (False, False, True, True, False)):
         choices = options(precision, lse and not smoothed)
@@ -172,7 +174,7 @@ def test_attention_of_codes(framework, precision, dtype):
             assert out.shape == ((50, outer, inner, 32) if smoothed else (outer, 50, inner, 32))
             results.append((out, framework.numpy(out_lse) if lse else None))
         (got, got_lse), (wanted, wanted_lse) = results
-        assert np.array_equal(got, wanted) or sqnr_db(got, wanted) > 45  # a P on another code moves single elements
+        assert np.array_equal(got, wanted) or sqnr_db(got, wanted) > 40  # a P on another code moves single elements
         if lse:
             np.testing.assert_allclose(got_lse, wanted_lse, atol=5e-3)
 
