@@ -156,6 +156,10 @@ def test_keys_that_are_not_the_queries(framework, causal):
             else:
                 assert_as_good(got, case.alone(framework), case.exact(), case, NEAR_DB, row_loss_db=1)
                 assert not got.traffic[0]["notes"]
+            tokens = {300: (256, 44), 600: (384, 216)}
+            for rank, others in enumerate((2, 3)):  # heads that this rank does not compute
+                values = 2 * others * 32 * (tokens[q_len][rank] + 2 * tokens[kv_len][rank])
+                assert got.traffic[rank]["in_16_bit"]["attention in"] == 2 * values
 
 
 @pytest.mark.parametrize("precision", ["exact", "int8+fp8"])
