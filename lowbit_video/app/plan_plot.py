@@ -48,7 +48,7 @@ def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping
                 for row in measured if (row["what"], row["source"]) in first]
         shares.plot([count for count, _, _ in over], [share for _, share, _ in over], **marks)
         for place, text in _beside(over):
-            shares.annotate(text, place, textcoords="offset points", xytext=(0, -7), ha="center", va="top", fontsize=7,
+            shares.annotate(text, place, textcoords="offset points", xytext=(-8, 0), ha="right", va="center", fontsize=7,
                             color="tab:red")
     for cost in scaling[1:]:
         d = cost.degrees
@@ -79,7 +79,7 @@ def _beside(points: Sequence[tuple[int, float, str]]) -> list[tuple[tuple[int, f
     labels: list[tuple[tuple[int, float], str]] = []
     for count, share, split in sorted({point for point in points if point[0] > 1}):
         if labels and labels[-1][0][0] == count and share - labels[-1][0][1] < 3:
-            labels[-1] = labels[-1][0], f"{labels[-1][1]}\n{split}"
+            labels[-1] = labels[-1][0], f"{split}\n{labels[-1][1]}"
         else:
             labels.append(((count, share), split))
     return labels

@@ -333,10 +333,15 @@ def test_the_short_table_has_frameworks_side_by_side(capsys, tmp_path):
     assert list(rows[0]) == ["on several GPUs", "Paddle", "PyTorch", "bytes of 16 bit", "how equal"]
     assert list(rows[1].values())[1:] == ["", "3.80 ms (92.1 %)", "0.640", "L1 0.0390"]
     assert list(by_what["a step of 2b: ring2"].values())[1:] == [
-        "580 ms (86.2 %)", "290 ms (86.2 %)", "0.500", "59.6 dB to one GPU"]
-    assert list(by_what["a step of 2b: cfg2"].values())[-1] == "equal to one GPU" and rows[3]["how equal"] == ""
+        "580 ms (86.2 %)", "290 ms (86.2 %)", "0.500", "59.6 dB"]
+    assert list(by_what["a step of 2b: cfg2"].values())[-1] == "equal" and rows[3]["how equal"] == ""
     assert list(by_what["decoding 49 frames of 480x720: all GPUs, tiles"].values())[2:] == [
-        "9.00 s (0.44x)", "", "DIFFERS from one GPU"]
+        "9.00 s (0.44x)", "", "DIFFERS"]
+    other = result_of("paddle")
+    other["steps"][0]["ways"]["ring2"]["sqnr_db"] = 0.04
+    both = tables_of(table.short([other, result_of("torch")]))[""]
+    [row] = [row for row in both if row["on several GPUs"].endswith("step of 2b: ring2")]
+    assert row["how equal"] == "0.0 dB / 59.6 dB" and row["bytes of 16 bit"] == "0.500"
     table.main([str(files[0]), "--short"])
     assert list(tables_of(capsys.readouterr().out)[""][0]) == ["on several GPUs", "PyTorch", "bytes of 16 bit", "how equal"]
 
@@ -371,3 +376,11 @@ def test_rank_0_writes_figures_and_page_after_each_part(monkeypatch, tmp_path):
     assert written["steps"] == kept["steps"] and written["ranks"] == 2 and written["decode"] is None
     assert sorted(path.name for path in out.parent.iterdir()) == ["parallel.json", "parallel.md"]
     assert out.with_suffix(".md").read_text() == table.markdown([written])
+
+
+def test_the_readme_shows_what_was_measured():
+    root = Path(__file__).parents[2]
+    shown = (root / "README.md").read_text().partition("<!-- parallel:begin -->\n")[2].partition("<!-- parallel:end -->")[0]
+    files = sorted((root / "eval" / "speed" / "results").glob("parallel_*.json"))
+    assert shown == table.short([json.loads(file.read_text()) for file in files]), (
+        "put what `python -m lowbit_video.eval.speed.parallel.table eval/speed/results/parallel_*.json --short` prints there")

@@ -29,18 +29,20 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def short(results: Sequence[Result]) -> str:
-    """The README's table: frameworks side by side, without exact attention."""
+    """The README's table: frameworks side by side, without exact attention; what else differs between them is shown of both."""
     frameworks = [name for name in FRAMEWORKS if any(result["framework"] == name for result in results)]
-    cells: dict[str, dict[str, str]] = {}
-    rest: dict[str, tuple[str, str]] = {}
+    cells: dict[str, dict[str, Sequence[str]]] = {}
     for part in (_attention_lines, _step_lines, _decode_lines):
         for result in results:
-            for title, time, *more in part(result):
-                cells.setdefault(title, {})[result["framework"]] = time
-                rest[title] = tuple(more)
+            for title, *found in part(result):
+                cells.setdefault(title, {})[result["framework"]] = found
+    rows = []
+    for title, found in cells.items():
+        there = [found[name] for name in frameworks if name in found]
+        both = [" / ".join(dict.fromkeys(one[column] for one in there)) for column in (1, 2)]
+        rows.append([title, *(found[name][0] if name in found else "" for name in frameworks), *both])
     columns = ("on several GPUs", *(FRAMEWORKS[name] for name in frameworks), "bytes of 16 bit", "how equal")
-    return "\n".join(_table(columns, [[title, *(cells[title].get(name, "") for name in frameworks), *rest[title]]
-                                      for title in cells])) + "\n"
+    return "\n".join(_table(columns, rows)) + "\n"
 
 
 def _machine(result: Result) -> str:
@@ -99,7 +101,7 @@ def _step_lines(result: Result) -> Iterator[tuple[str, str, str, str]]:
         for name, row in step["ways"].items():
             sqnr = _sqnr(name, row)
             yield (f"a step of {step['model']}: {_whole(name)}", _time(name, row, f"{row['ms']:.0f}"), _bytes(row["bytes"])[1],
-                   sqnr and ("equal to one GPU" if row["sqnr_db"] is None else f"{sqnr} dB to one GPU"))
+                   sqnr and ("equal" if row["sqnr_db"] is None else f"{sqnr} dB"))
 
 
 def _decode_lines(result: Result) -> Iterator[tuple[str, str, str, str]]:
@@ -108,7 +110,7 @@ def _decode_lines(result: Result) -> Iterator[tuple[str, str, str, str]]:
             alone = name.startswith("one")
             yield (f"decoding {_clip(result['decode'])}: {_whole(name)}",
                    f"{row['ms'] / 1e3:.2f} s" + ("" if alone else f" ({row['speedup']:.2f}x)"), "",
-                   "" if alone else "equal to one GPU" if row["equal"] else "DIFFERS from one GPU")
+                   "" if alone else "equal" if row["equal"] else "DIFFERS")
 
 
 def _clip(decode: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ def test_the_plot_tells_the_measured_from_the_modelled(tmp_path, monkeypatch):
     wanted = [100, 100, 100, 100 * 260 / 280, 100 * 260 / 279]  # each beside one GPU of the same source, or not at all
     assert list(efficiency.get_ydata()) == pytest.approx(wanted)
     texts = [text.get_text() for text in shares.texts]
-    assert texts[:2] == ["ring 2\nulysses 2", "cfg 2"] and len(texts) == 2 + len(plan.COUNTS) - 1
+    assert texts[:2] == ["ulysses 2\nring 2", "cfg 2"] and len(texts) == 2 + len(plan.COUNTS) - 1
     assert (tmp_path / "plan.png").read_bytes() == b"png"
 
 
