@@ -236,9 +236,11 @@ def test_bytes_by_hand(framework):
         assert traffic["sent_total"] / traffic["in_16_bit_total"] < 0.52
     # every rank of three passes on what it has got, one part less than there are
     shares = [640, 640, 768]
-    sent = [traffic["sent"]["ring"] for traffic in together(framework, case, 1, 3, shares=shares).traffic]
+    traffic = together(framework, case, 1, 3, shares=shares).traffic
+    sent, in_16_bit = ([one[what]["ring"] for one in traffic] for what in ("sent", "in_16_bit"))
     size = lambda tokens: 2 * tokens * 4 * 64 + -(-4 * (tokens // 128) * 4 // 128) * 128
     assert sent == [size(640) + size(768), 2 * size(640), size(768) + size(640)]
+    assert in_16_bit == [2 * 2 * tokens * 4 * 64 for tokens in (1408, 1280, 1408)]
     case = case._replace(precision="exact", dtype="float32")
     for traffic in together(framework, case, 1, 2).traffic:
         assert traffic["sent"] == {"ring": 2 * values} and traffic["in_16_bit"] == {"ring": values}

@@ -125,6 +125,14 @@ def test_shares_that_are_not_whole_blocks_travel_in_16_bits(framework):
     assert not got.traffic[0]["notes"]
 
 
+def test_only_the_keys_shares_must_be_whole_blocks(framework):
+    case = Case(arrays(tokens=300, kv_len=300), "int8+fp8")
+    for shares, kv_shares in (([100, 200], [128, 172]), ([128, 172], [100, 200])):
+        got = together(framework, case, 2, shares=shares, kv_shares=kv_shares)
+        assert_as_good(got, case.alone(framework), case.exact(), case, NEAR_DB)
+        assert bool(got.traffic[0]["notes"]) == (kv_shares == [100, 200])
+
+
 @pytest.mark.parametrize("precision", ["exact", "int8+fp8", "int4+fp16"])
 def test_shares_that_are_asked_for(framework, precision):
     for kv_len in (600, 300):
@@ -148,6 +156,10 @@ def test_keys_that_are_not_the_queries(framework, causal):
             else:
                 assert_as_good(got, case.alone(framework), case.exact(), case, NEAR_DB, row_loss_db=1)
                 assert not got.traffic[0]["notes"]
+            tokens = {300: (256, 44), 600: (384, 216)}
+            for rank, others in enumerate((2, 3)):  # heads that this rank does not compute
+                values = 2 * others * 32 * (tokens[q_len][rank] + 2 * tokens[kv_len][rank])
+                assert got.traffic[rank]["in_16_bit"]["attention in"] == 2 * values
 
 
 @pytest.mark.parametrize("precision", ["exact", "int8+fp8"])
