@@ -30,10 +30,12 @@ def begins(shares: list[int]) -> list[int]:
 def joint_shares(text_tokens: int, video_tokens: int, size: int) -> tuple[list[int], list[int]]:
     """(text tokens, video tokens) of each rank: text evenly, video so that both together make `token_shares`.
 
-    Raises ValueError where a rank would be left without text or video tokens.
+    Where whole blocks would leave a rank without video both are even. Raises ValueError where there are too few of one.
     """
     text = even_shares(text_tokens, size)
     video = [both - own for both, own in zip(token_shares(text_tokens + video_tokens, size), text)]
+    if min(video) < 1:
+        video = even_shares(video_tokens, size)
     if min(text) < 1 or min(video) < 1:
         raise ValueError(f"{text_tokens} text and {video_tokens} video tokens cannot be shared by {size} ranks so that each "
                          f"has some of both (text {text}, video {video}); use fewer ranks for the sequence "

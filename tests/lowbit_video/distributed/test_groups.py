@@ -28,6 +28,12 @@ def test_text_and_video_make_up_each_share(size):
     assert sum(text) == 226 and sum(video) == 17550 and [t + v for t, v in zip(text, video)] == token_shares(17776, size)
 
 
+@pytest.mark.parametrize("text, video, size, wanted", [
+    (9, 120, 2, ([5, 4], [60, 60])), (16, 241, 2, ([8, 8], [121, 120])), (16, 250, 2, ([8, 8], [248, 2]))])
+def test_whole_blocks_that_leave_a_rank_without_video_give_way_to_even_shares(text, video, size, wanted):
+    assert joint_shares(text, video, size) == wanted
+
+
 def test_a_rank_without_text_is_refused():
     with pytest.raises(ValueError, match="3 text and 500 video tokens cannot be shared by 4 ranks"):
         joint_shares(3, 500, 4)
