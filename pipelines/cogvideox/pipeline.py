@@ -16,8 +16,9 @@ from typing import Any
 import paddle
 from tqdm import tqdm
 
-from ..shared.denoise import CALLBACK_TENSORS, Callback, denoise
-from ..shared.inputs import check_prompts, draw, make_generators, take_latents
+from ..shared.conditions import CALLBACK_TENSORS, Callback
+from ..shared.denoise import denoise
+from ..shared.inputs import check_prompts, draw, make_generators, number, take_latents, whole
 from ..shared.output import OUTPUT_TYPES, PipelineOutput, postprocess
 from ..shared.pipeline import Pipeline, on_device
 from ..shared.t5 import T5EncoderModel
@@ -68,7 +69,9 @@ class CogVideoXPipeline(Pipeline):
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> paddle.Tensor:
         """Text embeddings [B, max_sequence_length, D] of one prompt or several; a longer prompt is cut, with a warning."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        length = max_sequence_length or self.transformer.config.max_text_seq_length
+        length = self.transformer.config.max_text_seq_length
+        if max_sequence_length is not None:
+            length = whole("max_sequence_length", max_sequence_length, 1)
         for text, ids in zip(prompts, self.tokenizer(prompts).input_ids):
             if len(ids) > length:
                 lost = self.tokenizer.decode(ids[length - 1 : -1])
@@ -131,31 +134,47 @@ class CogVideoXPipeline(Pipeline):
             height, width: pixels; the trained size by default.
             num_frames: frames; the trained number by default.
             num_inference_steps: denoising steps.
-            guidance_scale: weight of the prompt; 1 or less leaves guidance out and halves the work.
+            guidance_scale: weight of the prompt; 1 or less leaves guidance out and halves the work. A callback switches it off
+                half-way: `pipeline.guidance_scale = 1.0`.
             use_dynamic_cfg: the weight oscillates along the steps, between 1 and itself plus 1, as published for the DPM
                 scheduler.
             num_videos_per_prompt: videos of each prompt, next to each other in the output.
             eta: must be 0; CogVideoX's schedulers have no use for another value.
             seed: of the first video, the next ones count up from it; or one for each video; None: a new one.
             generator: in place of a seed: one object with `standard_normal(shape)` for all videos or a list of one each.
-            latents: starting noise [B, f, C, h, w], in place of drawn noise.
+            latents: starting noise [B, f, C, h, w], in place of drawn noise; no seeds are reported then. A seed or generator
+                beside it is for schedulers that add noise at their steps.
             prompt_embeds, negative_prompt_embeds: [B, N, D], in place of texts; one row per prompt.
             output_type: one of OUTPUT_TYPES; see PipelineOutput.
             max_sequence_length: text tokens; the model's own number by default.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; what it returns under a name
-                replaces that tensor.
+                replaces that tensor from the next step on, and so does a `pipeline.guidance_scale` that it sets.
             callback_on_step_end_tensor_inputs: which of CALLBACK_TENSORS the callback gets; "prompt_embeds" holds the
-                negative ones first where there is guidance.
+                negative ones first where there is guidance. A callback that switches guidance off may return the second half.
             progress: show progress bars of denoising and decoding; on several ranks, rank 0 does.
         Raises:
-            ValueError: inputs that do not fit the model or each other, before any work.
+            ValueError, TypeError: inputs that do not fit the model or each other, before any work.
+        Warns:
+            UserWarning: inputs that change nothing, such as a negative prompt without guidance.
         """
+        _check_scheduler(self.scheduler)
+        num_inference_steps = whole("num_inference_steps", num_inference_steps, 1)
+        num_videos_per_prompt = whole("num_videos_per_prompt", num_videos_per_prompt, 1)
+        guidance_scale = number("guidance_scale", guidance_scale)
+        if max_sequence_length is not None:
+            max_sequence_length = whole("max_sequence_length", max_sequence_length, 1)
         height, width, num_frames = self._resolve_size(height, width, num_frames)
-        _check_choices(output_type, eta, callback_on_step_end_tensor_inputs, num_videos_per_prompt)
+        _check_choices(output_type, eta, callback_on_step_end_tensor_inputs)
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        without_effect = _without_effect(
+            guidance_scale > 1, any(negatives or ()) or negative_prompt_embeds is not None, use_dynamic_cfg,
+            seed is not None and latents is not None and not self.scheduler.uses_noise,
+        )
+        if without_effect:
+            warnings.warn("; ".join(without_effect), stacklevel=2)
         self._check_ranks(
             prompt=prompts, negative_prompt=negatives, height=height, width=width, num_frames=num_frames,
-            num_inference_steps=num_inference_steps, guidance_scale=float(guidance_scale), use_dynamic_cfg=use_dynamic_cfg,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, use_dynamic_cfg=use_dynamic_cfg,
             num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
             latents_only=output_type == "latent",
         )
@@ -170,17 +189,18 @@ class CogVideoXPipeline(Pipeline):
             videos = (len(prompts) if prompts is not None else prompt_embeds.shape[0]) * num_videos_per_prompt
             shape, padded_frames = self._latent_shape(videos, num_frames, height, width)
             generators, seeds = make_generators(seed, generator, videos)
-            seeds = self._of_rank_0(seeds)
+            seeds = self._of_rank_0(None if latents is not None else seeds)
             latents = draw(generators, shape) if latents is None else take_latents(latents, shape)
             latents = self._shared(latents * self.scheduler.init_noise_sigma)
             rotary = self.transformer.rotary_tables(shape[1], shape[3], shape[4])
             with self._timed(timings, "text_encode"):
-                embeds, negative = self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0,
-                                               num_videos_per_prompt, max_sequence_length)
+                embeds = self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0,
+                                     num_videos_per_prompt, max_sequence_length)
                 embeds = self._shared(embeds)
             with self._timed(timings, "denoise"):
                 latents = denoise(
-                    self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds, negative,
+                    self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds,
+                    guided=guidance_scale > 1.0,
                     draw=lambda: self._shared(draw(generators, shape)),
                     guidance_at=dynamic if use_dynamic_cfg else None,
                     callback=callback_on_step_end, callback_tensors=callback_on_step_end_tensor_inputs, progress=progress,
@@ -198,6 +218,10 @@ class CogVideoXPipeline(Pipeline):
         Raises:
             ValueError: not a size that the model makes; the nearest ones are named.
         """
+        given = {"height": height, "width": width, "num_frames": num_frames}
+        for name, value in given.items():
+            if value is not None:
+                whole(name, value)
         config, ratio = self.transformer.config, self.vae.spatial_compression_ratio
         height = config.sample_height * ratio if height is None else height
         width = config.sample_width * ratio if width is None else width
@@ -230,7 +254,7 @@ class CogVideoXPipeline(Pipeline):
         return [videos, frames + padding, self.transformer.config.in_channels, height // ratio, width // ratio], padding
 
 
-def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str], num_videos_per_prompt: int) -> None:
+def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str]) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}; supported: {', '.join(OUTPUT_TYPES)}")
     if eta:
@@ -240,8 +264,23 @@ def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str]
         raise ValueError(
             f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; supported: {', '.join(CALLBACK_TENSORS)}"
         )
-    if num_videos_per_prompt < 1:
-        raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; give at least 1")
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Raises TypeError for a scheduler of another library: its steps mean other things."""
+    if not isinstance(scheduler, CogVideoXScheduler):
+        known = "CogVideoXDDIMScheduler, CogVideoXDPMScheduler"
+        raise TypeError(f"the pipeline's scheduler is a {type(scheduler).__module__}.{type(scheduler).__qualname__}; "
+                        f"supported: {known} of lowbit_video.pipelines; try "
+                        "CogVideoXDDIMScheduler.from_config(scheduler.config)")
+
+
+def _without_effect(guided: bool, negative: bool, dynamic: bool, seed: bool) -> list[str]:
+    """What of a call changes nothing, in words. seed: one beside latents, where no step adds noise."""
+    off = "has no effect: guidance_scale is 1 or less, which leaves guidance out"
+    notes = [(negative and not guided, f"the negative prompt {off}"), (dynamic and not guided, f"use_dynamic_cfg {off}"),
+             (seed, "seed has no effect: latents are given, and this scheduler adds no noise")]
+    return [note for holds, note in notes if holds]
 
 
 def dynamic_guidance(guidance_scale: float, timestep: int, num_inference_steps: int) -> float:

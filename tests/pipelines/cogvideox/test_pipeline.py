@@ -110,8 +110,20 @@ def test_negative_prompt_and_embeddings(pipe):
     np.testing.assert_allclose(given.numpy(), negative.numpy(), atol=1e-5)
     both = make(["snow", "snow"], ["", "dark rain"])
     np.testing.assert_allclose(both[:1].numpy(), plain.numpy(), atol=1e-4)
-    # a negative prompt without guidance has nothing to do
-    assert (make("snow", "dark rain", guidance_scale=1.0) == make("snow", guidance_scale=1.0)).all()
+    with pytest.warns(UserWarning, match="negative prompt has no effect: guidance_scale is 1 or less"):
+        unguided = make("snow", "dark rain", guidance_scale=1.0)
+    assert (unguided == make("snow", guidance_scale=1.0)).all()
+    # a negative text gets as many tokens as given embeddings have
+    short = make(prompt_embeds=pipe.encode_prompt("snow", 8), negative_prompt="dark rain")
+    np.testing.assert_allclose(short.numpy(), make("snow", "dark rain", max_sequence_length=8).numpy(), atol=1e-5)
+
+
+def test_what_has_no_effect_is_said(pipe):
+    with pytest.warns(UserWarning, match="use_dynamic_cfg has no effect"):
+        pipe("snow", seed=1, guidance_scale=1.0, use_dynamic_cfg=True, output_type="latent", **QUICK)
+    with pytest.warns(UserWarning, match="seed has no effect: latents are given"):
+        made = pipe("snow", seed=1, latents=start_latents(pipe, 1), output_type="latent", **QUICK)
+    assert made.seeds is None
 
 
 def test_output_types(pipe):
@@ -150,6 +162,81 @@ def test_callback(pipe):
 
     stopped = pipe("snow", seed=1, output_type="latent", callback_on_step_end=stop, **QUICK)
     np.testing.assert_array_equal(stopped.frames.numpy(), seen[0][4])
+
+
+EMBEDS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+def with_callback(pipe, callback, **more):
+    return pipe("snow", "dark rain", seed=1, output_type="latent", callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=EMBEDS, **{**QUICK, **more}).frames.numpy()
+
+
+def test_embeddings_that_a_callback_returns_count_from_the_next_step(pipe):
+    snow, ball, rain, sun = map(pipe.encode_prompt, ("snow", "a red ball", "dark rain", "sun"))
+    make = lambda **changed: with_callback(pipe, lambda *a: {**a[3], **changed})
+    plain = make()
+    both = make(prompt_embeds=paddle.concat([sun, ball]))
+    assert abs(make(negative_prompt_embeds=sun) - plain).max() > 1e-4
+    np.testing.assert_array_equal(make(negative_prompt_embeds=sun), make(prompt_embeds=paddle.concat([sun, snow])))
+    np.testing.assert_array_equal(make(prompt_embeds=paddle.concat([rain, ball]), negative_prompt_embeds=sun), both)
+    np.testing.assert_array_equal(make(prompt_embeds=paddle.concat([rain, ball]).numpy(), negative_prompt_embeds=sun), both)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("returns", ["nothing", "all", "half"])
+def test_a_callback_switches_guidance_off(pipe, monkeypatch, dynamic, returns):
+    batches, forward = [], type(pipe.transformer).forward
+
+    def counting(self, latents, *rest, **more):
+        batches.append(latents.shape[0])
+        return forward(self, latents, *rest, **more)
+
+    def switch(pipeline, step, timestep, tensors):
+        if step == 1:
+            pipeline.guidance_scale = 0.0
+            half = {**tensors, "prompt_embeds": paddle.chunk(tensors["prompt_embeds"], 2)[-1]}
+            return {"nothing": None, "all": tensors, "half": half}[returns]
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", counting)
+    made = with_callback(pipe, switch, num_inference_steps=4, use_dynamic_cfg=dynamic)
+    assert batches == [2, 2, 1, 1]
+    # what the unguided steps begin with is what the guided ones left
+    left = with_callback(pipe, lambda p, step, *a: setattr(p, "interrupt", step == 1), num_inference_steps=4,
+                         use_dynamic_cfg=dynamic)
+    rotary = pipe.transformer.rotary_tables(*(left.shape[i] for i in (1, 3, 4)))
+    latents = paddle.to_tensor(left)
+    pipe.scheduler.set_timesteps(4)
+    with paddle.no_grad():
+        for timestep in map(int, pipe.scheduler.timesteps[2:]):
+            predicted = forward(pipe.transformer, latents, pipe.encode_prompt("snow"), paddle.to_tensor([timestep]),
+                                image_rotary_emb=rotary)
+            latents = pipe.scheduler.step(predicted, timestep, latents)[0]
+    np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("returned, more, error, words", [
+    ({"noise": 1}, {}, ValueError, "returned noise; what it can replace: latents, prompt_embeds"),
+    ({"guidance_scale": 1.0}, {}, ValueError, "guidance is set as pipe.guidance_scale"),
+    ([1], {}, TypeError, "returned a list; return a dict"),
+    ({"latents": np.zeros([1, 2])}, {}, ValueError, r"returned latents \[1, 2\]; these videos need \[1, 3, 4, 4, 6\]"),
+    ({"latents": [1.0]}, {}, TypeError, "latents returned by callback_on_step_end is a builtins.list"),
+    ({"prompt_embeds": np.zeros([1, 16, 12])}, {}, ValueError, r"takes \[2, 16, 12\], the negative ones first"),
+    ({"negative_prompt_embeds": np.zeros([2, 16, 12])}, {}, ValueError, r"_embeds \[2, 16, 12\]; .* \[1, 16, 12\]"),
+    ({"negative_prompt_embeds": np.zeros([1, 16, 12])}, {"guidance_scale": 1.0}, ValueError, "guidance was left out"),
+])
+@pytest.mark.filterwarnings("ignore:the negative prompt has no effect")
+def test_what_a_callback_cannot_return(pipe, returned, more, error, words):
+    with pytest.raises(error, match=words):
+        with_callback(pipe, lambda *a: returned, **more)
+
+
+@pytest.mark.parametrize("scale, start, words", [
+    (float("nan"), 6.0, "guidance_scale is nan"), (5.0, 1.0, "left out from the start")])
+@pytest.mark.filterwarnings("ignore:the negative prompt has no effect")
+def test_a_guidance_that_a_callback_cannot_set(pipe, scale, start, words):
+    with pytest.raises(ValueError, match=words):
+        with_callback(pipe, lambda p, *a: setattr(p, "guidance_scale", scale), guidance_scale=start)
 
 
 def test_progress_bars(pipe, capfd):
@@ -260,12 +347,50 @@ def test_random_model(random_kind, tmp_path):
         (dict(seed=[1, 2]), ["2 seeds for 1 videos"]),
         (dict(generator=[1]), ["standard_normal"]),
         (dict(latents=np.zeros([1, 3, 4, 4, 4])), ["[1, 3, 4, 4, 4]", "[1, 3, 4, 4, 6]"]),
+        (dict(guidance_scale=float("nan")), ["guidance_scale is nan", "finite"]),
+        (dict(guidance_scale=float("-inf")), ["guidance_scale is -inf"]),
+        (dict(guidance_scale="6"), ["guidance_scale is '6'"]),
+        (dict(seed=1.5), ["seed is 1.5", "whole number"]),
+        (dict(seed="3"), ["seed is '3'"]),
+        (dict(seed=-1), ["seed is -1", "at least 0"]),
+        (dict(seed=[True]), ["seed is True"]),
+        (dict(max_sequence_length=0), ["max_sequence_length is 0", "at least 1"]),
+        (dict(max_sequence_length=7, prompt=None, prompt_embeds=np.zeros([1, 8, 12])), ["is 7", "has 8 tokens"]),
+        (dict(num_inference_steps=2.5), ["num_inference_steps is 2.5"]),
+        (dict(num_videos_per_prompt=1.5), ["num_videos_per_prompt is 1.5"]),
+        (dict(height=32.0), ["height is 32.0"]),
+        (dict(num_frames=9.5), ["num_frames is 9.5"]),
+        (dict(latents=[[1.0]]), ["latents is a builtins.list", "Paddle tensor or a NumPy array"]),
+        (dict(prompt=None, prompt_embeds=[np.zeros([8, 12])]), ["prompt_embeds is a builtins.list", "np.stack"]),
+        (dict(negative_prompt_embeds=[np.zeros([8, 12])]), ["negative_prompt_embeds is a builtins.list"]),
+        (dict(prompt=None, prompt_embeds=np.zeros([8, 12])), ["prompt_embeds has shape [8, 12]"]),
     ],
 )
 def test_bad_input(pipe, arguments, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, TypeError)) as error:
         pipe(**{"prompt": "snow", **QUICK, **arguments})
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "negative_prompt_embeds"])
+def test_tensors_of_torch_are_refused_with_what_to_write(pipe, name):
+    arguments = {"prompt": "snow", **QUICK, name: type("Tensor", (), {"__module__": "torch", "shape": (1, 3, 4)})()}
+    if name == "prompt_embeds":
+        del arguments["prompt"]
+    with pytest.raises(TypeError, match=rf"{name} is a torch.Tensor; .*try {name}.detach\(\).float\(\).cpu\(\).numpy\(\)"):
+        pipe(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    made = pipe(["snow"], num_videos_per_prompt=np.int64(2), seed=np.array([9, 4]), output_type="latent",
+                guidance_scale=np.float32(6), **{**QUICK, "num_inference_steps": np.int32(1)})
+    assert made.seeds == [9, 4] and made.frames.shape[0] == 2
+
+
+def test_a_scheduler_of_another_library_is_refused(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "scheduler", type("DDIMScheduler", (), {"config": {}})())
+    with pytest.raises(TypeError, match=r"scheduler is a .*DDIMScheduler; supported: .*from_config\(scheduler.config\)"):
+        pipe("snow", **QUICK)
 
 
 def test_bad_folders(tmp_path, monkeypatch):
