@@ -154,24 +154,17 @@ class CogVideoXPipeline(Pipeline):
             progress: show progress bars of denoising and decoding; on several ranks, rank 0 does.
         Raises:
             ValueError, TypeError: inputs that do not fit the model or each other, before any work.
-        Warns:
-            UserWarning: inputs that change nothing, such as a negative prompt without guidance.
+        Warns of inputs that change nothing, such as a negative prompt without guidance.
         """
         _check_scheduler(self.scheduler)
-        num_inference_steps = whole("num_inference_steps", num_inference_steps, 1)
-        num_videos_per_prompt = whole("num_videos_per_prompt", num_videos_per_prompt, 1)
+        num_inference_steps, num_videos_per_prompt = (whole(name, value, 1) for name, value in (
+            ("num_inference_steps", num_inference_steps), ("num_videos_per_prompt", num_videos_per_prompt)))
         guidance_scale = number("guidance_scale", guidance_scale)
-        if max_sequence_length is not None:
-            max_sequence_length = whole("max_sequence_length", max_sequence_length, 1)
         height, width, num_frames = self._resolve_size(height, width, num_frames)
         _check_choices(output_type, eta, callback_on_step_end_tensor_inputs)
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        without_effect = _without_effect(
-            guidance_scale > 1, any(negatives or ()) or negative_prompt_embeds is not None, use_dynamic_cfg,
-            seed is not None and latents is not None and not self.scheduler.uses_noise,
-        )
-        if without_effect:
-            warnings.warn("; ".join(without_effect), stacklevel=2)
+        _warn_of_no_effect(guidance_scale > 1, any(negatives or ()) or negative_prompt_embeds is not None, use_dynamic_cfg,
+                           seed is not None and latents is not None and not self.scheduler.uses_noise)
         self._check_ranks(
             prompt=prompts, negative_prompt=negatives, height=height, width=width, num_frames=num_frames,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, use_dynamic_cfg=use_dynamic_cfg,
@@ -180,8 +173,7 @@ class CogVideoXPipeline(Pipeline):
         )
         self.scheduler.set_timesteps(num_inference_steps)
         self.num_timesteps = len(self.scheduler.timesteps)
-        self.interrupt = False
-        self.guidance_scale = guidance_scale
+        self.interrupt, self.guidance_scale = False, guidance_scale
         dynamic = lambda timestep: dynamic_guidance(guidance_scale, timestep, num_inference_steps)
         timings: dict[str, float] = {}
 
@@ -200,17 +192,14 @@ class CogVideoXPipeline(Pipeline):
             with self._timed(timings, "denoise"):
                 latents = denoise(
                     self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds,
-                    guided=guidance_scale > 1.0,
-                    draw=lambda: self._shared(draw(generators, shape)),
+                    guided=guidance_scale > 1.0, draw=lambda: self._shared(draw(generators, shape)),
                     guidance_at=dynamic if use_dynamic_cfg else None,
                     callback=callback_on_step_end, callback_tensors=callback_on_step_end_tensor_inputs, progress=progress,
                 )
-            if output_type == "latent":
-                return PipelineOutput(latents, timings, seeds)
-            with self._timed(timings, "decode"):
-                video = self.decode_latents(latents[:, padded_frames:], progress)
-                frames = postprocess(video, output_type)
-        return PipelineOutput(frames, timings, seeds)
+            if output_type != "latent":
+                with self._timed(timings, "decode"):
+                    latents = postprocess(self.decode_latents(latents[:, padded_frames:], progress), output_type)
+        return PipelineOutput(latents, timings, seeds)
 
     def _resolve_size(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
         """The size with defaults filled in.
@@ -218,8 +207,7 @@ class CogVideoXPipeline(Pipeline):
         Raises:
             ValueError: not a size that the model makes; the nearest ones are named.
         """
-        given = {"height": height, "width": width, "num_frames": num_frames}
-        for name, value in given.items():
+        for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
             if value is not None:
                 whole(name, value)
         config, ratio = self.transformer.config, self.vae.spatial_compression_ratio
@@ -275,12 +263,14 @@ def _check_scheduler(scheduler: Any) -> None:
                         "CogVideoXDDIMScheduler.from_config(scheduler.config)")
 
 
-def _without_effect(guided: bool, negative: bool, dynamic: bool, seed: bool) -> list[str]:
-    """What of a call changes nothing, in words. seed: one beside latents, where no step adds noise."""
+def _warn_of_no_effect(guided: bool, negative: bool, dynamic: bool, seed: bool) -> None:
+    """Warns of what of a call changes nothing. seed: one beside latents, where no step adds noise."""
     off = "has no effect: guidance_scale is 1 or less, which leaves guidance out"
     notes = [(negative and not guided, f"the negative prompt {off}"), (dynamic and not guided, f"use_dynamic_cfg {off}"),
              (seed, "seed has no effect: latents are given, and this scheduler adds no noise")]
-    return [note for holds, note in notes if holds]
+    for holds, note in notes:
+        if holds:
+            warnings.warn(note, stacklevel=3)
 
 
 def dynamic_guidance(guidance_scale: float, timestep: int, num_inference_steps: int) -> float:

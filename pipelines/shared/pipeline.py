@@ -17,6 +17,14 @@ from .folders import MODEL_INDEX_NAME, find_folder, read_index
 from .inputs import here, repeat_rows
 
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
+FETCHED = "fetch the folder with huggingface_hub.snapshot_download(id, {}=...) and give its path"
+ELSEWHERE = {
+    "torch_dtype": "torch_dtype is dtype here, such as dtype='float16'", "device_map": "device_map is device here",
+    "use_safetensors": "safetensors are all that is read: leave use_safetensors out",
+    **{name: f"for {name}: {FETCHED.format(name)}" for name in ("revision", "cache_dir", "token", "local_files_only",
+                                                                  "force_download", "proxies")},
+}
+"""What diffusers' from_pretrained takes, and what to write here."""
 
 
 class Pipeline:
@@ -66,7 +74,9 @@ class Pipeline:
         """
         unknown = sorted(set(components) - set(cls.components))
         if unknown:
-            raise TypeError(f"from_pretrained got unknown parts: {', '.join(unknown)}; known: {', '.join(cls.components)}")
+            advice = "".join(f"; {ELSEWHERE[name]}" for name in unknown if name in ELSEWHERE)
+            raise TypeError(f"from_pretrained got unknown arguments: {', '.join(unknown)}; known: dtype, device, variant and "
+                            f"the parts {', '.join(cls.components)}{advice}")
         folder = find_folder(path)
         classes = cls._classes_of(folder, skip=components)
         if device == "auto":

@@ -8,6 +8,8 @@ import numpy as np
 import paddle
 import pytest
 
+import lowbit_video
+from lowbit_video.hook.processors import LowBitAttnProcessor
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, make_random_pipeline
 from lowbit_video.pipelines.cogvideox import pipeline as module
 from lowbit_video.pipelines.shared.config import ConfigError
@@ -391,6 +393,25 @@ def test_a_scheduler_of_another_library_is_refused(pipe, monkeypatch):
     monkeypatch.setattr(pipe, "scheduler", type("DDIMScheduler", (), {"config": {}})())
     with pytest.raises(TypeError, match=r"scheduler is a .*DDIMScheduler; supported: .*from_config\(scheduler.config\)"):
         pipe("snow", **QUICK)
+
+
+@pytest.mark.parametrize("name, advice", [
+    ("torch_dtype", "torch_dtype is dtype here"), ("revision", r"snapshot_download\(id, revision=...\)"),
+    ("cache_dir", r"snapshot_download\(id, cache_dir=...\)"), ("device_map", "device_map is device here")])
+def test_arguments_of_diffusers_are_told_what_they_are_here(name, advice):
+    with pytest.raises(TypeError, match=f"unknown arguments: {name}; known: dtype, device, variant and the parts .*{advice}"):
+        CogVideoXPipeline.from_pretrained(GOLDENS / "pipeline_2b", **{name: "x"})
+
+
+@pytest.mark.parametrize("give", [
+    lambda pipe: pipe.set_attn_processor(LowBitAttnProcessor), lambda pipe: lowbit_video.apply(pipe, LowBitAttnProcessor),
+    lambda pipe: pipe.set_attn_processor({**pipe.attn_processors, next(iter(pipe.attn_processors)): LowBitAttnProcessor}),
+    lambda pipe: lowbit_video.apply(pipe, None, {"*": LowBitAttnProcessor})])
+def test_a_processors_class_is_refused(pipe, give):
+    before = pipe.attn_processors
+    with pytest.raises(TypeError, match=r"must be an instance, got the class LowBitAttnProcessor; try LowBitAttnProcessor\(\)"):
+        give(pipe)
+    assert pipe.attn_processors == before
 
 
 def test_bad_folders(tmp_path, monkeypatch):
