@@ -16,6 +16,8 @@ from typing import Any
 import paddle
 from tqdm import tqdm
 
+from lowbit_video.distributed.cost.models import default_size
+
 from ..shared.conditions import CALLBACK_TENSORS, Callback
 from ..shared.denoise import denoise
 from ..shared.inputs import check_prompts, draw, make_generators, number, take_latents, whole
@@ -131,8 +133,8 @@ class CogVideoXPipeline(Pipeline):
         Args:
             prompt: one or several; or None with prompt_embeds.
             negative_prompt: what the videos should not show: one for all prompts or one each; "" by default.
-            height, width: pixels; the trained size by default.
-            num_frames: frames; the trained number by default.
+            height, width: pixels; the trained size by default, of CogVideoX 1.5 the published 768 x 1360.
+            num_frames: frames; the trained number by default. The model's own are 8 n + 1; 8 n are made too, with a warning.
             num_inference_steps: denoising steps.
             guidance_scale: weight of the prompt; 1 or less leaves guidance out and halves the work. A callback switches it off
                 half-way: `pipeline.guidance_scale = 1.0`.
@@ -202,7 +204,7 @@ class CogVideoXPipeline(Pipeline):
         return PipelineOutput(latents, timings, seeds)
 
     def _resolve_size(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
-        """The size with defaults filled in.
+        """The size with defaults filled in; warns of a number of frames that the model was not trained for.
 
         Raises:
             ValueError: not a size that the model makes; the nearest ones are named.
@@ -211,8 +213,9 @@ class CogVideoXPipeline(Pipeline):
             if value is not None:
                 whole(name, value)
         config, ratio = self.transformer.config, self.vae.spatial_compression_ratio
-        height = config.sample_height * ratio if height is None else height
-        width = config.sample_width * ratio if width is None else width
+        default_height, default_width = default_size(config, ratio)
+        height = default_height if height is None else height
+        width = default_width if width is None else width
         num_frames = config.sample_frames if num_frames is None else num_frames
         multiple = ratio * config.patch_size
         for name, size in (("height", height), ("width", width)):
@@ -220,13 +223,17 @@ class CogVideoXPipeline(Pipeline):
                 low = size // multiple * multiple
                 nearest = [str(value) for value in (low, low + multiple) if value > 0]
                 raise ValueError(f"{name} is {size} and must be a multiple of {multiple}; the nearest: {', '.join(nearest)}")
+        step = int(self.vae.config.temporal_compression_ratio) * self.vae.num_latent_frames_batch_size
+        advice = f"the model's own numbers are {step} n + 1: try {max(1, (num_frames + step // 2 - 1) // step) * step + 1}"
         if not self._makes_frames(num_frames):
             nearest = [n for n in range(max(num_frames, 0) + MAX_FRAME_GAP) if self._makes_frames(n)]
             nearest = [*[n for n in nearest if n < num_frames][-1:], *[n for n in nearest if n > num_frames][:1]]
             raise ValueError(
                 f"num_frames is {num_frames}, which the VAE's groups of frames do not make; the nearest: "
-                f"{', '.join(map(str, nearest))}"
+                f"{', '.join(map(str, nearest))}; {advice}"
             )
+        if (num_frames - 1) % step and num_frames != config.sample_frames:
+            warnings.warn(f"num_frames is {num_frames}, whose first frames come out frozen; {advice}", stacklevel=3)
         return height, width, num_frames
 
     def _makes_frames(self, num_frames: int) -> bool:

@@ -12,7 +12,7 @@ import lowbit_video
 from lowbit_video.hook.processors import LowBitAttnProcessor
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, make_random_pipeline
 from lowbit_video.pipelines.cogvideox import pipeline as module
-from lowbit_video.pipelines.shared.config import ConfigError
+from lowbit_video.pipelines.shared.config import Config, ConfigError
 
 from golden_cases import GOLDENS, cases
 
@@ -268,6 +268,28 @@ def test_padding_frames_of_15_are_dropped(loaded):
     assert pipe("snow", seed=1, **QUICK).frames.shape[1] == 9
 
 
+@pytest.mark.parametrize("frames, own", [(8, 9), (16, 17), (48, 49)])
+def test_frames_that_are_not_the_models_own_are_warned_of(loaded, kind, frames, own):
+    with pytest.warns(UserWarning, match=f"num_frames is {frames}, whose first frames come out frozen; .* 8 n . 1: try {own}"):
+        assert loaded[kind]._resolve_size(32, 48, frames) == (32, 48, frames)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_models_own_frames_are_not_warned_of(loaded, kind):
+    for frames in (1, 9, 17, 49, 81, 161):
+        assert loaded[kind]._resolve_size(32, 48, frames) == (32, 48, frames)
+
+
+def test_the_default_size_of_15_is_the_published_one(loaded, monkeypatch):
+    pipe = loaded["pipeline_15"]
+    config = Config({**pipe.transformer.config, "sample_height": 300, "sample_width": 300, "sample_frames": 81})
+    monkeypatch.setattr(pipe.transformer, "config", config)
+    assert pipe._resolve_size(None, None, None) == (768, 1360, 81)
+    assert pipe._resolve_size(96, None, 9) == (96, 1360, 9)
+    monkeypatch.setattr(pipe.transformer, "config", Config({**config, "patch_size_t": None}))
+    assert pipe._resolve_size(None, None, None) == (2400, 2400, 81)
+
+
 def test_processors_reach_the_transformer(pipe):
     before = pipe.attn_processors
     calls = []
@@ -330,7 +352,9 @@ def test_random_model(random_kind, tmp_path):
     [
         (dict(height=40), ["height is 40", "multiple of 16", "32, 48"]),
         (dict(width=8), ["width is 8", "nearest: 16"]),
-        (dict(num_frames=13), ["num_frames is 13", "nearest: 9, 16"]),
+        (dict(num_frames=13), ["num_frames is 13", "nearest: 9, 16", "8 n + 1: try 17"]),
+        (dict(num_frames=5), ["num_frames is 5", "8 n + 1: try 9"]),
+        (dict(num_frames=44), ["8 n + 1: try 41"]),
         (dict(num_frames=0), ["num_frames is 0", "nearest: 1"]),
         (dict(output_type="pil"), ["'pil'", "np, frames, pd, latent"]),
         (dict(eta=0.5), ["eta is 0.5"]),
