@@ -275,6 +275,8 @@ class CogVideoXTransformer3DModel(Model):
         ValueError: a combination that no CogVideoX has.
     """
 
+    repeated = {"num_layers": r"^transformer_blocks\.(\d+)\."}
+
     @keep_config
     def __init__(
         self,

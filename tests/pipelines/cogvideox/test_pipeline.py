@@ -472,6 +472,23 @@ def test_bad_folders(tmp_path, monkeypatch):
         load("someone/cogvideox")
 
 
+@pytest.mark.parametrize("part, key, value, message", [
+    ("transformer", "num_layers", 10**9, "config.json asks for num_layers = 1000000000, and the weights hold 2"),
+    ("transformer", "num_layers", "30", "config.json: num_layers is '30'; give a number of layers"),
+    ("transformer", "num_attention_heads", 10**9, "that cannot be built .*; correct its sizes"),
+    ("text_encoder", "num_layers", 10**9, "config.json asks for num_layers = 1000000000, and the weights hold 2"),
+    ("text_encoder", "vocab_size", 10**12, "that cannot be built .*; correct its sizes"),
+    ("vae", "layers_per_block", 10**9, "config.json asks for layers_per_block = 1000000000, and the weights hold 1"),
+])
+@pytest.mark.timeout(60)
+def test_a_configuration_that_asks_for_what_the_weights_do_not_hold(tmp_path, part, key, value, message):
+    shutil.copytree(GOLDENS / "pipeline_2b", tmp_path / "model")
+    path = tmp_path / "model" / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        CogVideoXPipeline.from_pretrained(tmp_path / "model", device="cpu")
+
+
 def test_hub_id(monkeypatch):
     asked = []
 
