@@ -11,15 +11,14 @@ What it does, in the library's own words (`lowbit_video/app/generate.py` adds ch
     export_to_video(frames, "video.mp4", fps=8)
     remove(pipe)                                    # the full-precision pipeline again, to the bit
 """
-import argparse
 import sys
 
 from lowbit_video.app import generate
-from lowbit_video.app.cli import guarded
+from lowbit_video.app.cli import Parser, guarded
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     generate.add_arguments(parser)
     args = parser.parse_args()
     return guarded(lambda: generate.run(args), "cogvideo.py")

@@ -16,7 +16,7 @@ import os
 import sys
 
 from lowbit_video import apply, coverage, parallelize, pipelines, remove
-from lowbit_video.app.cli import guarded
+from lowbit_video.app.cli import Parser, guarded
 from lowbit_video.app.job import SMALL_PROMPT, small_model
 from lowbit_video.app.ranks import connected, describe, is_first
 from lowbit_video.app.run_pipeline import resolve_device, resolve_dtype
@@ -25,7 +25,7 @@ from lowbit_video.eval.metrics.psnr import psnr
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=small_model(), help="folder (default: the small trained model)")
     parser.add_argument("--prompt", default=SMALL_PROMPT)
     parser.add_argument("--precision", default="int8+fp16")

@@ -34,7 +34,7 @@ def read_json(path: str | os.PathLike, error: type[ValueError] = ValueError) -> 
         error: no such file, not JSON, or not an object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # a byte-order mark is no JSON
     except (FileNotFoundError, NotADirectoryError):
         raise error(f"no such file: {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as reason:

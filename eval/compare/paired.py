@@ -32,9 +32,13 @@ def read_prompts(path) -> list[str]:
     """Prompts of a text file, one a line; blank lines and lines that begin with # are left out.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no prompt in it, or one twice (named).
+        FileNotFoundError: no such file. ValueError: not UTF-8, no prompt in it, or one twice (named).
     """
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the first prompt
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    prompts = [line.strip() for line in text.splitlines()]
     prompts = [line for line in prompts if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path}: no prompt in it; write one a line")

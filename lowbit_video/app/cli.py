@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from ..distributed.watch import end_process
 
@@ -32,6 +34,16 @@ GROUPS = {
 """Groups of commands: the module registers what is below."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser, also of commands, that says how a value is given that begins with a hyphen."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with the message."""
+        if name := re.match(r"argument (?:\S*/)?(--[\w-]+)[^:]*: expected", message):
+            message += f" (a value that begins with a hyphen needs an equals sign: {name[1]}=-...)"
+        super().error(message)
+
+
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The parser; only the module of the chosen command is imported, the others are named.
 
@@ -39,7 +51,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """
     from .. import __version__
 
-    parser = argparse.ArgumentParser(prog="lowbit-video", description="Low-bit attention for video diffusion transformers.")
+    parser = Parser(prog="lowbit-video", description="Low-bit attention for video diffusion transformers.")
     parser.add_argument("--version", action="version", version=f"lowbit_video {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     for name, (module, text) in COMMANDS.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
-from .base import AttnProcessor, slot_of
+from .base import AttnProcessor, check_processor, slot_of
 from .processors import LowBitAttnProcessor
 from .report import attention_modules, named_modules, transformer_of
 
@@ -77,6 +77,7 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
 
     def processor_for(wanted: Any) -> Any:
         if callable(wanted):
+            check_processor(wanted)
             return wanted
         wanted = as_precision(wanted)
         if wanted not in made:

@@ -89,6 +89,15 @@ class AttnProcessor:
     __repr__ = __str__
 
 
+def check_processor(processor: Any) -> None:
+    """Raises TypeError for what cannot be a module's processor, such as a processor's class in place of an instance."""
+    if isinstance(processor, type):
+        raise TypeError(f"an attention processor must be an instance, got the class {processor.__name__}; try "
+                        f"{processor.__name__}()")
+    if not callable(processor):
+        raise TypeError(f"an attention processor must be callable, got {type(processor).__name__}")
+
+
 def _run_module(attn: Any, *tensors: Any) -> Any:
     """The attention of a module by the processor that it has now: what its operator in a graph runs."""
     if not isinstance(attn.processor, AttnProcessor):

@@ -16,8 +16,11 @@ from typing import Any
 import paddle
 from tqdm import tqdm
 
-from ..shared.denoise import CALLBACK_TENSORS, Callback, denoise
-from ..shared.inputs import check_prompts, draw, make_generators, take_latents
+from lowbit_video.distributed.cost.models import default_size
+
+from ..shared.conditions import CALLBACK_TENSORS, Callback
+from ..shared.denoise import denoise
+from ..shared.inputs import check_prompts, draw, make_generators, number, take_latents, whole
 from ..shared.output import OUTPUT_TYPES, PipelineOutput, postprocess
 from ..shared.pipeline import Pipeline, on_device
 from ..shared.t5 import T5EncoderModel
@@ -68,7 +71,9 @@ class CogVideoXPipeline(Pipeline):
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> paddle.Tensor:
         """Text embeddings [B, max_sequence_length, D] of one prompt or several; a longer prompt is cut, with a warning."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        length = max_sequence_length or self.transformer.config.max_text_seq_length
+        length = self.transformer.config.max_text_seq_length
+        if max_sequence_length is not None:
+            length = whole("max_sequence_length", max_sequence_length, 1)
         for text, ids in zip(prompts, self.tokenizer(prompts).input_ids):
             if len(ids) > length:
                 lost = self.tokenizer.decode(ids[length - 1 : -1])
@@ -128,41 +133,49 @@ class CogVideoXPipeline(Pipeline):
         Args:
             prompt: one or several; or None with prompt_embeds.
             negative_prompt: what the videos should not show: one for all prompts or one each; "" by default.
-            height, width: pixels; the trained size by default.
-            num_frames: frames; the trained number by default.
+            height, width: pixels; the trained size by default, of CogVideoX 1.5 the published 768 x 1360.
+            num_frames: frames; the trained number by default. The model's own are 8 n + 1; 8 n are made too, with a warning.
             num_inference_steps: denoising steps.
-            guidance_scale: weight of the prompt; 1 or less leaves guidance out and halves the work.
+            guidance_scale: weight of the prompt; 1 or less leaves guidance out and halves the work. A callback switches it off
+                half-way: `pipeline.guidance_scale = 1.0`.
             use_dynamic_cfg: the weight oscillates along the steps, between 1 and itself plus 1, as published for the DPM
                 scheduler.
             num_videos_per_prompt: videos of each prompt, next to each other in the output.
             eta: must be 0; CogVideoX's schedulers have no use for another value.
             seed: of the first video, the next ones count up from it; or one for each video; None: a new one.
             generator: in place of a seed: one object with `standard_normal(shape)` for all videos or a list of one each.
-            latents: starting noise [B, f, C, h, w], in place of drawn noise.
+            latents: starting noise [B, f, C, h, w], in place of drawn noise; no seeds are reported then. A seed or generator
+                beside it is for schedulers that add noise at their steps.
             prompt_embeds, negative_prompt_embeds: [B, N, D], in place of texts; one row per prompt.
             output_type: one of OUTPUT_TYPES; see PipelineOutput.
             max_sequence_length: text tokens; the model's own number by default.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; what it returns under a name
-                replaces that tensor.
+                replaces that tensor from the next step on, and so does a `pipeline.guidance_scale` that it sets.
             callback_on_step_end_tensor_inputs: which of CALLBACK_TENSORS the callback gets; "prompt_embeds" holds the
-                negative ones first where there is guidance.
+                negative ones first where there is guidance. A callback that switches guidance off may return the second half.
             progress: show progress bars of denoising and decoding; on several ranks, rank 0 does.
         Raises:
-            ValueError: inputs that do not fit the model or each other, before any work.
+            ValueError, TypeError: inputs that do not fit the model or each other, before any work.
+        Warns of inputs that change nothing, such as a negative prompt without guidance.
         """
+        _check_scheduler(self.scheduler)
+        num_inference_steps, num_videos_per_prompt = (whole(name, value, 1) for name, value in (
+            ("num_inference_steps", num_inference_steps), ("num_videos_per_prompt", num_videos_per_prompt)))
+        guidance_scale = number("guidance_scale", guidance_scale)
         height, width, num_frames = self._resolve_size(height, width, num_frames)
-        _check_choices(output_type, eta, callback_on_step_end_tensor_inputs, num_videos_per_prompt)
+        _check_choices(output_type, eta, callback_on_step_end_tensor_inputs)
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        _warn_of_no_effect(guidance_scale > 1, any(negatives or ()) or negative_prompt_embeds is not None, use_dynamic_cfg,
+                           seed is not None and latents is not None and not self.scheduler.uses_noise)
         self._check_ranks(
             prompt=prompts, negative_prompt=negatives, height=height, width=width, num_frames=num_frames,
-            num_inference_steps=num_inference_steps, guidance_scale=float(guidance_scale), use_dynamic_cfg=use_dynamic_cfg,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, use_dynamic_cfg=use_dynamic_cfg,
             num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
             latents_only=output_type == "latent",
         )
         self.scheduler.set_timesteps(num_inference_steps)
         self.num_timesteps = len(self.scheduler.timesteps)
-        self.interrupt = False
-        self.guidance_scale = guidance_scale
+        self.interrupt, self.guidance_scale = False, guidance_scale
         dynamic = lambda timestep: dynamic_guidance(guidance_scale, timestep, num_inference_steps)
         timings: dict[str, float] = {}
 
@@ -170,37 +183,39 @@ class CogVideoXPipeline(Pipeline):
             videos = (len(prompts) if prompts is not None else prompt_embeds.shape[0]) * num_videos_per_prompt
             shape, padded_frames = self._latent_shape(videos, num_frames, height, width)
             generators, seeds = make_generators(seed, generator, videos)
-            seeds = self._of_rank_0(seeds)
+            seeds = self._of_rank_0(None if latents is not None else seeds)
             latents = draw(generators, shape) if latents is None else take_latents(latents, shape)
             latents = self._shared(latents * self.scheduler.init_noise_sigma)
             rotary = self.transformer.rotary_tables(shape[1], shape[3], shape[4])
             with self._timed(timings, "text_encode"):
-                embeds, negative = self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0,
-                                               num_videos_per_prompt, max_sequence_length)
+                embeds = self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0,
+                                     num_videos_per_prompt, max_sequence_length)
                 embeds = self._shared(embeds)
             with self._timed(timings, "denoise"):
                 latents = denoise(
-                    self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds, negative,
-                    draw=lambda: self._shared(draw(generators, shape)),
+                    self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds,
+                    guided=guidance_scale > 1.0, draw=lambda: self._shared(draw(generators, shape)),
                     guidance_at=dynamic if use_dynamic_cfg else None,
                     callback=callback_on_step_end, callback_tensors=callback_on_step_end_tensor_inputs, progress=progress,
                 )
-            if output_type == "latent":
-                return PipelineOutput(latents, timings, seeds)
-            with self._timed(timings, "decode"):
-                video = self.decode_latents(latents[:, padded_frames:], progress)
-                frames = postprocess(video, output_type)
-        return PipelineOutput(frames, timings, seeds)
+            if output_type != "latent":
+                with self._timed(timings, "decode"):
+                    latents = postprocess(self.decode_latents(latents[:, padded_frames:], progress), output_type)
+        return PipelineOutput(latents, timings, seeds)
 
     def _resolve_size(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
-        """The size with defaults filled in.
+        """The size with defaults filled in; warns of a number of frames that the model was not trained for.
 
         Raises:
             ValueError: not a size that the model makes; the nearest ones are named.
         """
+        for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+            if value is not None:
+                whole(name, value)
         config, ratio = self.transformer.config, self.vae.spatial_compression_ratio
-        height = config.sample_height * ratio if height is None else height
-        width = config.sample_width * ratio if width is None else width
+        default_height, default_width = default_size(config, ratio)
+        height = default_height if height is None else height
+        width = default_width if width is None else width
         num_frames = config.sample_frames if num_frames is None else num_frames
         multiple = ratio * config.patch_size
         for name, size in (("height", height), ("width", width)):
@@ -208,13 +223,17 @@ class CogVideoXPipeline(Pipeline):
                 low = size // multiple * multiple
                 nearest = [str(value) for value in (low, low + multiple) if value > 0]
                 raise ValueError(f"{name} is {size} and must be a multiple of {multiple}; the nearest: {', '.join(nearest)}")
+        step = int(self.vae.config.temporal_compression_ratio) * self.vae.num_latent_frames_batch_size
+        advice = f"the model's own numbers are {step} n + 1: try {max(1, (num_frames + step // 2 - 1) // step) * step + 1}"
         if not self._makes_frames(num_frames):
             nearest = [n for n in range(max(num_frames, 0) + MAX_FRAME_GAP) if self._makes_frames(n)]
             nearest = [*[n for n in nearest if n < num_frames][-1:], *[n for n in nearest if n > num_frames][:1]]
             raise ValueError(
                 f"num_frames is {num_frames}, which the VAE's groups of frames do not make; the nearest: "
-                f"{', '.join(map(str, nearest))}"
+                f"{', '.join(map(str, nearest))}; {advice}"
             )
+        if (num_frames - 1) % step and num_frames != config.sample_frames:
+            warnings.warn(f"num_frames is {num_frames}, whose first frames come out frozen; {advice}", stacklevel=3)
         return height, width, num_frames
 
     def _makes_frames(self, num_frames: int) -> bool:
@@ -230,7 +249,7 @@ class CogVideoXPipeline(Pipeline):
         return [videos, frames + padding, self.transformer.config.in_channels, height // ratio, width // ratio], padding
 
 
-def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str], num_videos_per_prompt: int) -> None:
+def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str]) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}; supported: {', '.join(OUTPUT_TYPES)}")
     if eta:
@@ -240,8 +259,25 @@ def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str]
         raise ValueError(
             f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; supported: {', '.join(CALLBACK_TENSORS)}"
         )
-    if num_videos_per_prompt < 1:
-        raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; give at least 1")
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Raises TypeError for a scheduler of another library: its steps mean other things."""
+    if not isinstance(scheduler, CogVideoXScheduler):
+        known = "CogVideoXDDIMScheduler, CogVideoXDPMScheduler"
+        raise TypeError(f"the pipeline's scheduler is a {type(scheduler).__module__}.{type(scheduler).__qualname__}; "
+                        f"supported: {known} of lowbit_video.pipelines; try "
+                        "CogVideoXDDIMScheduler.from_config(scheduler.config)")
+
+
+def _warn_of_no_effect(guided: bool, negative: bool, dynamic: bool, seed: bool) -> None:
+    """Warns of what of a call changes nothing. seed: one beside latents, where no step adds noise."""
+    off = "has no effect: guidance_scale is 1 or less, which leaves guidance out"
+    notes = [(negative and not guided, f"the negative prompt {off}"), (dynamic and not guided, f"use_dynamic_cfg {off}"),
+             (seed, "seed has no effect: latents are given, and this scheduler adds no noise")]
+    for holds, note in notes:
+        if holds:
+            warnings.warn(note, stacklevel=3)
 
 
 def dynamic_guidance(guidance_scale: float, timestep: int, num_inference_steps: int) -> float:

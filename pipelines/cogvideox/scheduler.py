@@ -21,6 +21,7 @@ import numpy as np
 import paddle
 
 from ..shared.config import DIFFUSERS_VERSION, ConfigError, keep_config, known_keys, load_config, write_json
+from ..shared.inputs import whole
 
 SCHEDULER_CONFIG_NAME = "scheduler_config.json"
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -135,8 +136,9 @@ class CogVideoXScheduler:
         """Chooses the timesteps of a run, highest first: `timesteps`, int64.
 
         Raises:
-            ValueError: not between 1 and num_train_timesteps.
+            ValueError, TypeError: not a whole number between 1 and num_train_timesteps.
         """
+        num_inference_steps = whole("num_inference_steps", num_inference_steps)
         total = self.config.num_train_timesteps
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; this schedule takes 1 to {total}")

@@ -17,6 +17,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from lowbit_video.hook.base import check_processor
+
 from ..shared.config import keep_config
 from ..shared.weights import Model
 from .rotary import THETA, get_3d_rotary_pos_embed, get_3d_sincos_pos_embed, get_resize_crop_region_for_grid
@@ -57,8 +59,7 @@ class Attention(nn.Layer):
 
     def set_processor(self, processor: Any) -> None:
         """Sets the callable `(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)`."""
-        if not callable(processor):
-            raise TypeError(f"an attention processor must be callable, got {type(processor).__name__}")
+        check_processor(processor)
         # not through nn.Layer, which would take a processor that is a Layer for a part of the model
         object.__setattr__(self, "processor", processor)
 
@@ -273,6 +274,8 @@ class CogVideoXTransformer3DModel(Model):
     Raises:
         ValueError: a combination that no CogVideoX has.
     """
+
+    repeated = {"num_layers": r"^transformer_blocks\.(\d+)\."}
 
     @keep_config
     def __init__(
@@ -489,8 +492,7 @@ class CogVideoXTransformer3DModel(Model):
                 f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(map(str, unknown)) or 'none'}"
             )
         for value in processor.values():
-            if not callable(value):
-                raise TypeError(f"an attention processor must be callable, got {type(value).__name__}")
+            check_processor(value)
         for name, layer in layers.items():
             layer.set_processor(processor[name])
 

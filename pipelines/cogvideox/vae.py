@@ -385,6 +385,8 @@ class AutoencoderKLCogVideoX(Model):
         ConfigError: a config that asks for what is not built.
     """
 
+    repeated = {"layers_per_block": r"^encoder\.down_blocks\.\d+\.resnets\.(\d+)\."}
+
     @keep_config
     def __init__(
         self,

@@ -1,6 +1,8 @@
 """What a caller gives a pipeline, checked and made ready: prompts, seeds or noise sources, latents, embeddings."""
 from __future__ import annotations
 
+import math
+import operator
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +13,32 @@ import paddle
 MAX_SEED = 2**32
 
 
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """The value as an int. TypeError for what is no whole number, ValueError for one below `least`."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; give a whole number") from None
+    if least is not None and result < least:
+        raise ValueError(f"{name} is {result}; give at least {least}")
+    return result
+
+
+def number(name: str, value: Any) -> float:
+    """The value as a float. TypeError for what is no number, ValueError for NaN and infinity."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; give a finite number") from None
+    if not math.isfinite(result):
+        raise ValueError(f"{name} is {result}; give a finite number")
+    return result
+
+
 def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> tuple[list[str] | None, list[str] | None]:
     """Prompts and negative prompts as lists of the same length, None where embeddings or nothing were given."""
     if (prompt is None) == (prompt_embeds is None):
@@ -18,6 +46,11 @@ def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
     prompts = _as_texts("prompt", prompt)
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if embeds is not None:
+            check_tensor(embeds, name)
+            if len(embeds.shape) != 3:
+                raise ValueError(f"{name} has shape {list(embeds.shape)}; give [prompts, tokens, channels]")
     count = len(prompts) if prompts is not None else prompt_embeds.shape[0]
     negatives = _as_texts("negative_prompt", negative_prompt)
     if negatives is not None and isinstance(negative_prompt, str):
@@ -49,7 +82,10 @@ def make_generators(seed, generator, videos: int) -> tuple[list, list[int] | Non
         return sources, None
     if seed is None:
         seed = secrets.randbelow(MAX_SEED)
-    seeds = [int(one) for one in seed] if isinstance(seed, (list, tuple)) else [int(seed) + i for i in range(videos)]
+    if isinstance(seed, (list, tuple)) or getattr(seed, "shape", ()) != ():
+        seeds = [whole("seed", one, 0) for one in seed]
+    else:
+        seeds = [whole("seed", seed, 0) + i for i in range(videos)]
     if len(seeds) != videos:
         raise ValueError(f"{len(seeds)} seeds for {videos} videos; give one for the first or one each")
     return [np.random.default_rng(one) for one in seeds], seeds
@@ -62,13 +98,25 @@ def draw(generators: Sequence[Any], shape: Sequence[int]) -> paddle.Tensor:
 
 def take_latents(latents: Any, shape: Sequence[int]) -> paddle.Tensor:
     """The caller's latents, float32, on the current device. ValueError for another shape."""
+    latents = here(latents, "latents")
     if list(latents.shape) != list(shape):
         raise ValueError(f"latents have shape {list(latents.shape)}; these videos need {list(shape)}")
-    return here(latents).astype("float32")
+    return latents.astype("float32")
 
 
-def here(x: Any) -> paddle.Tensor:
-    """An array or tensor as a tensor on the current device."""
+def check_tensor(x: Any, name: str) -> None:
+    """Raises TypeError for what is neither a Paddle tensor nor a NumPy array; a torch tensor is told how to become one."""
+    if not isinstance(x, (paddle.Tensor, np.ndarray)):
+        kind = type(x)
+        advice = {"torch": f"{name}.detach().float().cpu().numpy()", "builtins": f"np.stack({name})"}.get(
+            kind.__module__.split(".")[0], f"np.asarray({name})")
+        raise TypeError(f"{name} is a {kind.__module__}.{kind.__qualname__}; supported: a Paddle tensor or a NumPy array; try "
+                        f"{advice}")
+
+
+def here(x: Any, name: str) -> paddle.Tensor:
+    """An array or tensor as a tensor on the current device. TypeError as `check_tensor`."""
+    check_tensor(x, name)
     if not isinstance(x, paddle.Tensor):
         return paddle.to_tensor(x)
     moved = str(x.place) != str(paddle.framework._current_expected_place())

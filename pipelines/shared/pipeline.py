@@ -17,6 +17,14 @@ from .folders import MODEL_INDEX_NAME, find_folder, read_index
 from .inputs import here, repeat_rows
 
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
+FETCHED = "fetch the folder with huggingface_hub.snapshot_download(id, {}=...) and give its path"
+ELSEWHERE = {
+    "torch_dtype": "torch_dtype is dtype here, such as dtype='float16'", "device_map": "device_map is device here",
+    "use_safetensors": "safetensors are all that is read: leave use_safetensors out",
+    **{name: f"for {name}: {FETCHED.format(name)}" for name in ("revision", "cache_dir", "token", "local_files_only",
+                                                                  "force_download", "proxies")},
+}
+"""What diffusers' from_pretrained takes, and what to write here."""
 
 
 class Pipeline:
@@ -37,7 +45,7 @@ class Pipeline:
         self.device = device or paddle.get_device()
         self.parallel: Any = None  # what `lowbit_video.parallelize` makes, where several ranks share the work
         self.interrupt = False  # a callback sets this to stop after the current step
-        self.guidance_scale = 1.0  # of the current step
+        self.guidance_scale = 1.0  # of the current step; a callback may set it for those that follow
         self.num_timesteps = 0
 
     # ------------------------------------------------------------------------------------------------ loading and saving
@@ -66,7 +74,9 @@ class Pipeline:
         """
         unknown = sorted(set(components) - set(cls.components))
         if unknown:
-            raise TypeError(f"from_pretrained got unknown parts: {', '.join(unknown)}; known: {', '.join(cls.components)}")
+            advice = "".join(f"; {ELSEWHERE[name]}" for name in unknown if name in ELSEWHERE)
+            raise TypeError(f"from_pretrained got unknown arguments: {', '.join(unknown)}; known: dtype, device, variant and "
+                            f"the parts {', '.join(cls.components)}{advice}")
         folder = find_folder(path)
         classes = cls._classes_of(folder, skip=components)
         if device == "auto":
@@ -168,24 +178,28 @@ class Pipeline:
         return self.interrupt
 
     def _embed(self, prompts, negatives, prompt_embeds, negative_prompt_embeds, guided: bool, times: int, length: int | None):
-        """(embeddings for the model, negative ones alone) of texts or given embeddings, each row `times` times.
+        """Embeddings for the model of texts or given embeddings, each row `times` times; where `guided`, negative ones first.
 
-        Where `guided`, the negative ones come first in the model's; else there are none.
+        Given embeddings say how many tokens a negative text gets.
         """
+        if prompt_embeds is not None and length not in (None, prompt_embeds.shape[1]):
+            raise ValueError(f"max_sequence_length is {length} and prompt_embeds has {prompt_embeds.shape[1]} tokens; leave "
+                             "max_sequence_length out")
+        length = length if prompt_embeds is None else prompt_embeds.shape[1]
         encode = lambda texts: self.encode_prompt(texts, length)
-        positive = repeat_rows(encode(prompts) if prompt_embeds is None else here(prompt_embeds), times)
+        positive = repeat_rows(encode(prompts) if prompt_embeds is None else here(prompt_embeds, "prompt_embeds"), times)
         if not guided:
-            return positive, None
+            return positive
         if negative_prompt_embeds is None:
             negative = encode(negatives or [""] * (positive.shape[0] // times))
         else:
-            negative = here(negative_prompt_embeds)
+            negative = here(negative_prompt_embeds, "negative_prompt_embeds")
         negative = repeat_rows(negative, times)
         if negative.shape != positive.shape:
             raise ValueError(
                 f"prompt_embeds make {list(positive.shape)} and negative_prompt_embeds {list(negative.shape)}; they must agree"
             )
-        return paddle.concat([negative, positive.astype(negative.dtype)]), negative
+        return paddle.concat([negative, positive.astype(negative.dtype)])
 
     @contextlib.contextmanager
     def _timed(self, timings: dict[str, float], stage: str) -> Iterator[None]:

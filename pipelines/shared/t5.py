@@ -209,6 +209,7 @@ class T5EncoderModel(Model):
     )
     ignored_tensors = (r"^decoder\.", r"^lm_head\.")
     tied_tensors = {"encoder.embed_tokens.weight": "shared.weight"}
+    repeated = {"num_layers": r"^encoder\.block\.(\d+)\."}
     # these products overflow float16 in the published weights
     float32_tensors = (r"\.wo\.weight$",)
 

@@ -99,6 +99,7 @@ class Model(nn.Layer):
     ignored_tensors: tuple[str, ...] = ()  # regular expressions: tensors on disk that are not used
     tied_tensors: dict[str, str] = {}  # other name on disk -> name of the parameter
     float32_tensors: tuple[str, ...] = ()  # regular expressions: parameters that stay float32 when the rest is float16
+    repeated: dict[str, str] = {}  # config key that counts layers -> regular expression: a layer's tensors, its number a group
 
     config: Config
 
@@ -122,13 +123,31 @@ class Model(nn.Layer):
             variant: the "fp16" of "diffusion_pytorch_model.fp16.safetensors".
         Raises:
             ConfigError: config.json is missing, is of another class, or has unknown keys.
-            WeightsError: weight files missing or damaged, or not the ones for this configuration.
+            WeightsError: weight files missing or damaged, or not the ones for this configuration; found before anything is built.
         """
         names = (cls.class_name or cls.__name__, *cls.also_reads)
         config = load_config(folder, names, known_keys(cls), cls.ignored_keys)
-        model = cls.from_config(config)
-        load_weights(model, folder, dtype, variant)
+        entries = _read_tables(os.fspath(folder), cls.weights_stem, variant)
+        cls._check_counts(folder, config, entries)
+        try:
+            model = cls.from_config(config)
+        except (ArithmeticError, IndexError, MemoryError, TypeError) as error:
+            raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)} describes a {cls.__name__} that cannot be built "
+                              f"({str(error).strip()}); correct its sizes") from error
+        load_weights(model, folder, dtype, variant, entries)
         return model
+
+    @classmethod
+    def _check_counts(cls, folder: str | os.PathLike, config: dict[str, Any], entries: dict[str, TensorEntry]) -> None:
+        """Raises WeightsError where a configuration asks for more layers than the weights hold: they would all be built."""
+        for key, pattern in cls.repeated.items():
+            asked = config.get(key, 0)
+            if isinstance(asked, bool) or not isinstance(asked, int) or asked < 0:
+                raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: {key} is {asked!r}; give a number of layers")
+            held = len({match[1] for match in (re.search(pattern, name) for name in entries) if match})
+            if asked > held:
+                raise WeightsError(f"{os.path.join(folder, CONFIG_NAME)} asks for {key} = {asked}, and the weights hold {held}: "
+                                   "tensors missing; correct the configuration, or fetch the weights that belong to it")
 
     def save_pretrained(
         self, folder: str | os.PathLike, dtype: Any = None, max_shard_size: int | str = DEFAULT_SHARD_BYTES
@@ -234,7 +253,16 @@ def _find_files(folder: str, stem: str, variant: str | None) -> list[str]:
     raise WeightsError(f"no weights in {folder}: looked for {', '.join(tried)}; found {_listed(there) or 'none'}.{advice}")
 
 
-def load_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float32", variant: str | None = None) -> None:
+def _read_tables(folder: str, stem: str, variant: str | None) -> dict[str, TensorEntry]:
+    """The tables of all weight files of a folder."""
+    entries: dict[str, TensorEntry] = {}
+    for path in _find_files(folder, stem, variant):
+        entries.update(read_header(path))
+    return entries
+
+
+def load_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float32", variant: str | None = None,
+                 entries: dict[str, TensorEntry] | None = None) -> None:
     """Streams the weights of a folder into a model's parameters and persistable buffers, on the current device.
 
     Everything is checked against the files' tables before the first tensor is read.
@@ -244,15 +272,14 @@ def load_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float
         folder: holds {stem}.safetensors, or {stem}.safetensors.index.json and its shards.
         dtype: of the parameters afterwards; float32 on a CPU (see `working_dtype`).
         variant: infix of the file names, such as "fp16".
+        entries: the files' tables, where they are read already.
     Raises:
         WeightsError: files missing or damaged; tensors missing, unexpected, or of another shape (each is named).
     """
     folder = os.fspath(folder)
     target = working_dtype(dtype)
-    entries: dict[str, TensorEntry] = {}
-    for path in _find_files(folder, getattr(model, "weights_stem", STEMS[0]), variant):
-        entries.update(read_header(path))
-
+    if entries is None:
+        entries = _read_tables(folder, getattr(model, "weights_stem", STEMS[0]), variant)
     state = model.state_dict()
     linear = _linear_weights(model)
     tied = getattr(model, "tied_tensors", {})

@@ -1,8 +1,10 @@
 """The sizes of a model that its cost follows from: the published ones, or those of a folder's configuration."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...files import read_json
 
@@ -78,6 +80,17 @@ MODELS = {model.name: model for model in (
 )}
 """The published models by name."""
 
+UNSAID_SIZE = (300, 300)
+"""Latents that the configurations of CogVideoX 1.5 name, the largest of many sizes: their videos are published at another."""
+
+
+def default_size(config: Mapping[str, Any], spatial: int) -> tuple[int, int]:
+    """(height, width) in pixels of a transformer's default video. spatial: pixels of a latent."""
+    if (config["sample_height"], config["sample_width"]) == UNSAID_SIZE and config.get("patch_size_t"):
+        published = MODELS["CogVideoX-1.5-5b"]
+        return published.height, published.width
+    return config["sample_height"] * spatial, config["sample_width"] * spatial
+
 
 def find_model(name: str) -> Model:
     """A published model by name, or the model of a folder in diffusers' layout.
@@ -106,7 +119,7 @@ def _model_of(folder: Path) -> Model:
     spatial = 2 ** (len(blocks) - 1)
     return Model(
         str(folder), config["num_layers"], config["num_attention_heads"], config["sample_frames"],
-        config["sample_height"] * spatial, config["sample_width"] * spatial, config["attention_head_dim"],
+        *default_size(config, spatial), config["attention_head_dim"],
         config["max_text_seq_length"], config["patch_size"], config.get("patch_size_t") or 1, config["in_channels"],
         config["text_embed_dim"], config["time_embed_dim"], config["temporal_compression_ratio"], spatial,
         _files_gib(folder / "vae"), _files_gib(folder / "text_encoder"))

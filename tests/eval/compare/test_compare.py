@@ -168,6 +168,11 @@ def test_prompt_files(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# a comment\n\n a red ball \nb\n")
     assert read_prompts(path) == ["a red ball", "b"]
+    path.write_text("a red ball\nb\n", encoding="utf-8-sig")
+    assert read_prompts(path) == ["a red ball", "b"]
+    path.write_text("a red ball", encoding="utf-16")
+    with pytest.raises(ValueError, match="prompts.txt is not UTF-8 text .*; save it as UTF-8"):
+        read_prompts(path)
     path.write_text("x\nx\n")
     with pytest.raises(ValueError, match="'x' stands there more than once"):
         read_prompts(path)

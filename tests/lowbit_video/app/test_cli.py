@@ -53,6 +53,15 @@ def test_a_readme_without_the_block_is_named(tmp_path, capsys):
     assert cli.main(["kernels", "--check", str(tmp_path / "none.md")]) == 2
 
 
+@pytest.mark.parametrize("argv, name", [
+    (["generate", "--prompt", "--cat"], "--prompt"), (["generate", "--negative-prompt", "-x"], "--negative-prompt"),
+    (["eval", "compare", "--model", "m", "--prompts", "-p.txt"], "--prompts")])
+def test_a_value_that_begins_with_a_hyphen_is_told_its_equals_sign(argv, name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    assert f"begins with a hyphen needs an equals sign: {name}=-...)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["nonsense"], ["kernels", "--nope"], ["kernels", "--json", "--markdown"], ["bench"]])
 def test_wrong_arguments_end_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -516,3 +516,12 @@ def test_a_file_of_other_figures_is_refused(tmp_path, content, words):
     with pytest.raises(ValueError, match=words) as refused:
         load_figures(path)
     assert str(path) in str(refused.value)
+
+
+def test_the_size_that_the_configuration_of_15_does_not_say_is_the_published_one(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    config = {"num_layers": 42, "num_attention_heads": 48, "in_channels": 16, "sample_frames": 81, "sample_height": 300,
+              "sample_width": 300, "patch_size_t": 2}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    model = find_model(str(tmp_path))
+    assert (model.frames, model.height, model.width) == (81, 768, 1360)

@@ -8,9 +8,11 @@ import numpy as np
 import paddle
 import pytest
 
+import lowbit_video
+from lowbit_video.hook.processors import LowBitAttnProcessor
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, make_random_pipeline
 from lowbit_video.pipelines.cogvideox import pipeline as module
-from lowbit_video.pipelines.shared.config import ConfigError
+from lowbit_video.pipelines.shared.config import Config, ConfigError
 
 from golden_cases import GOLDENS, cases
 
@@ -110,8 +112,20 @@ def test_negative_prompt_and_embeddings(pipe):
     np.testing.assert_allclose(given.numpy(), negative.numpy(), atol=1e-5)
     both = make(["snow", "snow"], ["", "dark rain"])
     np.testing.assert_allclose(both[:1].numpy(), plain.numpy(), atol=1e-4)
-    # a negative prompt without guidance has nothing to do
-    assert (make("snow", "dark rain", guidance_scale=1.0) == make("snow", guidance_scale=1.0)).all()
+    with pytest.warns(UserWarning, match="negative prompt has no effect: guidance_scale is 1 or less"):
+        unguided = make("snow", "dark rain", guidance_scale=1.0)
+    assert (unguided == make("snow", guidance_scale=1.0)).all()
+    # a negative text gets as many tokens as given embeddings have
+    short = make(prompt_embeds=pipe.encode_prompt("snow", 8), negative_prompt="dark rain")
+    np.testing.assert_allclose(short.numpy(), make("snow", "dark rain", max_sequence_length=8).numpy(), atol=1e-5)
+
+
+def test_what_has_no_effect_is_said(pipe):
+    with pytest.warns(UserWarning, match="use_dynamic_cfg has no effect"):
+        pipe("snow", seed=1, guidance_scale=1.0, use_dynamic_cfg=True, output_type="latent", **QUICK)
+    with pytest.warns(UserWarning, match="seed has no effect: latents are given"):
+        made = pipe("snow", seed=1, latents=start_latents(pipe, 1), output_type="latent", **QUICK)
+    assert made.seeds is None
 
 
 def test_output_types(pipe):
@@ -152,6 +166,81 @@ def test_callback(pipe):
     np.testing.assert_array_equal(stopped.frames.numpy(), seen[0][4])
 
 
+EMBEDS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+def with_callback(pipe, callback, **more):
+    return pipe("snow", "dark rain", seed=1, output_type="latent", callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=EMBEDS, **{**QUICK, **more}).frames.numpy()
+
+
+def test_embeddings_that_a_callback_returns_count_from_the_next_step(pipe):
+    snow, ball, rain, sun = map(pipe.encode_prompt, ("snow", "a red ball", "dark rain", "sun"))
+    make = lambda **changed: with_callback(pipe, lambda *a: {**a[3], **changed})
+    plain = make()
+    both = make(prompt_embeds=paddle.concat([sun, ball]))
+    assert abs(make(negative_prompt_embeds=sun) - plain).max() > 1e-4
+    np.testing.assert_array_equal(make(negative_prompt_embeds=sun), make(prompt_embeds=paddle.concat([sun, snow])))
+    np.testing.assert_array_equal(make(prompt_embeds=paddle.concat([rain, ball]), negative_prompt_embeds=sun), both)
+    np.testing.assert_array_equal(make(prompt_embeds=paddle.concat([rain, ball]).numpy(), negative_prompt_embeds=sun), both)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("returns", ["nothing", "all", "half"])
+def test_a_callback_switches_guidance_off(pipe, monkeypatch, dynamic, returns):
+    batches, forward = [], type(pipe.transformer).forward
+
+    def counting(self, latents, *rest, **more):
+        batches.append(latents.shape[0])
+        return forward(self, latents, *rest, **more)
+
+    def switch(pipeline, step, timestep, tensors):
+        if step == 1:
+            pipeline.guidance_scale = 0.0
+            half = {**tensors, "prompt_embeds": paddle.chunk(tensors["prompt_embeds"], 2)[-1]}
+            return {"nothing": None, "all": tensors, "half": half}[returns]
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", counting)
+    made = with_callback(pipe, switch, num_inference_steps=4, use_dynamic_cfg=dynamic)
+    assert batches == [2, 2, 1, 1]
+    # what the unguided steps begin with is what the guided ones left
+    left = with_callback(pipe, lambda p, step, *a: setattr(p, "interrupt", step == 1), num_inference_steps=4,
+                         use_dynamic_cfg=dynamic)
+    rotary = pipe.transformer.rotary_tables(*(left.shape[i] for i in (1, 3, 4)))
+    latents = paddle.to_tensor(left)
+    pipe.scheduler.set_timesteps(4)
+    with paddle.no_grad():
+        for timestep in map(int, pipe.scheduler.timesteps[2:]):
+            predicted = forward(pipe.transformer, latents, pipe.encode_prompt("snow"), paddle.to_tensor([timestep]),
+                                image_rotary_emb=rotary)
+            latents = pipe.scheduler.step(predicted, timestep, latents)[0]
+    np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("returned, more, error, words", [
+    ({"noise": 1}, {}, ValueError, "returned noise; what it can replace: latents, prompt_embeds"),
+    ({"guidance_scale": 1.0}, {}, ValueError, "guidance is set as pipe.guidance_scale"),
+    ([1], {}, TypeError, "returned a list; return a dict"),
+    ({"latents": np.zeros([1, 2])}, {}, ValueError, r"returned latents \[1, 2\]; these videos need \[1, 3, 4, 4, 6\]"),
+    ({"latents": [1.0]}, {}, TypeError, "latents returned by callback_on_step_end is a builtins.list"),
+    ({"prompt_embeds": np.zeros([1, 16, 12])}, {}, ValueError, r"takes \[2, 16, 12\], the negative ones first"),
+    ({"negative_prompt_embeds": np.zeros([2, 16, 12])}, {}, ValueError, r"_embeds \[2, 16, 12\]; .* \[1, 16, 12\]"),
+    ({"negative_prompt_embeds": np.zeros([1, 16, 12])}, {"guidance_scale": 1.0}, ValueError, "guidance was left out"),
+])
+@pytest.mark.filterwarnings("ignore:the negative prompt has no effect")
+def test_what_a_callback_cannot_return(pipe, returned, more, error, words):
+    with pytest.raises(error, match=words):
+        with_callback(pipe, lambda *a: returned, **more)
+
+
+@pytest.mark.parametrize("scale, start, words", [
+    (float("nan"), 6.0, "guidance_scale is nan"), (5.0, 1.0, "left out from the start")])
+@pytest.mark.filterwarnings("ignore:the negative prompt has no effect")
+def test_a_guidance_that_a_callback_cannot_set(pipe, scale, start, words):
+    with pytest.raises(ValueError, match=words):
+        with_callback(pipe, lambda p, *a: setattr(p, "guidance_scale", scale), guidance_scale=start)
+
+
 def test_progress_bars(pipe, capfd):
     pipe("snow", seed=1, **{**QUICK, "progress": True})
     shown = capfd.readouterr().err
@@ -177,6 +266,28 @@ def test_padding_frames_of_15_are_dropped(loaded):
     pipe = loaded["pipeline_15"]
     assert pipe("snow", seed=1, output_type="latent", **QUICK).frames.shape[1] == 4  # 3, filled up to patches of 2
     assert pipe("snow", seed=1, **QUICK).frames.shape[1] == 9
+
+
+@pytest.mark.parametrize("frames, own", [(8, 9), (16, 17), (48, 49)])
+def test_frames_that_are_not_the_models_own_are_warned_of(loaded, kind, frames, own):
+    with pytest.warns(UserWarning, match=f"num_frames is {frames}, whose first frames come out frozen; .* 8 n . 1: try {own}"):
+        assert loaded[kind]._resolve_size(32, 48, frames) == (32, 48, frames)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_models_own_frames_are_not_warned_of(loaded, kind):
+    for frames in (1, 9, 17, 49, 81, 161):
+        assert loaded[kind]._resolve_size(32, 48, frames) == (32, 48, frames)
+
+
+def test_the_default_size_of_15_is_the_published_one(loaded, monkeypatch):
+    pipe = loaded["pipeline_15"]
+    config = Config({**pipe.transformer.config, "sample_height": 300, "sample_width": 300, "sample_frames": 81})
+    monkeypatch.setattr(pipe.transformer, "config", config)
+    assert pipe._resolve_size(None, None, None) == (768, 1360, 81)
+    assert pipe._resolve_size(96, None, 9) == (96, 1360, 9)
+    monkeypatch.setattr(pipe.transformer, "config", Config({**config, "patch_size_t": None}))
+    assert pipe._resolve_size(None, None, None) == (2400, 2400, 81)
 
 
 def test_processors_reach_the_transformer(pipe):
@@ -241,7 +352,9 @@ def test_random_model(random_kind, tmp_path):
     [
         (dict(height=40), ["height is 40", "multiple of 16", "32, 48"]),
         (dict(width=8), ["width is 8", "nearest: 16"]),
-        (dict(num_frames=13), ["num_frames is 13", "nearest: 9, 16"]),
+        (dict(num_frames=13), ["num_frames is 13", "nearest: 9, 16", "8 n + 1: try 17"]),
+        (dict(num_frames=5), ["num_frames is 5", "8 n + 1: try 9"]),
+        (dict(num_frames=44), ["8 n + 1: try 41"]),
         (dict(num_frames=0), ["num_frames is 0", "nearest: 1"]),
         (dict(output_type="pil"), ["'pil'", "np, frames, pd, latent"]),
         (dict(eta=0.5), ["eta is 0.5"]),
@@ -260,12 +373,69 @@ def test_random_model(random_kind, tmp_path):
         (dict(seed=[1, 2]), ["2 seeds for 1 videos"]),
         (dict(generator=[1]), ["standard_normal"]),
         (dict(latents=np.zeros([1, 3, 4, 4, 4])), ["[1, 3, 4, 4, 4]", "[1, 3, 4, 4, 6]"]),
+        (dict(guidance_scale=float("nan")), ["guidance_scale is nan", "finite"]),
+        (dict(guidance_scale=float("-inf")), ["guidance_scale is -inf"]),
+        (dict(guidance_scale="6"), ["guidance_scale is '6'"]),
+        (dict(seed=1.5), ["seed is 1.5", "whole number"]),
+        (dict(seed="3"), ["seed is '3'"]),
+        (dict(seed=-1), ["seed is -1", "at least 0"]),
+        (dict(seed=[True]), ["seed is True"]),
+        (dict(max_sequence_length=0), ["max_sequence_length is 0", "at least 1"]),
+        (dict(max_sequence_length=7, prompt=None, prompt_embeds=np.zeros([1, 8, 12])), ["is 7", "has 8 tokens"]),
+        (dict(num_inference_steps=2.5), ["num_inference_steps is 2.5"]),
+        (dict(num_videos_per_prompt=1.5), ["num_videos_per_prompt is 1.5"]),
+        (dict(height=32.0), ["height is 32.0"]),
+        (dict(num_frames=9.5), ["num_frames is 9.5"]),
+        (dict(latents=[[1.0]]), ["latents is a builtins.list", "Paddle tensor or a NumPy array"]),
+        (dict(prompt=None, prompt_embeds=[np.zeros([8, 12])]), ["prompt_embeds is a builtins.list", "np.stack"]),
+        (dict(negative_prompt_embeds=[np.zeros([8, 12])]), ["negative_prompt_embeds is a builtins.list"]),
+        (dict(prompt=None, prompt_embeds=np.zeros([8, 12])), ["prompt_embeds has shape [8, 12]"]),
     ],
 )
 def test_bad_input(pipe, arguments, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, TypeError)) as error:
         pipe(**{"prompt": "snow", **QUICK, **arguments})
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "negative_prompt_embeds"])
+def test_tensors_of_torch_are_refused_with_what_to_write(pipe, name):
+    arguments = {"prompt": "snow", **QUICK, name: type("Tensor", (), {"__module__": "torch", "shape": (1, 3, 4)})()}
+    if name == "prompt_embeds":
+        del arguments["prompt"]
+    with pytest.raises(TypeError, match=rf"{name} is a torch.Tensor; .*try {name}.detach\(\).float\(\).cpu\(\).numpy\(\)"):
+        pipe(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    made = pipe(["snow"], num_videos_per_prompt=np.int64(2), seed=np.array([9, 4]), output_type="latent",
+                guidance_scale=np.float32(6), **{**QUICK, "num_inference_steps": np.int32(1)})
+    assert made.seeds == [9, 4] and made.frames.shape[0] == 2
+
+
+def test_a_scheduler_of_another_library_is_refused(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "scheduler", type("DDIMScheduler", (), {"config": {}})())
+    with pytest.raises(TypeError, match=r"scheduler is a .*DDIMScheduler; supported: .*from_config\(scheduler.config\)"):
+        pipe("snow", **QUICK)
+
+
+@pytest.mark.parametrize("name, advice", [
+    ("torch_dtype", "torch_dtype is dtype here"), ("revision", r"snapshot_download\(id, revision=...\)"),
+    ("cache_dir", r"snapshot_download\(id, cache_dir=...\)"), ("device_map", "device_map is device here")])
+def test_arguments_of_diffusers_are_told_what_they_are_here(name, advice):
+    with pytest.raises(TypeError, match=f"unknown arguments: {name}; known: dtype, device, variant and the parts .*{advice}"):
+        CogVideoXPipeline.from_pretrained(GOLDENS / "pipeline_2b", **{name: "x"})
+
+
+@pytest.mark.parametrize("give", [
+    lambda pipe: pipe.set_attn_processor(LowBitAttnProcessor), lambda pipe: lowbit_video.apply(pipe, LowBitAttnProcessor),
+    lambda pipe: pipe.set_attn_processor({**pipe.attn_processors, next(iter(pipe.attn_processors)): LowBitAttnProcessor}),
+    lambda pipe: lowbit_video.apply(pipe, None, {"*": LowBitAttnProcessor})])
+def test_a_processors_class_is_refused(pipe, give):
+    before = pipe.attn_processors
+    with pytest.raises(TypeError, match=r"must be an instance, got the class LowBitAttnProcessor; try LowBitAttnProcessor\(\)"):
+        give(pipe)
+    assert pipe.attn_processors == before
 
 
 def test_bad_folders(tmp_path, monkeypatch):
@@ -300,6 +470,23 @@ def test_bad_folders(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
         load("someone/cogvideox")
+
+
+@pytest.mark.parametrize("part, key, value, message", [
+    ("transformer", "num_layers", 10**9, "config.json asks for num_layers = 1000000000, and the weights hold 2"),
+    ("transformer", "num_layers", "30", "config.json: num_layers is '30'; give a number of layers"),
+    ("transformer", "num_attention_heads", 10**9, "that cannot be built .*; correct its sizes"),
+    ("text_encoder", "num_layers", 10**9, "config.json asks for num_layers = 1000000000, and the weights hold 2"),
+    ("text_encoder", "vocab_size", 10**12, "that cannot be built .*; correct its sizes"),
+    ("vae", "layers_per_block", 10**9, "config.json asks for layers_per_block = 1000000000, and the weights hold 1"),
+])
+@pytest.mark.timeout(60)
+def test_a_configuration_that_asks_for_what_the_weights_do_not_hold(tmp_path, part, key, value, message):
+    shutil.copytree(GOLDENS / "pipeline_2b", tmp_path / "model")
+    path = tmp_path / "model" / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        CogVideoXPipeline.from_pretrained(tmp_path / "model", device="cpu")
 
 
 def test_hub_id(monkeypatch):
