@@ -15,6 +15,11 @@ QUALITY = 8  # imageio's scale, 0 (smallest file) to 10 (best)
 LABEL_HEIGHT = 20  # pixels of the strip above each video of `side_by_side`
 GAP_WIDTH = 4  # pixels between two videos
 GREY = 24
+RANGE_SLACK = 1e-3  # how far past [0, 1] rounding (float16's too) may carry a pixel before it is called a wrong range
+
+
+class BadFramesError(ValueError):
+    """Pixels that are no video: their shape, type or range, or values that are not finite."""
 
 
 def check_writable(path: str | os.PathLike) -> str:
@@ -129,21 +134,27 @@ def side_by_side(videos: Iterable[Any], labels: Sequence[str] | None = None) -> 
 
 
 def as_uint8(frames: Any) -> np.ndarray:
-    """Frames as [F, H, W, 3] uint8; floating point counts as [0, 1] and is clipped.
+    """Frames as [F, H, W, 3] uint8; floating point counts as [0, 1].
 
     Raises:
-        ValueError: another shape or type, no frames, or values that are not finite.
+        BadFramesError: another shape or type, no frames, or values that are not finite or lie outside [0, 1].
     """
     array = np.asarray(frames)
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
         hint = "; a call's `frames` holds one such array per video: take frames[0]" if array.ndim == 5 else ""
-        raise ValueError(f"frames have shape {list(array.shape)}; expected [frames, height, width, 3]{hint}")
+        raise BadFramesError(f"frames have shape {list(array.shape)}; expected [frames, height, width, 3]{hint}")
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"frames have type {array.dtype}; expected uint8, or floating point in [0, 1]")
+        raise BadFramesError(f"frames have type {array.dtype}; expected uint8, or floating point in [0, 1]")
     if not np.isfinite(array).all():
-        raise ValueError(f"frames have {int((~np.isfinite(array)).sum())} values that are NaN or infinite")
+        raise BadFramesError(f"frames have {int((~np.isfinite(array)).sum())} values of {array.size} that are NaN or infinite")
+    outside = int(((array < -RANGE_SLACK) | (array > 1 + RANGE_SLACK)).sum())
+    if outside:
+        low, high = float(array.min()), float(array.max())
+        hint = "divide by 255" if low >= 0 and high <= 255 else "map [-1, 1] by x / 2 + 0.5"
+        raise BadFramesError(f"frames have {outside} values of {array.size} outside [0, 1], from {low:.4g} to {high:.4g}; "
+                             f"floating point must lie in [0, 1] ({hint}?)")
     return (np.clip(array, 0.0, 1.0) * 255).round().astype(np.uint8)
 
 

@@ -75,13 +75,23 @@ def test_check_writable(tmp_path):
         (np.zeros((2, 8, 8)), r"expected \[frames, height, width, 3\]"),
         (np.zeros((0, 8, 8, 3)), "expected"),
         (np.zeros((2, 8, 8, 3), np.int64), "int64"),
-        (np.full((1, 8, 8, 3), np.nan), "192 values that are NaN"),
+        (np.full((1, 8, 8, 3), np.nan), "192 values of 192 that are NaN"),
+        (np.full((1, 8, 8, 3), np.inf), "192 values of 192 that are NaN or infinite"),
+        (video(3) * 255, r"of 27648 outside \[0, 1\], from .*divide by 255"),
+        (video(3) * 2 - 1, r"of 27648 outside \[0, 1\], from .*x / 2 \+ 0.5"),
+        (np.stack([video(1)[0], video(1)[0] - 0.5]), "outside"),
     ],
 )
 def test_bad_frames(tmp_path, frames, message):
     with pytest.raises(ValueError, match=message):
         export_to_video(frames, tmp_path / "a.mp4")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_hair_past_the_range_is_rounding(dtype):
+    frames = np.stack([np.full((8, 8, 3), value, dtype) for value in (-1e-4, 1 + 1e-4, 0.5)])
+    assert [frame.max() for frame in module.as_uint8(frames)] == [0, 255, 128]
 
 
 def test_bad_names(tmp_path):
