@@ -1,5 +1,7 @@
 """Videos written and read back, and nothing half-written left behind."""
+import itertools
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -35,6 +37,32 @@ def test_uint8_and_lists_are_taken(tmp_path):
     frames = [(frame * 255).astype(np.uint8) for frame in video(4)]
     got, _ = read_video(export_to_video(frames, tmp_path / "a.mp4"))
     assert abs(got.astype(int) - np.stack(frames)).mean() < 5
+
+
+COLOURS = np.array([*itertools.product([0, 255], repeat=3), [128, 128, 128], [200, 30, 60], [17, 90, 211]], np.uint8)
+
+
+def flat(height, width):
+    """A frame of each colour, [F, H, W, 3] uint8."""
+    return np.tile(COLOURS[:, None, None], (1, height, width, 1))
+
+
+def stream_of(path):
+    """What ffmpeg says of a file's video."""
+    said = subprocess.run([module.ffmpeg(), "-i", path], capture_output=True, text=True).stderr
+    return next(line for line in said.splitlines() if "Video:" in line)
+
+
+@pytest.mark.parametrize("height, width", [(2, 2), (16, 16), (15, 17), (64, 96), (480, 720), (720, 1280)])
+def test_colours_come_back_within_two_levels_and_are_tagged(tmp_path, height, width):
+    path = export_to_video(flat(height, width), tmp_path / "a.mp4")
+    got, _ = read_video(path)
+    assert abs(got.astype(int) - flat(height, width)).max() <= 2
+    assert "(tv, bt709, progressive)" in stream_of(path)
+    luma = subprocess.run([module.ffmpeg(), "-v", "error", "-i", path, "-vf", "extractplanes=y", "-f", "rawvideo", "-"],
+                          capture_output=True, check=True).stdout
+    luma = np.frombuffer(luma, np.uint8).reshape(-1, height, width).mean((1, 2))
+    assert abs(luma - (16 + COLOURS / 255 * 219 @ [0.2126, 0.7152, 0.0722])).max() <= 1.5
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
