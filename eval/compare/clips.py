@@ -1,6 +1,7 @@
 """Clips on disk: lossless RGB H.264 as the record of a run, and small reels of all runs of a prompt for the report."""
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,13 @@ from ..video import as_uint8
 def write_lossless(path, video, fps: float) -> None:
     """Keep a video as it is, to the bit: lossless RGB H.264 (most players show it; some browsers do not)."""
     _write(path, as_uint8(video), fps, ["-c:v", "libx264rgb", "-pix_fmt", "rgb24", "-qp", "0", "-preset", "veryfast"])
+
+
+def check_clips(folder, fps: float) -> None:
+    """Makes sure, by a tiny one, that clips can be written into a folder, before the work. Raises as `video_files.encode`."""
+    folder = Path(video_files.check_writable(Path(folder) / "clip.mp4")).parent
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".try") as scratch:
+        write_lossless(Path(scratch) / "try.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps)
 
 
 def _write(path, frames: np.ndarray, fps: float, arguments: list[str]) -> None:

@@ -22,7 +22,7 @@ from ..metrics import registry
 from ..metrics.shared.context import Context
 from ..video import as_video
 from .candidates import EXACT, FLOOR, Candidate, applied, as_candidate, floor_candidate
-from .clips import write_lossless
+from .clips import check_clips, write_lossless
 from .settings import Settings, environment
 from .store import Store
 
@@ -168,6 +168,7 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
             say(f"{len(plan) - len(todo)} of {len(plan)} videos are finished already; {len(todo)} to make")
         if not todo:
             return store.path
+        check_clips(store.folder, settings.fps)
         store.append({"kind": "run", "settings": settings.as_dict(), "prompts": prompts, "seeds": list(seeds), "runs": labels,
                       "metrics": [m.name for m in chosen], "missing": lacking, "backend": backend,
                       "environment": environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%S")})

@@ -17,8 +17,8 @@ import numpy as np
 from lowbit_video.files import write_whole
 
 CRF = 10  # x264's constant rate factor: 0 lossless, 51 worst
-ROUNDED = "accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"  # how swscale changes colours without being off by two
-BT709 = (f"scale=out_color_matrix=bt709:out_range=tv:flags={ROUNDED},format={{pixels}},"
+ROUNDED = "accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"  # how swscale changes colours without being off by three
+BT709 = (f"scale=out_color_matrix=bt709:out_range=tv:flags=area+{ROUNDED},format={{pixels}},"
          "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv")
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 MAX_FFMPEG_WORDS = 300  # of its error messages, from the end
@@ -131,18 +131,33 @@ def export_to_video(frames: Any, path: str | os.PathLike, fps: float = 8) -> str
         the path, absolute.
     Raises:
         ValueError: frames that are no video, or fps out of range.
-        OSError: a folder that cannot be written, or ffmpeg failed.
-        ImportError: there is no ffmpeg.
+        EncodeError: the folder cannot be written or ffmpeg failed; the frames are then kept in a .npy file that it names.
     """
     frames = as_uint8(frames)
-    path = check_writable(path)
+    path = os.path.abspath(os.fspath(path))
     if os.path.splitext(path)[1].lower() != ".mp4":
         raise ValueError(f"cannot write {path}: only .mp4 is supported")
     height, width = frames.shape[1:3]
     # Colour at half resolution, which every player takes, needs even sides.
     pixels = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
-    encode(path, frames, fps, h264(pixels=pixels))
+    try:
+        encode(check_writable(path), frames, fps, h264(pixels=pixels))
+    except (OSError, ImportError) as error:
+        raise EncodeError(f"{error}; {_keep_frames(path, frames)}") from error
     return path
+
+
+def _keep_frames(path: str, frames: np.ndarray) -> str:
+    """Saves what could not be encoded, beside `path` or else in the temporary folder; says where."""
+    for folder in (os.path.dirname(path), tempfile.gettempdir()):
+        kept = os.path.join(folder, f"{os.path.splitext(os.path.basename(path))[0]}.frames.npy")
+        try:
+            with write_whole(kept) as temporary:
+                np.save(temporary, np.asarray(frames))
+        except OSError:
+            continue
+        return f"its frames are kept in {kept}: export_to_video(numpy.load({kept!r}), ...) makes the video"
+    return "nor could its frames be kept, here or in the temporary folder"
 
 
 def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
@@ -158,7 +173,7 @@ def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such video: {path}")
     try:
-        with imageio.get_reader(path, format="FFMPEG", output_params=["-sws_flags", ROUNDED]) as reader:
+        with imageio.get_reader(path, format="FFMPEG", output_params=["-sws_flags", f"neighbor+{ROUNDED}"]) as reader:
             fps = float(reader.get_meta_data()["fps"])
             frames = [np.asarray(frame) for frame in reader]
     except (OSError, RuntimeError, IndexError) as error:

@@ -2,6 +2,7 @@
 import itertools
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +115,66 @@ def test_bad_frames(tmp_path, frames, message):
     with pytest.raises(ValueError, match=message):
         export_to_video(frames, tmp_path / "a.mp4")
     assert os.listdir(tmp_path) == []
+
+
+def stand_in(tmp_path, monkeypatch, script):
+    """Another ffmpeg, which is this shell script."""
+    path = tmp_path / "bin" / "ffmpeg"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+
+
+WITHOUT_X264 = "echo \"Unknown encoder 'libx264'\" >&2; exit 8"
+
+
+@pytest.mark.parametrize("script, said", [
+    (WITHOUT_X264, "ffmpeg ended with status 8: Unknown encoder 'libx264'"),
+    ("cat > /dev/null", "ffmpeg ended with status 0: it said nothing"),
+    (f'ulimit -f 1; exec "{module.ffmpeg()}" "$@"', "ffmpeg ended with status"),  # no room for the file
+], ids=["no libx264", "no file", "full"])
+def test_an_encoder_that_fails_leaves_what_was_there_and_keeps_the_frames(tmp_path, monkeypatch, script, said):
+    stand_in(tmp_path, monkeypatch, script)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.mp4").write_bytes(b"what was there")
+    frames = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), np.uint8)
+    with pytest.raises(OSError, match="cannot write") as error:
+        export_to_video(frames, out / "a.mp4")
+    assert said in str(error.value) and f"kept in {out / 'a.frames.npy'}" in str(error.value)
+    assert sorted(os.listdir(out)) == ["a.frames.npy", "a.mp4"] and (out / "a.mp4").read_bytes() == b"what was there"
+    np.testing.assert_array_equal(np.load(out / "a.frames.npy"), frames)
+
+
+def test_frames_go_elsewhere_where_the_folder_takes_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"cannot write into .*kept in {tmp_path / 'a.frames.npy'}"):
+        export_to_video(video(3), tmp_path / "file" / "a.mp4")
+    assert len(np.load(tmp_path / "a.frames.npy")) == 3
+
+
+def test_what_can_be_known_of_the_encoder_is_tried_before(tmp_path, monkeypatch):
+    assert check_writable(tmp_path / "a.mp4", 8) and os.listdir(tmp_path) == []
+    for fps in (1e-9, 0, -1, float("nan"), float("inf"), 1e9):
+        with pytest.raises(ValueError, match="fps is .*from 0.01 to 1000"):
+            check_writable(tmp_path / "a.mp4", fps)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
+    with pytest.raises(OSError, match="/nowhere/ffmpeg does not start"):
+        check_writable(tmp_path / "a.mp4", 8)
+    stand_in(tmp_path, monkeypatch, WITHOUT_X264)
+    with pytest.raises(OSError, match="Unknown encoder"):
+        check_writable(tmp_path / "a.mp4", 8)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(ImportError, match="videos are written by ffmpeg, and there is none: pip install"):
+        check_writable(tmp_path / "a.mp4", 8)
+    assert os.listdir(tmp_path) == ["bin"]
+
+
+@pytest.mark.parametrize("fps", [0.01, 23.976, 1000])
+def test_the_ends_of_the_range_of_fps_are_written(tmp_path, fps):
+    assert len(read_video(export_to_video(video(3), tmp_path / "a.mp4", fps))[0]) == 3
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
