@@ -130,7 +130,7 @@ class CogVideoXPipeline(Pipeline):
             negative_prompt: what the videos should not show: one for all prompts or one each; "" by default.
             height, width: pixels; the trained size by default.
             num_frames: frames; the trained number by default.
-            num_inference_steps: denoising steps.
+            num_inference_steps: denoising steps; of a number that does not divide the schedule see `scheduler.exact_steps`.
             guidance_scale: weight of the prompt; 1 or less leaves guidance out and halves the work.
             use_dynamic_cfg: the weight oscillates along the steps, between 1 and itself plus 1, as published for the DPM
                 scheduler.
