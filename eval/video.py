@@ -11,7 +11,7 @@ UINT8_MAX = 255.0
 RANGE_SLACK = 1e-4  # how far past [0, 1] float rounding may carry a pixel before we call it a wrong range
 
 
-class BadVideoError(ValueError):
+class BadVideoError(video_files.BadFramesError):
     """A video a metric cannot read: its shape, dtype or range, the file it came from, or the pair it makes."""
 
 
@@ -43,11 +43,13 @@ def as_video(video, name: str = "video") -> np.ndarray:
     array = array.astype(np.float64)
     bad = int(array.size - np.isfinite(array).sum())
     if bad:
-        raise BadVideoError(f"{name} holds {bad} values that are NaN or inf")
+        raise BadVideoError(f"{name} holds {bad} values of {array.size} that are NaN or inf")
     low, high = float(array.min()), float(array.max())
-    if low < -RANGE_SLACK or high > 1 + RANGE_SLACK:
+    outside = int(((array < -RANGE_SLACK) | (array > 1 + RANGE_SLACK)).sum())
+    if outside:
         hint = "divide by 255" if low >= 0 and high <= UINT8_MAX else "map [-1, 1] by x / 2 + 0.5"
-        raise BadVideoError(f"{name} is float in [{low:.4g}, {high:.4g}]; floats must lie in 0..1 ({hint}?)")
+        raise BadVideoError(f"{name} is float in [{low:.4g}, {high:.4g}], {outside} values of {array.size} out of range; "
+                            f"floats must lie in 0..1 ({hint}?)")
     return array.clip(0.0, 1.0)
 
 

@@ -1,30 +1,31 @@
 """Clips on disk: lossless RGB H.264 as the record of a run, and small reels of all runs of a prompt for the report."""
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from lowbit_video.files import write_whole
+from lowbit_video.pipelines.shared import video_files
 
 from ..video import as_uint8
 
 
-def encode(path: Path, frames: np.ndarray, fps: float, arguments: list[str], codec: str) -> None:
-    """Write frames [F, H, W, 3] uint8 to `path`, whole or not at all."""
-    import imageio
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(path) as part:
-        with imageio.get_writer(part, format="FFMPEG", mode="I", fps=fps, codec=codec, macro_block_size=1, quality=None,
-                                pixelformat=arguments[1], output_params=arguments[2:], ffmpeg_log_level="error") as writer:
-            for frame in frames:
-                writer.append_data(frame)
-
-
 def write_lossless(path, video, fps: float) -> None:
     """Keep a video as it is, to the bit: lossless RGB H.264 (most players show it; some browsers do not)."""
-    encode(Path(path), as_uint8(video), fps, ["-pix_fmt", "rgb24", "-qp", "0", "-preset", "veryfast"], "libx264rgb")
+    _write(path, as_uint8(video), fps, ["-c:v", "libx264rgb", "-pix_fmt", "rgb24", "-qp", "0", "-preset", "veryfast"])
+
+
+def check_clips(folder, fps: float) -> None:
+    """Makes sure, by a tiny one, that clips can be written into a folder, before the work. Raises as `video_files.encode`."""
+    folder = Path(video_files.check_writable(Path(folder) / "clip.mp4")).parent
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".try") as scratch:
+        write_lossless(Path(scratch) / "try.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps)
+
+
+def _write(path, frames: np.ndarray, fps: float, arguments: list[str]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    video_files.encode(path, frames, fps, arguments)
 
 
 def grid(count: int, height: int, width: int) -> tuple[int, int]:
@@ -50,8 +51,5 @@ def write_reel(path, videos: list[np.ndarray], fps: float, quality: int = 12) ->
         row, column = divmod(i, columns)
         sheet[:, row * height : (row + 1) * height, column * width : (column + 1) * width] = video
     pad = [(0, 0), (0, sheet.shape[1] % 2), (0, sheet.shape[2] % 2), (0, 0)]  # 4:2:0 chroma wants even sides
-    arguments = ["-pix_fmt", "yuv420p", "-crf", str(quality), "-preset", "slow", "-movflags", "+faststart",
-                 "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
-                 "-color_trc", "bt709"]
-    encode(Path(path), np.pad(sheet, pad), fps, arguments, "libx264")
+    _write(path, np.pad(sheet, pad), fps, [*video_files.h264(quality), "-preset", "slow", "-movflags", "+faststart"])
     return rows, columns

@@ -16,12 +16,13 @@ import numpy as np
 
 from lowbit_video.files import write_whole
 from lowbit_video.hook.report import coverage
+from lowbit_video.pipelines.shared.video_files import BadFramesError
 
 from ..metrics import registry
 from ..metrics.shared.context import Context
-from ..video import BadVideoError, as_video
+from ..video import as_video
 from .candidates import EXACT, FLOOR, Candidate, applied, as_candidate, floor_candidate
-from .clips import write_lossless
+from .clips import check_clips, write_lossless
 from .settings import Settings, environment
 from .store import Store
 
@@ -171,6 +172,7 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
             say(f"{len(plan) - len(todo)} of {len(plan)} videos are finished already; {len(todo)} to make")
         if not todo:
             return store.path
+        check_clips(store.folder, settings.fps)
         store.append({"kind": "run", "settings": settings.as_dict(), "prompts": prompts, "seeds": list(seeds), "runs": labels,
                       "metrics": [m.name for m in chosen], "missing": lacking, "backend": backend,
                       "environment": environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
@@ -205,22 +207,21 @@ def _run(pipe, store, todo, candidates, settings, metrics, weights, hook, say) -
         reference = _reference(pipe, store, prompt, seed, settings, runs, say)
         for run in runs:
             begin = time.perf_counter()
-            if run == EXACT:
-                video, note = reference.video, reference.note
-            else:
-                video, note = generate(pipe, prompt, seed, settings, made[run], **(hook if run != FLOOR else {}))
-            line = {"kind": "video", "prompt": prompt, "seed": seed, "run": run, **note}
+            line = {"kind": "video", "prompt": prompt, "seed": seed, "run": run}
             context = Context(prompt, weights, {}, models)
             try:
+                video, note = (reference.video, reference.note) if run == EXACT else generate(
+                    pipe, prompt, seed, settings, made[run], **(hook if run != FLOOR else {}))
+                line.update(note)
                 as_video(video)
                 line.update(figures(video, None if run == EXACT else reference.video, metrics, context))
                 line["clip"] = _keep(store, prompt, seed, run, video, settings.fps)
-            except BadVideoError as error:  # a candidate that gives NaN is a result, and a bad one
+            except BadFramesError as error:  # a candidate that gives NaN is a result, and a bad one
                 if run in (EXACT, FLOOR):
                     raise
                 line["error"] = str(error)
             store.append(line)
-            spent = time.perf_counter() - begin + (note["seconds"] if run == EXACT else 0)
+            spent = time.perf_counter() - begin + (line["seconds"] if run == EXACT else 0)
             progress.done(run, spent, f"{run:<{width}}  seed {seed}  {headline(line):<25}  {prompt[:48]}")
         reference.path.unlink(missing_ok=True)
 

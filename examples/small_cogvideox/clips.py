@@ -54,5 +54,8 @@ class ClipPool:
 
 
 def as_uint8(video: torch.Tensor) -> np.ndarray:
-    """`[B, 3, F, H, W]` in -1..1 to uint8 `[B, F, H, W, 3]`."""
+    """`[B, 3, F, H, W]` in -1..1 to uint8 `[B, F, H, W, 3]`. Raises ValueError for values that are NaN or infinite."""
+    broken = int((~torch.isfinite(video)).sum())
+    if broken:
+        raise ValueError(f"the video has {broken} NaN or infinite values of {video.numel()}")
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()

@@ -10,6 +10,7 @@ from clips import as_uint8
 
 from lowbit_video.eval import world
 from lowbit_video.eval.world import judge
+from lowbit_video.pipelines.shared import video_files
 
 
 def noise_of(count: int, shape, seed: int) -> torch.Tensor:
@@ -57,8 +58,8 @@ def sample_with_pipeline(pipe, captions: list[str], noise: torch.Tensor, generat
             guidance_scale=generation["guidance_scale"], num_inference_steps=generation["num_inference_steps"],
             num_frames=generation["num_frames"], height=generation["height"], width=generation["width"],
             max_sequence_length=generation["max_sequence_length"], output_type="np").frames
-        videos.append(np.clip(np.round(np.asarray(frames, np.float32) * 255), 0, 255).astype(np.uint8))
-    return np.concatenate(videos)
+        videos += [video_files.as_uint8(video) for video in np.asarray(frames, np.float32)]
+    return np.stack(videos)
 
 
 class Judges:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -97,6 +98,8 @@ def guarded(work: Callable[[], int], name: str) -> int:
 
     A process that is one of several ranks ends here, with that status.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt that a narrow terminal cannot show ends no work
     status = _status_of(work, name)
     end_process(status)
     return status

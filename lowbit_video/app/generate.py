@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video import pipelines
-from lowbit_video.pipelines.shared.generation import read_generation
 
 from .. import apply, remove
 from ..files import write_json
 from .compare_twin import compare_twin
-from .job import EXACT, SMALL_MODEL, Job, add_arguments, fill, job_of, shows_shapes, small_model
+from .job import DEFAULT_FPS, EXACT, SMALL_MODEL, Job, add_arguments, fill, job_of, shows_shapes, small_model
 from .ranks import check_launched, connected, describe, is_first, make_once, share
 from .run_pipeline import load_pipeline, resolve_device, resolve_dtype, run_pipeline, seconds_line, timed
 from .verdict import judge_shapes
@@ -29,10 +28,10 @@ RANDOM_STEPS = 10
 
 
 def check_before(job: Job) -> None:
-    """Everything that can fail late and can be known now: the output folder, packages, the device.
+    """Everything that can fail late and can be known now: the output folder, packages, the encoder.
 
-    Raises ImportError naming the package to install, ValueError for a device that is not there, OSError
-    for a folder that cannot be written.
+    Raises ImportError naming the package to install, ValueError for fps that no video has, OSError for a folder or a
+    video that cannot be written.
     """
     if importlib.util.find_spec("paddle") is None:
         raise ImportError("the pipeline needs PaddlePaddle: pip install 'lowbit_video[cpu]', or paddlepaddle-gpu from Paddle's "
@@ -40,9 +39,9 @@ def check_before(job: Job) -> None:
     if job.compare and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--compare draws a plot and needs matplotlib: pip install 'lowbit_video[eval]', or leave out "
                           "--compare")
-    pipelines.check_writable(Path(job.out) / "video.mp4")
-    if job.model is not None and Path(job.model).is_dir():
-        read_generation(job.model)
+    folder = job.model or small_model()
+    fps = job.fps if folder is None or not Path(folder).is_dir() else fill(job, folder).fps
+    pipelines.check_writable(Path(job.out) / "video.mp4", DEFAULT_FPS if fps is None else fps)
 
 
 def make(job: Job, say: Any = print) -> dict[str, Any]:

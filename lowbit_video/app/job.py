@@ -16,6 +16,7 @@ SMALL_MODEL = Path("examples", "small_cogvideox", "model")
 """The trained small model, below the checkout."""
 SMALL_PROMPT = "a small red circle moves left over a blue background"
 OTHER_PROMPT = "a panda plays the guitar"
+DEFAULT_FPS = 8
 DEFAULT_OUT = "outputs/cogvideo"
 EXACT = ("exact", "fp16", "bf16", "fp32")
 """Precisions under which the pipeline runs as it is, without a hook."""
@@ -109,7 +110,7 @@ def fill(job: Job, folder: str | Path) -> Job:
         if name in values and values[name] is None:
             values[name] = value
     if values["fps"] is None:
-        values["fps"] = 8
+        values["fps"] = DEFAULT_FPS
     if values["prompt"] is None:
         values["prompt"] = SMALL_PROMPT if shows_shapes(folder) else OTHER_PROMPT
     return Job(**{**values, "model": str(folder)})

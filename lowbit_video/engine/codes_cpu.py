@@ -16,6 +16,7 @@ from lowbit_video.kernels.variants import KernelVariant
 
 from ..runtime.protocol import Runtime
 from .codes_target import Target
+from .half import in_half, restored
 from .options import AttentionOptions
 
 DTYPES = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -94,12 +95,11 @@ def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool
     q_part = lambda name: _read(runtime.to_numpy(q.memory)[q.begin:], q.layout, name)
     kv_part = lambda name: _read(runtime.to_numpy(kv.memory)[kv.begin:], kv.layout, name)
     values = kv_part("v").reshape((batch, heads, dim, -1) if precision.pv == "fp8" else (batch, heads, -1, dim))
-    half = "bf16" if codes.dtype == "bfloat16" else "fp16"
+    half, exponent = "bf16" if codes.dtype == "bfloat16" else "fp16", None
     if precision.pv == "fp16":
         values = values.astype(np.float32)
         if codes.dtype == "float32":
-            half = "bf16" if np.abs(values).max() > get_format("fp16").max_code else "fp16"
-            values = values.astype(DTYPES["bfloat16" if half == "bf16" else "float16"]).astype(np.float32)
+            values, half, exponent = in_half(values)
     name_of = {"q_codes": precision.q, "k_codes": precision.k}
     stored = lambda part, name: part(name).reshape(batch, heads, -1, dim // get_format(name_of[name]).codes_per_byte)
     rows = lambda part, name: part(name).reshape(batch, heads, -1)
@@ -110,7 +110,7 @@ def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool
         bias=rows(kv_part, "bias") if precision.smooth_q else None, half=half, scale=codes.options.scale, causal=is_causal)
     if return_lse and "lse_shift" in q.layout.parts:
         lse = lse + rows(q_part, "lse_shift")
-    _write(target, out, runtime)
+    _write(target, restored(out, exponent), runtime)
     return runtime.from_numpy(lse, q.memory, "float32") if return_lse else None
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from lowbit_video.kernels.formats import get_format
 from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..runtime.protocol import Runtime
+from .half import in_half, restored
 from .options import AttentionOptions
 from .packing import Packing
 
@@ -36,13 +35,13 @@ def _attend(variant: KernelVariant, request: Request, arrays: Iterable[np.ndarra
             ) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) of [B, H, N, D] arrays."""
     q, k, v = (np.asarray(array, dtype=np.float32) for array in arrays)
-    # float32 tensors are served with P and V in float16, or in bfloat16 where V leaves float16's range.
-    wide = request.dtype == "bfloat16" or (request.dtype == "float32" and np.abs(v).max() > get_format("fp16").max_code)
+    half, exponent = "bf16" if request.dtype == "bfloat16" else "fp16", None
     if request.dtype == "float32" and request.pv == "fp16" and not options.precision.exact:
-        v = v.astype(ml_dtypes.bfloat16 if wide else np.float16).astype(np.float32)
-    return variant.load()(q, k, v, q_format=request.q, k_format=request.k, pv_format=request.pv,
-                          granularity=request.granularity, smooth_k=options.precision.smooth_k, smooth_q=request.smooth_q,
-                          scale=options.scale, causal=options.is_causal, half="bf16" if wide else "fp16")
+        v, half, exponent = in_half(v)
+    out, lse = variant.load()(q, k, v, q_format=request.q, k_format=request.k, pv_format=request.pv,
+                              granularity=request.granularity, smooth_k=options.precision.smooth_k, smooth_q=request.smooth_q,
+                              scale=options.scale, causal=options.is_causal, half=half)
+    return restored(out, exponent), lse
 
 
 def _one_by_one(variant: KernelVariant, request: Request, arrays: list[np.ndarray], options: AttentionOptions,

@@ -15,13 +15,13 @@ from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..runtime.protocol import Runtime
 from . import replay
+from .half import fits_float16
 from .options import AttentionOptions
 from .packing import Packing
 from .workspace import layout_workspace
 
 INTERPRETED_ARCH = (9, 0)
 """What Triton's CPU interpreter plays: an arch that has every format."""
-FP16_MAX = get_format("fp16").max_code
 
 
 class Call:
@@ -117,7 +117,7 @@ class Call:
         v = self.tensors[2]
         if not self.runtime.is_cpu(v):
             return "bfloat16"
-        return "float16" if float(abs(self.runtime.to_numpy(v)).max(initial=0.0)) <= FP16_MAX else "bfloat16"
+        return "float16" if fits_float16(self.runtime.to_numpy(v)) else "bfloat16"
 
 
 def _rows_contiguous(x: Any, runtime: Runtime) -> Any:

@@ -135,7 +135,7 @@ class CogVideoXPipeline(Pipeline):
             negative_prompt: what the videos should not show: one for all prompts or one each; "" by default.
             height, width: pixels; the trained size by default, of CogVideoX 1.5 the published 768 x 1360.
             num_frames: frames; the trained number by default. The model's own are 8 n + 1; 8 n are made too, with a warning.
-            num_inference_steps: denoising steps.
+            num_inference_steps: denoising steps; of a number that does not divide the schedule see `scheduler.exact_steps`.
             guidance_scale: weight of the prompt; 1 or less leaves guidance out and halves the work. A callback switches it off
                 half-way: `pipeline.guidance_scale = 1.0`.
             use_dynamic_cfg: the weight oscillates along the steps, between 1 and itself plus 1, as published for the DPM

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,13 @@ class CogVideoXScheduler:
     order = 1
     init_noise_sigma = 1.0
     uses_noise = False  # whether `step` adds fresh noise
+    exact_steps = False
+    """Whether each step ends at the timestep where the next one begins, and the last at no noise, for every number of steps.
+
+    False as in diffusers: each step goes num_train_timesteps // num_inference_steps down. Where that does not divide, a step
+    ends before the next one begins, and after the last some noise may be left (of 7 or 13 steps); `set_timesteps` then warns.
+    Set it on a scheduler, as in `pipe.scheduler.exact_steps = True`; no file holds it, since diffusers knows no such key.
+    """
 
     @keep_config
     def __init__(
@@ -151,6 +159,14 @@ class CogVideoXScheduler:
             # arange with a fraction for a step may end one too late, at timestep -1: diffusers' 61 steps are 62
             steps = np.round(np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]) - 1
         self.timesteps = np.ascontiguousarray(steps, dtype=np.int64)
+        last = self._following(self.timesteps[-1])
+        if last >= 0:
+            warnings.warn(
+                f"{num_inference_steps} steps, taken as diffusers takes them, end at timestep {last} and leave noise (share "
+                f"{math.sqrt(1 - self.alphas_cumprod[last]):.2g}); set scheduler.exact_steps = True, or choose a number of "
+                f"steps that divides {total}",
+                stacklevel=2,
+            )
 
     def scale_model_input(self, sample: paddle.Tensor, timestep: int | None = None) -> paddle.Tensor:
         """The model's input: the sample as it is."""
@@ -179,9 +195,16 @@ class CogVideoXScheduler:
         """The clean signal's share now and after the step, and the timestep after the step (below 0 at the end)."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps(num_inference_steps) before step()")
-        following = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
+        following = self._following(int(timestep))
         power_next = float(self.alphas_cumprod[following]) if following >= 0 else self.final_alpha_cumprod
         return float(self.alphas_cumprod[int(timestep)]), power_next, following
+
+    def _following(self, timestep: int) -> int:
+        """The timestep after the step; below 0 at the end."""
+        if not self.exact_steps:
+            return int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
+        later = self.timesteps[self.timesteps < timestep]
+        return int(later[0]) if later.size else -1
 
     def _clean(self, model_output: paddle.Tensor, sample: paddle.Tensor, power: float) -> paddle.Tensor:
         """The clean latents that a prediction amounts to."""

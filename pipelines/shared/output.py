@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import paddle
 
+from .video_files import BadFramesError
+
 OUTPUT_TYPES = ("np", "frames", "pd", "latent")
 
 
@@ -27,7 +29,17 @@ class PipelineOutput:
 
 
 def postprocess(video: paddle.Tensor, output_type: str) -> Any:
-    """[B, 3, F, H, W] about [-1, 1] to what `output_type` names."""
+    """[B, 3, F, H, W] about [-1, 1] to what `output_type` names.
+
+    Raises:
+        BadFramesError: values that are NaN or infinite.
+    """
+    broken = video.size - int(paddle.isfinite(video).astype("int64").sum())
+    if broken:
+        raise BadFramesError(
+            f"the video has {broken} NaN or infinite values of {video.size}; see whether the latents (output_type='latent') "
+            "are finite; try weights in float32, or exact attention to see whether attention is the cause"
+        )
     video = paddle.clip(video.astype("float32") * 0.5 + 0.5, 0.0, 1.0)
     if output_type == "pd":
         return video.transpose([0, 2, 1, 3, 4]).contiguous()

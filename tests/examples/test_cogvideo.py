@@ -1,4 +1,5 @@
 """The main job, end to end on a small random model: examples/cogvideo.py and `lowbit-video generate`."""
+import io
 import json
 import os
 import pathlib
@@ -243,6 +244,27 @@ def test_a_failing_comparison_loses_nothing(model, tmp_path, monkeypatch):
         command(model, tmp_path, "--compare")
     assert len(read_video(tmp_path / "video.mp4")[0]) == 9
     assert json.loads((tmp_path / "report.json").read_text())["coverage"]["modules"]
+
+
+@pytest.mark.parametrize("more, exe, said", [
+    (["--fps", "1e-9"], None, "fps is 1e-09; it must be from 0.01"),
+    ([], "/nowhere/ffmpeg", "/nowhere/ffmpeg does not start"),
+], ids=["fps", "no ffmpeg"])
+def test_what_the_encoder_refuses_is_known_before_the_work(model, tmp_path, monkeypatch, capsys, more, exe, said):
+    if exe:
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", exe)
+    monkeypatch.setattr(generate, "load_pipeline", None)
+    assert command(model, tmp_path, *more) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_the_terminal_cannot_show_ends_no_work(model, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert command(model, tmp_path, "--prompt", "a cat \N{CAT FACE} \udc80") == 0
+    terminal.flush()
+    assert rb"prompt: a cat \U0001f431 \udc80" in terminal.buffer.getvalue()
+    assert len(read_video(tmp_path / "video.mp4")[0]) == 9
 
 
 def test_a_video_with_nan_is_refused(model):

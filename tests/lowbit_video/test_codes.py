@@ -60,6 +60,14 @@ def test_values_beyond_float16_keep_their_range(framework, dtype):
     assert np.isfinite(framework.numpy(wanted)).all() and np.abs(framework.numpy(wanted)).max() > 65504
 
 
+def test_tiny_values_keep_their_digits(framework):
+    q, k, v = tensors(framework, q_len=40)
+    wanted = lv.attention(q, k, v * 1e-8, "int8+fp16")
+    same(framework, lv.attention_of_codes(lv.prequantize(q, k, v * 1e-8, "int8+fp16")), wanted)
+    usual = framework.numpy(lv.attention(q, k, v, "int8+fp16"))
+    np.testing.assert_allclose(framework.numpy(wanted) * 1e8, usual, atol=1e-3)
+
+
 @pytest.mark.parametrize("spec", ["int8+fp8", "int4+fp16"])
 def test_the_originals_are_not_changed_and_may_be(framework, spec):
     given = tensors(framework, q_len=130)

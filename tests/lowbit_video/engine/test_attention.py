@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import lowbit_video as lv
+from lowbit_video.engine import half
 from lowbit_video.engine.checks import request_of
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.run import run
@@ -48,6 +49,30 @@ def test_float32_v_beyond_float16_stays_finite(framework):
     v *= 1e5
     out = framework.numpy(lv.attention(*tensors(framework, q, k, v), "int8+fp16"))
     assert sqnr_db(out, naive_attention(q, k, v)[0]) > 33.0
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-7, 1e-8, 1e-30])
+@pytest.mark.parametrize("spec", ["int8+fp16", "int4+fp16", "fp8+fp16", "int8+fp8"])
+def test_float32_v_that_is_tiny_keeps_its_digits(framework, spec, size):
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=40, kv_len=70)
+    relative = lambda v: sqnr_db(framework.numpy(lv.attention(*tensors(framework, q, k, v), spec)) / np.float32(size),
+                                 naive_attention(q, k, v)[0] / np.float32(size))
+    usual = sqnr_db(framework.numpy(lv.attention(*tensors(framework, q, k, v), spec)), naive_attention(q, k, v)[0])
+    assert relative(v * np.float32(size)) > usual - 0.5
+    v[..., ::2] *= np.float32(size)  # every other channel
+    out, wanted = framework.numpy(lv.attention(*tensors(framework, q, k, v), spec)), naive_attention(q, k, v)[0]
+    assert sqnr_db(out[..., ::2] / np.float32(size), wanted[..., ::2] / np.float32(size)) > usual - 1.5
+
+
+def test_what_float16_holds_of_v_is_told_by_channel():
+    v = np.ones((3, 2, 4), np.float32)
+    assert half.fits_float16(v) and half.fits_float16(0 * v)
+    v[..., 1] = 1e-7
+    assert not half.fits_float16(v) and not half.fits_float16(1e5 * v)
+    values, name, exponent = half.in_half(v[None])
+    assert name == "fp16" and (exponent[..., 1] == -23).all() and not exponent[..., 0].any()
+    np.testing.assert_allclose(np.ldexp(values, exponent), v[None], rtol=2**-11)
+    np.testing.assert_array_equal(half.restored(values, exponent), np.ldexp(values, exponent))
 
 
 def test_the_callers_tensors_are_not_changed(framework):

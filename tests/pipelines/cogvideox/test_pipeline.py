@@ -37,6 +37,16 @@ def pipe(loaded):
     return loaded["pipeline_2b"]
 
 
+@pytest.mark.parametrize("output_type", ["np", "frames", "pd"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_make_no_pixels(pipe, output_type, value):
+    latents = start_latents(pipe, 1).numpy()
+    latents[0, 1, 2, 0, 0] = value
+    with pytest.raises(ValueError, match=r"the video has \d+ NaN or infinite values of 41472; see whether the latents"):
+        pipe("a cat", latents=latents, output_type=output_type, **QUICK)
+    assert pipe("a cat", latents=latents, output_type="latent", **QUICK).frames.shape == [1, 3, 4, 4, 6]
+
+
 def start_latents(pipe, videos, frames=9):
     shape, _ = pipe._latent_shape(videos, frames, 32, 48)
     return paddle.to_tensor(cases.start_noise(shape))

@@ -1,5 +1,6 @@
 """The schedulers against trajectories of diffusers, their files, and what they say to bad input."""
 import json
+import warnings
 
 import numpy as np
 import paddle
@@ -67,6 +68,7 @@ def test_ends_of_the_published_schedule():
     assert (scheduler.scale_model_input(x, 3) == x).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*as diffusers takes them")
 @pytest.mark.parametrize("schedule", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 def test_every_number_of_steps_gives_as_many_timesteps_all_in_range(schedule, spacing):
@@ -79,6 +81,45 @@ def test_every_number_of_steps_gives_as_many_timesteps_all_in_range(schedule, sp
     if spacing == "trailing":
         scheduler.set_timesteps(61)
         assert steps[-1] == 0 and scheduler.timesteps[0] == 999 and scheduler.timesteps[-1] == 15
+
+
+def left(scheduler, count):
+    """What a predictor that knows the clean latents leaves of the noise, along `count` steps."""
+    scheduler.set_timesteps(count)
+    x, clean, before = paddle.ones([1, 1]), None, None  # the clean latents are 0
+    for timestep in scheduler.timesteps:
+        power = float(scheduler.alphas_cumprod[timestep])
+        v = x * (power / (1 - power)) ** 0.5
+        x, clean = (scheduler.step(v, clean, timestep, before, x, noise=paddle.ones([1, 1])) if scheduler.uses_noise
+                    else scheduler.step(v, timestep, x))
+        before = timestep
+    return float(x.item())
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_exact_steps_leave_no_noise_whatever_their_number(name, spacing):
+    scheduler = CLASSES[name](**{**cases.PUBLISHED_SCHEDULE, "timestep_spacing": spacing})
+    scheduler.exact_steps = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for count in (1, 2, 3, 7, 13, 50, 61, 333):
+            assert abs(left(scheduler, count)) < 1e-6, count
+        for count in range(1, 1001):
+            scheduler.set_timesteps(count)
+            ends = [scheduler._following(timestep) for timestep in scheduler.timesteps]
+            assert ends == [*scheduler.timesteps[1:], -1], count
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_steps_as_diffusers_takes_them_warn_where_they_leave_noise(name):
+    scheduler = CLASSES[name](**{**cases.PUBLISHED_SCHEDULE, "timestep_spacing": "trailing"})
+    for count in (7, 13):
+        with pytest.warns(UserWarning, match=rf"{count} steps, .* end at timestep 0 and leave noise .*exact_steps = True"):
+            assert abs(left(scheduler, count)) > 0.01
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert abs(left(scheduler, 50)) < 1e-6
 
 
 def test_dpm_noise_comes_from_its_generator():
