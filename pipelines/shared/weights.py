@@ -123,7 +123,7 @@ class Model(nn.Layer):
             variant: the "fp16" of "diffusion_pytorch_model.fp16.safetensors".
         Raises:
             ConfigError: config.json is missing, is of another class, or has unknown keys.
-            WeightsError: weight files missing or damaged, or not the ones for this configuration; found before anything is built.
+            WeightsError: weight files missing or damaged, or not the ones for this configuration; all before anything is built.
         """
         names = (cls.class_name or cls.__name__, *cls.also_reads)
         config = load_config(folder, names, known_keys(cls), cls.ignored_keys)
@@ -146,8 +146,8 @@ class Model(nn.Layer):
                 raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: {key} is {asked!r}; give a number of layers")
             held = len({match[1] for match in (re.search(pattern, name) for name in entries) if match})
             if asked > held:
-                raise WeightsError(f"{os.path.join(folder, CONFIG_NAME)} asks for {key} = {asked}, and the weights hold {held}: "
-                                   "tensors missing; correct the configuration, or fetch the weights that belong to it")
+                raise WeightsError(f"{os.path.join(folder, CONFIG_NAME)} asks for {key} = {asked}, and the weights hold "
+                                   f"{held}: tensors missing; correct the configuration, or fetch the weights that belong to it")
 
     def save_pretrained(
         self, folder: str | os.PathLike, dtype: Any = None, max_shard_size: int | str = DEFAULT_SHARD_BYTES
