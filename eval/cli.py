@@ -146,11 +146,14 @@ def run_compare(args) -> int:
 
 def run_layers(args) -> int:
     """`eval layers`."""
+    from lowbit_video.pipelines.shared.video_files import check_writable
+
     from .compare.candidates import as_candidate
     from .compare.layer_table import as_text
     from .compare.layers import measure_layers
 
     candidates = [as_candidate(name) for name in args.precisions]
+    check_writable(args.out)
     pipe, settings = load(args)
     table = measure_layers(pipe, args.prompt, candidates, seed=args.seed, settings=settings,
                            measured_shares=not args.local_shares, backend=args.backend, fallback=args.fallback, say=say)

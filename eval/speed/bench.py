@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
-import json
 import multiprocessing
 import os
 import platform
@@ -21,6 +20,7 @@ from typing import Any
 from lowbit_video.engine.gpu import Call
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.workspace import layout_workspace
+from lowbit_video.files import write_json, write_whole
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import EXACT_SPECS, Precision
@@ -362,8 +362,9 @@ def save(rows: list[Row], about: dict[str, Any], folder: Path, stem: str, plots:
     """Writes STEM.json, STEM.md and, where matplotlib is installed, STEM.png; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
-    paths[0].write_text(json.dumps(dict(about=about, rows=[dataclasses.asdict(r) for r in rows]), indent=1) + "\n")
-    paths[1].write_text(markdown(rows, about))
+    write_json(paths[0], dict(about=about, rows=[dataclasses.asdict(r) for r in rows]))
+    with write_whole(paths[1]) as temporary:
+        temporary.write_text(markdown(rows, about), encoding="utf-8")
     if plots and importlib.util.find_spec("matplotlib"):
         from . import plot
 

@@ -79,9 +79,12 @@ def pick_framework(name: str) -> str:
 
 
 def run_kernels(args: argparse.Namespace) -> int:
+    from lowbit_video.pipelines.shared.video_files import check_writable
+
     from . import shapes
 
     chosen_shapes = shapes.parse_shapes(args.shapes, args.quick)
+    check_writable(args.out / f"{args.name}.json")
     framework = pick_framework(args.framework)
     from . import bench
 
@@ -109,9 +112,12 @@ def run_parallel(args: argparse.Namespace) -> int:
 
 
 def run_tune(args: argparse.Namespace) -> int:
+    from lowbit_video.pipelines.shared.video_files import check_writable
+
     from . import shapes
 
     chosen_shapes = shapes.parse_shapes(args.shapes or "2,30,17776,64;1,24,32768,128")
+    check_writable(args.out)
     framework = pick_framework(args.framework)
     from . import tune
 

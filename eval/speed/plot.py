@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend goes first
 
+from lowbit_video.files import write_whole  # noqa: E402
+
 
 def plot_kernels(rows: list[Any], about: dict[str, Any], path: Path) -> Path:
     """Bars of total TFLOP/s by method, one panel a shape; sweeps over length become one panel of lines per head dim."""
@@ -47,6 +49,7 @@ def plot_kernels(rows: list[Any], about: dict[str, Any], path: Path) -> Path:
     for axis in flat[panels:]:
         axis.set_visible(False)
     figure.suptitle(f"{about['gpu']}, {about['framework']} tensors, commit {about['commit']}", fontsize=9)
-    figure.savefig(path, dpi=130)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, dpi=130)
     plt.close(figure)
     return path

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.engine.gpu import Call
+from lowbit_video.files import write_whole
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.tuning import TileConfig
@@ -216,5 +217,6 @@ def tune(shapes: Iterable[Shape], *, framework: str, dtype: str, specs: Sequence
                     tokens = shortest_useful(spec, variant, shape.head_dim, framework, dtype)
                     log(f"  {spec} {variant.name}, head dim {shape.head_dim}: beats exact attention from {tokens} tokens on")
                     entries.append(key | dict(faster_from=tokens))
-            out.write_text(json.dumps([dict(about=bench.environment(framework)), *entries], indent=1) + "\n")
+            with write_whole(out) as temporary:
+                temporary.write_text(json.dumps([dict(about=bench.environment(framework)), *entries], indent=1) + "\n")
     return out

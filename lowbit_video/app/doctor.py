@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import warnings
 from typing import Any
 
@@ -146,6 +147,8 @@ def examine() -> dict[str, Any]:
 
 def advice(devices: list[dict[str, Any]]) -> list[str]:
     """What to do next, plainest first."""
+    from lowbit_video.pipelines.shared.video_files import check_writable
+
     said = []
     installed = {entry["package"] for entry in packages() if entry["installed"]}
     seen = frameworks()
@@ -155,6 +158,11 @@ def advice(devices: list[dict[str, Any]]) -> list[str]:
         said.append("No NVIDIA GPU: attention runs through the NumPy reference on the CPU. It is right, and slow.")
     elif "paddle" in seen and "CUDA" not in seen["paddle"].replace("no CUDA", "") and "custom" not in seen["paddle"]:
         said.append("There is a GPU, but this Paddle cannot use it: install paddlepaddle-gpu from Paddle's own index.")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            check_writable(os.path.join(folder, "try.mp4"), fps=8)
+    except (ImportError, OSError) as error:
+        said.append(f"No video can be written: {error}.")
     if devices and "triton" not in installed:
         said.append("GPU kernels need triton: pip install triton.")
     return said

@@ -25,6 +25,7 @@ from ..shared.output import OUTPUT_TYPES, PipelineOutput, postprocess
 from ..shared.pipeline import Pipeline, on_device
 from ..shared.t5 import T5EncoderModel
 from ..shared.t5_tokenizer import T5Tokenizer
+from ..shared.turns import one_at_a_time
 from .scheduler import CogVideoXDDIMScheduler, CogVideoXScheduler
 from .scheduler_dpm import CogVideoXDPMScheduler
 from .transformer import CogVideoXTransformer3DModel
@@ -96,12 +97,9 @@ class CogVideoXPipeline(Pipeline):
         total = None if self.vae.use_tiling else latents.shape[0] * latents.shape[1]
         latents = latents.transpose([0, 2, 1, 3, 4]) / self.vae.config.scaling_factor
         with tqdm(total=total, desc="decode", unit="frame", disable=not self.shows(progress)) as bar:
-            self.vae.on_decoded = bar.update
-            try:
-                return self.vae.decode(latents.astype(self.vae.dtype))
-            finally:
-                self.vae.on_decoded = None
+            return self.vae.decode(latents.astype(self.vae.dtype), on_decoded=bar.update)
 
+    @one_at_a_time
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -126,6 +124,8 @@ class CogVideoXPipeline(Pipeline):
         progress: bool = True,
     ) -> PipelineOutput:
         """Makes `num_videos_per_prompt` videos of each prompt.
+
+        Threads may call one pipeline, or several that share a scheduler: they take turns.
 
         On several ranks (`lowbit_video.parallelize`) each must call this with the same arguments; noise, embeddings and seeds
         are those of rank 0.

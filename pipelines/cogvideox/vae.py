@@ -510,16 +510,17 @@ class AutoencoderKLCogVideoX(Model):
         return DiagonalGaussian(mean, paddle.clip(logvar, *LOGVAR_RANGE))
 
     @paddle.no_grad()
-    def decode(self, z: paddle.Tensor) -> paddle.Tensor:
+    def decode(self, z: paddle.Tensor, on_decoded: Callable[[int], object] | None = None) -> paddle.Tensor:
         """Videos of latents.
 
         Args:
             z: [B, latent_channels, t, h, w], already divided by `config.scaling_factor`.
+            on_decoded: told how many latent frames each piece of work had; None: the attribute of that name is told.
         Returns:
             [B, out_channels, T, 8h, 8w] about [-1, 1], not clipped; T as `num_decoded_frames(t)` says.
         """
         self._check(z, self.config.latent_channels, "latents", 1)
-        return self._by_slices(self._decode, z)
+        return self._by_slices(partial(self._decode, on_done=on_decoded or self.on_decoded), z)
 
     def forward(
         self, x: paddle.Tensor, sample_posterior: bool = False, generator: np.random.Generator | int | None = None
@@ -550,12 +551,12 @@ class AutoencoderKLCogVideoX(Model):
                   2 * self.config.latent_channels, self._encoded_frames, self.spatial_compression_ratio, 1)
         return self._work(job, x)
 
-    def _decode(self, z):
+    def _decode(self, z, on_done):
         def run(piece, caches):
             return self.decoder(piece if self.post_quant_conv is None else self.post_quant_conv(piece), caches)
 
         job = Job("decode", run, partial(_caches_of, self.decoder), self.num_latent_frames_batch_size,
-                  self.config.out_channels, self._decoded_frames, 1, self.spatial_compression_ratio, on_done=self.on_decoded)
+                  self.config.out_channels, self._decoded_frames, 1, self.spatial_compression_ratio, on_done=on_done)
         return self._work(job, z)
 
     def _work(self, job: Job, x: paddle.Tensor) -> paddle.Tensor:

@@ -28,6 +28,12 @@ def test_json(capsys):
     assert {entry["kernel"] for entry in report["kernels"]} == {variant.name for variant in VARIANTS}
 
 
+def test_an_encoder_that_fails_is_told(monkeypatch):
+    assert not any("No video" in line for line in doctor.advice([]))
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
+    assert any("No video can be written" in line and "/nowhere/ffmpeg" in line for line in doctor.advice([]))
+
+
 def test_the_cpu_runs_the_reference_and_names_why_not_the_others():
     by_name = {entry["kernel"]: entry for entry in doctor.kernels([])}
     assert by_name["reference-lowbit"]["why_not"] is None

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import paddle
@@ -35,6 +36,52 @@ def loaded():
 @pytest.fixture
 def pipe(loaded):
     return loaded["pipeline_2b"]
+
+
+def in_threads(*works):
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result(timeout=120) for future in [pool.submit(work) for work in works]]
+
+
+@pytest.mark.parametrize("shared", ["pipeline", "scheduler"])
+def test_threads_that_share_state_each_make_their_own_video(pipe, shared):
+    calls = [dict(num_inference_steps=2, guidance_scale=6.0), dict(num_inference_steps=5, guidance_scale=1.0),
+             dict(num_inference_steps=4, guidance_scale=3.0, use_dynamic_cfg=True)]
+    work = lambda one, more: lambda: one("a cat", seed=3, **{**QUICK, **more}).frames
+    wanted = [work(pipe, more)() for more in calls]
+    pipes = [pipe] * 3 if shared == "pipeline" else [
+        CogVideoXPipeline(**{name: getattr(pipe, name) for name in pipe.components}, device="cpu") for _ in calls]
+    for got, one in zip(in_threads(*map(work, pipes, calls)), wanted):
+        np.testing.assert_array_equal(got, one)
+
+
+def test_a_stop_of_one_call_does_not_reach_the_next_thread(pipe):
+    steps = {"first": [], "second": []}
+
+    def call(name, stop):
+        def callback(pipeline, step, timestep, tensors):
+            steps[name].append(step)
+            pipeline.interrupt = stop
+        return lambda: pipe("a cat", seed=1, callback_on_step_end=callback, **{**QUICK, "num_inference_steps": 3})
+
+    in_threads(call("first", True), call("second", False))
+    assert steps == {"first": [0], "second": [0, 1, 2]}
+
+
+def test_a_call_from_its_own_callback_is_refused_and_decoding_there_is_not(pipe):
+    shape = []
+    with pytest.raises(ValueError, match="CogVideoXPipeline and .*Scheduler is in the middle of a call.*one call at a time"):
+        pipe("a cat", callback_on_step_end=lambda *_: pipe("a dog", **QUICK), **QUICK)
+    preview = lambda pipeline, step, timestep, tensors: shape.append(pipeline.decode_latents(tensors["latents"]).shape)
+    assert pipe("a cat", callback_on_step_end=preview, **QUICK).frames.shape == (1, 9, 32, 48, 3)
+    assert shape == [[1, 3, 9, 32, 48]] * 2
+
+
+def test_progress_of_decoding_belongs_to_the_call(pipe):
+    told = {4: [], 3: []}
+    latents = {frames: paddle.zeros([1, 4, frames, 4, 6]) for frames in told}
+    in_threads(*[lambda frames=frames: pipe.vae.decode(latents[frames], on_decoded=told[frames].append) for frames in told])
+    assert {frames: sum(parts) for frames, parts in told.items()} == {4: 4, 3: 3} and pipe.vae.on_decoded is None
 
 
 @pytest.mark.parametrize("output_type", ["np", "frames", "pd"])
