@@ -146,8 +146,9 @@ class Model(nn.Layer):
                 raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)}: {key} is {asked!r}; give a number of layers")
             held = len({match[1] for match in (re.search(pattern, name) for name in entries) if match})
             if asked > held:
-                raise WeightsError(f"{os.path.join(folder, CONFIG_NAME)} asks for {key} = {asked}, and the weights hold "
-                                   f"{held}: tensors missing; correct the configuration, or fetch the weights that belong to it")
+                config = os.path.join(folder, CONFIG_NAME)
+                raise WeightsError(f"{config} asks for {key} = {asked}, and the weights hold {held}: tensors missing; correct "
+                                   "the configuration, or fetch the weights that belong to it")
 
     def save_pretrained(
         self, folder: str | os.PathLike, dtype: Any = None, max_shard_size: int | str = DEFAULT_SHARD_BYTES
