@@ -72,7 +72,7 @@ def pieces_of(task: Task, degrees: Degrees, share: Share) -> list[tuple[int, ...
     heads, dim = task.model.heads, task.model.head_dim
     if task.wire.kind is None:
         return [tuple(even_shares(heads, degrees.ulysses))]
-    tiles = share.batch * -(-share.part_rows // QUERY_ROWS.get(dim, 128))
+    tiles = share.batch * -(-share.rows // QUERY_ROWS.get(dim, 128))
     return [piece.shares for piece in head_pieces(heads, degrees.ulysses, tiles, task.figures.gpu.sms)]
 
 

@@ -149,7 +149,7 @@ def test_a_layer_by_heads_and_ring_is_cut_as_the_wrapper_cuts_it(monkeypatch):
     monkeypatch.setattr(attention, "pipelined_ms", lambda pieces, hidden: pipelined.extend(pieces) or 0.0)
     usual, degrees = task(), Degrees(ulysses=2, ring=2)
     attention.layer(usual, degrees)
-    assert asked == [(30, 2, 2 * 47, 132)]  # 8960 rows of a part are 47 tiles of 192, for both halves of guidance
+    assert asked == [(30, 2, 2 * 24, 132)]  # 4480 rows of a rank are 24 tiles of 192, for both halves of guidance
     quantised = attention.quantise_ms(usual, 60, 3 * 4480)
     assert [piece.before for piece in pipelined] == pytest.approx([quantised * 2 / 3, quantised / 3])
     for piece, heads in zip(pipelined, (10, 5)):
