@@ -125,10 +125,8 @@ class CogVideoXPipeline(Pipeline):
     ) -> PipelineOutput:
         """Makes `num_videos_per_prompt` videos of each prompt.
 
-        Threads may call one pipeline, or several that share a scheduler: they take turns.
-
-        On several ranks (`lowbit_video.parallelize`) each must call this with the same arguments; noise, embeddings and seeds
-        are those of rank 0.
+        Threads that share a pipeline or a scheduler take turns. On several ranks (`lowbit_video.parallelize`) each must call
+        this with the same arguments; noise, embeddings and seeds are those of rank 0.
 
         Args:
             prompt: one or several; or None with prompt_embeds.
