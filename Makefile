@@ -43,6 +43,7 @@ parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, 
 
 eval-demo: export OMP_NUM_THREADS ?= 2
 eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 precisions, a report; goes on where it was stopped
+	@echo "About 11 minutes on two free cores, 20 or more beside other work on them; below, each line says how much is left."
 	test -f outputs/eval/layers.npz || $(VENV)/bin/lowbit-video eval layers --steps 8 --local-shares \
 		--prompt "a green ring gets smaller on a cyan background" --out outputs/eval/layers.npz
 	$(VENV)/bin/lowbit-video eval compare --prompts eval/prompts/small_world.txt --steps 8 --out outputs/eval \

@@ -129,7 +129,10 @@ def run_compare(args) -> int:
     from .compare.candidates import as_candidate
     from .compare.paired import compare, read_prompts
     from .metrics.registry import choose
+    from .report.write import check_packages
 
+    if not args.no_report:
+        check_packages()
     prompts, candidates = read_prompts(args.prompts), [as_candidate(name) for name in args.precisions]
     choose(args.metrics, dict(args.weights))  # mistakes first, the model afterwards
     pipe, settings = load(args)

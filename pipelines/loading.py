@@ -19,12 +19,11 @@ def load(path: str | os.PathLike, **options: Any) -> Any:
         path: a folder with model_index.json, or an id such as "THUDM/CogVideoX-2b" (needs huggingface_hub).
         options: dtype, device, variant, parts: as `CogVideoXPipeline.from_pretrained` takes them.
     Raises:
-        FileNotFoundError: no such folder, or it has no model_index.json.
+        FileNotFoundError: no such folder, nothing to be had by that id, or it has no model_index.json.
         ConfigError: a pipeline of a class that is not there; further as `from_pretrained`.
     """
-    folder = find_folder(path)
-    index_path, index = read_index(folder)
+    index_path, index = read_index(find_folder(path))
     name = index.get("_class_name")
     if name not in PIPELINES:
         raise ConfigError(f"{index_path} describes a {name}, expected a {' or a '.join(PIPELINES)} (text to video)")
-    return getattr(importlib.import_module(PIPELINES[name], __package__), name).from_pretrained(folder, **options)
+    return getattr(importlib.import_module(PIPELINES[name], __package__), name).from_pretrained(os.fspath(path), **options)

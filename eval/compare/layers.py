@@ -23,7 +23,7 @@ from lowbit_video.runtime.detect import runtime_of
 from ..metrics import registry
 from .candidates import Candidate, applied, as_candidate, floor_candidate
 from .layer_table import LayerTable
-from .paired import Progress
+from .progress import Progress
 from .settings import Settings, environment
 
 STEP_GROUPS = 4
@@ -46,15 +46,15 @@ class Tapped:
 
 
 class StepClock:
-    """Counts denoising steps; its `tick` is the pipeline's `callback_on_step_end`, and keeps the latents."""
+    """Counts denoising steps; its `tick` is the pipeline's `callback_on_step_end`, keeps the latents and tells the progress."""
 
-    def __init__(self) -> None:
-        self.step, self.latents = 0, None
+    def __init__(self, progress: Progress) -> None:
+        self.step, self.latents, self.progress = 0, None, progress
 
     def tick(self, pipe: Any, step: int, timestep: Any, values: dict) -> dict:
         """One step has ended."""
         self.step, self.latents = step + 1, values["latents"]
-        return values
+        return self.progress.step(pipe, step, timestep, values)
 
 
 class Recorder:
@@ -177,7 +177,12 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
     names = list(attention_modules(transformer_of(pipe)))
     if not names:
         raise ValueError("the model has no attention module that takes a processor")
-    clock, hook = StepClock(), {"backend": backend, "fallback": fallback}
+    hook = {"backend": backend, "fallback": fallback}
+    planned = ["record", "floor"]
+    for candidate in candidates if measured_shares else []:
+        planned += [candidate.label] * (1 + len(by_module(candidate, names, **hook)) + STEP_GROUPS)
+    progress = Progress(planned, say)
+    clock = StepClock(progress)
 
     def latents_of(modules: Any, whole: Candidate | None = None) -> np.ndarray:
         """The final latents with the given processors by module name."""
@@ -187,13 +192,9 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
             pipe(prompt, **arguments, callback_on_step_end=clock.tick)
         return runtime_of(clock.latents).to_numpy(clock.latents).astype(np.float64)
 
-    planned = ["record", "floor"]
-    for candidate in candidates if measured_shares else []:
-        planned += [candidate.label] * (1 + len(by_module(candidate, names, **hook)) + STEP_GROUPS)
-    progress = Progress(planned, say)
-
     def timed(label: str, text: str, modules: Any, whole: Candidate | None = None) -> np.ndarray:
         begin = time.perf_counter()
+        progress.begin(label)
         latents = latents_of(modules, whole)
         progress.done(label, time.perf_counter() - begin, text)
         return latents

@@ -7,9 +7,8 @@ in the making. Only the exact video is needed again (as the reference) when a la
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..metrics.shared.context import Context
 from ..video import as_video
 from .candidates import EXACT, FLOOR, Candidate, applied, as_candidate, floor_candidate
 from .clips import check_clips, write_lossless
+from .progress import Progress
 from .settings import Settings, environment
 from .store import Store
 
@@ -49,15 +49,17 @@ def read_prompts(path) -> list[str]:
 
 
 def generate(pipe, prompt: str, seed: int, settings: Settings, candidate: Candidate | None = None,
-             **hook) -> tuple[np.ndarray, dict]:
+             on_step: Callable | None = None, **hook) -> tuple[np.ndarray, dict]:
     """One video: float32 [F, H, W, 3] in [0, 1], and what is to be recorded of its making.
 
     Args:
         candidate: hooked in for this call only; None runs the pipeline as it is, exact.
+        on_step: the pipeline's `callback_on_step_end`.
         hook: `backend`, `fallback` of the hook.
     """
     begin = time.perf_counter()
-    arguments = {"seed": seed, "output_type": "np", "progress": False, **settings.arguments()}
+    arguments = {"seed": seed, "output_type": "np", "progress": False, "callback_on_step_end": on_step,
+                 **settings.arguments()}
     note = {}
     if candidate is None:
         output = pipe(prompt, **arguments)
@@ -101,31 +103,6 @@ def figures(video, reference, metrics: Sequence[registry.Metric], context: Conte
     return {"figures": values, "frames": frames, "features": features}
 
 
-class Progress:
-    """One line a finished video, with the time left as the medians of what ran so far foretell it."""
-
-    def __init__(self, todo: Iterable[str], say: Callable[[str], None]) -> None:
-        self.left, self.say = list(todo), say
-        self.total, self.seconds = len(self.left), {}
-
-    def done(self, run: str, seconds: float, text: str) -> None:
-        """Count one finished video."""
-        self.left.remove(run)
-        self.seconds.setdefault(run, []).append(seconds)
-        every = statistics.median([s for runs in self.seconds.values() for s in runs])
-        remaining = sum(statistics.median(self.seconds[r]) if r in self.seconds else every for r in self.left)
-        self.say(f"[{self.total - len(self.left):>{len(str(self.total))}}/{self.total}] {text}  {seconds:.1f} s"
-                 + (f", about {clock(remaining)} left" if self.left else ", all done"))
-
-
-def clock(seconds: float) -> str:
-    """Seconds as a person reads them: 45 s, 12 min, 3 h 20 min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{round(seconds)} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: Sequence[int] = (0,),
             settings: Settings | None = None, metrics: Sequence[str] | None = None, weights: Mapping[str, str] | None = None,
             limit: int | None = None, backend: str = "auto", fallback: str | None = None,
@@ -133,7 +110,8 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
     """Make and measure every video that the folder `out` does not have yet.
 
     Args:
-        pipe: called as pipe(prompt, seed=..., output_type="np", ...) -> .frames; hooked by `lowbit_video.apply`.
+        pipe: called as pipe(prompt, seed=..., output_type="np", callback_on_step_end=..., ...) -> .frames; hooked by
+            `lowbit_video.apply`.
         prompts: captions; see `read_prompts`.
         candidates: precisions, "module:Class" names, or `Candidate`s.
         out: the folder of results.
@@ -204,14 +182,16 @@ def _run(pipe, store, todo, candidates, settings, metrics, weights, hook, say) -
     made = {FLOOR: floor_candidate(), **{c.label: c for c in candidates}}
     for prompt, seed in dict.fromkeys((p, s) for p, s, _ in todo):
         runs = [r for p, s, r in todo if (p, s) == (prompt, seed)]
-        reference = _reference(pipe, store, prompt, seed, settings, runs, say)
+        progress.begin(runs[0])
+        reference = _reference(pipe, store, prompt, seed, settings, runs, progress)
         for run in runs:
+            progress.begin(run)
             begin = time.perf_counter()
             line = {"kind": "video", "prompt": prompt, "seed": seed, "run": run}
             context = Context(prompt, weights, {}, models)
             try:
                 video, note = (reference.video, reference.note) if run == EXACT else generate(
-                    pipe, prompt, seed, settings, made[run], **(hook if run != FLOOR else {}))
+                    pipe, prompt, seed, settings, made[run], progress.step, **(hook if run != FLOOR else {}))
                 line.update(note)
                 as_video(video)
                 line.update(figures(video, None if run == EXACT else reference.video, metrics, context))
@@ -233,13 +213,14 @@ class _Reference:
         self.path, self.video, self.note = path, video, note
 
 
-def _reference(pipe, store: Store, prompt: str, seed: int, settings: Settings, runs: list[str], say) -> _Reference:
+def _reference(pipe, store: Store, prompt: str, seed: int, settings: Settings, runs: list[str],
+               progress: Progress) -> _Reference:
     path = store.folder / "work" / f"{clip_name(store, prompt, seed, EXACT)}.npy"
     if EXACT not in runs and path.is_file():
         return _Reference(path, np.load(path), {})
     if EXACT not in runs:
-        say(f"making the exact video again, as the reference of what is left: {prompt[:60]}")
-    video, note = generate(pipe, prompt, seed, settings)
+        progress.say(f"making the exact video again, as the reference of what is left: {prompt[:60]}")
+    video, note = generate(pipe, prompt, seed, settings, on_step=progress.step if EXACT in runs else None)
     video = np.asarray(video, np.float32)
     path.parent.mkdir(exist_ok=True)
     with write_whole(path) as part:

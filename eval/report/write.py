@@ -4,6 +4,7 @@ Nothing is fetched: style, script, films and figures are inside the page, so tha
 """
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,13 @@ from .page import page
 from .picture import draw_picture
 
 
+def check_packages() -> None:
+    """Raises ImportError, which names what to install, where the picture cannot be drawn: to be asked before long work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("a report has a picture, which matplotlib draws: pip install 'lowbit_video[eval]' (`eval compare` "
+                          "does without by --no-report)")
+
+
 def write_report(folder, *, out=None, speed=None, speed_shape=None, layers=None, films: bool = True,
                  say: Callable[[str], None] = print) -> dict[str, Path]:
     """Write report.html, report.md and report.png.
@@ -26,7 +34,11 @@ def write_report(folder, *, out=None, speed=None, speed_shape=None, layers=None,
 
     Returns:
         {"html": path, "markdown": path, "png": path}.
+
+    Raises:
+        ImportError: see `check_packages`.
     """
+    check_packages()
     report = load(folder, speed=speed, speed_shape=speed_shape, layers=layers)
     out = Path(out or folder)
     out.mkdir(parents=True, exist_ok=True)

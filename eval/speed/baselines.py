@@ -1,10 +1,11 @@
-"""Exact attention to compare with, and SageAttention where it is installed. All take [B, H, N, D].
+"""Exact attention to compare with, and SageAttention; packages of their own where they are installed. All take [B, H, N, D].
 
 FlashAttention-2 and cuDNN come from PyTorch: in a run on Paddle tensors they get PyTorch tensors of the same values.
 """
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,27 @@ def _sdpa(backend: str, q: Any, k: Any, v: Any, causal: bool) -> Callable[[], An
     return call
 
 
+def _flash_4(q: Any, k: Any, v: Any, causal: bool) -> Callable[[], Any]:
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # it takes [B, N, H, D] and gives (out, lse or None)
+    return lambda: flash_attn_func(q, k, v, causal=causal)[0].transpose(1, 2)
+
+
+def _flash_4_why_not() -> str | None:
+    """Source of the GPUs: `_flash_attn_fwd` of flash-attn-4 4.0.0b36, which asserts them."""
+    if reason := _torch_cuda():
+        return reason
+    try:
+        importlib.import_module("flash_attn.cute")  # FlashAttention-2's package has the same name above it
+    except ImportError as error:
+        return f"flash-attn-4 is not installed ({error})"
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return None if 8 <= major <= 12 else f"flash-attn-4 is for sm_80 to sm_12x, this GPU is sm_{major}{minor}"
+
+
 def _sage(q: Any, k: Any, v: Any, causal: bool) -> Callable[[], Any]:
     from sageattention import sageattn
 
@@ -72,6 +94,7 @@ def _paddle_flash_why_not() -> str | None:
 BASELINES = (
     Baseline(FLASH_ATTENTION_2, "torch", functools.partial(_sdpa, "FLASH_ATTENTION"), _torch_cuda),
     Baseline("cuDNN", "torch", functools.partial(_sdpa, "CUDNN_ATTENTION"), _torch_cuda),
+    Baseline("FlashAttention-4", "torch", _flash_4, _flash_4_why_not),
     Baseline("SageAttention", "torch", _sage, _sage_why_not),
     Baseline("Paddle flash_attention", "paddle", _paddle_flash, _paddle_flash_why_not),
 )

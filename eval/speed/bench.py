@@ -5,13 +5,14 @@ call does on the device. Methods of one shape are timed in turns, each run from 
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,6 +41,9 @@ PV_L1 = 0.03
 EXACT_L1 = 0.01
 SHORT = 2048
 """Tokens to which shapes are shortened where kernels are only to be compiled: a multiple of every tile's."""
+PACKAGES = {"triton": ["triton"], "torch": ["torch"], "paddle": ["paddlepaddle-gpu", "paddlepaddle"], "numpy": ["numpy"],
+            "sageattention": ["sageattention"], "flash-attn-4": ["flash-attn-4"]}
+"""What is recorded of a run's environment, and the distributions that have it."""
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -308,19 +312,18 @@ def environment(framework: str) -> dict[str, Any]:
     like = detect.anchor(framework)
     runtime = detect.runtime_of(like)
     ordinal = cuda_driver.device_of_pointer(like.data_ptr()) or 0
-    versions = {}
-    for package in ("triton", "torch", "paddle", "numpy", "sageattention"):
-        if package in sys.modules or importlib.util.find_spec(package):
-            from importlib.metadata import PackageNotFoundError, version
-
-            for distribution in (package, "paddlepaddle-gpu", "paddlepaddle") if package == "paddle" else (package,):
-                try:
-                    versions[package] = version(distribution)
-                    break
-                except PackageNotFoundError:
-                    continue
     return dict(gpu=cuda_driver.device_name(ordinal), arch=list(runtime.arch(like) or ()), driver=cuda_driver.driver_version(),
-                framework=framework, python=platform.python_version(), versions=versions, commit=commit())
+                framework=framework, python=platform.python_version(), versions=package_versions(), commit=commit())
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what is installed of the packages that a run may use."""
+    found = {}
+    for package, distributions in PACKAGES.items():
+        for distribution in distributions:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.setdefault(package, importlib.metadata.version(distribution))
+    return found
 
 
 def commit() -> str | None:

@@ -9,8 +9,9 @@ def add_parsers(subparsers) -> None:
     """Registers `kernels` and `tune`."""
     kernels = subparsers.add_parser(
         "kernels", help="time every attention kernel on this GPU beside exact attention",
-        description="Times every attention kernel on this GPU beside FlashAttention-2, cuDNN, exact attention and "
-                    "SageAttention (where installed), each checked against float32 first. Totals count quantisation.")
+        description="Times every attention kernel on this GPU beside FlashAttention-2, cuDNN, exact attention, and "
+                    "FlashAttention-4 and SageAttention where they are installed (PyPI: flash-attn-4, sageattention), each "
+                    "checked against float32 first. Totals count quantisation.")
     _common(kernels)
     kernels.add_argument("--variants", nargs="+", metavar="NAME",
                          help="precisions (int8+fp8), variants (triton-int-fp8) or backends (triton, hopper); default: all")

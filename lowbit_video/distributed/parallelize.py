@@ -102,6 +102,7 @@ class Parallel:
             self._hooks = SplitByHooks(model, split)
         if hasattr(pipe, "parallel"):
             pipe.parallel = parallel
+        if hasattr(pipe, "parallel") and pipe.vae is not None:
             pipe.vae.group = None if parallel is None else self.mesh.world
             pipe.vae.degree = None if parallel is None else self.mesh.degrees.vae
 

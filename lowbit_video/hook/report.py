@@ -75,6 +75,8 @@ def transformer_of(model_or_pipe: Any) -> Any:
             return part
     if _is_model(model_or_pipe):
         return model_or_pipe
+    if getattr(model_or_pipe, "transformer", model_or_pipe) is None:
+        raise TypeError(f"the {type(model_or_pipe).__name__} was made without its transformer, which is None: load it with one")
     raise TypeError(f"{type(model_or_pipe).__name__} is neither a pipeline with a transformer nor a model; "
                     "give a CogVideoXPipeline, its transformer, or another Layer (Paddle) or Module (torch)")
 

@@ -8,6 +8,7 @@ in float32, and shapes that the model cannot serve are refused before the work.
 """
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -49,7 +50,8 @@ class CogVideoXPipeline(Pipeline):
     """Makes videos of prompts.
 
     Args:
-        tokenizer, text_encoder, transformer, vae, scheduler: the five parts; each can be replaced later.
+        tokenizer, text_encoder, transformer, vae, scheduler: the five parts; each can be replaced later, and is None where no
+            call needs it: the first two where embeddings are given, the VAE where latents are what is made.
         device: where the parts are, as Paddle names it ("cpu", "gpu:0"); None: the current device.
     """
 
@@ -58,11 +60,11 @@ class CogVideoXPipeline(Pipeline):
 
     def __init__(
         self,
-        tokenizer: T5Tokenizer,
-        text_encoder: T5EncoderModel,
-        transformer: CogVideoXTransformer3DModel,
-        vae: AutoencoderKLCogVideoX,
-        scheduler: CogVideoXScheduler,
+        tokenizer: T5Tokenizer | None,
+        text_encoder: T5EncoderModel | None,
+        transformer: CogVideoXTransformer3DModel | None,
+        vae: AutoencoderKLCogVideoX | None,
+        scheduler: CogVideoXScheduler | None,
         device: str | None = None,
     ):
         super().__init__(
@@ -72,23 +74,27 @@ class CogVideoXPipeline(Pipeline):
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> paddle.Tensor:
         """Text embeddings [B, max_sequence_length, D] of one prompt or several; a longer prompt is cut, with a warning."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        length = self.transformer.config.max_text_seq_length
-        if max_sequence_length is not None:
+        tokenizer, text_encoder = (self._part(name, "encode_prompt") for name in ("tokenizer", "text_encoder"))
+        if max_sequence_length is None:
+            length = self._part("transformer", "encode_prompt", "Give max_sequence_length (the published models: 226). "
+                                ).config.max_text_seq_length
+        else:
             length = whole("max_sequence_length", max_sequence_length, 1)
-        for text, ids in zip(prompts, self.tokenizer(prompts).input_ids):
+        for text, ids in zip(prompts, tokenizer(prompts).input_ids):
             if len(ids) > length:
-                lost = self.tokenizer.decode(ids[length - 1 : -1])
+                lost = tokenizer.decode(ids[length - 1 : -1])
                 warnings.warn(
                     f"the prompt {text[:40]!r}... has {len(ids)} tokens and max_sequence_length is {length}; "
                     f"this part is cut off: {lost!r}",
                     stacklevel=2,
                 )
-        ids = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
+        ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
         with on_device(self.device), paddle.no_grad():
-            return self.text_encoder(paddle.to_tensor(ids))
+            return text_encoder(paddle.to_tensor(ids))
 
     def decode_latents(self, latents: paddle.Tensor, progress: bool = False) -> paddle.Tensor:
         """Video [B, 3, F, H, W] about [-1, 1] of latents [B, f, C, h, w]; on several ranks, each gets it."""
+        self._part("vae", "decode_latents")
         if self.parallel is None:
             return self._decode(latents, progress)
         return self.parallel.decode(lambda: self._decode(latents, progress))
@@ -156,13 +162,13 @@ class CogVideoXPipeline(Pipeline):
             ValueError, TypeError: inputs that do not fit the model or each other, before any work.
         Warns of inputs that change nothing, such as a negative prompt without guidance.
         """
-        _check_scheduler(self.scheduler)
         num_inference_steps, num_videos_per_prompt = (whole(name, value, 1) for name, value in (
             ("num_inference_steps", num_inference_steps), ("num_videos_per_prompt", num_videos_per_prompt)))
         guidance_scale = number("guidance_scale", guidance_scale)
-        height, width, num_frames = self._resolve_size(height, width, num_frames)
         _check_choices(output_type, eta, callback_on_step_end_tensor_inputs)
         prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        self._check_parts(prompts, negatives, negative_prompt_embeds, guidance_scale, output_type)
+        height, width, num_frames = self._resolve_size(height, width, num_frames)
         _warn_of_no_effect(guidance_scale > 1, any(negatives or ()) or negative_prompt_embeds is not None, use_dynamic_cfg,
                            seed is not None and latents is not None and not self.scheduler.uses_noise)
         self._check_ranks(
@@ -201,6 +207,10 @@ class CogVideoXPipeline(Pipeline):
                     latents = postprocess(self.decode_latents(latents[:, padded_frames:], progress), output_type)
         return PipelineOutput(latents, timings, seeds)
 
+    def _check_parts(self, *call: Any) -> None:
+        super()._check_parts(*call)
+        _check_scheduler(self.scheduler)
+
     def _resolve_size(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
         """The size with defaults filled in; warns of a number of frames that the model was not trained for.
 
@@ -210,7 +220,8 @@ class CogVideoXPipeline(Pipeline):
         for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
             if value is not None:
                 whole(name, value)
-        config, ratio = self.transformer.config, self.vae.spatial_compression_ratio
+        config, vae = self.transformer.config, self._measures
+        ratio = vae.spatial_compression_ratio
         default_height, default_width = default_size(config, ratio)
         height = default_height if height is None else height
         width = default_width if width is None else width
@@ -221,7 +232,7 @@ class CogVideoXPipeline(Pipeline):
                 low = size // multiple * multiple
                 nearest = [str(value) for value in (low, low + multiple) if value > 0]
                 raise ValueError(f"{name} is {size} and must be a multiple of {multiple}; the nearest: {', '.join(nearest)}")
-        step = int(self.vae.config.temporal_compression_ratio) * self.vae.num_latent_frames_batch_size
+        step = int(vae.config.temporal_compression_ratio) * vae.num_latent_frames_batch_size
         advice = f"the model's own numbers are {step} n + 1: try {max(1, (num_frames + step // 2 - 1) // step) * step + 1}"
         if not self._makes_frames(num_frames):
             nearest = [n for n in range(max(num_frames, 0) + MAX_FRAME_GAP) if self._makes_frames(n)]
@@ -235,16 +246,26 @@ class CogVideoXPipeline(Pipeline):
         return height, width, num_frames
 
     def _makes_frames(self, num_frames: int) -> bool:
-        return num_frames > 0 and self.vae.num_decoded_frames(self._latent_frames(num_frames)) == num_frames
+        return num_frames > 0 and self._measures.num_decoded_frames(self._latent_frames(num_frames)) == num_frames
 
     def _latent_frames(self, num_frames: int) -> int:
-        return (num_frames - 1) // int(self.vae.config.temporal_compression_ratio) + 1
+        return (num_frames - 1) // int(self._measures.config.temporal_compression_ratio) + 1
+
+    @property
+    def _measures(self) -> AutoencoderKLCogVideoX:
+        """The VAE as what says how large latents are: without one, the published models'."""
+        return _published_vae() if self.vae is None else self.vae
 
     def _latent_shape(self, videos: int, num_frames: int, height: int, width: int) -> tuple[list[int], int]:
         """Shape of the latents, and how many of its first frames only fill up the transformer's patches in time (1.5)."""
-        frames, ratio = self._latent_frames(num_frames), self.vae.spatial_compression_ratio
+        frames, ratio = self._latent_frames(num_frames), self._measures.spatial_compression_ratio
         padding = -frames % (self.transformer.config.patch_size_t or 1)
         return [videos, frames + padding, self.transformer.config.in_channels, height // ratio, width // ratio], padding
+
+
+@functools.cache
+def _published_vae() -> AutoencoderKLCogVideoX:
+    return AutoencoderKLCogVideoX.from_config({})  # without memory for its weights
 
 
 def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str]) -> None:

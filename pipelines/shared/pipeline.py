@@ -9,11 +9,12 @@ from typing import Any
 
 import paddle
 
+from lowbit_video.files import write_folder_whole
 from lowbit_video.runtime.detect import default_paddle_device
 
 from .compiling import compiled
 from .config import DIFFUSERS_VERSION, ConfigError, write_json
-from .folders import MODEL_INDEX_NAME, find_folder, read_index
+from .folders import MODEL_INDEX_NAME, fetch_parts, find_folder, read_index
 from .inputs import here, repeat_rows
 
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
@@ -32,7 +33,7 @@ class Pipeline:
 
     Args:
         device: where the parts are, as Paddle names it ("cpu", "gpu:0"); None: the current device.
-        parts: one for each of `components`.
+        parts: one for each of `components`; None for one that no call will need.
     """
 
     class_name: str  # as model_index.json names it
@@ -62,13 +63,15 @@ class Pipeline:
         """Reads a pipeline's folder in diffusers' layout, or fetches one by its Hugging Face Hub id.
 
         Args:
-            path: a folder with model_index.json, or an id such as "THUDM/CogVideoX-2b" (needs huggingface_hub).
+            path: a folder with model_index.json, or an id such as "THUDM/CogVideoX-2b" (needs huggingface_hub), of which no
+                more is fetched than is read.
             dtype: of the weights: "float32", "float16", "bfloat16"; a CPU holds them in float32 all the same.
             device: "auto" (the GPU, if Paddle has one, else the CPU), or as Paddle names it.
             variant: the "fp16" of "diffusion_pytorch_model.fp16.safetensors".
-            components: parts to use in place of the folder's, such as `scheduler=`.
+            components: parts to use in place of the folder's, such as `scheduler=`; None leaves one out, as in
+                `text_encoder=None` where every call gets embeddings.
         Raises:
-            FileNotFoundError: no such folder, or a part of it is missing (all are named).
+            FileNotFoundError: no such folder, nothing to be had by that id, or a part is missing (all are named).
             ConfigError: another pipeline's folder, or a part of another class, or a config key that is not known.
             WeightsError: weight files missing, damaged, or not those of the configuration.
         """
@@ -79,6 +82,11 @@ class Pipeline:
                             f"the parts {', '.join(cls.components)}{advice}")
         folder = find_folder(path)
         classes = cls._classes_of(folder, skip=components)
+        folder = fetch_parts(path, folder, classes, variant)
+        missing = [name for name in classes if not os.path.isdir(os.path.join(folder, name))]
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks parts of the pipeline: {', '.join(missing)}; what no call will need is "
+                                    f"left out as in {missing[0]}=None")
         if device == "auto":
             device = default_paddle_device()
         parts = dict(components)
@@ -89,11 +97,11 @@ class Pipeline:
                     parts[name] = part_class.from_pretrained(part_folder)
                 else:
                     parts[name] = part_class.from_pretrained(part_folder, dtype=dtype, variant=variant)
-        return cls(**parts, device=device)
+        return cls(**{**dict.fromkeys(cls.components), **parts}, device=device)
 
     @classmethod
     def _classes_of(cls, folder: str, skip: Mapping[str, Any]) -> dict[str, type]:
-        """The class of each part of a folder that is to be read; all problems are found before anything is loaded."""
+        """The class of each part that is to be read, as model_index.json has it; what it calls null is left out."""
         path, index = read_index(folder)
         if index.get("_class_name") != cls.class_name:
             raise ConfigError(f"{path} describes a {index.get('_class_name')}, expected a {cls.class_name} (text to video)")
@@ -102,47 +110,53 @@ class Pipeline:
         if surplus:
             raise ConfigError(f"{path} has parts that {cls.class_name} does not know: {', '.join(surplus)}")
         wanted = {name: classes for name, (_, classes) in known.items() if name not in skip}
-        missing = [name for name in wanted if name not in index or not os.path.isdir(os.path.join(folder, name))]
+        missing = [name for name in wanted if name not in index]
         if missing:
-            raise FileNotFoundError(f"{folder} lacks parts of the pipeline: {', '.join(missing)}")
+            raise FileNotFoundError(f"{path} lacks parts of the pipeline: {', '.join(missing)}")
         found = {}
         for name, classes in wanted.items():
             class_name = _listed(index[name])[-1]
+            if class_name is None:
+                continue
             if class_name not in classes:
                 raise ConfigError(f"{path}: {name} is a {class_name}; supported: {', '.join(classes)}")
             found[name] = classes[class_name]
         return found
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: Any = None) -> None:
-        """Writes a folder that diffusers' pipeline of the same class reads; model_index.json comes last, when all is there.
+        """Writes a folder that diffusers' pipeline of the same class reads, all of it or nothing.
+
+        Where `folder` is there already, a part's folder in it is replaced as a whole and other files stay. A part that the
+        pipeline was made without is null in model_index.json, as diffusers writes it.
+
+        diffusers asks for 226 text tokens unless told otherwise; of a model that takes another number, tell it:
+        `pipe(..., max_sequence_length=transformer.config["max_text_seq_length"])` (the small model: 32).
 
         Args:
             folder: made if need be.
             dtype: of the weights on disk; None: as they are in memory.
         """
-        folder = os.fspath(folder)
-        os.makedirs(folder, exist_ok=True)
         index: dict[str, Any] = {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION}
-        for name, (library, _) in self.components.items():
-            part = getattr(self, name)
-            part_folder = os.path.join(folder, name)
-            if name in WITHOUT_WEIGHTS:
-                part.save_pretrained(part_folder)
-            else:
-                part.save_pretrained(part_folder, dtype=dtype)
-            index[name] = [library, type(part).__name__]
-        write_json(os.path.join(folder, MODEL_INDEX_NAME), index)
+        with write_folder_whole(folder) as temporary:
+            for name, (library, _) in self.components.items():
+                part = getattr(self, name)
+                if part is None:
+                    index[name] = [None, None]
+                    continue
+                part.save_pretrained(temporary / name, **({} if name in WITHOUT_WEIGHTS else {"dtype": dtype}))
+                index[name] = [library, type(part).__name__]
+            write_json(temporary / MODEL_INDEX_NAME, index)
 
     # ------------------------------------------------------------------------------------------------ the transformer
 
     @property
     def attn_processors(self) -> dict[str, Any]:
         """The transformer's attention processors by name."""
-        return self.transformer.attn_processors
+        return self._part("transformer", "attention processors").attn_processors
 
     def set_attn_processor(self, processor: Any) -> None:
         """Sets one processor for all attention modules of the transformer, or each its own from a dict by name."""
-        self.transformer.set_attn_processor(processor)
+        self._part("transformer", "attention processors").set_attn_processor(processor)
 
     def compile(self) -> None:
         """Compiles the transformer's blocks with `paddle.jit.to_static`; the first call traces them.
@@ -150,9 +164,30 @@ class Pipeline:
         Processors can be set, applied and removed before and after: the one that is set at the time runs, its calls are
         counted, and its errors come out as in eager mode.
         """
-        self.transformer = compiled(self.transformer)
+        self.transformer = compiled(self._part("transformer", "compile()"))
 
     # ------------------------------------------------------------------------------------------------ for a call
+
+    def _part(self, name: str, user: str, instead: str = "") -> Any:
+        """A part. ValueError, where the pipeline was made without it. user: what needs it. instead: what else would do."""
+        part = getattr(self, name)
+        if part is None:
+            raise ValueError(f"{user} needs the pipeline's {name}, which is None: it was left out. {instead}Load the pipeline "
+                             f"with it, or set it: pipe.{name} = ...")
+        return part
+
+    def _check_parts(self, prompts, negatives, negative_prompt_embeds, guidance_scale: float, output_type: str) -> None:
+        """Raises ValueError where a call needs a part that the pipeline was made without."""
+        for name in ("transformer", "scheduler"):
+            self._part(name, "a call")
+        if output_type != "latent":
+            self._part("vae", f"output_type {output_type!r}", "Give output_type='latent'. ")
+        for name in ("tokenizer", "text_encoder"):
+            if prompts is not None:
+                self._part(name, "the prompt", "Give prompt_embeds in its place. ")
+            if guidance_scale > 1 and negative_prompt_embeds is None:
+                text = "the negative prompt" if negatives else f"the empty negative prompt of guidance_scale {guidance_scale:g}"
+                self._part(name, text, "Give negative_prompt_embeds, or guidance_scale=1 for a video without guidance. ")
 
     def _shared(self, tensor: paddle.Tensor) -> paddle.Tensor:
         """The tensor, on several ranks that of rank 0."""

@@ -28,14 +28,13 @@ from paddle import nn
 from lowbit_video.files import write_whole
 
 from .config import CONFIG_NAME, DIFFUSERS_VERSION, Config, ConfigError, known_keys, load_config, read_json, write_json
+from .folders import STEMS
 
 __all__ = [
     "Config", "ConfigError", "Model", "TensorEntry", "WeightsError", "dtype_name", "load_config", "load_weights",
     "read_header", "save_weights", "working_dtype",
 ]
 
-# The stems that diffusers and transformers give their weight files.
-STEMS = ("diffusion_pytorch_model", "model")
 # safetensors name -> (NumPy type of the raw bytes, bytes); NumPy has no bfloat16, Paddle takes its bits as uint16.
 FILE_TYPES = {"F64": (np.float64, 8), "F32": (np.float32, 4), "F16": (np.float16, 2), "BF16": (np.uint16, 2)}
 FILE_TYPE_OF = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}

@@ -18,7 +18,7 @@ from planted import Noise, NotANumber, SwapHeads, ZeroTail  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
 from lowbit_video.eval.compare.candidates import Candidate, as_candidate  # noqa: E402
-from lowbit_video.eval.compare.paired import Progress, clock, compare, read_prompts  # noqa: E402
+from lowbit_video.eval.compare.paired import compare, read_prompts  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings, for_model  # noqa: E402
 from lowbit_video.eval.compare.store import Store  # noqa: E402
 from lowbit_video.eval.report.summary import CLEARLY_ABOVE, FAILED, summarise  # noqa: E402
@@ -186,12 +186,3 @@ def test_settings_come_from_the_model_folder_unless_asked(tmp_path):
     settings = for_model(tmp_path, steps=5)
     assert (settings.steps, settings.guidance, settings.fps, settings.height) == (5, 4.0, 10, None)
     assert settings.arguments() == {"num_inference_steps": 5, "guidance_scale": 4.0}
-
-
-def test_progress_foretells_by_the_median_of_each_run():
-    said = []
-    progress = Progress(["exact", "a", "a", "b"], said.append)
-    progress.done("exact", 2.0, "x")
-    progress.done("a", 10.0, "x")
-    assert "[2/4]" in said[1] and "about 16 s left" in said[1]  # ten for the other a, the median of all for b
-    assert [clock(s) for s in (5, 89, 600, 12000)] == ["5 s", "89 s", "10 min", "3 h 20 min"]

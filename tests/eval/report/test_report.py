@@ -160,6 +160,24 @@ def test_the_commands(results, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_without_matplotlib_a_report_is_refused_before_the_first_video(tmp_path, capsys, monkeypatch):
+    from lowbit_video.eval import cli
+    from lowbit_video.eval.report import write
+
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red ball\n")
+    made = []
+    monkeypatch.setattr(write.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "load", lambda args: made.append(args) or (None, None))
+    for arguments in (["compare", "--prompts", str(prompts)], ["report", str(tmp_path)]):
+        assert main(["eval", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "pip install 'lowbit_video[eval]'" in error and "--no-report" in error and error.count("\n") == 1
+    assert not made
+    monkeypatch.setattr("lowbit_video.eval.compare.paired.compare", lambda *given, **named: None)
+    assert main(["eval", "compare", "--prompts", str(prompts), "--no-report", "--metrics", "psnr"]) == 0 and made
+
+
 def test_a_whole_evaluation_of_a_random_model_by_command(tmp_path, capsys):
     from lowbit_video.pipelines.cogvideox import make_random_pipeline
 

@@ -1,10 +1,11 @@
 """The coverage report: every attention module, what ran, how often, or why not."""
 import json
+import types
 
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-from lowbit_video import LowBitAttnProcessor, apply, coverage  # noqa: E402
+from lowbit_video import LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 
 import toy_model  # noqa: E402
 
@@ -83,3 +84,10 @@ def test_as_dict_goes_through_json():
 def test_something_that_is_no_model_is_refused():
     with pytest.raises(TypeError, match="neither a pipeline"):
         coverage({"transformer": 1})
+
+
+def test_a_pipeline_without_its_transformer_is_told_so():
+    pipe = types.SimpleNamespace(transformer=None)
+    for use in (coverage, remove, lambda pipe: apply(pipe, "int8+fp16")):
+        with pytest.raises(TypeError, match="made without its transformer, which is None"):
+            use(pipe)
