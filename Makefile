@@ -8,7 +8,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test gpu-test parity lint wheel eval-demo clean
+.PHONY: demo demo-parallel test mutants mutants-some gpu-test parity lint wheel eval-demo clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -37,6 +37,12 @@ demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again 
 
 test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
 	$(VENV)/bin/python -m pytest --ignore=tests/parity $(ARGS)
+
+mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a time; each must make its test fail
+	PYTHONPATH=tests $(VENV)/bin/python -m mutants.plant $(ARGS)
+
+mutants-some: ARGS += --some
+mutants-some: mutants  ## a tenth of them, another one every day
 
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
 	$(PARITY_VENV)/bin/python -m pytest tests -m "torch or parity" $(ARGS)

@@ -5,6 +5,10 @@ import numpy as np
 
 from lowbit_video.eval import world
 
+EDGES_OF_TILES = [(2, 128), (2, 129), (2, 130), (64, 128), (64, 129), (64, 190), (64, 191), (64, 192)]
+"""(q_len, kv_len): under a causal mask the keys that the first or the last row of a tile sees end just before, at and just
+behind the end of 64 or 128 keys."""
+
 
 def sqnr_db(value, reference):
     """Signal to quantisation noise, dB."""
@@ -21,6 +25,22 @@ def qkv(batch=1, heads=2, kv_heads=None, q_len=200, kv_len=None, dim=64, seed=0,
     v = rng.standard_normal((batch, kv_len, kv_heads, dim), dtype=np.float32)
     k[..., dim // 3] += k_offset
     return q, k, v
+
+
+def drawn_to_the_diagonal(q, k, pull=0.75):
+    """K [B, Hkv, Nk, D] whose keys i + Nk - Nq and the one behind it are drawn towards query i of q [B, Hq, Nq, D].
+
+    What a causal mask shows a row last and what it hides first weigh most: a mask that is one key off moves every row.
+    """
+    batch, kv_heads, kv_len, dim = k.shape
+    q_len = q.shape[2]
+    towards = pull * q.reshape(batch, kv_heads, -1, q_len, dim).sum(2)
+    drawn = k.copy()
+    for hidden in (0, 1):
+        keys = np.arange(q_len) + kv_len - q_len + hidden
+        there = (keys >= 0) & (keys < kv_len)
+        drawn[:, :, keys[there]] += towards[:, :, there].astype(k.dtype)
+    return drawn
 
 
 def naive_attention(q, k, v, scale=None, causal=False):

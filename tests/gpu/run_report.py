@@ -1,10 +1,13 @@
 """Runs the GPU tests for one framework and writes a small JSON report.
 
     python tests/gpu/run_report.py --framework paddle --jobs 12 --out eval/speed/results/gpu_tests_paddle.json
+
+It names the kernels that it was made for; tests/kernels/test_gpu_reports.py fails once those are others.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +20,14 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RECORD = HERE.parent / "kernels" / "ptx.json"
+"""The compiled kernels; test_ptx.py holds it to the code."""
+
+
+def kernels() -> str:
+    """What tells the recorded kernels, by their PTX, from others."""
+    record = json.loads(RECORD.read_text())
+    return hashlib.sha256(json.dumps(record["builds"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def main() -> int:
@@ -45,7 +56,7 @@ def main() -> int:
         report = summary(ET.parse(xml).getroot())
     from lowbit_video.eval.speed.bench import environment
 
-    report = dict(about=environment(args.framework), seconds=round(seconds, 1), exit_status=status) | report
+    report = dict(about=environment(args.framework), kernels=kernels(), seconds=round(seconds, 1), exit_status=status) | report
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print({name: report[name] for name in ("passed", "failed", "skipped", "seconds")}, args.out)

@@ -1,7 +1,6 @@
 """The Hopper kernel without a GPU: it compiles for sm_90a as recorded, and refuses by name what it lacks."""
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +14,7 @@ from lowbit_video.kernels.buffers import Buffer  # noqa: E402
 from lowbit_video.kernels.operands import Operand, codes_of  # noqa: E402
 
 from offline import Hopper, compiled, ptxas  # noqa: E402
+from ptx_in_numpy import run_ptx  # noqa: E402
 
 SHARED_MAX = 227 * 1024  # bytes of shared memory of an sm_90 program
 BUILDS = {
@@ -38,37 +38,6 @@ def test_compiles_ahead_of_time_without_serialised_products(case):
     ops = " ".join(told["tensor_ops"])
     assert "IGMMA" in ops and ("E4M3" in ops) == (case.pv == "fp8"), ops
     assert (".BF16" in ops) == (case.dtype == "bfloat16" and case.pv == "fp16"), ops
-
-
-def run_ptx(text: str, registers: dict[str, Any]) -> None:
-    """Runs the instructions of `line_asm` on NumPy values: float32 for floats, uint32 for registers, by name."""
-    half = lambda r: np.array([registers[r]], np.uint32).view(np.float16)
-    read = lambda word: int(word, 16) if word.startswith("0x") else registers[word]
-    e4m3 = lambda *pair: np.array(pair, np.float32).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint16)[0]
-    for line in text.strip("{}").split(";"):
-        op, *words = line.replace(",", " ").replace("{", " ").replace("}", " ").split() or [".reg"]
-        if op == ".reg":
-            continue
-        out, *given = words
-        if op == "mov.b32":
-            value = read(given[0]) if len(given) == 1 else int(read(given[0])) | int(read(given[1])) << 16
-        elif op == "fma.rn.f32":
-            value = np.float32(np.float64(read(given[0])) * read(given[1]) + read(given[2]))
-        elif op == "ex2.approx.ftz.f32":
-            value = np.exp2(read(given[0]))
-        elif op == "cvt.rn.satfinite.e4m3x2.f32":
-            value = e4m3(read(given[1]), read(given[0]))
-        elif op == "cvt.rn.relu.f16x2.f32":
-            value = np.maximum(np.array([read(given[1]), read(given[0])], np.float32), 0).astype(np.float16).view(np.uint32)[0]
-        elif op == "fma.rn.f16x2":
-            a, b, c = (half(r).astype(np.float64) for r in given)
-            value = (a * b + c).astype(np.float16).view(np.uint32)[0]
-        elif op == "prmt.b32":
-            source = int(read(given[0])) | int(read(given[1])) << 32
-            value = sum((source >> 8 * int(digit, 16) & 255) << 8 * i for i, digit in enumerate(reversed(given[2][2:])))
-        else:
-            raise AssertionError(f"unknown instruction {op!r}")
-        registers[out] = value
 
 
 @pytest.mark.parametrize("line", [1, 3, 8])

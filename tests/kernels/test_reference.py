@@ -5,7 +5,7 @@ import pytest
 from lowbit_video.kernels.attention import reference
 from lowbit_video.precision import Precision, precision_specs
 
-from helpers import naive_attention, qkv, sqnr_db
+from helpers import EDGES_OF_TILES, naive_attention, qkv, sqnr_db
 
 LOW_BIT = [spec for spec in precision_specs() if "+" in spec]
 
@@ -28,7 +28,7 @@ def exact(q, k, v, **options):
     return out.transpose(0, 2, 1, 3), lse
 
 
-@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (63, 63), (226, 226), (700, 130), (5, 300), (300, 5)])
+@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (63, 63), (226, 226), (700, 130), (5, 300), (300, 5), *EDGES_OF_TILES])
 @pytest.mark.parametrize("causal", [False, True])
 def test_exact_equals_softmax(q_len, kv_len, causal):
     q, k, v = qkv(batch=2, heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, dim=32)
@@ -43,6 +43,19 @@ def test_a_row_without_keys_gives_zero_and_minus_infinity():
     out, lse = exact(q, k, v, causal=True)
     assert not out[:, :5].any() and np.isneginf(lse[:, :, :5]).all()
     assert np.isfinite(lse[:, :, 5:]).all() and out[:, 5:].any()
+
+
+@pytest.mark.parametrize("spec, floor_db", [("int8+fp16", 34.0), ("int8+fp8", 26.0)])
+def test_heads_and_batches_have_scales_of_their_own(spec, floor_db):
+    """Each of another size: what is scaled by a neighbour's is wrong by a factor."""
+    q, k, v = qkv(batch=2, heads=4, kv_heads=2, q_len=140)
+    sizes = np.exp(np.arange(2 * 2, dtype=np.float32)).reshape(2, 1, 2, 1)
+    q, k, v = q / sizes.repeat(2, axis=2), k * sizes, v * sizes[::-1, :, ::-1]
+    out, _ = run(q, k, v, spec)
+    expected, _ = naive_attention(q, k, v)
+    for batch in range(2):
+        for head in range(4):
+            assert sqnr_db(out[batch, :, head], expected[batch, :, head]) > floor_db
 
 
 def test_tile_size_does_not_matter():

@@ -1,0 +1,18 @@
+"""The committed reports of the GPU tests were made with the kernels in the tree, as tests/kernels/ptx.json records them."""
+import json
+
+import pytest
+
+from gpu import run_report
+
+RESULTS = run_report.HERE.parents[1] / "eval" / "speed" / "results"
+
+
+@pytest.mark.parametrize("framework", ["paddle", "torch"])
+def test_the_numerics_were_run_on_a_gpu_with_these_kernels(framework):
+    report = RESULTS / f"gpu_tests_{framework}.json"
+    told = json.loads(report.read_text())
+    assert told["kernels"] == run_report.kernels(), (
+        f"{report.name} was made with other kernels: their numerics must be run again on a GPU, by "
+        f"python tests/gpu/run_report.py --framework {framework} --jobs 12 --out {report.relative_to(RESULTS.parents[2])}")
+    assert told["exit_status"] == told["failed"] == 0 and told["passed"] > 0

@@ -1,0 +1,125 @@
+"""The Hopper kernel's source on NumPy arrays against the oracle: masks, tiles, heads, scales, barriers, without a GPU."""
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which exists for Linux only")
+
+from lowbit_video.kernels.attention import reference  # noqa: E402
+from lowbit_video.kernels.attention.hopper import launch  # noqa: E402
+from lowbit_video.kernels.attention.hopper.build import CONFIGS  # noqa: E402
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE  # noqa: E402
+from lowbit_video.kernels.operands import Operand, codes_of, v_codes_of  # noqa: E402
+from lowbit_video.kernels.quant import reference as quant  # noqa: E402
+
+from gluon_in_numpy import Memory  # noqa: E402
+from helpers import EDGES_OF_TILES, drawn_to_the_diagonal  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # of rows that see no key
+
+
+def attend(monkeypatch, q, k, v, *, qk="int8", pv="fp8", causal=False, shifted=True, config=None, out_dtype=np.float32):
+    """(out, lse) by the launcher and the simulated kernel: q [B, Hq, N, D], k, v [B, Hkv, N, D] float32, quantised by NumPy."""
+    memory, kept = Memory(), []
+
+    def buffer(array, dtype=None):
+        kept.append(np.ascontiguousarray(array))
+        return memory.buffer(kept[-1], dtype)
+
+    monkeypatch.setattr(launch, "attn_fwd_kernel", memory.kernel())
+    batch, heads, tokens, head_dim = q.shape
+    mean = quant.token_mean(k)
+    scale = head_dim**-0.5
+    shape = lambda x: Operand(None, x.shape, (0, 0, 0), "fp16")
+    coded = []
+    for x, block, less in ((q, None, None), (k, 128, mean)):
+        codes, scales = quant.quantize_rows(x, qk, block, less)
+        coded.append(codes_of(shape(x), qk, buffer(codes), buffer(scales), block))
+    if pv == "fp8":
+        v_operand = v_codes_of(shape(v), *map(buffer, quant.quantize_v(v)))
+    else:  # [B, N, H, D] memory, as a model leaves it
+        half = np.ascontiguousarray(v.transpose(0, 2, 1, 3)).astype(pv)
+        n, h, d = half.shape[1:]
+        v_operand = Operand(buffer(half), v.shape, (n * h * d, d, h * d), FORMAT_OF_DTYPE[half.dtype.name])
+    out = np.full((batch, tokens, heads, head_dim), np.nan, out_dtype)
+    lse = np.full((batch, heads, tokens), np.nan, np.float32)
+    shift = reference.lse_correction(q, mean, scale)
+    out_operand = Operand(memory.buffer(out), q.shape, (tokens * heads * head_dim, head_dim, heads * head_dim), "fp32")
+    launch.launch_attn_fwd(*coded, v_operand, out_operand, sm_scale=scale, is_causal=causal, config=config,
+                           lse=memory.buffer(lse), lse_shift=buffer(shift) if shifted else None)
+    return out.transpose(0, 2, 1, 3).astype(np.float32), lse if shifted else lse + shift
+
+
+def oracle(q, k, v, *, qk="int8", pv="fp8", causal=False, config=None):
+    config = config or CONFIGS[q.shape[-1], pv == "fp8"]
+    half = "bf16" if pv == "bfloat16" else "fp16"
+    values = v if pv == "fp8" else v.astype(pv).astype(np.float32)
+    return reference.lowbit_attention(
+        q, k, values, q_format=qk, k_format=qk, pv_format="fp8" if pv == "fp8" else "fp16", scale=q.shape[-1] ** -0.5,
+        causal=causal, half=half, block_n=config.block_n, sum_rounded=config.sum_mma, backwards=True, line=config.line)
+
+
+def draw(batch, heads, kv_heads, q_len, kv_len, dim, seed=0):
+    """Normal values; V's channels and heads of different size, so that a scale of another one shows."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((batch, heads, q_len, dim), np.float32)
+    k, v = rng.standard_normal((2, batch, kv_heads, kv_len, dim), np.float32)
+    k += 2 * rng.standard_normal((1, kv_heads, 1, dim), np.float32)
+    return q, k, v * np.exp(rng.standard_normal((batch, kv_heads, 1, dim), np.float32))
+
+
+def assert_close(got, wanted, limit=2e-3, row_limit=2e-2, lse_limit=2e-3):
+    """All rows together and each; P that the oracle rounds by another exponential falls to the other side here and there."""
+    (out, lse), (ref, ref_lse) = got, wanted
+    assert np.isfinite(out).all() and (np.isneginf(lse) == np.isneginf(ref_lse)).all()
+    error, size = np.abs(out - ref).sum(-1), np.abs(ref).sum(-1)
+    assert error.sum() <= limit * size.sum(), error.sum() / size.sum()
+    assert (error <= row_limit * size).all(), (error / size).max()
+    seen = np.isfinite(ref_lse)
+    assert np.abs(lse - ref_lse)[seen].max(initial=0) <= lse_limit
+
+
+BUILDS = [(64, "fp8"), (128, "fp8"), (64, "float16"), (128, "float16"), (64, "bfloat16")]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim, pv", BUILDS, ids=str)
+def test_every_build(head_dim, pv, causal, monkeypatch):
+    """Two batches, grouped queries, ragged ends, several tiles and, of 384 rows, several programs."""
+    given = draw(2, 4, 2, 200, 333, head_dim)
+    options = dict(pv=pv, causal=causal)
+    assert_close(attend(monkeypatch, *given, **options), oracle(*given, **options))
+
+
+@pytest.mark.parametrize("lengths", [*EDGES_OF_TILES, (1, 1), (384, 150), (192, 318), (193, 256), (384, 257)], ids=str)
+def test_causal_at_the_edges_of_tiles(lengths, monkeypatch):
+    q, k, v = draw(1, 2, 1, *lengths, 64)
+    given = q, drawn_to_the_diagonal(q, k), v
+    assert_close(attend(monkeypatch, *given, causal=True), oracle(*given, causal=True))
+
+
+@pytest.mark.parametrize("lengths", [(128, 128), (64, 129), (65, 127), (192, 256), (1, 1)], ids=str)
+def test_ragged_ends(lengths, monkeypatch):
+    given = draw(1, 1, 1, *lengths, 128)
+    assert_close(attend(monkeypatch, *given, pv="float16"), oracle(*given, pv="float16"))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_fp8_scores_and_an_lse_with_and_without_a_shift(shifted, monkeypatch):
+    given = draw(1, 3, 1, 70, 140, 64)
+    assert_close(attend(monkeypatch, *given, qk="fp8", shifted=shifted), oracle(*given, qk="fp8"))
+
+
+@pytest.mark.parametrize("change", [dict(lazy=False), dict(sum_mma=True), dict(stages=2), dict(consumers=2), dict(turns=True)],
+                         ids=str)
+def test_what_configurations_choose_moves_no_value(change, monkeypatch):
+    given, config = draw(1, 1, 1, 130, 520, 64), dataclasses.replace(CONFIGS[64, False], **change)
+    assert_close(attend(monkeypatch, *given, pv="float16", config=config), oracle(*given, pv="float16", config=config))
+
+
+def test_output_in_16_bits(monkeypatch):
+    given = draw(1, 1, 1, 70, 140, 64)
+    out, lse = attend(monkeypatch, *given, out_dtype=ml_dtypes.bfloat16)
+    assert_close((out, lse), oracle(*given), limit=4e-3)

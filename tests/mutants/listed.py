@@ -1,0 +1,4 @@
+"""All planted faults, by room."""
+from . import kernels
+
+MUTANTS = [*kernels.MUTANTS]

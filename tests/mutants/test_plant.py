@@ -1,0 +1,73 @@
+"""The list of planted faults fits the code, and planting tells what is noticed from what is not."""
+import subprocess
+
+import pytest
+
+from mutants import plant
+from mutants.entry import ROOT, Mutant, faults
+from mutants.listed import MUTANTS
+
+
+@pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS}))
+def test_every_fault_can_be_planted_and_names_a_test(file):
+    for mutant in MUTANTS:
+        if mutant.file == file:
+            mutant.planted((ROOT / file).read_text())
+            where, _, name = mutant.test.partition("::")
+            assert not name or f"def {name.partition('[')[0].rpartition('::')[2]}(" in (ROOT / where).read_text(), mutant
+
+
+def test_no_fault_is_listed_twice():
+    assert len({mutant[:3] for mutant in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A checkout with one function and its tests."""
+    tests = "".join(f"\n\ndef test_{name}():\n    assert twice({x}) == {wanted}\n"
+                    for name, x, wanted in (("of_two", 2, 4), ("of_three", 3, 6), ("wrong", 1, 3)))
+    files = {"lowbit_video/__init__.py": "", "lowbit_video/twice.py": "def twice(x):\n    return x + x\n",
+             "test_twice.py": "from lowbit_video.twice import twice\n" + tests}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def planted(tree, capsys, *pairs, test="test_of_two", arguments=("--jobs", "1")):
+    status = plant.main(arguments, faults("lowbit_video/twice.py", f"test_twice.py::{test}", *pairs), tree)
+    assert (tree / "lowbit_video" / "twice.py").read_text().endswith("return x + x\n")  # the tree itself is never touched
+    return status, capsys.readouterr().out
+
+
+def test_what_a_test_notices_is_told_from_what_it_does_not(tree, capsys):
+    status, said = planted(tree, capsys, ("x + x", "x + 1"), ("x + x", "x * x"), ("x - x", "x"), ("x + x", "x", "not planted"))
+    assert status == 1 and "1 of 3 planted faults were noticed" in said
+    assert "'x + x' -> 'x * x'\n  by test_twice.py::test_of_two: survived" in said and "found 0 times" in said
+    assert planted(tree, capsys, ("x + x", "x * x"), test="test_of_three")[0] == 0
+
+
+@pytest.mark.parametrize("test", ["test_wrong", "test_gone"])
+def test_a_test_that_fails_without_a_fault_proves_nothing(tree, capsys, test):
+    status, said = planted(tree, capsys, ("x + x", "x"), test=test)
+    assert status == 1 and "do not pass without any fault" in said
+
+
+@pytest.mark.parametrize("old, new, word", [("y", "z", "found 0"), ("x", "y", "found 2"), ("x +", "x +", "nothing")])
+def test_a_fault_that_is_none_is_refused(old, new, word):
+    with pytest.raises(ValueError, match=word):
+        Mutant("f", old, new, "t").planted("x + x")
+
+
+def test_every_fault_has_its_day():
+    listed = [Mutant("f", str(number), "", "t") for number in range(23)]
+    days = [plant.chosen(listed, "", True, day) for day in range(100, 110)]
+    assert sorted(one for day in days for one in day) == sorted(listed)
+    assert max(map(len, days)) - min(map(len, days)) <= 1
+    assert plant.chosen(listed, "f: '2'", False, 0) == [listed[2]]
+
+
+def test_a_name_that_nothing_has_is_an_error(tree, capsys):
+    with pytest.raises(SystemExit):
+        planted(tree, capsys, ("x + x", "x"), arguments=("--match", "kernels"))
