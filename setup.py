@@ -11,6 +11,7 @@ MAPPED = {"lowbit_video.kernels": "kernels", "lowbit_video.pipelines": "pipeline
 packages = ["lowbit_video"] + [f"lowbit_video.{name}" for name in find_packages("lowbit_video")]
 for name, folder in MAPPED.items():
     packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder, exclude=["speed.experiments"])]
+packages.append("lowbit_video.eval.report.assets")  # without code, but setuptools takes any folder for a package
 
 setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED},
-      package_data={"lowbit_video.eval.report": ["assets/*"], "lowbit_video.distributed.cost": ["measured.json"]})
+      package_data={"lowbit_video.eval.report.assets": ["*"], "lowbit_video.distributed.cost": ["measured.json"]})

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-DEFAULT_MODEL = "examples/small_cogvideox/model"
 DEFAULT_OUT = "outputs/eval"
 DEFAULT_PRECISIONS = "int8+fp16,int8+fp8,int4+fp16,int2+fp16"
 
@@ -58,7 +57,8 @@ def add_parsers(subparsers) -> None:
 
 def add_model(parser) -> None:
     """The pipeline and what is asked of it."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help=f"a diffusers folder; default: {DEFAULT_MODEL}")
+    parser.add_argument("--model", metavar="DIR",
+                        help="diffusers folder or Hugging Face Hub id (default: the small trained model of the checkout)")
     parser.add_argument("--device", default="auto", help="as Paddle names it: cpu, gpu:0; default: auto")
     parser.add_argument("--dtype", default="float32", help="of the weights: float32, float16, bfloat16")
     numbers_of_a_video = (("steps", int, "denoising steps"), ("guidance", float, "guidance scale"), ("frames", int, "frames"),
@@ -126,6 +126,8 @@ def load(args):
 
 def run_compare(args) -> int:
     """`eval compare`."""
+    from lowbit_video.pipelines.shared.small_model import model_or_small
+
     from .compare.candidates import as_candidate
     from .compare.paired import compare, read_prompts
     from .metrics.registry import choose
@@ -134,6 +136,7 @@ def run_compare(args) -> int:
     if not args.no_report:
         check_packages()
     prompts, candidates = read_prompts(args.prompts), [as_candidate(name) for name in args.precisions]
+    args.model = model_or_small(args.model)
     choose(args.metrics, dict(args.weights))  # mistakes first, the model afterwards
     pipe, settings = load(args)
     try:
@@ -149,6 +152,7 @@ def run_compare(args) -> int:
 
 def run_layers(args) -> int:
     """`eval layers`."""
+    from lowbit_video.pipelines.shared.small_model import model_or_small
     from lowbit_video.pipelines.shared.video_files import check_writable
 
     from .compare.candidates import as_candidate
@@ -156,6 +160,7 @@ def run_layers(args) -> int:
     from .compare.layers import measure_layers
 
     candidates = [as_candidate(name) for name in args.precisions]
+    args.model = model_or_small(args.model)
     check_writable(args.out)
     pipe, settings = load(args)
     table = measure_layers(pipe, args.prompt, candidates, seed=args.seed, settings=settings,

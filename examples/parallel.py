@@ -17,16 +17,17 @@ import sys
 
 from lowbit_video import apply, coverage, parallelize, pipelines, remove
 from lowbit_video.app.cli import Parser, guarded
-from lowbit_video.app.job import SMALL_PROMPT, small_model
+from lowbit_video.app.job import SMALL_PROMPT
 from lowbit_video.app.ranks import connected, describe, is_first
 from lowbit_video.app.run_pipeline import resolve_device, resolve_dtype
 from lowbit_video.distributed.exchange import EXCHANGES, OUTPUTS
 from lowbit_video.eval.metrics.psnr import psnr
+from lowbit_video.pipelines.shared.small_model import model_or_small
 
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=small_model(), help="folder (default: the small trained model)")
+    parser.add_argument("--model", help="folder (default: the small trained model)")
     parser.add_argument("--prompt", default=SMALL_PROMPT)
     parser.add_argument("--precision", default="int8+fp16")
     parser.add_argument("--steps", type=int, default=3)
@@ -41,9 +42,9 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's notes would run through the progress bar; errors still show
-    device = resolve_device("auto")
+    device, model = resolve_device("auto"), model_or_small(args.model)
     with connected(device) as wire:
-        pipe = pipelines.load(args.model, dtype=resolve_dtype("auto", device, args.model), device=device)
+        pipe = pipelines.load(model, dtype=resolve_dtype("auto", device, model), device=device)
         make = lambda: pipe(args.prompt, seed=0, num_inference_steps=args.steps, num_frames=args.frames)
         with parallelize(pipe, args.ulysses_degree, args.ring_degree, args.cfg_degree, args.vae_degree, args.exchange,
                          args.exchange_output, wire) as handle:

@@ -16,6 +16,7 @@ import importlib
 import io
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -100,6 +101,7 @@ def guarded(work: Callable[[], int], name: str) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt that a narrow terminal cannot show ends no work
+    warnings.filterwarnings("ignore", message="No ccache found")  # Paddle says it on import; nothing here needs one
     status = _status_of(work, name)
     end_process(status)
     return status

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video import pipelines
+from lowbit_video.pipelines.shared.small_model import model_or_small
 
 from .. import apply, remove
 from ..files import write_json
 from .compare_twin import compare_twin
-from .job import DEFAULT_FPS, EXACT, SMALL_MODEL, Job, add_arguments, fill, job_of, shows_shapes, small_model
+from .job import DEFAULT_FPS, EXACT, Job, add_arguments, fill, job_of, shows_shapes
 from .ranks import check_launched, connected, describe, is_first, make_once, share
 from .run_pipeline import load_pipeline, resolve_device, resolve_dtype, run_pipeline, seconds_line, timed
 from .verdict import judge_shapes
@@ -39,8 +40,7 @@ def check_before(job: Job) -> None:
     if job.compare and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--compare draws a plot and needs matplotlib: pip install 'lowbit_video[eval]', or leave out "
                           "--compare")
-    folder = job.model or small_model()
-    fps = job.fps if folder is None or not Path(folder).is_dir() else fill(job, folder).fps
+    fps = fill(job, job.model).fps if Path(job.model).is_dir() else job.fps
     pipelines.check_writable(Path(job.out) / "video.mp4", DEFAULT_FPS if fps is None else fps)
 
 
@@ -52,6 +52,7 @@ def make(job: Job, say: Any = print) -> dict[str, Any]:
     can be known.
     """
     check_launched(job)
+    job = replace(job, model=model_or_small(job.model))
     if is_first():
         check_before(job)
     device = resolve_device(job.device)
@@ -61,12 +62,10 @@ def make(job: Job, say: Any = print) -> dict[str, Any]:
 
 def _make(job: Job, device: str, wire: Any, say: Any) -> dict[str, Any]:
     out = Path(job.out)
-    folder = job.model or small_model()
-    random = folder is None
+    random = job.random
     if random:
-        folder = _random_model(out, wire, say)
-        job = replace(job, steps=job.steps or RANDOM_STEPS)
-    job = fill(job, folder)
+        job = replace(job, model=str(_random_model(out, wire, say)), steps=job.steps or RANDOM_STEPS)
+    job = fill(job, job.model)
     dtype = resolve_dtype(job.dtype, device, job.model)
     say(f"model {job.model}, {dtype} on {device}; attention {job.precision if job.hooked else 'exact'}"
         + (", compiled" if job.compile else ""))
@@ -121,7 +120,7 @@ def _write_report(report: dict[str, Any], files: dict[str, Path], out: Path) -> 
 
 def _random_model(out: Path, wire: Any, say: Any) -> Path:
     folder = out / "random_model"
-    say(f"no --model given and no trained model at {SMALL_MODEL}: making a small random one in {folder}")
+    say(f"making a small random model in {folder}")
     make_once(folder, lambda folder: pipelines.make_random_pipeline(folder, seed=0), wire)
     return folder
 

@@ -12,8 +12,8 @@ from lowbit_video.pipelines.shared.generation import read_generation
 from ..distributed.exchange import EXCHANGES, OUTPUTS
 from ..precision import as_precision, precision_specs
 
-SMALL_MODEL = Path("examples", "small_cogvideox", "model")
-"""The trained small model, below the checkout."""
+RANDOM_MODEL = "random"
+"""The model that is made anew with random weights, unless a folder has that name."""
 SMALL_PROMPT = "a small red circle moves left over a blue background"
 OTHER_PROMPT = "a panda plays the guitar"
 DEFAULT_FPS = 8
@@ -26,7 +26,7 @@ EXACT = ("exact", "fp16", "bf16", "fp32")
 class Job:
     """What to make; None leaves a setting to the model's generation.json, then to the pipeline.
 
-    model: folder or hub id; None takes the small trained model if it is there, else makes a random one.
+    model: folder, hub id or RANDOM_MODEL; None takes the small trained model, which a checkout has.
     precision: "int8+fp16", ...; "exact" runs without a hook. modules: name patterns to precisions.
     height, width: pixels. fps: frames a second. device, dtype: "auto" or as Paddle names them.
     ulysses_degree, ring_degree, cfg_degree, vae_degree, exchange, exchange_output: of several ranks, as in `parallelize`.
@@ -85,17 +85,14 @@ class Job:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are: auto, float32, float16, bfloat16")
 
     @property
+    def random(self) -> bool:
+        """Whether the model is to be made with random weights."""
+        return self.model == RANDOM_MODEL and not Path(RANDOM_MODEL).is_dir()
+
+    @property
     def hooked(self) -> bool:
         """Whether any attention module is to run through the hook."""
         return self.precision not in EXACT or bool(self.modules)
-
-
-def small_model() -> Path | None:
-    """The trained small model of this checkout, or of the working directory; None where there is none."""
-    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
-        if (root / SMALL_MODEL / "model_index.json").is_file():
-            return root / SMALL_MODEL
-    return None
 
 
 def shows_shapes(folder: str | Path) -> bool:
@@ -118,8 +115,8 @@ def fill(job: Job, folder: str | Path) -> Job:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The job's arguments, for `lowbit-video generate` and examples/cogvideo.py."""
-    parser.add_argument("--model", metavar="DIR", help="diffusers folder or Hugging Face Hub id (default: the small trained "
-                        "model of the checkout, else a small random one)")
+    parser.add_argument("--model", metavar="DIR", help=f"diffusers folder, Hugging Face Hub id, or {RANDOM_MODEL!r}: a small "
+                        "one that makes noise (default: the small trained model of the checkout)")
     parser.add_argument("--prompt", help="what the video shows")
     parser.add_argument("--negative-prompt", help="what it should not show")
     parser.add_argument("--precision", default="int8+fp16", help=f"of attention: {', '.join(precision_specs())} "

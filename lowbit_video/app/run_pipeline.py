@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,7 @@ from .job import Job
 
 def resolve_device(name: str) -> str:
     """Paddle's name of the device, made the current one. ValueError lists what there is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="No ccache found")
-        import paddle
+    import paddle
 
     name = default_paddle_device() if name == "auto" else name
     try:

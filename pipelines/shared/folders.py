@@ -6,9 +6,11 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from .config import read_json
+from .small_model import SMALL_MODEL, WHERE_MODELS_ARE
 
 MODEL_INDEX_NAME = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -79,6 +81,8 @@ def _advice(path: str) -> str:
     """What may have been meant by a folder that is not there."""
     if os.path.lexists(path):
         return ", which is a file; give the folder that has model_index.json"
+    if Path(path) == SMALL_MODEL:
+        return f"; {WHERE_MODELS_ARE}"
     above, name = os.path.split(os.path.normpath(path))
     if not os.path.isdir(above or "."):
         return " (a Hugging Face Hub id has the form owner/name)"

@@ -11,6 +11,7 @@ from lowbit_video.app import generate  # noqa: E402
 from lowbit_video.app.verdict import judge_shapes  # noqa: E402
 from lowbit_video.eval.world import judge  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline  # noqa: E402
+from lowbit_video.pipelines.shared.small_model import small_model  # noqa: E402
 
 MODEL = Path(__file__).parents[2] / "examples" / "small_cogvideox" / "model"
 LARGEST_FILE, LARGEST_FOLDER = 16e6, 60e6  # bytes
@@ -20,7 +21,7 @@ CALL = dict(num_inference_steps=2, num_frames=9, height=64, width=96, seed=0, pr
 def test_the_folder_is_small_and_is_the_default_model():
     sizes = [path.stat().st_size for path in MODEL.rglob("*") if path.is_file()]
     assert max(sizes) < LARGEST_FILE and sum(sizes) < LARGEST_FOLDER
-    assert generate.small_model() == MODEL and generate.shows_shapes(MODEL)
+    assert small_model() == MODEL and generate.shows_shapes(MODEL)
     stored = json.loads((MODEL / "generation.json").read_text())
     config = json.loads((MODEL / "transformer" / "config.json").read_text())
     assert stored["num_frames"] == config["sample_frames"] and stored["height"] == 8 * config["sample_height"]

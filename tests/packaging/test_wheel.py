@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory):
+def built(tmp_path_factory):
+    """(names in the wheel, what building it said)."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "source"
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
@@ -19,10 +20,20 @@ def names(tmp_path_factory):
         if (ROOT / name).is_file() and not name.startswith(("tests/", "examples/")):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)],
-                   check=True, capture_output=True)
+    build = subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)],
+                           check=True, capture_output=True, text=True)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return set(wheel.namelist())
+        return set(wheel.namelist()), build.stdout + build.stderr
+
+
+@pytest.fixture(scope="module")
+def names(built):
+    return built[0]
+
+
+def test_setuptools_warns_of_no_package(built):
+    warnings = [line for line in built[1].splitlines() if "warning" in line.lower() and "byte-compiling" not in line]
+    assert not warnings and "would be ignored" not in built[1] and "Deprecat" not in built[1]
 
 
 def test_every_module_is_in(names):

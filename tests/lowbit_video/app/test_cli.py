@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 
@@ -106,6 +107,18 @@ def test_mistakes_are_one_line_and_a_status(monkeypatch, capsys, error, status):
     assert cli.main(["probe"]) == status
     err = capsys.readouterr().err
     assert "Traceback" not in err and (str(error) in err)
+
+
+def test_only_paddles_word_about_ccache_is_held_back():
+    def work():
+        for text in ("No ccache found. Please be aware", "another"):
+            warnings.warn(text, stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert cli.guarded(work, "probe") == 0
+    assert [str(warning.message) for warning in seen] == ["another"]
 
 
 def test_a_bug_is_not_hidden(monkeypatch):

@@ -170,10 +170,10 @@ def test_two_launchers_make_one_video_and_one_random_model(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     script, out = tmp_path / "script.py", tmp_path / "out"
-    script.write_text("import sys\nfrom lowbit_video.app import cli, generate\ngenerate.small_model = lambda: None\n"
-                      "sys.exit(cli.main(['generate', *sys.argv[1:]]))\n")
+    script.write_text("import sys\nfrom lowbit_video.app import cli\nsys.exit(cli.main(['generate', *sys.argv[1:]]))\n")
     launchers = [start(tmp_path, f"host{rank}", "--nnodes", 2, "--master", f"127.0.0.1:{port}", "--rank", rank,
-                       "--nproc_per_node", 1, script, "--out", out, *SMALL, "--steps", 2) for rank in range(2)]
+                       "--nproc_per_node", 1, script, "--model", "random", "--out", out, *SMALL, "--steps", 2)
+                 for rank in range(2)]
     try:
         statuses = [process.wait(120) for process, _ in launchers]
     finally:
@@ -182,6 +182,6 @@ def test_two_launchers_make_one_video_and_one_random_model(tmp_path):
     texts = [output.read_text() for _, output in launchers]
     assert statuses == [0, 0], "\n".join(text[-3000:] for text in texts)
     assert len(read_video(out / "video.mp4")[0]) == 9 and (out / "random_model" / "model_index.json").is_file()
-    assert "2 ranks: cfg 2, vae 2" in texts[0] and "making a small random one" in texts[0]
-    assert "random one" not in texts[1] and "2 ranks" not in texts[1]
+    assert "2 ranks: cfg 2, vae 2" in texts[0] and "making a small random model" in texts[0]
+    assert "random model" not in texts[1] and "2 ranks" not in texts[1]
     assert json.loads((out / "report.json").read_text())["parallel"]["degrees"]["cfg"] == 2

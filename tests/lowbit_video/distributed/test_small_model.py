@@ -5,9 +5,10 @@ import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video.app.generate import make  # noqa: E402
-from lowbit_video.app.job import Job, small_model  # noqa: E402
+from lowbit_video.app.job import Job  # noqa: E402
 from lowbit_video.eval.metrics.psnr import psnr  # noqa: E402
 from lowbit_video.pipelines import read_video  # noqa: E402
+from lowbit_video.pipelines.shared.small_model import small_model  # noqa: E402
 from ranks import launch  # noqa: E402
 
 JOB = dict(prompt="a large green star grows on a white background", precision="int8+fp16", steps=6, frames=17, seed=3)
