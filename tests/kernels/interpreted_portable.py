@@ -138,8 +138,8 @@ def oracle(q, k, v, q_format, k_format, pv, granularity="block", smooth_q=False,
 
 def assert_close(got, wanted, limit=2e-3, row_limit=0.05, lse_limit=1e-2):
     """Within rounding, all rows together and each; a value on a code's edge that falls to the other side moves a score or two
-    by a step, which a row of few keys feels: by 0.038 at most, and 0.006 in its LSE. A mask that is one key off moves the rows of
-    `drawn_to_the_diagonal` by more than 0.3."""
+    by a step, which a row of few keys feels: by 0.038 at most, and 0.006 in its LSE. A mask that is one key off moves the rows
+    of `drawn_to_the_diagonal` by more than 0.3."""
     (out, lse), (ref, ref_lse) = got, wanted
     out, ref = np.asarray(out, np.float32), np.asarray(ref, np.float32)
     assert not np.isnan(out).any()
