@@ -148,6 +148,9 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
         todo = [key for key in plan if not store.has(*key)]
         if len(plan) > len(todo):
             say(f"{len(plan) - len(todo)} of {len(plan)} videos are finished already; {len(todo)} to make")
+        unfinished = {(p, s) for p, s, _ in todo}
+        for prompt, seed in {(p, s) for p, s, _ in plan} - unfinished:  # of a run that stopped behind its last video
+            reference_path(store, prompt, seed).unlink(missing_ok=True)
         if not todo:
             return store.path
         check_clips(store.folder, settings.fps)
@@ -213,9 +216,14 @@ class _Reference:
         self.path, self.video, self.note = path, video, note
 
 
+def reference_path(store: Store, prompt: str, seed: int) -> Path:
+    """Where the exact video of a prompt is kept while it is in work."""
+    return store.folder / "work" / f"{clip_name(store, prompt, seed, EXACT)}.npy"
+
+
 def _reference(pipe, store: Store, prompt: str, seed: int, settings: Settings, runs: list[str],
                progress: Progress) -> _Reference:
-    path = store.folder / "work" / f"{clip_name(store, prompt, seed, EXACT)}.npy"
+    path = reference_path(store, prompt, seed)
     if EXACT not in runs and path.is_file():
         return _Reference(path, np.load(path), {})
     if EXACT not in runs:

@@ -42,8 +42,10 @@ def coded(attend: Attend) -> CodedAttend | None:
 def exact_attend(q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                  return_lse: bool = False) -> Any:
     """Exact attention of [B, N, H, D] tensors; with return_lse also the log-sum-exp [B, H, N]."""
-    if return_lse:
-        return run(q, k, v, options_of("exact", "NHD", is_causal, scale, True, "auto", None))[:2]
+    # frameworks align a causal mask with the first keys, this project with the last
+    if return_lse or is_causal and q.shape[1] != k.shape[1]:
+        out, lse, _ = run(q, k, v, options_of("exact", "NHD", is_causal, scale, return_lse, "auto", None))
+        return (out, lse) if return_lse else out
     return runtime_of(q).exact_attention(q, k, v, is_causal=is_causal, scale=scale)
 
 

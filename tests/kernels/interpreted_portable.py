@@ -24,6 +24,8 @@ from lowbit_video.kernels.quant.quant_v import launch_quant_v  # noqa: E402
 from lowbit_video.kernels.quant.token_stats import launch_stats  # noqa: E402
 from lowbit_video.kernels.tuning import TileConfig  # noqa: E402
 
+from helpers import EDGES_OF_TILES, drawn_to_the_diagonal  # noqa: E402
+
 TILE = TileConfig(64, 128, 4, 2)  # the oracle's own tile, so that P is rounded against the same running maxima
 TMA, POINTERS = (9, 0), (8, 9)
 SPECS = [(q, k, pv) for q, k in (("int8", "int8"), ("fp8", "fp8"), ("int4", "int4"), ("int2", "int2"), ("int8", "int4"),
@@ -134,11 +136,15 @@ def oracle(q, k, v, q_format, k_format, pv, granularity="block", smooth_q=False,
                             smooth_q=smooth_q, scale=scale, causal=causal, half=half, block_n=block_n)
 
 
-def assert_close(got, wanted, limit=2e-3, lse_limit=5e-3):
-    """Within rounding; a value on a code's edge that falls to the other side moves a score or two by a step."""
+def assert_close(got, wanted, limit=2e-3, row_limit=0.05, lse_limit=1e-2):
+    """Within rounding, all rows together and each; a value on a code's edge that falls to the other side moves a score or two
+    by a step, which a row of few keys feels: by 0.038 at most, and 0.006 in its LSE. A mask that is one key off moves the rows
+    of `drawn_to_the_diagonal` by more than 0.3."""
     (out, lse), (ref, ref_lse) = got, wanted
-    assert not np.isnan(np.asarray(out, np.float32)).any()
+    out, ref = np.asarray(out, np.float32), np.asarray(ref, np.float32)
+    assert not np.isnan(out).any()
     assert np.abs(out - ref).sum() <= limit * np.abs(ref).sum()
+    assert (np.abs(out - ref).sum(-1) <= row_limit * np.abs(ref).sum(-1)).all()
     seen = np.isfinite(ref_lse)
     assert (np.isneginf(lse) == ~seen).all()
     assert np.abs(lse - ref_lse)[seen].max(initial=0) <= lse_limit
@@ -162,10 +168,19 @@ def test_statistics(shape, layout):
     np.testing.assert_array_equal(token_mean(k), mean)
 
 
+def test_statistics_of_more_partials_than_are_folded_at_once():
+    """17000 tokens make 34 partials, of which the second pass reads 32 at once; the last ones are the largest."""
+    k, v = draw(1, 1, 1, 17000, 32), draw(2, 1, 1, 17000, 32)
+    k[:, :, 16384:] += 8
+    v[:, :, -1] *= 50
+    np.testing.assert_allclose(token_mean(k), reference.token_mean(k.astype(np.float32)), atol=1e-5)
+    np.testing.assert_array_equal(quantise_v(v)[2], reference.v_scale(v.astype(np.float32)))
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 @pytest.mark.parametrize("with_v", [False, True], ids=["qk", "qkv"])
 def test_statistics_of_all_at_once(with_v, packed):
-    q_shape, kv_shape = (1, 6, 1100, 72), (1, 2, 70, 72)
+    q_shape, kv_shape = (1, 3, 1100, 72), (1, 2, 70, 72)
     q, k, v = (draw(seed, *shape, layout="NHD") for seed, shape in ((1, q_shape), (2, kv_shape), (3, kv_shape)))
     q_cu, k_cu = np.array([0, 1030, 1030, 1100], np.int32), np.array([0, 1, 33, 70], np.int32)
     extra = {}
@@ -266,10 +281,11 @@ def test_head_dims(head_dim, spec):
         assert_close(attend(q, k, v, *spec, arch=arch), oracle(q, k, v, *spec))
 
 
-@pytest.mark.parametrize("lengths", [(100, 100), (1, 1), (63, 257), (150, 70), (129, 128)], ids=str)
+@pytest.mark.parametrize("lengths", [(100, 100), (1, 1), (63, 257), (150, 70), (129, 128), *EDGES_OF_TILES], ids=str)
 @pytest.mark.parametrize("spec", [("int8", "int8", "fp8"), ("int4", "int4", "fp16"), ("fp16", "fp16", "fp16")], ids="-".join)
 def test_causal(lengths, spec):
     q, k, v = draw_qkv((1, 2, lengths[0], 64), (1, 1, lengths[1], 64))
+    k = drawn_to_the_diagonal(q, k)
     smooth_q = spec[0] == "int4"
     granularity = "token" if smooth_q else "block"
     got = attend(q, k, v, *spec, granularity=granularity, smooth_q=smooth_q, causal=True)

@@ -98,3 +98,41 @@ def test_varlen(framework):
         wanted, wanted_lse = naive_attention(*(a[None, begin:end] for a in (q, k, v)))
         assert np.abs(out[begin:end] - wanted[0]).sum() < 0.05 * np.abs(wanted).sum()
         assert np.abs(framework.numpy(lse)[:, begin:end] - wanted_lse[0]).max() < 0.05
+
+
+DENSE_CALL = dict(tensor_layout="NHD", is_causal=True, sm_scale=0.3, smooth_k=False, return_lse=True)
+OWN = {
+    "sageattn_qk_int8_pv_fp16_cuda": dict(qk_quant_gran="per_thread", pv_accum_dtype="fp32+fp32"),
+    "sageattn_qk_int8_pv_fp8_cuda": dict(qk_quant_gran="per_thread", pv_accum_dtype="fp32"),
+    "sageattn_multi_precision": dict(q_format="int8", k_format="int2", pv_format="fp8", qk_quant_gran="per_block",
+                                     smooth_q=True),
+}
+PRECISIONS = {
+    "sageattn": {None: Precision("int8+fp16", smooth_k=False), (8, 0): Precision("int8+fp16", smooth_k=False),
+                 (8, 9): Precision("int8+fp8", smooth_k=False), (9, 0): Precision("int8+fp8", smooth_k=False)},
+    "sageattn_qk_int8_pv_fp16_triton": Precision("int8+fp16", smooth_k=False),
+    "sageattn_qk_int4_pv_fp16_triton": Precision("int4+fp16", smooth_k=False),
+    "sageattn_qk_int8_pv_fp16_cuda": Precision("int8+fp16", "token", smooth_k=False),
+    "sageattn_qk_int8_pv_fp8_cuda": Precision("int8+fp8", "token", smooth_k=False),
+    "sageattn_multi_precision": Precision("int8/int2+fp8", "block", smooth_k=False, smooth_q=True),
+}
+
+
+@pytest.mark.parametrize("arch", [None, (8, 0), (8, 9), (9, 0)], ids=str)
+@pytest.mark.parametrize("name", DENSE)
+def test_every_argument_is_passed_on(name, arch, monkeypatch):
+    """At values that are not their defaults, on a CPU and on GPUs with and without FP8."""
+    monkeypatch.setattr(compat, "attention", lambda *tensors, **choices: (tensors, choices))
+    monkeypatch.setattr(compat, "_arch", lambda q: arch)
+    (q, k, v, precision), choices = getattr(compat, name)("q", "k", "v", **DENSE_CALL, **OWN.get(name, {}))
+    wanted = PRECISIONS[name]
+    assert (q, k, v) == ("q", "k", "v") and precision == (wanted[arch] if isinstance(wanted, dict) else wanted)
+    backend = {"backend": "triton" if arch else "auto"} if name.endswith("_triton") else {}
+    assert choices == dict(tensor_layout="NHD", is_causal=True, scale=0.3, return_lse=True) | backend
+
+
+def test_every_argument_of_packed_sequences_is_passed_on(monkeypatch):
+    monkeypatch.setattr(compat, "attention_varlen", lambda *given, **choices: (given, choices))
+    given, choices = compat.sageattn_varlen(*"qkvab", 5, 6, is_causal=True, sm_scale=0.3, smooth_k=False, return_lse=True)
+    assert given == (*"qkvab", 5, 6)
+    assert choices == dict(precision=Precision("int8+fp16", smooth_k=False), is_causal=True, scale=0.3, return_lse=True)

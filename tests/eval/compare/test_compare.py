@@ -17,6 +17,7 @@ sys.path.insert(0, str(HERE))
 from planted import Noise, NotANumber, SwapHeads, ZeroTail  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
+from lowbit_video.eval.compare import paired  # noqa: E402
 from lowbit_video.eval.compare.candidates import Candidate, as_candidate  # noqa: E402
 from lowbit_video.eval.compare.paired import compare, read_prompts  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings, for_model  # noqa: E402
@@ -133,6 +134,45 @@ def test_kill_9_half_way_then_again_finishes_without_a_repeat(tmp_path):
     keys = [(v["prompt"], v["seed"], v["run"]) for v in after if v["kind"] == "video"]
     assert len(keys) == len(set(keys)) == 12
     assert all((tmp_path / v["clip"]).is_file() for v in after if v["kind"] == "video")
+
+
+class Stopped(Exception):
+    """As if the machine had gone."""
+
+
+@pytest.mark.parametrize("point", range(12))
+def test_a_run_goes_on_from_every_point_at_which_it_can_stop(pipe, tmp_path, monkeypatch, point):
+    """Before each video is made, and before and after its line is written, up to the second prompt's first."""
+    points = iter(range(100))
+
+    def stopping(work, *, after):
+        def worked(*given, **named):
+            if next(points) == point:
+                raise Stopped
+            made = work(*given, **named)
+            if after and next(points) == point:
+                raise Stopped
+            return made
+        return worked
+
+    def write(path, video, fps):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(paired, "write_lossless", write)
+    monkeypatch.setattr(paired, "check_clips", lambda folder, fps: None)
+    monkeypatch.setattr(paired, "environment", dict)
+    again = lambda: compare(pipe, PROMPTS[:2], ["int8+fp16"], tmp_path, settings=Settings("toy", steps=1), metrics=["psnr"],
+                            say=lambda line: None)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(paired, "generate", stopping(paired.generate, after=False))
+        patch.setattr(Store, "append", stopping(Store.append, after=True))
+        again()
+    again()
+    videos = read(tmp_path)
+    assert [(v["prompt"], v["run"]) for v in videos] == [(p, r) for p in PROMPTS[:2] for r in ("exact", "floor", "int8+fp16")]
+    assert all("seconds" in v and (tmp_path / v["clip"]).is_file() for v in videos)
+    assert not list((tmp_path / "work").iterdir()) and summarise(videos).prompts == PROMPTS[:2]
 
 
 def test_two_writers_are_refused_and_a_foreign_file_is_named(tmp_path):

@@ -11,10 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from planted import Noise, SwapHeads, ZeroTail, only_in_layer_1  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
+from lowbit_video.eval.compare import layers  # noqa: E402
 from lowbit_video.eval.compare.candidates import Candidate  # noqa: E402
 from lowbit_video.eval.compare.layer_table import LayerTable, as_text  # noqa: E402
-from lowbit_video.eval.compare.layers import fit_shares, measure_layers, step_groups  # noqa: E402
+from lowbit_video.eval.compare.layers import Gated, StepClock, fit_shares, measure_layers, step_groups  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings  # noqa: E402
+from lowbit_video.hook.processors import LowBitAttnProcessor  # noqa: E402
 
 PLANTED = "transformer_blocks.1.attn1"
 STEPS = 4
@@ -94,6 +96,37 @@ def test_a_bit_width_per_layer_can_be_chosen(table):
     tight = table.choose(35.0, "sqnr", order=["int2+fp16", "int8+fp16"])
     assert set(tight.values()) <= {"int8+fp16"}
     assert table.choose(0.0, order=["int2+fp16"]) == {}
+
+
+@pytest.mark.parametrize("figure, within, beyond", [("relative_l1", 1.001, 0.999), ("sqnr", 0.999, 1.001)])
+def test_a_limit_just_above_the_least_error_chooses_and_just_below_does_not(figure, within, beyond):
+    """Two candidates, the cheaper one worse; three layers, the middle one best; means over two steps and two heads."""
+    means = np.array([[0.5, 0.3, 0.4], [0.2, 0.1, 0.3]]) if figure == "relative_l1" else np.array([[9., 12, 10], [33, 35, 34]])
+    errors = means[:, :, None, None] * np.array([[0.5, 1.0], [1.0, 1.5]])
+    table = LayerTable(["cheap", "dear"], ["a", "b", "c"], {figure: errors}, errors, *[np.zeros(2)] * 3, 0.0, {})
+    assert table.choose(means[1, 1] * within, figure) == {"b": "dear"}
+    assert table.choose(means[1, 1] * beyond, figure) == {}
+    assert table.choose(means[0, 2] * within, figure) == {"a": "dear", "b": "cheap", "c": "cheap"}
+    assert table.choose(means[0, 0] * within, figure, order=["dear", "cheap"]) == dict.fromkeys("abc", "dear")
+
+
+def test_a_gate_opens_in_its_steps_only():
+    clock = StepClock()
+    gate = Gated(lambda *given, **named: ("inside", given, named), clock, range(1, 3))
+    gate.outside = lambda *given, **named: ("outside", given, named)
+    for clock.step, where in enumerate(("outside", "inside", "inside", "outside")):
+        assert gate(1, 2, mask=3) == (where, (1, 2), {"mask": 3})
+
+
+def test_an_error_of_one_group_of_steps_is_measured_there(pipe, monkeypatch):
+    """With as many groups as steps: what acts in the last step alone reaches the latents as that group's error."""
+    clock = StepClock()
+    monkeypatch.setattr(layers, "StepClock", lambda: clock)
+    late = Candidate("late", lambda: Gated(LowBitAttnProcessor("int2+fp16"), clock, range(1, 2)))
+    table = measure_layers(pipe, "a red ball", [late], settings=Settings("toy", steps=2), say=lambda line: None)
+    assert table.step_error.shape == (1, 2)
+    assert table.step_error[0, 0] == 0 < table.step_error[0, 1] == pytest.approx(table.latent_error[0])
+    assert table.of("late")[:, 0].sum() == 0 and table.of("late")[:, 1].sum() == pytest.approx(1.0)
 
 
 def test_the_text_names_the_culprit(table):

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from lowbit_video.eval.report.bootstrap import bootstrap, mean, ratio_of_means
-from lowbit_video.eval.report.summary import CLEARLY_ABOVE, FAILED, UNKNOWN, WITHIN, summarise
+from lowbit_video.eval.report.bootstrap import Interval, bootstrap, mean, ratio_of_means
+from lowbit_video.eval.report.summary import ABOVE, CLEARLY_ABOVE, FAILED, UNKNOWN, WITHIN, summarise, verdict_of
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
@@ -23,6 +23,22 @@ def test_bootstrap_is_reproducible_and_honest_about_one_prompt():
             bootstrap(mean, bad)
     with pytest.raises(ValueError, match="bootstrap needs"):
         bootstrap(ratio_of_means, [1.0, 2.0], [1.0])
+
+
+def test_columns_are_drawn_together():
+    """Prompts that differ by factors of ten, and a ratio that is two on each: there is nothing that it could be but two."""
+    bottom = np.logspace(-2, 2, 12)
+    times = bootstrap(ratio_of_means, 2 * bottom, bottom)
+    assert times.value == times.low == times.high == 2.0
+    nearly = bootstrap(ratio_of_means, 2 * bottom * np.linspace(0.9, 1.1, 12), bottom)
+    assert 1.8 < nearly.low < nearly.value < nearly.high < 2.2
+
+
+@pytest.mark.parametrize("low, value, verdict", [
+    (0.99, 3.0, WITHIN), (1.01, 3.0, ABOVE), (1.99, 5.0, ABOVE), (2.01, 5.0, CLEARLY_ABOVE), (float("nan"), 9.0, UNKNOWN)])
+def test_a_verdict_goes_by_the_lower_end(low, value, verdict):
+    assert verdict_of(Interval(value, low, 2 * value, 8)) == verdict
+    assert verdict_of(None) == UNKNOWN
 
 
 @pytest.mark.filterwarnings("error")

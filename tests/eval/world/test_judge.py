@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from lowbit_video.eval import world
-from lowbit_video.eval.world import captions, judge, painting, seeing
+from lowbit_video.eval.world import captions, judge, painting, recognition, seeing
 
 from helpers import clip_of
 
@@ -205,3 +205,74 @@ def test_what_is_no_shape_of_the_world_gets_no_name(name):
         frame[inside] = world.COLOURS["red"]
     thing, = seeing.look(frames).things
     assert (thing.colour, thing.motion, thing.shape) == ("red", "right", None), thing
+
+
+def red_circle(frames, *more):
+    """A red circle that moves left over blue in `frames` (by number) of 17, and other layers."""
+    clip = painted("blue", ("red", "circle", 150, 64, 21), *more)
+    empty = painted("blue", *more)
+    there = np.isin(np.arange(FRAMES), list(frames))
+    return np.where(there[:, None, None, None], clip, empty)
+
+
+def test_a_thing_is_there_in_four_of_five_frames():
+    kept = [f for f in range(FRAMES) if f not in (3, 8, 12)]
+    assert [t.colour for t in seeing.look(red_circle(kept)).things] == ["red"]  # 14 of 17
+    assert seeing.look(red_circle(kept[1:])).things == ()  # 13 of 17
+
+
+@pytest.mark.parametrize("share, background", [(0.40, "blue"), (0.50, None)])
+def test_a_background_is_more_than_half_of_the_pixels(share, background):
+    frames = painted("blue")
+    noise = np.random.default_rng(0)
+    spoilt = noise.random(frames.shape[:3]) < share
+    frames[spoilt] = (255, 255, 255)
+    assert seeing.look(frames).background == background
+
+
+@pytest.mark.parametrize("count, things", [(8, 1), (9, 2)])
+def test_a_second_thing_of_the_colour_is_there_in_half_of_the_frames(count, things):
+    first = painted("blue", ("red", "circle", 150, 90, 21))
+    both = painted("blue", ("red", "circle", 150, 90, 21), ("red", "circle", 150, 30, 15))
+    frames = np.where((np.arange(FRAMES) < count)[:, None, None, None], both, first)
+    assert len(seeing.look(frames).things) == things
+
+
+@pytest.mark.parametrize("radius, things", [(8, 1), (12, 2)])  # a seventh and a third of the first one's area
+def test_a_second_thing_of_the_colour_has_a_share_of_its_area(radius, things, monkeypatch):
+    monkeypatch.setattr(seeing, "EXTRA_SHARE", 0.25)
+    frames = painted("blue", ("red", "circle", 150, 90, 21), ("red", "circle", 150, 30, radius))
+    assert len(seeing.look(frames).things) == things
+
+
+STILL = dict(x=np.full(17, 96.0), y=np.full(17, 64.0), size=np.full(17, 20.0), turn=np.zeros(17))
+
+
+def there_and_back(way):
+    return np.concatenate([np.linspace(0, way, 9), np.linspace(way, 0, 9)[1:]])
+
+
+@pytest.mark.parametrize("change, motion", [
+    ({}, "still"),
+    (dict(x=np.linspace(96, 96 + 18.5, 17)), "right"), (dict(x=np.linspace(96, 96 + 17.5, 17)), None),
+    (dict(x=np.linspace(96, 96 - 18.5, 17)), "left"), (dict(y=np.linspace(64, 64 + 18.5, 17)), "down"),
+    (dict(y=np.linspace(64, 64 - 18.5, 17)), "up"),
+    (dict(x=np.linspace(96, 96 + 20, 17), y=np.linspace(64, 64 + 20 * np.tan(np.deg2rad(22)), 17)), "right"),
+    (dict(x=np.linspace(96, 96 + 20, 17), y=np.linspace(64, 64 + 20 * np.tan(np.deg2rad(23)), 17)), "down-right"),
+    (dict(size=np.linspace(20, 20 * 1.47, 17)), "grow"), (dict(size=np.linspace(20, 20 * 1.43, 17)), "still"),
+    (dict(size=np.linspace(20, 20 / 1.47, 17)), "shrink"), (dict(size=np.linspace(20, 20 / 1.43, 17)), "still"),
+    (dict(size=np.linspace(20, 32, 17), x=np.linspace(96, 96 + 15, 17)), "grow"),
+    (dict(size=np.linspace(20, 32, 17), x=np.linspace(96, 96 + 17, 17)), None),
+    (dict(x=96 + there_and_back(18.5)), "bounce-sideways"), (dict(x=96 + there_and_back(17.5)), None),
+    (dict(y=64 - there_and_back(18.5)), "bounce-up-down"),
+    (dict(x=96 + there_and_back(30), y=np.linspace(64, 64 + 13, 17)), "bounce-sideways"),
+    (dict(x=96 + there_and_back(30), y=np.linspace(64, 64 + 15, 17)), None),
+    (dict(x=96 + there_and_back(11.5)), "still"), (dict(x=96 + there_and_back(12.5)), None),
+    (dict(x=np.linspace(96, 96 + 8.5, 17)), "still"), (dict(x=np.linspace(96, 96 + 9.5, 17)), None),
+    (dict(turn=np.deg2rad(np.linspace(0, 82, 17))), "spin"), (dict(turn=np.deg2rad(np.linspace(0, 78, 17))), None),
+    (dict(turn=np.deg2rad(np.linspace(0, 38, 17))), "still"), (dict(turn=np.deg2rad(np.linspace(0, 42, 17))), None),
+    (dict(turn=np.deg2rad([*np.linspace(0, 120, 9), *np.linspace(110, 95, 8)])), "spin"),
+    (dict(turn=np.deg2rad([*np.linspace(0, 120, 9), *np.linspace(110, 85, 8)])), None),
+], ids=lambda value: "" if isinstance(value, dict) else str(value))
+def test_motions_on_either_side_of_every_limit(change, motion):
+    assert recognition.motion_of(**STILL | change) == motion

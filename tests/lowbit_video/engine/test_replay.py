@@ -1,24 +1,55 @@
-"""A repeated call launches what the first one did, with its own addresses; Triton and the GPU are played by recorders."""
+"""A repeated call launches what the first one did, with its own addresses.
+
+Triton and the GPU are played by recorders, the framework by NumPy: a plan knows tensors by address, shape, strides and dtype.
+"""
 import contextlib
 import math
 import types
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from lowbit_video.engine import replay as plans
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.packing import Packing
 from lowbit_video.engine.run import run
+from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning
 from lowbit_video.kernels import launch
+from lowbit_video.kernels.formats import LOG2_E
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
 
-torch = pytest.importorskip("torch", reason="the tensors of these tests are PyTorch's")
 pytest.importorskip("triton", reason="the launchers need Triton")
-pytestmark = pytest.mark.torch
+
+from lowbit_video.kernels.attention import portable  # noqa: E402
+from lowbit_video.kernels.attention.hopper import launch as hopper  # noqa: E402
+
+
+class Tensor(np.ndarray):
+    """An array that says where it lies, as a framework's tensor does."""
+
+    def data_ptr(self):
+        return self.ctypes.data
+
+
+def empty(shape, dtype, like=None):
+    return np.zeros(shape, getattr(ml_dtypes, dtype, dtype)).view(Tensor)
+
+
+def drawn(*shape, dtype="float16"):
+    return np.random.default_rng().standard_normal(shape, np.float32).astype(getattr(ml_dtypes, dtype, dtype)).view(Tensor)
+
+
+RUNTIME = dict(
+    NAME="numpy", dtype_name=lambda t: t.dtype.name, shape=lambda t: t.shape, place=lambda t: "gpu:0", is_cpu=lambda t: False,
+    strides=lambda t: tuple(s // t.itemsize for s in t.strides), signature=lambda t: (t.shape, t.strides, t.dtype, 0),
+    arch=lambda t: (9, 0), stream=lambda t: 77, contiguous=lambda t: np.ascontiguousarray(t).view(Tensor),
+    to_numpy=lambda t: np.asarray(t, np.float32), launch_guard=lambda t: contextlib.nullcontext())
+"""What `run` asks of a runtime, on an H200."""
 
 
 class Log(list):
@@ -57,13 +88,10 @@ class Kernel:
 
 @pytest.fixture
 def device(monkeypatch):
-    """A runtime that takes CPU tensors for an H200's; log: every launch, long: those that went through Triton."""
+    """A runtime that takes arrays for an H200's tensors; log: every launch, long: those that went through Triton."""
     from triton.runtime.driver import driver
 
-    from lowbit_video.kernels.attention import portable
-    from lowbit_video.kernels.attention.hopper import launch as hopper
     from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
-    from lowbit_video.runtime import torch_runtime
 
     log, long, kept = Log(), [], []
     for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
@@ -71,14 +99,11 @@ def device(monkeypatch):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
     monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_device=lambda: 0), raising=False)
 
-    def empty(shape, dtype, like):
-        kept.append(torch_runtime.empty(shape, dtype, like))  # kept, so that no address comes twice
+    def kept_empty(shape, dtype, like):
+        kept.append(empty(shape, dtype))  # kept, so that no address comes twice
         return kept[-1]
 
-    played = dict(is_cpu=lambda t: False, arch=lambda t: (9, 0), stream=lambda t: 77, empty=empty,
-                  launch_guard=lambda t: contextlib.nullcontext(),
-                  signature=lambda t: (t.shape, t.stride(), t.dtype, 0))
-    runtime = types.SimpleNamespace(**{**vars(torch_runtime), **played})
+    runtime = types.SimpleNamespace(**RUNTIME, empty=kept_empty)
     monkeypatch.setattr(detect, "same_runtime", lambda **tensors: runtime)
     plans.clear()
     yield types.SimpleNamespace(log=log, long=long, kept=kept, runtime=runtime)
@@ -100,8 +125,8 @@ def flat(log, named):
     return [(name, grid, stream, [one(value) for value in arguments]) for name, grid, stream, arguments in log]
 
 
-def tensors(tokens=200, heads=2, head_dim=64):
-    return [torch.randn(1, tokens, heads, head_dim).half() for _ in range(3)]
+def tensors(tokens=200, heads=2, head_dim=64, dtype="float16"):
+    return [drawn(1, tokens, heads, head_dim, dtype=dtype) for _ in range(3)]
 
 
 def call(device, q, k, v, precision, **more):
@@ -131,6 +156,51 @@ def test_a_repeated_call_launches_the_same_on_its_own_tensors(device, precision,
     assert (lse_2 is not None) == lse
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_the_attention_kernel_gets_what_the_oracle_needs(device, backend, layout):
+    """Every pointer, stride, count and factor of the last launch, by name."""
+    shapes = dict(q=(2, 200, 4, 64), k=(2, 300, 2, 64), v=(2, 300, 2, 64))
+    order = (0, 1, 2, 3) if layout == "NHD" else (0, 2, 1, 3)
+    q, k, v = (drawn(*(shape[i] for i in order)) for shape in shapes.values())
+    options = AttentionOptions("int8+fp8", layout, is_causal=True, scale=0.3, return_lse=True, backend=backend)
+    out, lse, _ = run(q, k, v, options)
+    parts = layout_workspace((2, 4, 200, 64), (2, 2, 300, 64), options.precision, True, False).buffers(
+        device.kept[-1].data_ptr())
+    name, grid, _, values = device.log[-1]
+    module = hopper if backend == "hopper" else portable
+    got = dict(zip(module.attn_fwd_kernel.arg_names, values))
+    at = lambda argument: getattr(argument, "base", argument).data_ptr()
+    out_strides = (51200, 64, 256) if layout == "NHD" else (51200, 12800, 64)
+    if backend == "hopper":
+        descriptors = [(at(got[f"{x}_desc"]), list(got[f"{x}_desc"].shape)) for x in "qkv"]
+        assert descriptors == [(at(parts["q_codes"]), [1600, 64]), (at(parts["k_codes"]), [1200, 64]),
+                               (at(parts["v_codes"]), [256, 384])]
+        pointers = dict(p_o=out, p_lse=lse, p_shift=parts["lse_shift"], p_q_scale=parts["q_scale"], p_k_scale=parts["k_scale"],
+                        p_v_scale=parts["v_scale"])
+        numbers = dict(heads_q=4, heads_kv=2, q_len=200, kv_len=300, n_work=16, sm_scale=pytest.approx(0.3 * LOG2_E),
+                       **dict(zip(("stride_ob", "stride_oh", "stride_on"), out_strides)))
+        assert grid == (16, 1, 1) and got["build"].causal and got["build"].lse and got["build"].lse_shift
+    else:
+        pointers = dict(q=parts["q_codes"], k=parts["k_codes"], v=parts["v_codes"], out=out, lse=lse, q_scale=parts["q_scale"],
+                        k_scale=parts["k_scale"], v_scale=parts["v_scale"], lse_shift=parts["lse_shift"])
+        numbers = dict(Hq=4, Nq=200, Nk=300, GROUP=2, D=64, CAUSAL=True, LSE=True, SHIFTED=True, BIAS=False, VARLEN=False,
+                       q_stride_b=51200, q_stride_h=12800, q_stride_n=64, k_stride_b=38400, k_stride_h=19200, k_stride_n=64,
+                       v_stride_b=49152, v_stride_h=24576, v_stride_n=384, qs_stride_b=800, qs_stride_h=200, ks_stride_b=6,
+                       ks_stride_h=3, lse_stride_b=800, lse_stride_h=200, sm_factor=pytest.approx(0.3 * LOG2_E),
+                       **dict(zip(("out_stride_b", "out_stride_h", "out_stride_n"), out_strides)))
+        assert grid[1:] == (4, 2)
+    assert {key: at(got[key]) for key in pointers} == {key: value.data_ptr() for key, value in pointers.items()}
+    assert {key: got[key] for key in numbers} == numbers
+
+
+@pytest.mark.parametrize("dtype, product", [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_a_float32_v_on_a_gpu_is_multiplied_in_a_type_that_holds_its_range(device, dtype, product):
+    run(*tensors(dtype=dtype), AttentionOptions("int8+fp16", backend="triton"))
+    got = dict(zip(portable.attn_fwd_kernel.arg_names, device.log[-1][3]))
+    assert got["P_DTYPE"] == portable.P_DTYPES[product]
+
+
 PAIR = ["token_stats_kernel", "fold_stats_kernel"]
 
 
@@ -150,8 +220,8 @@ def test_what_the_launches_depend_on_takes_the_long_way_again(device):
              lambda: call(device, q, k, v, "int8+fp16", return_lse=True),
              lambda: call(device, q, k, v, "int8+fp16", backend="triton"),
              lambda: call(device, *tensors(tokens=201), "int8+fp16"),
-             lambda: call(device, *(t.bfloat16() for t in tensors()), "int8+fp16"),
-             lambda: call(device, *(t.transpose(1, 2) for t in tensors(tokens=2, heads=200)), "int8+fp16")]
+             lambda: call(device, *tensors(dtype="bfloat16"), "int8+fp16"),
+             lambda: call(device, *(t.swapaxes(1, 2) for t in tensors(tokens=2, heads=200)), "int8+fp16")]
     for one in calls:
         ways = len(device.long)
         one()
@@ -191,7 +261,7 @@ def test_a_first_call_is_six_frames_from_its_launch(device, backend):
 
 def test_misaligned_tensors_have_plans_of_their_own(device):
     def shifted(by):
-        return [torch.randn(1 * 200 * 2 * 64 + 8).half()[by:by + 25600].view(1, 200, 2, 64) for _ in range(3)]
+        return [drawn(1 * 200 * 2 * 64 + 8)[by:by + 25600].reshape(1, 200, 2, 64) for _ in range(3)]
 
     call(device, *shifted(0), "int8+fp16", backend="triton")
     ways = len(device.long)
@@ -207,11 +277,11 @@ def test_misaligned_tensors_have_plans_of_their_own(device):
 def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision, spoilt, backend):
     q, k, v = tensors()
     if spoilt == "address":
-        v = torch.randn(v.numel() + 8).half()[1:v.numel() + 1].view(v.shape)
+        v = drawn(v.size + 8)[1:v.size + 1].reshape(v.shape)
     elif spoilt == "stride":
-        v = torch.randn(*v.shape[:3], 68).half()[..., :64]
+        v = drawn(*v.shape[:3], 68)[..., :64]
     elif spoilt == "last stride":
-        v = torch.randn(*v.shape[:3], 128).half()[..., ::2]
+        v = drawn(*v.shape[:3], 128)[..., ::2]
     assert run(q, k, v, AttentionOptions(precision))[2].backend == backend
     if backend == "triton":
         with pytest.raises(ValueError, match="hopper-int8: V's address or strides are not multiples of 16 bytes"):
@@ -219,7 +289,7 @@ def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision,
 
 
 def test_a_copied_input_and_an_unknown_triton_make_no_plan(device, monkeypatch):
-    run(*(torch.randn(1, 200, 2, 128).half()[..., ::2] for _ in range(3)), AttentionOptions("int8+fp16"))
+    run(*(drawn(1, 200, 2, 128)[..., ::2] for _ in range(3)), AttentionOptions("int8+fp16"))
     monkeypatch.setattr(launch, "LAUNCHER_VERSIONS", ("2.",))
     call(device, *tensors(), "int8+fp16")
     assert not plans._PLANS
@@ -248,9 +318,9 @@ def test_a_profilers_hook_sees_every_launch(device, monkeypatch):
         hook.remove(print)
 
 
-def test_a_cpu_call_has_no_plan():
+def test_a_cpu_call_has_no_plan(framework):
     plans.clear()
-    run(*tensors(tokens=8), AttentionOptions("int8+fp16"))
+    run(*(framework.tensor(t) for t in tensors(tokens=8)), AttentionOptions("int8+fp16"))
     assert not plans._PLANS
 
 
@@ -259,18 +329,18 @@ def test_variants_that_run_on_a_gpu_are_all_covered():
 
 
 def test_a_repeated_varlen_call_and_its_strided_beginnings(device):
-    cu = torch.tensor([0, 0, 150, 150, 200, 200], dtype=torch.int32)
+    cu = np.array([0, 0, 150, 150, 200, 200], np.int32).view(Tensor)
 
     def once(cu_q, cu_k):
         device.log.clear()
-        run(*(torch.randn(200, 2, 64).half() for _ in range(3)), AttentionOptions("int8+fp8"), Packing(cu_q, cu_k, 150, 150))
+        run(*(drawn(200, 2, 64) for _ in range(3)), AttentionOptions("int8+fp8"), Packing(cu_q, cu_k, 150, 150))
         return {a.data_ptr() if hasattr(a, "data_ptr") else a for *_, arguments in device.log for a in arguments
                 if hasattr(a, "data_ptr") or isinstance(a, int)}
 
     with pytest.warns(SlowerThanExactWarning, match="exact attention is faster below 2048 tokens [(]150 given[)]"):
         strided = once(cu[::2], cu[::2])  # a kernel reads them without strides: from a copy
     assert cu.data_ptr() not in strided and not plans._PLANS
-    first, other = cu[::2].contiguous(), cu[::2].clone()
+    first, other = cu[::2].copy(), cu[::2].copy()
     assert first.data_ptr() in once(first, first)
     ways = len(device.long)
     assert other.data_ptr() in (again := once(other, other)) and first.data_ptr() not in again
@@ -279,9 +349,9 @@ def test_a_repeated_varlen_call_and_its_strided_beginnings(device):
 
 def test_other_longest_sequences_have_plans_of_their_own(device):
     """The grid is made from them; the tensors are alike."""
-    cu, ways = torch.tensor([0, 60, 200], dtype=torch.int32), []
+    cu, ways = np.array([0, 60, 200], np.int32).view(Tensor), []
     for longest in ((140, 140), (150, 140), (140, 150), (140, 140)):
-        given = (torch.randn(200, 2, 64).half() for _ in range(3))
+        given = (drawn(200, 2, 64) for _ in range(3))
         run(*given, AttentionOptions("int8+fp8"), Packing(cu, cu, *longest))
         ways.append(len(device.long))
     assert ways[0] < ways[1] < ways[2] == ways[3]
@@ -306,7 +376,7 @@ def test_every_call_launches_on_the_stream_of_its_time(device):
 def test_another_device_has_plans_of_its_own(device):
     call(device, *tensors(), "int8+fp16")
     ways = len(device.long)
-    device.runtime.signature = lambda t: (t.shape, t.stride(), t.dtype, 1)
+    device.runtime.signature = lambda t: (t.shape, t.strides, t.dtype, 1)
     call(device, *tensors(), "int8+fp16")
     assert len(device.long) == 2 * ways and len(plans._PLANS) == 2
 
@@ -316,8 +386,8 @@ def test_memory_that_is_aligned_less_takes_the_long_way(device):
     ways, aligned = len(device.long), device.runtime.empty
 
     def misaligned(shape, dtype, like):
-        elements, size = math.prod(shape), getattr(torch, dtype).itemsize
-        return aligned((elements * size + 8,), "uint8", like)[8:].view(getattr(torch, dtype)).view(tuple(shape))
+        wanted = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        return aligned((math.prod(shape) * wanted.itemsize + 8,), "uint8", like)[8:].view(wanted).reshape(shape)
 
     device.runtime.empty = misaligned
     call(device, *tensors(), "int8+fp16", backend="triton")
@@ -325,8 +395,6 @@ def test_memory_that_is_aligned_less_takes_the_long_way(device):
 
 
 def test_a_failure_leaves_no_plan_and_no_recording(device, monkeypatch):
-    from lowbit_video.kernels.attention.hopper import launch as hopper
-
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "attn_fwd_kernel", None)
         with pytest.raises(TypeError):

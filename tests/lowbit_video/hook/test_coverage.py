@@ -55,6 +55,22 @@ def test_fallbacks_say_why():
     assert report.summary() == "0 of 2 attention modules ran at low bit in every call (1 fell back, 1 exact)"
 
 
+def test_a_module_that_fell_back_once_is_not_whole():
+    model = toy_model.model()
+    apply(model, "int8+fp16", fallback="exact")
+    given, mask = toy_model.inputs(), paddle.zeros([2, 47])
+    with paddle.no_grad():
+        model.blocks[0](given["video"], given["text"])
+        for attention_mask in (None, mask):
+            model.blocks[1](given["video"], given["text"], attention_mask=attention_mask)
+    report = coverage(model)
+    assert [(name, calls, bool(reason)) for name, calls, reason in report.modules[1].runs] == [
+        ("int8+fp16 (reference-lowbit)", 1, False), ("exact (masked)", 1, True)]
+    assert [m.name for m in report.fallbacks] == ["blocks.1"]
+    assert report.summary() == "1 of 2 attention modules ran at low bit in every call (1 fell back)"
+    assert report.variants() == {"int8+fp16 (reference-lowbit)": 2, "exact (masked)": 1}
+
+
 def test_a_pipeline_names_what_is_untouched():
     pipe = toy_model.Pipe()
     apply(pipe, "int8+fp16")

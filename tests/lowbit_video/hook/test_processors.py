@@ -2,16 +2,19 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
+from lowbit_video.engine.options import AttentionOptions  # noqa: E402
 from lowbit_video.errors import NonFiniteError, UnsupportedError  # noqa: E402
+from lowbit_video.hook import processors  # noqa: E402
 
 import toy_model  # noqa: E402
-from helpers import sqnr_db  # noqa: E402
+from helpers import naive_attention, qkv, sqnr_db  # noqa: E402
 
 
 def outputs(model, **given):
@@ -205,6 +208,38 @@ def test_a_dtype_is_an_error_or_the_exact_fallback():
     tensor = paddle.randn([1, 5, 2, 32], dtype="float64")
     with pytest.raises(UnsupportedError, match="dtype float64; low-bit attention takes float16, bfloat16, float32"):
         LowBitAttnProcessor().attend(tensor, tensor, tensor)
+
+
+@pytest.mark.parametrize("fallback", [None, "exact"])
+def test_every_choice_of_a_call_reaches_the_engine(fallback, monkeypatch):
+    """At values that are not their defaults; exact attention is taken where it is faster only with the fallback."""
+    seen = []
+    ran = "out", "lse", SimpleNamespace(name="kernel")
+    monkeypatch.setattr(processors, "run", lambda q, k, v, options: seen.append(options) or ran)
+    q = paddle.zeros([1, 5, 2, 32])
+    processor = LowBitAttnProcessor("int4+fp8", fallback=fallback, backend="reference", check_finite=False)
+    assert processor.attend(q, q, q, is_causal=True, scale=0.3, return_lse=True) == ("out", "lse")
+    assert processor.attend(q, q, q) == "out"
+    common = dict(precision="int4+fp8", tensor_layout="NHD", backend="reference", check_finite=False,
+                  only_if_faster=fallback == "exact")
+    assert seen == [AttentionOptions(is_causal=True, scale=0.3, return_lse=True, **common), AttentionOptions(**common)]
+
+
+@pytest.mark.parametrize("processor", [ExactAttnProcessor(), LowBitAttnProcessor("int8+fp16", fallback="exact")], ids=str)
+def test_exact_attention_heeds_mask_scale_and_lse(processor, monkeypatch):
+    """As a processor's own, and where no kernel serves a call."""
+    def refuse(*given):
+        raise UnsupportedError("no kernel")
+
+    monkeypatch.setattr(processors, "run", refuse)
+    arrays = qkv(q_len=9, kv_len=12, dim=32)
+    q, k, v = map(paddle.to_tensor, arrays)
+    wanted, wanted_lse = naive_attention(*arrays, scale=0.4, causal=True)
+    out, lse = processor.attend(q, k, v, is_causal=True, scale=0.4, return_lse=True)
+    np.testing.assert_allclose(out.numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(lse.numpy(), wanted_lse, atol=1e-5)
+    np.testing.assert_allclose(processor.attend(q, k, v, is_causal=True, scale=0.4).numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(processor.attend(q, k, v).numpy(), naive_attention(*arrays)[0], atol=1e-5)
 
 
 def test_a_module_hooked_by_hand_is_named_as_paddle_names_it():

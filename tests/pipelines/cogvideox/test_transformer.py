@@ -1,4 +1,5 @@
 """The transformer against goldens written by diffusers, its hooks, and what it says to bad input."""
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,16 @@ def test_golden(kind, case):
     assert out.shape == want.shape
     assert np.abs(want).max() > 0.5, "a golden near zero would prove nothing"
     assert np.abs(out - want).max() <= TOLERANCE
+
+
+def test_every_norm_has_the_epsilon_of_diffusers():
+    """Of q and k 1e-6, of the others the configuration's, 1e-5 as published."""
+    model, _ = load("transformer_2b")
+    found = {name: norm._epsilon for name, norm in model.named_sublayers() if isinstance(norm, paddle.nn.LayerNorm)}
+    heads = {name for name in found if name.rpartition(".")[2] in ("norm_q", "norm_k")}
+    assert {found[name] for name in heads} == {1e-6} and {found[name] for name in found.keys() - heads} == {1e-5}
+    assert len(heads) == 2 * len(model.transformer_blocks)
+    assert inspect.signature(type(model)).parameters["norm_eps"].default == 1e-5
 
 
 @pytest.mark.parametrize("case", [0, 1])

@@ -83,6 +83,29 @@ def test_tiling_keeps_the_size_whatever_the_tile(model):
     assert latents.shape == z.shape
 
 
+def test_default_tiles_are_those_of_diffusers():
+    """Half the training size, which is not square; a sixth of the height and a fifth of the width overlap."""
+    model = AutoencoderKLCogVideoX(**{**cases.VAE, "sample_height": 96, "sample_width": 160})
+    model.enable_tiling()
+    assert (model.tile_sample_min_height, model.tile_sample_min_width) == (48, 80)
+    assert (model.tile_latent_min_height, model.tile_latent_min_width) == (6, 10)
+    assert (model.tile_overlap_factor_height, model.tile_overlap_factor_width) == (1 / 6, 1 / 5)
+    assert (model.num_latent_frames_batch_size, model.num_sample_frames_batch_size) == (2, 8)
+    model.enable_tiling(tile_sample_min_width=64, tile_overlap_factor_height=0.5)
+    assert (model.tile_sample_min_height, model.tile_sample_min_width) == (48, 64)
+    assert (model.tile_latent_min_height, model.tile_latent_min_width) == (6, 8)
+    assert (model.tile_overlap_factor_height, model.tile_overlap_factor_width) == (0.5, 1 / 5)
+
+
+def test_every_norm_has_the_epsilon_of_diffusers():
+    """1e-6 of the spatial and the last norms whatever the configuration says, which is for those of the residual blocks."""
+    model = AutoencoderKLCogVideoX(**{**cases.VAE, "norm_eps": 3e-4})
+    found = {name: norm._epsilon for name, norm in model.named_sublayers() if isinstance(norm, paddle.nn.GroupNorm)}
+    residual = {name for name in found if name.rpartition(".")[2] in ("norm1", "norm2")}
+    assert {found[name] for name in residual} == {3e-4} and {found[name] for name in found.keys() - residual} == {1e-6}
+    assert AutoencoderKLCogVideoX(**cases.VAE).config.norm_eps == 1e-6
+
+
 def test_other_frame_batch_gives_the_frames_it_says(model, monkeypatch):
     z = paddle.to_tensor(INPUTS["decode_5"])
     for size, frames in ((1, 5), (4, 17), (8, 17)):

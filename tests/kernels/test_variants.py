@@ -1,0 +1,87 @@
+"""Which kernel `backend="auto"` takes: written out by arch, precision and head dim, and what a call may ask besides."""
+import pytest
+
+from lowbit_video.kernels.variants import VARIANTS, Request
+from lowbit_video.precision import EXACT_SPECS, Precision, precision_specs
+
+ARCHS = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+INTEGERS = ("int8/int4", "int8/int2", "int4", "int2")
+BOTH, OTHERS = (64, 128), (32, 72, 96, 256)
+"""Head dims that the Hopper kernel has, and some that it has not."""
+CHOSEN = {
+    # sm_75, 80, 86, 89, 90, 100, 120
+    ("int8+fp16", BOTH): "- int-fp16 int-fp16 int-fp16 hopper-int8 int-fp16 int-fp16",
+    ("int8+fp16", OTHERS): "- int-fp16 int-fp16 int-fp16 int-fp16 int-fp16 int-fp16",
+    ("int8+fp8", BOTH): "- - - int-fp8 hopper-int8 int-fp8 int-fp8",
+    ("int8+fp8", OTHERS): "- - - int-fp8 int-fp8 int-fp8 int-fp8",
+    ("fp8+fp8", BOTH): "- - - fp8 hopper-fp8 fp8 fp8",
+    ("fp8+fp8", OTHERS): "- - - fp8 fp8 fp8 fp8",
+    ("fp8+fp16", BOTH + OTHERS): "- - - fp8 fp8 fp8 fp8",
+    **{(f"{qk}+fp16", BOTH + OTHERS): "- int-fp16 int-fp16 int-fp16 int-fp16 int-fp16 int-fp16" for qk in INTEGERS},
+    **{(f"{qk}+fp8", BOTH + OTHERS): "- - - int-fp8 int-fp8 int-fp8 int-fp8" for qk in INTEGERS},
+    **{(name, BOTH + OTHERS): "- exact exact exact exact exact exact" for name in ("fp16", "bf16", "fp32")},
+}
+
+
+def request(spec, arch, head_dim=64, **more):
+    precision = Precision(spec)
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(spec, "float16")
+    return Request(**(dict(device="cuda", arch=arch, q=precision.q, k=precision.k, pv=precision.pv, head_dim=head_dim,
+                           granularity=precision.granularity, dtype=dtype, q_len=1000, kv_len=1000,
+                           smooth_q=precision.smooth_q) | more))
+
+
+def chosen(asked):
+    """The name of the first variant without a reason against it; "-" for none."""
+    return next((v.name.removeprefix("triton-") for v in VARIANTS if v.why_not(asked) is None), "-")
+
+
+@pytest.fixture(autouse=True)
+def with_gluon(monkeypatch):
+    from lowbit_video.kernels import variants
+
+    monkeypatch.setitem(variants.NEEDS, "gluon", lambda asked: None)
+
+
+@pytest.mark.parametrize("spec, head_dims", CHOSEN, ids=str)
+def test_every_arch_and_head_dim(spec, head_dims):
+    for head_dim in head_dims:
+        assert " ".join(chosen(request(spec, arch, head_dim)) for arch in ARCHS) == CHOSEN[spec, head_dims], head_dim
+
+
+def test_every_precision_is_in_the_table():
+    assert {spec for spec, _ in CHOSEN} == set(precision_specs()) - (set(EXACT_SPECS) - {"fp16", "bf16", "fp32"})
+
+
+@pytest.mark.parametrize("spec, asked, wanted", [
+    ("int8+fp8", dict(causal=True, lse=True, heads=6, kv_heads=2), "hopper-int8"),
+    ("int8+fp8", dict(dtype="bfloat16"), "hopper-int8"),
+    ("int8+fp8", dict(v_aligned=False), "hopper-int8"),  # whose codes of V are its own
+    ("int8+fp16", dict(v_aligned=False), "int-fp16"),
+    ("int8+fp8", dict(dtype="float32"), "int-fp8"),
+    ("int8+fp8", dict(granularity="token"), "int-fp8"),
+    ("int8+fp8", dict(varlen=True), "int-fp8"),
+    ("int8+fp8", dict(smooth_q=True), "int-fp8"),
+    ("fp8+fp8", dict(varlen=True), "fp8"),
+    ("fp16", dict(dtype="bfloat16"), "-"),
+    ("bf16", dict(dtype="float16"), "-"),
+    ("int8+fp8", dict(head_dim=264), "-"),
+    ("int8+fp8", dict(head_dim=24), "-"),
+    ("int8+fp8", dict(head_dim=68), "-"),
+    ("int8+fp8", dict(kv_len=500, only_if_faster=True), "-"),
+    ("int8+fp8", dict(kv_len=17776, only_if_faster=True), "hopper-int8"),
+])
+def test_what_else_a_call_asks_for_on_hopper(spec, asked, wanted):
+    assert chosen(request(spec, (9, 0), **asked)) == wanted
+
+
+def test_a_cpu_takes_the_reference():
+    for spec, _ in CHOSEN:
+        assert chosen(request(spec, None, device="cpu")) == ("reference-lowbit" if "+" in spec else "reference-exact"), spec
+
+
+def test_without_gluon_hopper_takes_the_portable_kernel(monkeypatch):
+    from lowbit_video.kernels import variants
+
+    monkeypatch.setitem(variants.NEEDS, "gluon", lambda asked: "no gluon")
+    assert chosen(request("int8+fp8", (9, 0))) == "int-fp8"
