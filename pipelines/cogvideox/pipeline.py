@@ -16,11 +16,12 @@ from typing import Any
 import paddle
 from tqdm import tqdm
 
+from lowbit_video.arguments import number, whole
 from lowbit_video.distributed.cost.models import default_size
 
 from ..shared.conditions import CALLBACK_TENSORS, Callback
 from ..shared.denoise import denoise
-from ..shared.inputs import check_prompts, draw, make_generators, number, take_latents, whole
+from ..shared.inputs import check_prompts, draw, make_generators, take_latents
 from ..shared.output import OUTPUT_TYPES, PipelineOutput, postprocess
 from ..shared.pipeline import Pipeline, on_device
 from ..shared.t5 import T5EncoderModel

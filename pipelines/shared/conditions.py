@@ -6,7 +6,9 @@ from typing import Any
 
 import paddle
 
-from .inputs import here, number
+from lowbit_video.arguments import number
+
+from .inputs import here
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Callback = Callable[[Any, int, int, dict], Mapping | None]

@@ -1,8 +1,6 @@
 """What a caller gives a pipeline, checked and made ready: prompts, seeds or noise sources, latents, embeddings."""
 from __future__ import annotations
 
-import math
-import operator
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -10,33 +8,9 @@ from typing import Any
 import numpy as np
 import paddle
 
+from lowbit_video.arguments import whole
+
 MAX_SEED = 2**32
-
-
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """The value as an int. TypeError for what is no whole number, ValueError for one below `least`."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        result = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; give a whole number") from None
-    if least is not None and result < least:
-        raise ValueError(f"{name} is {result}; give at least {least}")
-    return result
-
-
-def number(name: str, value: Any) -> float:
-    """The value as a float. TypeError for what is no number, ValueError for NaN and infinity."""
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        result = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; give a finite number") from None
-    if not math.isfinite(result):
-        raise ValueError(f"{name} is {result}; give a finite number")
-    return result
 
 
 def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> tuple[list[str] | None, list[str] | None]:
