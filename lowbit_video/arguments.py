@@ -17,8 +17,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN and "\n" not in text else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """The value as an int. TypeError for what is no whole number, ValueError for one below `least`."""
+def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """The value as an int. TypeError for what is no whole number, ValueError for one below `least` or above `most`."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
@@ -27,6 +27,8 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
         raise TypeError(f"{name} is {shown(value)}; give a whole number") from None
     if least is not None and result < least:
         raise ValueError(f"{name} is {shown(result)}; give at least {least}")
+    if most is not None and result > most:
+        raise ValueError(f"{name} is {shown(result)}; give at most {most}")
     return result
 
 

@@ -26,6 +26,12 @@ def test_what_is_refused_by_name(check, value, error):
         check(*("n", value, 2) if check is whole else ("n", value))
 
 
+def test_a_whole_number_may_have_a_bound_above():
+    assert whole("n", 5, 2, 5) == 5
+    with pytest.raises(ValueError, match="^n is 6; give at most 5$"):
+        whole("n", 6, 2, 5)
+
+
 def test_a_value_that_fills_lines_is_named_by_its_type(framework):
     assert shown("no") == "'no'" and shown(framework.tensor(np.zeros((9, 99)))) == f"a {framework.name}.Tensor"
     with pytest.raises(TypeError, match=r"^x is .*; give a finite number$"):
