@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from lowbit_video.kernels.formats import EXACT_FORMATS, FORMATS, QK_FORMATS
 
+from .arguments import flag, shown
+
 PV_FORMATS = ("fp16", "fp8")
 EXACT_SPECS = (*EXACT_FORMATS, "exact")
 MIXED_QK = (("int8", "int4"), ("int8", "int2"))
@@ -30,7 +32,8 @@ class Precision:
 
     "+fp16" means P and V in the tensors' own 16-bit type: bfloat16 tensors keep bfloat16's range.
 
-    Raises ValueError for a spec that does not exist, listing those that do.
+    Raises ValueError for a spec or granularity that does not exist, listing those that do; TypeError for a smoothing that is
+    neither True nor False.
     Source: SageAttention (arXiv 2410.02367) for K smoothing, SageAttention2 (arXiv 2411.10958) for Q
     smoothing; there Q's mean is per block, here per head, so its correction is one vector per head.
     """
@@ -45,22 +48,27 @@ class Precision:
     exact: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.spec not in precision_specs():
-            raise ValueError(f"unknown precision {self.spec!r}; there are: {', '.join(precision_specs())}")
+        if not isinstance(self.spec, str) or self.spec not in precision_specs():
+            raise ValueError(f"unknown precision {shown(self.spec)}; there are: {', '.join(precision_specs())}")
+        for name in ("smooth_k", "smooth_q"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, flag(name, getattr(self, name)))
         exact = self.spec in EXACT_SPECS
         qk, _, pv = self.spec.partition("+")
         q, _, k = qk.partition("/")
         k = k or q
         if exact:
             pv = q
-            if self.granularity or self.smooth_k or self.smooth_q:
+            if self.granularity is not None or self.smooth_k or self.smooth_q:
                 raise ValueError(f"precision {self.spec!r} is exact: it has no granularity and no smoothing")
         coarse = {name for name in (q, k) if name in QK_FORMATS and FORMATS[name].bits < 8}
-        granularity = self.granularity or ("token" if coarse else "block")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"unknown granularity {granularity!r}; there are: {', '.join(GRANULARITIES)}")
-        smooth_k = not exact if self.smooth_k is None else bool(self.smooth_k)
-        smooth_q = q in coarse if self.smooth_q is None else bool(self.smooth_q)
+        granularity = self.granularity
+        if granularity is None:
+            granularity = "token" if coarse else "block"
+        if not isinstance(granularity, str) or granularity not in GRANULARITIES:
+            raise ValueError(f"unknown granularity {shown(granularity)}; there are: {', '.join(GRANULARITIES)}")
+        smooth_k = not exact if self.smooth_k is None else self.smooth_k
+        smooth_q = q in coarse if self.smooth_q is None else self.smooth_q
         for name, value in dict(q=q, k=k, pv=pv, exact=exact, granularity=granularity,
                                 smooth_k=smooth_k, smooth_q=smooth_q).items():
             object.__setattr__(self, name, value)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_video.kernels.formats import QK_FORMATS, scale_block
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, QK_FORMATS, scale_block
 
+from .arguments import flag, shown
 from .engine.checks import require_finite
 from .engine.options import LAYOUTS
 from .precision import GRANULARITIES
@@ -39,17 +40,20 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
              tensor_layout: str = "NHD", check_finite: bool | None = None) -> Quantized:
     """Quantise one operand of attention.
 
-    x: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND") Paddle or torch tensor; it is not changed.
+    x: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND") Paddle or torch tensor, float16, bfloat16 or float32; it is not changed.
     format: "int8", "int4", "int2" or "fp8"; v takes "fp8" only, one scale per channel.
     granularity: "block" (128 rows of k share a scale) or "token" (one per row). q has one per row either way.
     operand: "q", "k" or "v": which layout and scales. smooth: subtract the mean over the tokens;
         default: yes for k, no for q and v.
-    Raises ValueError for what does not exist, listing what does; NonFiniteError for NaN and infinity.
+    Raises ValueError for what does not exist, listing what does; TypeError for another dtype; NonFiniteError for NaN and
+    infinity.
     """
     _one_of("format", format, QK_FORMATS)
     _one_of("granularity", granularity, GRANULARITIES)
     _one_of("operand", operand, OPERANDS)
     _one_of("tensor_layout", tensor_layout, LAYOUTS)
+    smooth = None if smooth is None else flag("smooth", smooth)
+    check_finite = None if check_finite is None else flag("check_finite", check_finite)
     if operand == "v" and (format != "fp8" or smooth):
         raise ValueError("v is quantised to fp8 with one scale per channel and no smoothing; given: "
                          f"format={format!r}, smooth={smooth}")
@@ -61,6 +65,8 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
     length = shape[1 if tensor_layout == "NHD" else 2]
     if shape[3] % 4:
         raise ValueError(f"head_dim must be a multiple of 4 to be packed; given: {shape[3]}")
+    if runtime.dtype_name(x) not in FORMAT_OF_DTYPE:
+        raise TypeError(f"quantize() takes {', '.join(FORMAT_OF_DTYPE)}; given: {runtime.dtype_name(x)}")
     if runtime.is_cpu(x):
         if check_finite or check_finite is None:
             require_finite(runtime, x=x)
@@ -78,9 +84,11 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
 
 
 def dequantize(quantized: Quantized) -> np.ndarray:
-    """The values that the codes stand for, float32 NumPy [B, H, N, D], the mean added back."""
+    """The values that the codes stand for, float32 NumPy [B, H, N, D], the mean added back; TypeError for anything else."""
     from lowbit_video.kernels.quant import reference
 
+    if not isinstance(quantized, Quantized):
+        raise TypeError(f"dequantize() takes what quantize() returned; given: {shown(quantized)}")
     runtime = detect.runtime_of(quantized.scale)
     codes = quantized.codes
     if quantized.format == "fp8":
@@ -116,5 +124,5 @@ def _uint8(runtime: Runtime) -> Any:
 
 
 def _one_of(name: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise ValueError(f"unknown {name} {given!r}; there are: {', '.join(known)}")
+    if not isinstance(given, str) or given not in known:
+        raise ValueError(f"unknown {name} {shown(given)}; there are: {', '.join(known)}")

@@ -9,11 +9,15 @@ import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from lowbit_video.kernels.formats import FORMATS, LOG2_E
 from lowbit_video.kernels.variants import BACKENDS
 
+from ..arguments import flag, number, shown
 from ..precision import Precision, as_precision
 
 LAYOUTS = ("NHD", "HND")
+MAX_SCALE = FORMATS["fp32"].max_code / LOG2_E
+"""Of a scale's magnitude: a kernel multiplies it by LOG2_E in float32."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class AttentionOptions:
 
     scale: None, a number, or a tensor of one element, which makes a call without a plan. only_if_faster: refuse
     (UnsupportedError) where exact attention is measured to be faster.
-    Raises ValueError for a layout, backend or precision that does not exist, listing those that do.
+    Raises ValueError for a layout, backend or precision that does not exist, listing those that do, and for a scale beyond
+    float32; TypeError for what is no scale, or neither True nor False.
     """
 
     precision: Precision
@@ -35,15 +40,17 @@ class AttentionOptions:
     only_if_faster: bool = False
 
     def __post_init__(self) -> None:
-        for name, convert in (("precision", as_precision), ("is_causal", bool), ("return_lse", bool)):
-            object.__setattr__(self, name, convert(getattr(self, name)))
+        object.__setattr__(self, "precision", as_precision(self.precision))
+        for name in ("is_causal", "return_lse", "check_finite", "only_if_faster"):
+            if name != "check_finite" or self.check_finite is not None:
+                object.__setattr__(self, name, flag(name, getattr(self, name)))
         if self.scale is not None and not hasattr(self.scale, "data_ptr"):
-            object.__setattr__(self, "scale", float(self.scale))
-        if self.tensor_layout not in LAYOUTS:
-            raise ValueError(f"unknown tensor_layout {self.tensor_layout!r}; there are: 'NHD' [batch, tokens, heads, head_dim] "
-                             "and 'HND' [batch, heads, tokens, head_dim]")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"unknown backend {self.backend!r}; there are: {', '.join(BACKENDS)}")
+            object.__setattr__(self, "scale", _scale(self.scale))
+        if not isinstance(self.tensor_layout, str) or self.tensor_layout not in LAYOUTS:
+            raise ValueError(f"unknown tensor_layout {shown(self.tensor_layout)}; there are: 'NHD' "
+                             "[batch, tokens, heads, head_dim] and 'HND' [batch, heads, tokens, head_dim]")
+        if not isinstance(self.backend, str) or self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {shown(self.backend)}; there are: {', '.join(BACKENDS)}")
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -54,10 +61,18 @@ class AttentionOptions:
 
     def scaled(self, head_dim: int) -> AttentionOptions:
         """The same with the scale as a number: head_dim ** -0.5 where none was chosen."""
-        return replace(self, scale=head_dim**-0.5 if self.scale is None else float(self.scale))
+        return replace(self, scale=head_dim**-0.5 if self.scale is None else _scale(self.scale))
 
 
-_known = functools.lru_cache(maxsize=512)(AttentionOptions)
+def _scale(value: Any) -> float:
+    scale = number("scale", value)
+    if abs(scale) > MAX_SCALE:
+        raise ValueError(f"scale is {scale}; give one of at most {MAX_SCALE:.3g} in magnitude, "
+                         "the usual one is head_dim ** -0.5")
+    return scale
+
+
+_known = functools.lru_cache(maxsize=512, typed=True)(AttentionOptions)
 
 
 def options_of(precision: Any, tensor_layout: str, is_causal: bool, scale: Any, *rest: Any) -> AttentionOptions:

@@ -8,7 +8,10 @@ import numpy as np
 from lowbit_video.kernels.buffers import Buffer, Origin
 from lowbit_video.kernels.operands import Packed, Sequences
 
+from ..arguments import whole
 from ..runtime.protocol import Runtime
+
+MAX_TOKENS = 2**31 - 1
 
 
 class Packing(NamedTuple):
@@ -20,7 +23,10 @@ class Packing(NamedTuple):
     max_k: int
 
     def check(self, runtime: Runtime) -> None:
-        """Raises ValueError for beginnings that no batch could have."""
+        """Raises ValueError for beginnings or longest sequences that no batch could have, TypeError for no whole number."""
+        for name, longest in (("max_seqlen_q", self.max_q), ("max_seqlen_k", self.max_k)):
+            if whole(name, longest, 1) > MAX_TOKENS:
+                raise ValueError(f"{name} is {longest}; int32 beginnings reach {MAX_TOKENS} tokens")
         shapes = [runtime.shape(cu) for cu in (self.cu_q, self.cu_k)]
         dtypes = [runtime.dtype_name(cu) for cu in (self.cu_q, self.cu_k)]
         if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0][0] < 2 or dtypes != ["int32", "int32"]:

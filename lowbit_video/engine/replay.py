@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from lowbit_video.kernels.buffers import Buffer, Origin
 from lowbit_video.kernels.launch import Replay, recorded
 
@@ -28,6 +30,8 @@ TENSORS = ("q", "k", "v", "cu_q", "cu_k")
 FRESH = ("out", "lse", "workspace")
 """Names of what a call allocates."""
 
+WHOLE = (int, np.integer)
+
 _PLANS: dict[tuple, Plan] = {}
 _KEEPING = threading.Lock()
 
@@ -42,7 +46,7 @@ def key_of(runtime: Runtime, tensors: Sequence[Any], options: AttentionOptions, 
     signatures = [runtime.signature(t) for t in tensors]
     if None in signatures or options.check_finite or os.environ.get(ENVIRONMENT) == "0":
         return None
-    if any(hasattr(choice, "data_ptr") for choice in (options.scale, *(lengths or ()))):
+    if hasattr(options.scale, "data_ptr") or not all(isinstance(length, WHOLE) for length in lengths or ()):
         return None
     return (runtime.NAME, *signatures, *[t.data_ptr() % ALIGNMENT for t in tensors], options, lengths)
 

@@ -17,11 +17,22 @@ from typing import Any
 import paddle
 from tqdm import tqdm
 
+from lowbit_video.arguments import flag, number, shown, whole
 from lowbit_video.distributed.cost.models import default_size
 
-from ..shared.conditions import CALLBACK_TENSORS, Callback
+from ..shared.conditions import CALLBACK_TENSORS, Callback, guidance
 from ..shared.denoise import denoise
-from ..shared.inputs import check_prompts, draw, make_generators, number, take_latents, whole
+from ..shared.inputs import (
+    MAX_ELEMENTS,
+    as_texts,
+    check_prompts,
+    check_tensor,
+    draw,
+    here,
+    make_generators,
+    size_or_none,
+    take_latents,
+)
 from ..shared.output import OUTPUT_TYPES, PipelineOutput, postprocess
 from ..shared.pipeline import Pipeline, on_device
 from ..shared.t5 import T5EncoderModel
@@ -73,13 +84,13 @@ class CogVideoXPipeline(Pipeline):
 
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> paddle.Tensor:
         """Text embeddings [B, max_sequence_length, D] of one prompt or several; a longer prompt is cut, with a warning."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = as_texts("prompt", [] if prompt is None else prompt)
         tokenizer, text_encoder = (self._part(name, "encode_prompt") for name in ("tokenizer", "text_encoder"))
         if max_sequence_length is None:
             length = self._part("transformer", "encode_prompt", "Give max_sequence_length (the published models: 226). "
                                 ).config.max_text_seq_length
         else:
-            length = whole("max_sequence_length", max_sequence_length, 1)
+            length = whole("max_sequence_length", max_sequence_length, 1, MAX_ELEMENTS)
         for text, ids in zip(prompts, tokenizer(prompts).input_ids):
             if len(ids) > length:
                 lost = tokenizer.decode(ids[length - 1 : -1])
@@ -93,8 +104,16 @@ class CogVideoXPipeline(Pipeline):
             return text_encoder(paddle.to_tensor(ids))
 
     def decode_latents(self, latents: paddle.Tensor, progress: bool = False) -> paddle.Tensor:
-        """Video [B, 3, F, H, W] about [-1, 1] of latents [B, f, C, h, w]; on several ranks, each gets it."""
-        self._part("vae", "decode_latents")
+        """Video [B, 3, F, H, W] about [-1, 1] of latents [B, f, C, h, w]; on several ranks, each gets it.
+
+        Raises ValueError or TypeError for what are no latents of this model, or where the pipeline has no VAE.
+        """
+        channels = self._part("vae", "decode_latents").config.latent_channels
+        check_tensor(latents, "latents")
+        if len(latents.shape) != 5 or 0 in latents.shape or latents.shape[2] != channels:
+            raise ValueError(f"latents have shape {list(latents.shape)}; this model decodes [videos, frames, {channels}, "
+                             "height, width]")
+        latents = here(latents, "latents")
         if self.parallel is None:
             return self._decode(latents, progress)
         return self.parallel.decode(lambda: self._decode(latents, progress))
@@ -164,9 +183,12 @@ class CogVideoXPipeline(Pipeline):
         """
         num_inference_steps, num_videos_per_prompt = (whole(name, value, 1) for name, value in (
             ("num_inference_steps", num_inference_steps), ("num_videos_per_prompt", num_videos_per_prompt)))
-        guidance_scale = number("guidance_scale", guidance_scale)
-        _check_choices(output_type, eta, callback_on_step_end_tensor_inputs)
-        prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        guidance_scale = guidance("guidance_scale", guidance_scale)
+        use_dynamic_cfg, progress = flag("use_dynamic_cfg", use_dynamic_cfg), flag("progress", progress)
+        max_sequence_length = size_or_none("max_sequence_length", max_sequence_length, 1)
+        _check_choices(output_type, eta, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
+                                           self._part("transformer", "a call").config.text_embed_dim)
         self._check_parts(prompts, negatives, negative_prompt_embeds, guidance_scale, output_type)
         height, width, num_frames = self._resolve_size(height, width, num_frames)
         _warn_of_no_effect(guidance_scale > 1, any(negatives or ()) or negative_prompt_embeds is not None, use_dynamic_cfg,
@@ -175,11 +197,9 @@ class CogVideoXPipeline(Pipeline):
             prompt=prompts, negative_prompt=negatives, height=height, width=width, num_frames=num_frames,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, use_dynamic_cfg=use_dynamic_cfg,
             num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
-            latents_only=output_type == "latent",
-        )
+            latents_only=output_type == "latent")
         self.scheduler.set_timesteps(num_inference_steps)
-        self.num_timesteps = len(self.scheduler.timesteps)
-        self.interrupt, self.guidance_scale = False, guidance_scale
+        self.interrupt, self.guidance_scale, self.num_timesteps = False, guidance_scale, len(self.scheduler.timesteps)
         dynamic = lambda timestep: dynamic_guidance(guidance_scale, timestep, num_inference_steps)
         timings: dict[str, float] = {}
 
@@ -192,9 +212,8 @@ class CogVideoXPipeline(Pipeline):
             latents = self._shared(latents * self.scheduler.init_noise_sigma)
             rotary = self.transformer.rotary_tables(shape[1], shape[3], shape[4])
             with self._timed(timings, "text_encode"):
-                embeds = self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0,
-                                     num_videos_per_prompt, max_sequence_length)
-                embeds = self._shared(embeds)
+                embeds = self._shared(self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds,
+                                                  guidance_scale > 1.0, num_videos_per_prompt, max_sequence_length))
             with self._timed(timings, "denoise"):
                 latents = denoise(
                     self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds,
@@ -217,9 +236,8 @@ class CogVideoXPipeline(Pipeline):
         Raises:
             ValueError: not a size that the model makes; the nearest ones are named.
         """
-        for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
-            if value is not None:
-                whole(name, value)
+        height, width, num_frames = (size_or_none(name, value) for name, value in (
+            ("height", height), ("width", width), ("num_frames", num_frames)))
         config, vae = self.transformer.config, self._measures
         ratio = vae.spatial_compression_ratio
         default_height, default_width = default_size(config, ratio)
@@ -232,10 +250,14 @@ class CogVideoXPipeline(Pipeline):
                 low = size // multiple * multiple
                 nearest = [str(value) for value in (low, low + multiple) if value > 0]
                 raise ValueError(f"{name} is {size} and must be a multiple of {multiple}; the nearest: {', '.join(nearest)}")
+        if height * width * num_frames > MAX_ELEMENTS:
+            raise ValueError(f"height {height}, width {width} and num_frames {num_frames} make {height * width * num_frames} "
+                             f"pixels a video; give at most {MAX_ELEMENTS}")
         step = int(vae.config.temporal_compression_ratio) * vae.num_latent_frames_batch_size
         advice = f"the model's own numbers are {step} n + 1: try {max(1, (num_frames + step // 2 - 1) // step) * step + 1}"
         if not self._makes_frames(num_frames):
-            nearest = [n for n in range(max(num_frames, 0) + MAX_FRAME_GAP) if self._makes_frames(n)]
+            about = range(max(num_frames - MAX_FRAME_GAP, 0), max(num_frames, 0) + MAX_FRAME_GAP)
+            nearest = [n for n in about if self._makes_frames(n)]
             nearest = [*[n for n in nearest if n < num_frames][-1:], *[n for n in nearest if n > num_frames][:1]]
             raise ValueError(
                 f"num_frames is {num_frames}, which the VAE's groups of frames do not make; the nearest: "
@@ -260,7 +282,11 @@ class CogVideoXPipeline(Pipeline):
         """Shape of the latents, and how many of its first frames only fill up the transformer's patches in time (1.5)."""
         frames, ratio = self._latent_frames(num_frames), self._measures.spatial_compression_ratio
         padding = -frames % (self.transformer.config.patch_size_t or 1)
-        return [videos, frames + padding, self.transformer.config.in_channels, height // ratio, width // ratio], padding
+        shape = [videos, frames + padding, self.transformer.config.in_channels, height // ratio, width // ratio]
+        if math.prod(shape) > MAX_ELEMENTS:
+            raise ValueError(f"{videos} videos (prompts times num_videos_per_prompt) need latents {shape}, more than "
+                             f"{MAX_ELEMENTS} numbers; make fewer in a call")
+        return shape, padding
 
 
 @functools.cache
@@ -268,12 +294,18 @@ def _published_vae() -> AutoencoderKLCogVideoX:
     return AutoencoderKLCogVideoX.from_config({})  # without memory for its weights
 
 
-def _check_choices(output_type: str, eta: float, callback_tensors: Sequence[str]) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}; supported: {', '.join(OUTPUT_TYPES)}")
-    if eta:
-        raise ValueError(f"eta is {eta}; CogVideoX's schedulers take none. Leave it at 0")
-    unknown = [name for name in callback_tensors if name not in CALLBACK_TENSORS]
+def _check_choices(output_type: str, eta: float, callback: Any, callback_tensors: Sequence[str]) -> None:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {shown(output_type)}; supported: {', '.join(OUTPUT_TYPES)}")
+    if number("eta", eta):
+        raise ValueError(f"eta is {shown(eta)}; CogVideoX's schedulers take none. Leave it at 0")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback_on_step_end is {shown(callback)}; give what can be called as (pipeline, step, timestep, "
+                        "tensors), or None")
+    if not isinstance(callback_tensors, (list, tuple)):
+        raise TypeError(f"callback_on_step_end_tensor_inputs is {shown(callback_tensors)}; give a list of "
+                        f"{', '.join(CALLBACK_TENSORS)}")
+    unknown = [shown(name) for name in callback_tensors if not isinstance(name, str) or name not in CALLBACK_TENSORS]
     if unknown:
         raise ValueError(
             f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; supported: {', '.join(CALLBACK_TENSORS)}"

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import paddle
 
+from lowbit_video.arguments import whole
+
 from ..shared.config import DIFFUSERS_VERSION, ConfigError, keep_config, known_keys, load_config, write_json
-from ..shared.inputs import whole
 
 SCHEDULER_CONFIG_NAME = "scheduler_config.json"
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")

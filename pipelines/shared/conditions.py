@@ -4,15 +4,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import paddle
 
-from .inputs import here, number
+from lowbit_video.arguments import number
+
+from .inputs import here
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Callback = Callable[[Any, int, int, dict], Mapping | None]
 """Called as (pipeline, step, timestep, tensors) after each step; what it returns under a name replaces that tensor."""
 
 NEVER_GUIDED = "guidance was left out from the start: call the pipeline with a guidance_scale above 1"
+
+
+def guidance(name: str, value: Any) -> float:
+    """A guidance scale as a float. TypeError for what is no number, ValueError for one that float32 does not hold."""
+    scale = number(name, value)
+    if abs(scale) > float(np.finfo(np.float32).max):  # as a NumPy number it would cast the scale first
+        raise ValueError(f"{name} is {scale}; give one that float32 holds, CogVideoX's is 6")
+    return scale
 
 
 class Conditions:
@@ -44,6 +55,7 @@ class Conditions:
                              f"{', '.join(CALLBACK_TENSORS)}; the guidance is set as pipe.guidance_scale")
         changed = {name: here(value, f"{name} returned by callback_on_step_end") for name, value in (returned or {}).items()
                    if value is not given[name]}
+        pipe.guidance_scale = guidance("pipe.guidance_scale", pipe.guidance_scale)
         if pipe.guidance_scale != scale:
             self._set_guidance(pipe.guidance_scale)
         self._take_embeds(changed)
@@ -53,9 +65,8 @@ class Conditions:
                              f"{list(latents.shape)}")
         return new.astype("float32")
 
-    def _set_guidance(self, scale: Any) -> None:
+    def _set_guidance(self, scale: float) -> None:
         """A guidance that a callback set holds from now on; 1 or less leaves guidance out until it is set above 1 again."""
-        number("pipe.guidance_scale", scale)
         if scale > 1 and self.negative is None:
             raise ValueError(f"a callback set pipe.guidance_scale to {scale}, but {NEVER_GUIDED}")
         self.guided, self.guidance_at = self.negative is not None and scale > 1, None

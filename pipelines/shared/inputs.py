@@ -1,8 +1,6 @@
 """What a caller gives a pipeline, checked and made ready: prompts, seeds or noise sources, latents, embeddings."""
 from __future__ import annotations
 
-import math
-import operator
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -10,49 +8,31 @@ from typing import Any
 import numpy as np
 import paddle
 
+from lowbit_video.arguments import shown, whole
+from lowbit_video.errors import NonFiniteError
+
 MAX_SEED = 2**32
+MAX_ELEMENTS = 2**31 - 1
+"""Of one tensor: what an int32 counts."""
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """The value as an int. TypeError for what is no whole number, ValueError for one below `least`."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        result = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; give a whole number") from None
-    if least is not None and result < least:
-        raise ValueError(f"{name} is {result}; give at least {least}")
-    return result
-
-
-def number(name: str, value: Any) -> float:
-    """The value as a float. TypeError for what is no number, ValueError for NaN and infinity."""
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        result = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; give a finite number") from None
-    if not math.isfinite(result):
-        raise ValueError(f"{name} is {result}; give a finite number")
-    return result
-
-
-def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> tuple[list[str] | None, list[str] | None]:
-    """Prompts and negative prompts as lists of the same length, None where embeddings or nothing were given."""
+def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, width: int
+                  ) -> tuple[list[str] | None, list[str] | None]:
+    """Prompts and negative prompts as lists of the same length, None where embeddings [B, N, width] or nothing were given."""
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds" + (", not both" if prompt is not None else ""))
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
-    prompts = _as_texts("prompt", prompt)
+    prompts = as_texts("prompt", prompt)
     for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
         if embeds is not None:
             check_tensor(embeds, name)
-            if len(embeds.shape) != 3:
-                raise ValueError(f"{name} has shape {list(embeds.shape)}; give [prompts, tokens, channels]")
+            if len(embeds.shape) != 3 or 0 in embeds.shape or embeds.shape[2] != width:
+                raise ValueError(f"{name} has shape {list(embeds.shape)}; this model takes [prompts, tokens, {width}]")
+            check_finite(embeds, name)
     count = len(prompts) if prompts is not None else prompt_embeds.shape[0]
-    negatives = _as_texts("negative_prompt", negative_prompt)
+    negatives = as_texts("negative_prompt", negative_prompt)
     if negatives is not None and isinstance(negative_prompt, str):
         negatives = negatives * count
     if negatives is not None and len(negatives) != count:
@@ -60,12 +40,18 @@ def check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds
     return prompts, negatives
 
 
-def _as_texts(name: str, value: Any) -> list[str] | None:
+def size_or_none(name: str, value: Any, least: int | None = None) -> int | None:
+    """A whole number of what memory must hold, or None as given. TypeError or ValueError for anything else."""
+    return None if value is None else whole(name, value, least, MAX_ELEMENTS)
+
+
+def as_texts(name: str, value: Any) -> list[str] | None:
+    """One text or several as a list; ValueError for anything else but None."""
     if value is None:
         return None
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else None
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} must be a string or a non-empty list of strings, got {value!r}")
+        raise ValueError(f"{name} must be a string or a non-empty list of strings, got {shown(value)}")
     return texts
 
 
@@ -93,7 +79,12 @@ def make_generators(seed, generator, videos: int) -> tuple[list, list[int] | Non
 
 def draw(generators: Sequence[Any], shape: Sequence[int]) -> paddle.Tensor:
     """Standard normal noise [B, ...], float32, each video's from its own source."""
-    return paddle.to_tensor(np.stack([np.asarray(g.standard_normal(tuple(shape[1:])), np.float32) for g in generators]))
+    noise = [np.asarray(g.standard_normal(tuple(shape[1:])), np.float32) for g in generators]
+    wrong = [list(one.shape) for one in noise if one.shape != tuple(shape[1:])]
+    if wrong:
+        raise ValueError(f"generator.standard_normal({tuple(shape[1:])}) gave shape {wrong[0]}; give noise of the "
+                         "shape asked for")
+    return paddle.to_tensor(np.stack(noise))
 
 
 def take_latents(latents: Any, shape: Sequence[int]) -> paddle.Tensor:
@@ -105,13 +96,25 @@ def take_latents(latents: Any, shape: Sequence[int]) -> paddle.Tensor:
 
 
 def check_tensor(x: Any, name: str) -> None:
-    """Raises TypeError for what is neither a Paddle tensor nor a NumPy array; a torch tensor is told how to become one."""
+    """Raises TypeError for what is neither a Paddle tensor nor a NumPy array of floats; a torch tensor is told the way."""
     if not isinstance(x, (paddle.Tensor, np.ndarray)):
         kind = type(x)
         advice = {"torch": f"{name}.detach().float().cpu().numpy()", "builtins": f"np.stack({name})"}.get(
             kind.__module__.split(".")[0], f"np.asarray({name})")
         raise TypeError(f"{name} is a {kind.__module__}.{kind.__qualname__}; supported: a Paddle tensor or a NumPy array; try "
                         f"{advice}")
+    dtype = str(x.dtype).split(".")[-1]
+    if dtype not in FLOATS or (dtype == "bfloat16" and isinstance(x, np.ndarray)):
+        raise TypeError(f"{name} has dtype {dtype}; supported: {', '.join(FLOATS)} (an array has no bfloat16); try "
+                        f"{name}.astype('float32')")
+
+
+def check_finite(x: Any, name: str) -> None:
+    """Raises NonFiniteError for a tensor or an array with NaN or infinity: the work would be for nothing."""
+    finite = int(np.isfinite(x).sum() if isinstance(x, np.ndarray) else paddle.isfinite(x).astype("int64").sum())
+    if finite != x.size:
+        raise NonFiniteError(f"{name} has {x.size - finite} NaN or infinite elements of {x.size} (shape {list(x.shape)}); find "
+                             "where they come from")
 
 
 def here(x: Any, name: str) -> paddle.Tensor:

@@ -46,3 +46,15 @@ def test_nan_is_refused(framework):
     q[0, 0, 0, 0] = np.nan
     with pytest.raises(lv.NonFiniteError, match="1 NaN"):
         lv.quantize(framework.tensor(q))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float64", "int8", "bool", "complex64", "float8_e4m3fn"])
+def test_other_dtypes_are_refused(framework, dtype):
+    with pytest.raises(TypeError, match=f"float16, bfloat16, float32; given: {dtype}"):
+        lv.quantize(framework.tensor(np.ones((1, 4, 1, 32)), dtype))
+
+
+@pytest.mark.parametrize("given", [None, 3, np.zeros(3)], ids=repr)
+def test_only_what_was_quantised_is_dequantised(given):
+    with pytest.raises(TypeError, match=r"what quantize\(\) returned; given: "):
+        lv.dequantize(given)

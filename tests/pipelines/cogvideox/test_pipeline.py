@@ -291,11 +291,31 @@ def test_what_a_callback_cannot_return(pipe, returned, more, error, words):
 
 
 @pytest.mark.parametrize("scale, start, words", [
-    (float("nan"), 6.0, "guidance_scale is nan"), (5.0, 1.0, "left out from the start")])
+    (float("nan"), 6.0, "guidance_scale is nan"), (5.0, 1.0, "left out from the start"), (1e39, 6.0, "float32 holds"),
+    (np.array([1.0, 2.0]), 6.0, "guidance_scale is array"), ("1", 6.0, "guidance_scale is '1'")])
 @pytest.mark.filterwarnings("ignore:the negative prompt has no effect")
 def test_a_guidance_that_a_callback_cannot_set(pipe, scale, start, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         with_callback(pipe, lambda p, *a: setattr(p, "guidance_scale", scale), guidance_scale=start)
+
+
+def test_a_guidance_that_a_callback_sets_may_be_an_array_of_one(pipe):
+    made = [with_callback(pipe, lambda p, *a, one=one: setattr(p, "guidance_scale", one)) for one in (np.array([2]), 2.0)]
+    np.testing.assert_array_equal(*made)
+
+
+@pytest.mark.parametrize("latents, words", [
+    (np.zeros([1, 3, 5, 4, 6]), r"\[videos, frames, 4, height, width\]"), (np.zeros([3, 4, 4, 6]), "have shape"),
+    (np.zeros([1, 0, 4, 4, 6]), "have shape"), ([1.0], "builtins.list"), (np.zeros([1, 3, 4, 4, 6], int), "dtype int64")])
+def test_what_are_no_latents_is_not_decoded(pipe, latents, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        pipe.decode_latents(latents)
+
+
+@pytest.mark.parametrize("prompt", [3, None, [], ["a", None]])
+def test_what_is_no_text_is_not_encoded(pipe, prompt):
+    with pytest.raises((ValueError, TypeError), match="^prompt must be a string or a non-empty list"):
+        pipe.encode_prompt(prompt)
 
 
 def test_progress_bars(pipe, capfd):
@@ -524,6 +544,26 @@ def test_random_model(random_kind, tmp_path):
         (dict(prompt=None, prompt_embeds=[np.zeros([8, 12])]), ["prompt_embeds is a builtins.list", "np.stack"]),
         (dict(negative_prompt_embeds=[np.zeros([8, 12])]), ["negative_prompt_embeds is a builtins.list"]),
         (dict(prompt=None, prompt_embeds=np.zeros([8, 12])), ["prompt_embeds has shape [8, 12]"]),
+        (dict(prompt=None, prompt_embeds=np.zeros([1, 16, 13])), ["[1, 16, 13]", "[prompts, tokens, 12]"]),
+        (dict(negative_prompt_embeds=np.zeros([0, 16, 12])), ["negative_prompt_embeds has shape [0, 16, 12]"]),
+        (dict(negative_prompt_embeds=np.full([1, 16, 12], np.nan)), ["negative_prompt_embeds has 192 NaN or infinite"]),
+        (dict(latents=np.zeros([1, 3, 4, 4, 6], complex)), ["latents has dtype complex128", "float32"]),
+        (dict(latents=paddle.zeros([1, 3, 4, 4, 6], "int64")), ["latents has dtype int64"]),
+        (dict(guidance_scale=1e39), ["guidance_scale is 1e+39", "float32"]),
+        (dict(use_dynamic_cfg="no"), ["use_dynamic_cfg is 'no'", "True or False"]),
+        (dict(progress=2), ["progress is 2"]),
+        (dict(eta=float("nan")), ["eta is nan"]),
+        (dict(eta=np.zeros(2)), ["eta is array"]),
+        (dict(output_type=np.array(["np", "pd"])), ["output_type is array"]),
+        (dict(callback_on_step_end=3), ["callback_on_step_end is 3", "None"]),
+        (dict(callback_on_step_end_tensor_inputs="latents"), ["tensor_inputs is 'latents'", "a list of"]),
+        (dict(callback_on_step_end_tensor_inputs=[[]]), ["tensor_inputs has []"]),
+        (dict(num_frames=2**31), ["num_frames is 2147483648", "at most 2147483647"]),
+        (dict(num_frames=2**30 + 1), ["num_frames 1073741825 make", "pixels"]),
+        (dict(height=2**20, width=2**20), ["height 1048576", "pixels"]),
+        (dict(num_videos_per_prompt=2**31), ["2147483648 videos", "make fewer in a call"]),
+        (dict(max_sequence_length=2**31), ["max_sequence_length is 2147483648"]),
+        (dict(generator=type("Odd", (), {"standard_normal": lambda self, shape: np.zeros(3)})()), ["gave shape [3]"]),
     ],
 )
 def test_bad_input(pipe, arguments, words):
