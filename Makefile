@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
+INTEROP_VENV ?= .venv-interop
 # What the parity environment compares against. A CPU build of torch is enough: name another one here.
 TORCH ?= torch==2.13.0
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test mutants mutants-some gpu-test parity lint wheel eval-demo clean
+.PHONY: demo demo-parallel test mutants mutants-some gpu-test parity interop lint wheel eval-demo clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -25,6 +26,11 @@ $(PARITY_VENV)/.done: pyproject.toml setup.py
 	$(PYTHON) -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/pip install -q '$(TORCH)'
 	$(PARITY_VENV)/bin/pip install -q -e '.[cpu,eval,test,train]'
+	touch $@
+
+$(INTEROP_VENV)/.done: pyproject.toml setup.py
+	$(PYTHON) -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/pip install -q -e '.[cpu,ppdiffusers]' 'pytest>=8' 'pytest-timeout>=2.3'
 	touch $@
 
 demo: $(VENV)/.cpu  ## make a video with low-bit attention on the CPU: make demo ARGS='--prompt "..." --compare'
@@ -46,6 +52,9 @@ mutants-some: mutants  ## a tenth of them, another one every day
 
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
 	$(PARITY_VENV)/bin/python -m pytest tests -m "torch or parity" $(ARGS)
+
+interop: $(INTEROP_VENV)/.done  ## hook models of the real ppdiffusers; its environment is large: 157 packages, 2.4 GB
+	$(INTEROP_VENV)/bin/python -m pytest tests/interop -m interop $(ARGS)
 
 eval-demo: export OMP_NUM_THREADS ?= 2
 eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 precisions, a report; goes on where it was stopped
@@ -71,4 +80,4 @@ wheel: $(VENV)/.test  ## build the wheel, install it into an empty environment, 
 	rm -rf .venv-wheel
 
 clean:
-	rm -rf .venv .venv-parity .venv-wheel build dist outputs *.egg-info
+	rm -rf .venv .venv-parity .venv-interop .venv-wheel build dist outputs *.egg-info

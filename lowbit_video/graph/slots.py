@@ -6,12 +6,17 @@ compilation is the one that runs, and calls are counted as in eager mode.
 """
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..errors import UnsupportedError
 from ..runtime.detect import runtime_of
 from .runners import register
+
+POSITIONAL = ("processor", "attn", "hidden_states", "encoder_hidden_states", "attention_mask")
+"""What every frame takes; what it takes besides is given by name."""
 
 
 class Slot:
@@ -25,6 +30,9 @@ class Slot:
 
     def __init__(self, attn: Any, like: Any, frame: Callable, run: Callable) -> None:
         self.runtime, self.frame = runtime_of(like), frame
+        takes = list(inspect.signature(frame).parameters.values())[len(POSITIONAL):]
+        self.names = tuple(p.name for p in takes if p.kind is not p.VAR_KEYWORD)
+        self.any_name = len(self.names) < len(takes)
         self.operator = self.masked_operator = self.key = None
         self.around: Callable[[Any], Any] | None = None
         if self.runtime.NAME == "paddle":
@@ -33,6 +41,15 @@ class Slot:
             self._module, self._run = weakref.ref(attn), run
             self.key = register(self)
             self.operator, self.masked_operator = paddle_ops.module_op, paddle_ops.masked_module_op
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises UnsupportedError for arguments that the module's frame does not take; one that takes any looks for itself."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown and not self.any_name:
+            takes = ", ".join((*POSITIONAL[2:], *self.names))
+            raise UnsupportedError(f"the attention was called with {', '.join(unknown)}, which {self.frame.__name__} does not "
+                                   f"know; it takes {takes}; leave the argument out, or leave this module's own processor in "
+                                   "its place (apply's modules={name: None})")
 
     def run(self, *tensors: Any) -> Any:
         """The attention of [B, N, H, D] q, k, v, and a mask if there is one."""

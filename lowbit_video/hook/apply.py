@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
 from .base import AttnProcessor, check_processor, slot_of
+from .frames.replaced import check_replaced
 from .processors import LowBitAttnProcessor
 from .report import attention_modules, named_modules, transformer_of
 
@@ -60,7 +61,8 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     fallback, backend, check_finite: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
     Raises ValueError for a pattern that names no module or a model without attention modules, UnsupportedError for an
-    attention class that no frame declares (`declare_attention`); no processor is changed then.
+    attention class that no frame declares (`declare_attention`) and a processor that does more than its frame; no processor
+    is changed then.
     """
     model = transformer_of(model_or_pipe)
     targets = attention_modules(model)
@@ -89,7 +91,8 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     for name, processor in processors.items():
         if isinstance(processor, AttnProcessor):
             try:
-                slot_of(targets[name], targets[name].to_q.weight, owner=parts[name.rpartition(".")[0]])
+                slot = slot_of(targets[name], targets[name].to_q.weight, owner=parts[name.rpartition(".")[0]])
+                check_replaced(slot.frame, targets[name].processor)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{name} of {type(model).__name__}: {error}") from None
             processor.records.of(targets[name]).name = name

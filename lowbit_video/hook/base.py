@@ -6,6 +6,7 @@ code knows no framework, so the same processor serves our Paddle model and diffu
 """
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -16,6 +17,18 @@ from .frames import frame_of
 from .report import Record, Records
 
 _active = threading.local()
+
+OTHERS = ("temb", "scale", "rotary_emb")
+"""What frames take beside the arguments of `AttnProcessor.__call__`. Libraries whose modules pass on only what stands in a
+processor's signature by name find these there."""
+
+
+def _with_named(function: Any, names: tuple[str, ...]) -> inspect.Signature:
+    """The signature of a function that takes any keyword, with these among them by name."""
+    signature = inspect.signature(function)
+    *given, rest = signature.parameters.values()
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    return signature.replace(parameters=[*given, *named, rest])
 
 
 class AttnProcessor:
@@ -32,14 +45,20 @@ class AttnProcessor:
     def __init__(self) -> None:
         self.records = Records()
 
-    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
-                 image_rotary_emb: Any = None) -> tuple[Any, Any]:
-        """What the module's frame computes (see `frames`); diffusers passes on only arguments that stand here by name.
+    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None,
+                 image_rotary_emb: Any = None, **others: Any) -> Any:
+        """What the module's frame computes (see `frames`). others: what else the module's own protocol has.
 
-        Raises UnsupportedError for a module whose class no frame declares.
+        Raises UnsupportedError for a module whose class no frame declares, and for an argument that its frame does not know.
         """
         slot = slot_of(attn, hidden_states)
-        return slot.frame(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if image_rotary_emb is not None:
+            others["image_rotary_emb"] = image_rotary_emb
+        others = {name: value for name, value in others.items() if value is not None}
+        slot.check_names(others)
+        return slot.frame(self, attn, hidden_states, encoder_hidden_states, attention_mask, **others)
+
+    __call__.__signature__ = _with_named(__call__, OTHERS)
 
     def attention_of(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of the graph that Paddle traces."""

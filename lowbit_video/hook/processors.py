@@ -7,12 +7,15 @@ from ..engine.codes import AttentionCodes
 from ..engine.codes import attend as attend_codes
 from ..engine.codes_target import Target
 from ..engine.options import AttentionOptions, options_of
+from ..engine.packing import Packing
 from ..engine.run import run
 from ..errors import UnsupportedError
+from ..graph.tracing import traced_by_torch
 from ..precision import Precision, as_precision
 from ..runtime.detect import runtime_of
 from .attend import exact_attend, exact_attend_masked
 from .base import AttnProcessor
+from .masks import packed, prefix_lengths
 
 DTYPES = ("float16", "bfloat16", "float32")
 """Tensor dtypes that low-bit attention takes."""
@@ -59,19 +62,26 @@ class LowBitAttnProcessor(AttnProcessor):
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False) -> Any:
         """Attention at this processor's precision, or exact attention where `fallback` allows."""
+        served = self._low_bit(q, k, v, self.options(is_causal, scale, return_lse))
+        if served is None:
+            return exact_attend(q, k, v, is_causal, scale, return_lse)
+        return served if return_lse else served[0]
+
+    def _low_bit(self, q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None = None) -> tuple | None:
+        """(out, lse), noted; None, noted with the reason, where no kernel serves and `fallback` allows exact attention."""
         try:
             dtype = runtime_of(q).dtype_name(q)
             if dtype not in DTYPES:
                 raise UnsupportedError(f"the tensors have dtype {dtype}; low-bit attention takes {', '.join(DTYPES)}; "
                                        "cast the model, or use fallback='exact'")
-            out, lse, variant = run(q, k, v, self.options(is_causal, scale, return_lse))
+            out, lse, variant = run(q, k, v, options, packing)
         except UnsupportedError as error:
             if self.fallback is None:
                 raise
             self.note("exact", _reason(error))
-            return exact_attend(q, k, v, is_causal, scale, return_lse)
+            return None
         self.note(f"{self.precision} ({variant.name})")
-        return (out, lse) if return_lse else out
+        return out, lse
 
     def options(self, is_causal: bool = False, scale: float | None = None, return_lse: bool = False) -> AttentionOptions:
         """The choices of a call of this processor."""
@@ -88,10 +98,23 @@ class LowBitAttnProcessor(AttnProcessor):
         return out, lse
 
     def attend_masked(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
-        """No low-bit kernel takes a mask: exact attention if the caller asked for the fallback, else an error."""
-        if self.fallback is None:
-            return super().attend_masked(q, k, v, mask)
-        self.note("exact (masked)", f"no low-bit kernel takes a mask; one of shape {list(mask.shape)} was given")
+        """Under a mask that hides each sample's last keys: by their lengths. Else exact attention where `fallback` allows."""
+        traced = traced_by_torch(q)
+        lengths = None if traced else prefix_lengths(mask, q.shape[0], k.shape[1])
+        if lengths is None:
+            reason = ("torch.compile traces this call, and a mask is read to be served" if traced else
+                      "no low-bit kernel takes a mask that hides other keys than each sample's last")
+            if self.fallback is None:
+                raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given to {self}: {reason}; try a "
+                                       "processor with fallback='exact', or pass no mask")
+            self.note("exact (masked)", f"{reason}; one of shape {list(mask.shape)} was given")
+        elif len(set(lengths)) == 1:
+            return self.attend(q, k[:, :lengths[0]], v[:, :lengths[0]])
+        else:
+            q3, k3, v3, packing = packed(q, k, v, lengths)
+            served = self._low_bit(q3, k3, v3, self.options(), packing)
+            if served is not None:
+                return served[0].reshape(q.shape)
         return exact_attend_masked(q, k, v, mask)
 
     def __str__(self) -> str:

@@ -1,9 +1,10 @@
 """Frames: what a model's attention does around its attention (projections, norms, positions), one file a protocol.
 
-A frame is `frame(processor, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)`; it gives q, k and v
-to `processor.attention_of(attn, q, k, v, mask)` and returns what the model's block expects. Which one a module follows is
-declared by class: of the module itself, or, where a library has one attention class for many protocols (diffusers'
-`Attention`), of the block that owns it. An undeclared class is refused: its block might mean something else by the same names.
+A frame is `frame(processor, attn, hidden_states, encoder_hidden_states, attention_mask, **others)`, where `others` is what its
+protocol has besides, by name; it gives q, k and v to `processor.attention_of(attn, q, k, v, mask)` and returns what the
+model's block expects. Which one a module follows is declared by class: of the module itself, or, where a library has one
+attention class for many protocols (diffusers' and ppdiffusers' `Attention`), of the block that owns it. An undeclared class is
+refused: its block might mean something else by the same names.
 """
 from __future__ import annotations
 
@@ -12,14 +13,29 @@ from typing import Any
 
 from ...errors import UnsupportedError
 from .cogvideox import joint_attention
+from .one_stream import one_stream_attention
 from .owners import owner_of
+from .two_streams import two_stream_attention
+from .wan import wan_attention
 
-FRAMES: dict[str, Callable] = {"cogvideox": joint_attention}
+FRAMES: dict[str, Callable] = {"cogvideox": joint_attention, "one_stream": one_stream_attention,
+                               "two_streams": two_stream_attention, "wan": wan_attention}
 """The protocols there are."""
 
 _declared: dict[type | str, str] = {
     "lowbit_video.pipelines.cogvideox.transformer.Attention": "cogvideox",
     "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXBlock": "cogvideox",
+    **{f"ppdiffusers.models.{name}": frame for name, frame in {
+        "attention.BasicTransformerBlock": "one_stream",
+        "attention.GatedSelfAttentionDense": "one_stream",
+        "attention.TemporalBasicTransformerBlock": "one_stream",
+        "attention.JointTransformerBlock": "two_streams",
+        "cogvideox_transformer_3d.CogVideoXBlock": "cogvideox",
+        "transformer_hunyuan_video.HunyuanVideoIndividualTokenRefinerBlock": "one_stream",
+        "transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock": "two_streams",
+        "transformer_hunyuan_video.HunyuanVideoTransformerBlock": "two_streams",
+        "transformer_wan.WanTransformerBlock": "wan",
+    }.items()},
 }
 
 
@@ -28,7 +44,8 @@ def declare_attention(module_class: type, frame: str = "cogvideox") -> type:
 
     module_class: the attention module's class, or its block's; subclasses are meant too. frame: a name in FRAMES. "cogvideox":
         the module has heads, to_q, to_k, to_v, norm_q, norm_k and to_out, and calls its processor as
-        `(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)` for (video tokens, text tokens).
+        `(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)` for (video tokens, text tokens). The
+        others say in their files what they need.
     Returns the class, so that it can stand above one as a decorator.
     Raises TypeError for what is no class, ValueError for a frame that does not exist.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...runtime.protocol import Runtime
+from .rotary import rotated
 
 
 def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
@@ -16,7 +17,10 @@ def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidde
         or [B, H or 1, N or 1, N] with N = N_text + N_video, text first.
     image_rotary_emb: None or (cos, sin), each [N_video, D], for the video tokens.
     returns: video tokens and text tokens, in this order, shaped like the inputs.
+    Raises ValueError without text tokens.
     """
+    if encoder_hidden_states is None:
+        raise ValueError("joint attention of text and video was called without encoder_hidden_states; give the text's tokens")
     runtime = attn.attention_slot.runtime
     text_tokens = encoder_hidden_states.shape[1]
     joint = runtime.concat([encoder_hidden_states, hidden_states], 1)
@@ -38,14 +42,5 @@ def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidde
 
 
 def _rotate_video(runtime: Runtime, x: Any, text_tokens: int, rotary: tuple[Any, Any]) -> Any:
-    """Rotary embedding of the video tokens of x [B, N, H, D]; the text tokens stay.
-
-    Pairs are interleaved: (x0, x1) becomes (x0 cos - x1 sin, x1 cos + x0 sin), in float32.
-    """
-    cos, sin = rotary
-    text, video = x[:, :text_tokens], x[:, text_tokens:]
-    wide = video.float()
-    pairs = wide.reshape([*wide.shape[:3], -1, 2])
-    turned = runtime.concat([-pairs[..., 1:], pairs[..., :1]], -1).reshape(wide.shape)
-    rotated = wide * cos.reshape([1, cos.shape[0], 1, cos.shape[1]]) + turned * sin.reshape([1, sin.shape[0], 1, sin.shape[1]])
-    return runtime.concat([text, rotated.to(x.dtype)], 1)
+    """x [B, N, H, D] with its video tokens rotated; the text tokens, which come first, stay."""
+    return runtime.concat([x[:, :text_tokens], rotated(runtime, x[:, text_tokens:], rotary)], 1)

@@ -130,8 +130,8 @@ def test_owners_are_found_and_a_module_without_one_has_none():
 def test_what_cannot_be_declared_is_said():
     with pytest.raises(TypeError, match="takes a class"):
         lv.declare_attention(toy_model.Attention())
-    with pytest.raises(ValueError, match="unknown frame 'wan'; there are: cogvideox"):
-        lv.declare_attention(toy_model.Attention, frame="wan")
+    with pytest.raises(ValueError, match="unknown frame 'mochi'; there are: cogvideox, one_stream, two_streams, wan"):
+        lv.declare_attention(toy_model.Attention, frame="mochi")
 
 
 # name of the model in diffusers: (arguments of a tiny one, the class that is named)
