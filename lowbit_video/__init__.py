@@ -14,6 +14,7 @@ from .distributed.parallelize import parallelize, unparallelize
 from .engine.codes import AttentionCodes
 from .errors import NonFiniteError, UnsupportedError
 from .hook.apply import apply, remove
+from .hook.dispatcher.register import register_diffusers, unregister_diffusers
 from .hook.frames import declare_attention
 from .hook.processors import ExactAttnProcessor, LowBitAttnProcessor
 from .hook.report import coverage
@@ -24,4 +25,5 @@ from .warming import warmup
 __version__ = "0.1.0"
 __all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized",
            "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "declare_attention",
-           "dequantize", "parallelize", "prequantize", "quantize", "remove", "unparallelize", "warmup"]
+           "dequantize", "parallelize", "prequantize", "quantize", "register_diffusers", "remove", "unparallelize",
+           "unregister_diffusers", "warmup"]

@@ -78,7 +78,7 @@ class LowBitAttnProcessor(AttnProcessor):
         except UnsupportedError as error:
             if self.fallback is None:
                 raise
-            self.note("exact", _reason(error))
+            self.note("exact", reason_of(error))
             return None
         self.note(f"{self.precision} ({variant.name})")
         return out, lse
@@ -128,7 +128,7 @@ class LowBitAttnProcessor(AttnProcessor):
     __repr__ = __str__
 
 
-def _reason(error: UnsupportedError) -> str:
+def reason_of(error: UnsupportedError) -> str:
     """One line of why no variant fits: the reasons of those that come nearest."""
     title, *lines = str(error).splitlines()
     reasons = dict.fromkeys(line.partition(": ")[2] for line in lines if line.startswith("  "))

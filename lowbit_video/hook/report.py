@@ -5,6 +5,7 @@ the report is made, by walking the model. The report is a table for a person and
 """
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -83,6 +84,24 @@ def transformer_of(model_or_pipe: Any) -> Any:
 
 def _is_model(part: Any) -> bool:
     return hasattr(part, "named_sublayers") or hasattr(part, "named_modules")
+
+
+def models_of(model_or_pipe: Any) -> dict[str, Any]:
+    """The denoising models by the pipeline's names for them ("transformer", "transformer_2"); a bare model by ""."""
+    model = transformer_of(model_or_pipe)
+    if model is model_or_pipe:
+        return {"": model}
+    second = getattr(model_or_pipe, "transformer_2", None)
+    return {"transformer": model, **({} if second is None else {"transformer_2": second})}
+
+
+def dispatching_modules(model: Any) -> dict[str, Any]:
+    """The modules whose processor hands q, k and v to diffusers' attention dispatcher, by name."""
+    return {name: module for name, module in named_modules(model) if _dispatches(module)}
+
+
+def _dispatches(module: Any) -> bool:
+    return hasattr(getattr(module, "processor", None), "_attention_backend")
 
 
 @dataclass(frozen=True)
@@ -187,11 +206,11 @@ def coverage(model_or_pipe: Any) -> Coverage:
     Counts are those of the processors that are set now: read the report before `remove()`.
     Raises TypeError for something that holds no model.
     """
-    model = transformer_of(model_or_pipe)
-    component = "" if model is model_or_pipe else "transformer"
-    rows = tuple(_module_coverage(component, name, module) for name, module in attention_modules(model).items())
+    models = models_of(model_or_pipe)
+    rows = tuple(_module_coverage(component, name, module) for component, model in models.items()
+                 for name, module in {**attention_modules(model), **dispatching_modules(model)}.items())
     untouched = ()
-    if component:
+    if "" not in models:
         parts = ((name, getattr(model_or_pipe, name, None)) for name in ("vae", "text_encoder", "text_encoder_2"))
         untouched = tuple((name, _count_attention(part)) for name, part in parts if part is not None and _is_model(part))
     return Coverage(rows, untouched)
@@ -200,13 +219,39 @@ def coverage(model_or_pipe: Any) -> Coverage:
 def _module_coverage(component: str, name: str, module: Any) -> ModuleCoverage:
     processor = module.processor
     records = getattr(processor, "records", None)
+    if _dispatches(module):
+        return _dispatched_coverage(component, name, module)
     if not isinstance(records, Records):
-        return ModuleCoverage(component, name, type(processor).__name__,
-                              reason="not hooked: the processor is not from lowbit_video, so its calls are not counted")
+        reason = "not hooked: the processor is not from lowbit_video, so its calls are not counted"
+        if _active_backend().startswith("lowbit_"):
+            reason = f"not hooked: its processor bypasses diffusers' dispatcher, so {_active_backend()!r} does nothing here"
+        return ModuleCoverage(component, name, type(processor).__name__, reason=reason)
     hooked = bool(getattr(processor, "low_bit", False))
     record = records.peek(module)
     runs = tuple((variant, count, reason) for (variant, reason), count in record.calls.items()) if record else ()
     return ModuleCoverage(component, name, str(processor), runs, "" if runs else "not called yet", hooked)
+
+
+def _active_backend() -> str:
+    """The backend of diffusers' dispatcher for modules that have none of their own; "" where there is no dispatcher."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    return "" if dispatch is None else str(dispatch._AttentionBackendRegistry._active_backend.value)
+
+
+def _dispatched_coverage(component: str, name: str, module: Any) -> ModuleCoverage:
+    """A module that dispatches: its backend, and its calls if `register_diffusers` was given its model."""
+    own = module.processor._attention_backend
+    backend = _active_backend() if own is None else str(getattr(own, "value", own))
+    processor = f"{type(module.processor).__name__}, backend {backend}"
+    watched = getattr(module, "attention_calls", None)
+    runs = () if watched is None else tuple((variant, count, reason)
+                                            for (variant, reason), count in watched.record.calls.items())
+    hooked = backend.startswith("lowbit_") or bool(runs)  # the backend may have been set for a while
+    if watched is None and hooked:
+        reason = "not counted: lowbit_video.register_diffusers(model) before the run counts its calls"
+    else:
+        reason = "" if runs else "not called yet" if hooked else "not hooked: it has a backend of diffusers"
+    return ModuleCoverage(component, name, processor, runs, reason, hooked)
 
 
 def _count_attention(part: Any) -> int:
