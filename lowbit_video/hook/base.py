@@ -9,9 +9,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from ..engine.checks import refuse_gradients
 from ..errors import NonFiniteError, UnsupportedError
 from ..graph.slots import Slot
 from ..graph.tracing import traced_by_paddle
+from ..runtime.detect import runtime_of
 from .frames import frame_of
 from .report import Record, Records
 
@@ -55,6 +57,8 @@ class AttnProcessor:
         outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
         around = attn.attention_slot.around
         try:
+            if around is not None:
+                refuse_gradients(runtime_of(q), q, k, v)  # what travels between ranks carries none
             if mask is None:
                 return (self.attend if around is None else around(self.attend))(q, k, v)
             if around is not None:
