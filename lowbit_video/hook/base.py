@@ -12,7 +12,7 @@ from typing import Any
 from ..engine.checks import refuse_gradients
 from ..errors import NonFiniteError, UnsupportedError
 from ..graph.slots import Slot
-from ..graph.tracing import traced_by_paddle
+from ..graph.tracing import paddle_ops, traced_by_paddle
 from ..runtime.detect import runtime_of
 from .frames import frame_of
 from .report import Record, Records
@@ -48,6 +48,7 @@ class AttnProcessor:
         slot = attn.attention_slot
         if slot.operator is None or attn.processor is not self or not traced_by_paddle(q):
             return self.run(attn, q, k, v, mask)
+        paddle_ops().refuse_gradients(q, k, v)
         if mask is None:
             return slot.operator(q, k, v, slot.key)
         return slot.masked_operator(q, k, v, mask, slot.key)
