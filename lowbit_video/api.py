@@ -35,7 +35,8 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
     Returns out in q's layout and dtype, or (out, lse).
     Warns (SlowerThanExactWarning) where a GPU's exact attention is measured to be faster: short sequences.
     Raises UnsupportedError with every variant's reason, NonFiniteError naming tensor and count,
-        ValueError or TypeError for shapes, layouts, precisions and dtypes that do not fit.
+        ValueError or TypeError for shapes, layouts, precisions and dtypes that do not fit. It is inference only:
+        UnsupportedError where gradients are asked for.
     Source: SageAttention2 (arXiv 2411.10958); accumulation and packing differ, see kernels/.
     """
     choices = (precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)

@@ -29,6 +29,7 @@ def prequantize(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16"
     if tensor_layout == "HND":
         q, k, v = (runtime.permute(x, (0, 2, 1, 3)) for x in (q, k, v))
         options = options_of(precision, "NHD", False, scale, return_lse, "auto", check_finite)
+    checks.refuse_gradients(runtime, q, k, v)
     reason = engine.why_no_codes(q, k, v, options, runtime)
     if reason is not None:
         raise UnsupportedError(f"these tensors cannot be kept as codes: {reason}; use attention()")

@@ -9,7 +9,7 @@ import numpy as np
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.variants import Request
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, UnsupportedError
 from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 from .packing import Packing
@@ -54,6 +54,14 @@ def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packi
         smooth_q=precision.smooth_q, causal=options.is_causal, lse=options.return_lse, varlen=packing is not None,
         only_if_faster=options.only_if_faster, interpret=cpu and os.environ.get("TRITON_INTERPRET") == "1",
         v_aligned=cpu or _aligned(v, runtime, 4 if dtype == "float32" else 2))
+
+
+def refuse_gradients(runtime: Runtime, *tensors: Any) -> None:
+    """Raises UnsupportedError where gradients are asked for: they would be lost without a word."""
+    if runtime.wants_gradients(*tensors):
+        raise UnsupportedError("gradients are asked for, and this attention is inference only\n"
+                               f"run it under {runtime.NAME}.no_grad(), or train through exact attention: a hook with "
+                               "fallback='exact', or none")
 
 
 def require_one_place(runtime: Runtime, **tensors: Any) -> None:

@@ -7,7 +7,7 @@ from lowbit_video.kernels.variants import KernelVariant
 
 from ..runtime import detect
 from . import cpu, gpu, replay
-from .checks import check_finite, request_of
+from .checks import check_finite, refuse_gradients, request_of
 from .options import AttentionOptions
 from .packing import Packing
 from .select import select, warn_if_slower
@@ -20,7 +20,7 @@ def run(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | No
         ) -> tuple[Any, Any, KernelVariant]:
     """(out, lse or None, the variant that ran) of q, k, v as `lowbit_video.attention` takes them.
 
-    With `packing` they are [tokens, heads, head_dim], as `lowbit_video.attention_varlen` takes them.
+    With `packing` they are [tokens, heads, head_dim], as `lowbit_video.attention_varlen` takes them. Inference only.
     """
     if packing is None:
         tensors, lengths = (q, k, v), None
@@ -29,11 +29,12 @@ def run(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | No
         tensors, lengths = (q, k, v, packing.cu_q, packing.cu_k), (packing.max_q, packing.max_k)
         runtime = detect.same_runtime(q=q, k=k, v=v, cu_seqlens_q=packing.cu_q, cu_seqlens_k=packing.cu_k)
     key = replay.key_of(runtime, tensors, options, lengths)
-    plan = replay.find(key)
+    plan = None if runtime.wants_gradients(q, k, v) else replay.find(key)
     if plan is not None and (result := plan.run(runtime, tensors)) is not None:
         return (*result, plan.variant)
     request = request_of(q, k, v, options, packing, runtime)
     variant = select(request, options.backend)
+    refuse_gradients(runtime, q, k, v)
     warn_if_slower(variant, request)
     check_finite(options, runtime, q=q, k=k, v=v)
     out, lse = ENGINES[variant.device](variant, request, (q, k, v), options.scaled(request.head_dim), packing, runtime, key)

@@ -15,6 +15,7 @@ import paddle
 from ..engine.options import of_text, text_of
 from ..engine.packing import Packing
 from ..engine.run import run
+from ..errors import UnsupportedError
 from ..runtime import cuda_driver
 from .failures import keep_failure
 from .runners import runner_of
@@ -116,8 +117,16 @@ def arch_of_graph() -> tuple[int, int] | None:
     return None if kind == "cpu" else cuda_driver.capability(int(ordinal or 0))
 
 
+def refuse_gradients(*tensors) -> None:
+    """Raises UnsupportedError where a graph that is being traced would be differentiated: its operators have no gradients."""
+    if paddle.is_grad_enabled() and any(not t.stop_gradient for t in tensors):
+        raise UnsupportedError("gradients are asked for, and a compiled graph with this attention is inference only\n"
+                               "run it under paddle.no_grad(), or train the model as it is, not compiled")
+
+
 def attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, *rest):
     """What `lowbit_video.attention` does while to_static traces it."""
+    refuse_gradients(q, k, v)
     key = text_of(precision, tensor_layout, is_causal, scale, return_lse, *rest)
     if return_lse:
         return call_lse_op(q, k, v, key)
@@ -127,6 +136,7 @@ def attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, *
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, precision, tensor_layout, is_causal,
                      scale, return_lse, *rest):
     """What `lowbit_video.attention_varlen` does while to_static traces it."""
+    refuse_gradients(q, k, v)
     options = text_of(precision, tensor_layout, is_causal, scale, return_lse, *rest)
     key = f"{max_seqlen_q!r}, {max_seqlen_k!r};{options}"
     if return_lse:

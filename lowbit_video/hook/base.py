@@ -10,9 +10,11 @@ import inspect
 import threading
 from typing import Any
 
+from ..engine.checks import refuse_gradients
 from ..errors import NonFiniteError, UnsupportedError
 from ..graph.slots import Slot
-from ..graph.tracing import traced_by_paddle
+from ..graph.tracing import paddle_ops, traced_by_paddle
+from ..runtime.detect import runtime_of
 from .frames import frame_of
 from .report import Record, Records
 
@@ -65,6 +67,7 @@ class AttnProcessor:
         slot = attn.attention_slot
         if slot.operator is None or attn.processor is not self or not traced_by_paddle(q):
             return self.run(attn, q, k, v, mask)
+        paddle_ops().refuse_gradients(q, k, v)
         if mask is None:
             return slot.operator(q, k, v, slot.key)
         return slot.masked_operator(q, k, v, mask, slot.key)
@@ -74,6 +77,8 @@ class AttnProcessor:
         outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
         around = attn.attention_slot.around
         try:
+            if around is not None:
+                refuse_gradients(runtime_of(q), q, k, v)  # what travels between ranks carries none
             if mask is None:
                 return (self.attend if around is None else around(self.attend))(q, k, v)
             if around is not None:

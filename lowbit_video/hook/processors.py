@@ -37,7 +37,7 @@ class ExactAttnProcessor(AttnProcessor):
 
 
 class LowBitAttnProcessor(AttnProcessor):
-    """Attention at low bit, for inference: nothing is differentiated through it.
+    """Attention at low bit, inference only: where gradients are asked for, an error or, with the fallback, exact attention.
 
     precision: a string such as "int8+fp16", or a Precision.
     fallback: None makes whatever no kernel variant serves (a mask, a dtype, a head dim) an

@@ -86,6 +86,11 @@ def _raw_stream(ordinal: int) -> int:
     return _cuda_getCurrentRawStream(ordinal)
 
 
+def wants_gradients(*tensors: paddle.Tensor) -> bool:
+    """Whether what is computed of the tensors now would be differentiated."""
+    return any(not t.stop_gradient for t in tensors) and paddle.is_grad_enabled()
+
+
 def contiguous(t: paddle.Tensor) -> paddle.Tensor:
     return t.contiguous()
 

@@ -43,6 +43,9 @@ class Runtime(Protocol):
     def stream(self, t: Any) -> int:
         """Raw handle of the framework's current stream on the tensor's device."""
 
+    def wants_gradients(self, *tensors: Any) -> bool:
+        """Whether what is computed of the tensors now would be differentiated."""
+
     def contiguous(self, t: Any) -> Any:
         """The tensor itself, or a contiguous copy."""
 

@@ -70,6 +70,11 @@ def stream(t: torch.Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(t.get_device())
 
 
+def wants_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed of the tensors now would be differentiated."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def contiguous(t: torch.Tensor) -> torch.Tensor:
     return t.contiguous()
 

@@ -5,6 +5,7 @@ import pytest
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 import lowbit_video as lv  # noqa: E402
 from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
+from lowbit_video.errors import UnsupportedError  # noqa: E402
 from lowbit_video.graph.failures import take_failure  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 
@@ -285,3 +286,12 @@ def test_an_error_of_attention_inside_the_graph_can_be_read():
     with pytest.raises(Exception), paddle.no_grad():  # noqa: B017 - Paddle's executor makes a bare SystemError of it
         paddle.jit.to_static(itself, full_graph=True)(q)
     assert "head_dim 16" in str(take_failure())
+
+
+@MODES
+def test_training_a_compiled_model_is_refused(full_graph):
+    model, given = toy_model.model(), toy_model.inputs()
+    apply(model, "int8+fp16")
+    compiled = paddle.jit.to_static(model, full_graph=full_graph)
+    with pytest.raises(UnsupportedError, match="gradients are asked for, and .* inference only"):
+        compiled(given["video"], given["text"])
