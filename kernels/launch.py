@@ -88,7 +88,8 @@ class Address(int):
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants); constants: the rest of the kernel's parameters, and compiler options."""
-    compiled = kernel[grid](*arguments, **constants)
+    # fused multiply-adds are wanted, and are Triton's own default only until 3.10
+    compiled = kernel[grid](*arguments, enable_fp_fusion=True, **constants)
     if getattr(_STATE, "recording", None) is not None:
         rest = kernel.arg_names[len(arguments):] if compiled is not None else ()
         record(Launch(compiled, grid, (*arguments, *(constants[name] for name in rest))))

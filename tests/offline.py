@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver, jit
 
 from lowbit_video.kernels.attention import portable
@@ -248,7 +249,7 @@ def ptxas(kernel: Any) -> dict[str, Any]:
         source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         source.write_text(kernel.asm["ptx"])
         run = lambda tool, *words: subprocess.run([TOOLS / tool, *words], capture_output=True, text=True, check=True)
-        log = run("ptxas", "-v", "--gpu-name=sm_90a", source, "-o", cubin).stderr
+        log = run(get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", cubin).stderr  # Triton 3.9 has one for each age
         sass = run("nvdisasm", "-c", cubin).stdout
     return dict(spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]), shared=kernel.metadata.shared,
                 warnings=sorted(set(re.findall(r"C75\d\d", log))),

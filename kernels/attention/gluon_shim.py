@@ -17,15 +17,16 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Arguments and meaning stay: Triton 3.7 renames thread_barrier, 3.8 async_copy_global_to_shared.
+    # Arguments and meaning stay: Triton 3.7 renames thread_barrier, 3.8 async_copy_global_to_shared, 3.9 _reinterpret.
     block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
     _MISSING = None
 except (ImportError, AttributeError) as error:
     _MISSING = str(error)
 
 __all__ = ["TensorDescriptor", "async_load", "block_barrier", "fence_async_shared", "gl", "gluon", "mbarrier",
-           "warpgroup_mma", "warpgroup_mma_wait", "why_not_gluon"]
+           "reinterpret", "warpgroup_mma", "warpgroup_mma_wait", "why_not_gluon"]
 
 
 def why_not_gluon() -> str | None:

@@ -20,7 +20,17 @@ operand of PV, differs from both.
 from __future__ import annotations
 
 from ... import formats
-from ..gluon_shim import async_load, block_barrier, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from ..gluon_shim import (
+    async_load,
+    block_barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    reinterpret,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from .registers import ROWS, fence_after, fence_packed, one_column, rescale, rescale_moved, split_scores, unpack
 from .softmax import mask, pack, softmax
 
@@ -295,7 +305,7 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, build: gl.constexp
                     async_load(v_desc, [i_kv * D, (i_n + 1) * BN], full.index(stage), v_s.index(stage))
                 else:
                     V4: gl.constexpr = v_desc.layout
-                    v_tile = v_s.index(stage)._reinterpret(v_s.dtype, [1, 1, BN, D], V4)
+                    v_tile = reinterpret(v_s.index(stage), v_s.dtype, [1, 1, BN, D], V4)
                     async_load(v_desc, [i_b, i_kvh, (i_n + 1) * BN, 0], full.index(stage), v_tile)
             stage, phase = _next_stage(stage, phase, build)
 
