@@ -170,9 +170,11 @@ def test_matches_the_numpy_reference(gpu, variant, spec, head_dim, monkeypatch):
     assert np.abs(gpu.numpy(got_lse) - gpu.numpy(wanted_lse)).max() < 3e-2
 
 
-ROW_L1 = {"int8": 0.05, "fp8": 0.05, "int4": 0.1, "int2": 0.3}
-"""Relative L1 of a row against the reference where a value on a code's edge falls to the other side; NumPy and Triton's
-interpreter differ by 0.01 at most. A mask that is one key off moves a row by more than 0.3."""
+ROW_L1 = {"int8": 0.05, "fp8": 0.15, "int4": 0.1, "int2": 0.3}
+"""Relative L1 of a row against the reference where a value on a code's edge falls to the other side: E4M3's steps are an
+eighth, and in a row that looks at one or two keys a single weight counts (on an H100 up to 3 rows of a case's thousands are
+off by more than 0.05). NumPy and Triton's interpreter differ by 0.01 at most. A mask that is one key off moves a row by more than 0.3."""
+MEAN_L1 = {"int8": 0.01, "fp8": 0.01, "int4": 0.02, "int2": 0.06}
 
 
 def by_numpy(variant, precision, arch, dtype, q, k, v, causal):
@@ -206,8 +208,9 @@ def test_every_row_at_the_edges_of_tiles(gpu, variant, spec, causal, q_len, kv_l
     given = [gpu.tensor(x, dtype) for x in (q, drawn_to_the_diagonal(q, k), v)]
     out, lse = (gpu.numpy(x) for x in attend(gpu, variant, precision, *given, causal=causal, lse=True))
     wanted, wanted_lse = by_numpy(variant, precision, gpu.arch, dtype, *(gpu.numpy(x) for x in given), causal)
-    row_bound = max(ROW_L1.get(name, 0.05) for name in (precision.q, precision.k))
-    check_rows(out, wanted, row_bound / 5, row_bound)
+    formats = (precision.q, precision.k, precision.pv)
+    row_bound = max(ROW_L1.get(name, 0.05) for name in formats)
+    check_rows(out, wanted, max(MEAN_L1.get(name, 0.01) for name in formats), row_bound)
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(wanted_lse))
     seen = np.isfinite(wanted_lse)
     assert np.abs(lse - wanted_lse)[seen].max(initial=0) < row_bound
