@@ -5,6 +5,8 @@ PARITY_VENV ?= .venv-parity
 INTEROP_VENV ?= .venv-interop
 # What the parity environment compares against. A CPU build of torch is enough: name another one here.
 TORCH ?= torch==2.13.0
+# Processes that share the tests, file by file.
+JOBS ?= 2
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -41,8 +43,9 @@ demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again 
 	env -u CUDA_VISIBLE_DEVICES $(VENV)/bin/python -m paddle.distributed.launch --nproc_per_node 2 --log_dir outputs/parallel \
 		examples/parallel.py --cfg-degree 1 $(ARGS)
 
+test parity: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
-	$(VENV)/bin/python -m pytest --ignore=tests/parity $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity $(ARGS)
 
 mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a time; each must make its test fail
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants.plant $(ARGS)
@@ -51,7 +54,7 @@ mutants-some: ARGS += --some
 mutants-some: mutants  ## a tenth of them, another one every day
 
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
-	$(PARITY_VENV)/bin/python -m pytest tests -m "torch or parity" $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests -m "torch or parity" $(ARGS)
 
 interop: $(INTEROP_VENV)/.done  ## hook models of the real ppdiffusers; its environment is large: 157 packages, 2.4 GB
 	$(INTEROP_VENV)/bin/python -m pytest tests/interop -m interop $(ARGS)
