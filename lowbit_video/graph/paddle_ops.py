@@ -71,14 +71,14 @@ def _meta_varlen_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, key):
 @paddle.static.register_op(name="lowbit_attention", infer_meta=_meta, input_names=["q", "k", "v"], output_names=["out"])
 def module_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, key: str) -> paddle.Tensor:
     """Attention of [B, N, H, D] tensors by the module whose slot has that key; the output is q's shape and dtype."""
-    return _kept(lambda: [runner_of(key).run(q, k, v)])[0]
+    return _kept(lambda: [runner_of(int(key)).run(q, k, v)])[0]
 
 
 @paddle.static.register_op(name="lowbit_attention_masked", infer_meta=_meta_masked, input_names=["q", "k", "v", "mask"],
                            output_names=["out"])
 def masked_module_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask: paddle.Tensor, key: str) -> paddle.Tensor:
     """The same under a mask."""
-    return _kept(lambda: [runner_of(key).run(q, k, v, mask)])[0]
+    return _kept(lambda: [runner_of(int(key)).run(q, k, v, mask)])[0]
 
 
 @paddle.static.register_op(name="lowbit_attention_call", infer_meta=_meta, input_names=["q", "k", "v"], output_names=["out"])
@@ -122,6 +122,17 @@ def refuse_gradients(*tensors) -> None:
     if paddle.is_grad_enabled() and any(not t.stop_gradient for t in tensors):
         raise UnsupportedError("gradients are asked for, and a compiled graph with this attention is inference only\n"
                                "run it under paddle.no_grad(), or train the model as it is, not compiled")
+
+
+def key_of(number: int) -> str:
+    """The key of a module's slot: a string, because SOT makes a tensor of an integer that it sees vary."""
+    return str(number)
+
+
+def attention_of_module(q, k, v, mask, key):
+    """The attention of the module whose slot has that key, while to_static traces it."""
+    refuse_gradients(q, k, v)
+    return module_op(q, k, v, key) if mask is None else masked_module_op(q, k, v, mask, key)
 
 
 def attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, *rest):

@@ -1,8 +1,8 @@
 """Slots: what an attention module's processors find ready on it, so that a compiler can trace through them.
 
-A Paddle graph holds one `lowbit_attention` operator a module, with any batch, length, heads and head dim; the operator knows
-the module by its slot's key, and runs the processor that the module has when it is reached. So a processor set after the
-compilation is the one that runs, and calls are counted as in eager mode.
+A graph holds one operator a module, with any batch, length, heads and head dim; the operator knows the module by its slot's
+key, and runs the processor that the module has when it is reached. So a processor set after the compilation is the one that
+runs, and calls are counted as in eager mode.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..runtime.detect import runtime_of
 from .runners import register
+from .tracing import paddle_ops, torch_ops
 
 POSITIONAL = ("processor", "attn", "hidden_states", "encoder_hidden_states", "attention_mask")
 """What every frame takes; what it takes besides is given by name."""
@@ -23,8 +24,8 @@ class Slot:
     """One attention module's slot; the module owns it.
 
     runtime: of the module's tensors. frame: of the module's protocol (`hook/frames`). run: `run(module, q, k, v, mask=None)`,
-    eagerly, by the processor that the module has then. operator, masked_operator, key: with Paddle, the operators that stand
-    for the attention in a static graph, and the key by which they find this slot. around: None, or what is wrapped around the
+    eagerly, by the processor that the module has then. operator, key: `operator(q, k, v, mask, key)` stands for the attention
+    in a graph that is being traced, and finds this slot by its key. around: None, or what is wrapped around the
     attention of whatever processor the module has (`Attend -> Attend`, as sequence parallel is).
     """
 
@@ -33,14 +34,10 @@ class Slot:
         takes = list(inspect.signature(frame).parameters.values())[len(POSITIONAL):]
         self.names = tuple(p.name for p in takes if p.kind is not p.VAR_KEYWORD)
         self.any_name = len(self.names) < len(takes)
-        self.operator = self.masked_operator = self.key = None
         self.around: Callable[[Any], Any] | None = None
-        if self.runtime.NAME == "paddle":
-            from . import paddle_ops
-
-            self._module, self._run = weakref.ref(attn), run
-            self.key = register(self)
-            self.operator, self.masked_operator = paddle_ops.module_op, paddle_ops.masked_module_op
+        self._module, self._run = weakref.ref(attn), run
+        operators = paddle_ops() if self.runtime.NAME == "paddle" else torch_ops()
+        self.operator, self.key = operators.attention_of_module, operators.key_of(register(self))
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises UnsupportedError for arguments that the module's frame does not take; one that takes any looks for itself."""

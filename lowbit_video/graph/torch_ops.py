@@ -1,10 +1,13 @@
 """Attention as one operator of `torch.compile`: opaque to the tracer, so that a graph holds it without a break.
 
-Imported when a compiled function first reaches `attention()` or `attention_varlen()`; eager calls do not pass through here.
-The choices travel as text, but for the scale and the longest sequences, which may be symbols of the graph.
+Imported when a compiled function first reaches `attention()` or `attention_varlen()`, or a module's slot is made; eager calls
+do not pass through here. The choices travel as text, but for the scale and the longest sequences, which may be symbols of the
+graph. A module's attention (`slots.py`) is an operator too, which runs whatever processor the module has then.
 """
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,6 +15,7 @@ import torch
 from ..engine.options import of_text, text_of
 from ..engine.packing import Packing
 from ..engine.run import run
+from .runners import runner_of
 
 
 @torch.library.custom_op("lowbit_video::attention", mutates_args=())
@@ -27,6 +31,13 @@ def varlen_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: t
     """`attention_varlen` with its options as text: (out, lse), lse empty unless asked for."""
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _results(q, *run(q, k, v, _options(options, scale), packing))
+
+
+@torch.library.custom_op("lowbit_video::module_attention", mutates_args=())
+def module_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    """Attention of [B, N, H, D] tensors by the module whose slot has that key; the output is q's shape and dtype."""
+    tensors = (q, k, v) if mask is None else (q, k, v, mask)
+    return runner_of(int(key)).run(*tensors).contiguous()
 
 
 def _options(text, scale):
@@ -50,6 +61,38 @@ def _(q, k, v, scale, options):
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, options):
     rows = (q.shape[1], q.shape[0]) if of_text(options).return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
+
+
+@module_op.register_fake
+def _(q, k, v, mask, key):
+    return q.new_empty(q.shape)
+
+
+def key_of(number: int) -> torch.Tensor:
+    """The key of a module's slot: a tensor, which a graph takes as an input, so that alike blocks share one graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(number, device="cpu")
+
+
+def attention_of_module(q, k, v, mask, key):
+    """The attention of the module whose slot has that key, while torch.compile traces it."""
+    return module_op(q, k, v, mask, key)
+
+
+_compilation: list[weakref.ref] = []
+
+
+@torch.compiler.assume_constant_result
+def once_a_compilation(work: Callable[[], None]) -> bool:
+    """Does a plain function's work while torch.compile traces, unseen by it; once in a compilation, however often it is asked.
+
+    It takes no object that work is done on: the tracer would tie the graph to that one.
+    """
+    context = torch._guards.CompileContext.try_get()
+    if context is None or not _compilation or _compilation[0]() is not context:
+        work()
+        _compilation[:] = [] if context is None else [weakref.ref(context)]
+    return True
 
 
 @torch.compiler.assume_constant_result

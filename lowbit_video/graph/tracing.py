@@ -28,3 +28,8 @@ def paddle_ops() -> Any:
     """The module of Paddle's static operators."""
     name = "lowbit_video.graph.paddle_ops"  # Paddle's tracers follow no import statement
     return sys.modules[name] if name in sys.modules else importlib.import_module(name)
+
+
+def torch_ops() -> Any:
+    """The module of torch's operators."""
+    return importlib.import_module("lowbit_video.graph.torch_ops")

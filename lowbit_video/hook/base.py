@@ -13,9 +13,10 @@ from typing import Any
 from ..engine.checks import refuse_gradients
 from ..errors import NonFiniteError, UnsupportedError
 from ..graph.slots import Slot
-from ..graph.tracing import paddle_ops, traced_by_paddle
+from ..graph.tracing import traced_by_paddle, traced_by_torch
 from ..runtime.detect import runtime_of
 from .frames import frame_of
+from .frames.owners import live_modules
 from .report import Record, Records
 
 _active = threading.local()
@@ -53,6 +54,10 @@ class AttnProcessor:
 
         Raises UnsupportedError for a module whose class no frame declares, and for an argument that its frame does not know.
         """
+        if traced_by_torch(hidden_states):
+            from ..graph import torch_ops
+
+            torch_ops.once_a_compilation(make_slots)
         slot = slot_of(attn, hidden_states)
         if image_rotary_emb is not None:
             others["image_rotary_emb"] = image_rotary_emb
@@ -63,14 +68,11 @@ class AttnProcessor:
     __call__.__signature__ = _with_named(__call__, OTHERS)
 
     def attention_of(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of the graph that Paddle traces."""
-        slot = attn.attention_slot
-        if slot.operator is None or attn.processor is not self or not traced_by_paddle(q):
+        """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of a graph that is traced."""
+        if attn.processor is not self or not (traced_by_torch(q) or traced_by_paddle(q)):
             return self.run(attn, q, k, v, mask)
-        paddle_ops().refuse_gradients(q, k, v)
-        if mask is None:
-            return slot.operator(q, k, v, slot.key)
-        return slot.masked_operator(q, k, v, mask, slot.key)
+        slot = attn.attention_slot
+        return slot.operator(q, k, v, mask, slot.key)
 
     def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """Attention for one module, counted in its record: [B, N, H, D] in and out."""
@@ -136,6 +138,20 @@ def slot_of(attn: Any, like: Any, owner: Any = None) -> Slot:
     if slot is None:
         slot = attn.attention_slot = Slot(attn, like, frame_of(attn, owner), _run_module)
     return slot
+
+
+def make_slots() -> None:
+    """Makes the missing slots of all live modules that have a processor of this project, as one set by hand leaves them.
+
+    Of all, because torch.compile guards a graph by what it saw: were the traced module's slot alone made, a block alike would
+    be compiled again for the lack of its own.
+    """
+    for module in live_modules():
+        if isinstance(module.__dict__.get("processor"), AttnProcessor) and getattr(module, "attention_slot", None) is None:
+            try:
+                slot_of(module, module.to_q.weight)
+            except UnsupportedError:
+                pass  # a call of that module says so, if there is one
 
 
 def _describe(attn: Any, record: Record) -> str:

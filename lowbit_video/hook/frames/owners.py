@@ -4,6 +4,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 _owners: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -22,13 +23,18 @@ def owner_of(module: Any) -> Any:
     return None if reference is None else reference()
 
 
-def _look() -> None:
-    kinds = [(sys.modules[name].nn, kind, children) for name, kind, children in
-             (("paddle", "Layer", "_sub_layers"), ("torch", "Module", "_modules")) if name in sys.modules]
-    classes = {getattr(nn, kind): children for nn, kind, children in kinds}
+def live_modules() -> Iterator[Any]:
+    """All live modules, Paddle Layers and torch Modules."""
+    kinds = (("paddle", "Layer"), ("torch", "Module"))
+    classes = tuple(getattr(sys.modules[name].nn, kind) for name, kind in kinds if name in sys.modules)
     for candidate in gc.get_objects():
-        for module_class, children in classes.items():
-            if issubclass(type(candidate), module_class):
-                for child in list((getattr(candidate, children, None) or {}).values()):
-                    if child is not None:
-                        _owners[child] = weakref.ref(candidate)
+        if issubclass(type(candidate), classes):  # of its type: isinstance() would wake lazy objects
+            yield candidate
+
+
+def _look() -> None:
+    for module in live_modules():
+        children = getattr(module, "_sub_layers", None) or getattr(module, "_modules", None) or {}
+        for child in list(children.values()):
+            if child is not None:
+                _owners[child] = weakref.ref(module)

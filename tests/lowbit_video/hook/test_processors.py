@@ -319,7 +319,7 @@ def test_an_eager_call_does_not_pass_through_the_graphs_operator(masked):
         raise AssertionError("nothing is traced")
 
     for block in model.blocks:
-        block.attention_slot.operator = block.attention_slot.masked_operator = operator
+        block.attention_slot.operator = operator
     given = toy_model.inputs()
     mask = paddle.zeros([2, 47]) if masked else None
     with paddle.no_grad():
