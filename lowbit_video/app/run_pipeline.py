@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowbit_video import pipelines
+from lowbit_video.pipelines.shared.folders import find_folder
 
 from .. import coverage
 from ..files import read_json
@@ -32,12 +33,16 @@ def resolve_device(name: str) -> str:
 
 
 def resolve_dtype(name: str, device: str, folder: str) -> str:
-    """The weights' dtype: float32 on a CPU; else as published, bfloat16 with rotary positions and float16 without."""
+    """The weights' dtype: float32 on a CPU; else as published, bfloat16 with rotary positions and float16 without.
+
+    folder: or a hub id, of which the transformer's configuration is fetched.
+    """
     if name != "auto":
         return name
     if device == "cpu":
         return "float32"
-    config = Path(folder) / "transformer" / "config.json"
+    file = "transformer/config.json"
+    config = Path(find_folder(folder, file), file)
     rotary = config.is_file() and read_json(config).get("use_rotary_positional_embeddings")
     return "bfloat16" if rotary else "float16"
 

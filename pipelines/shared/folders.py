@@ -20,9 +20,12 @@ PART_FILES = ("*.json", "*.model")
 """What a part has beside its weights: configurations, indices of shards, a tokenizer's model."""
 
 
-def find_folder(path: str | os.PathLike) -> str:
+def find_folder(path: str | os.PathLike, *files: str) -> str:
     """The folder itself; of a hub id a copy that has its model_index.json, to which `fetch_parts` brings the rest.
 
+    Args:
+        path: a folder or a hub id.
+        files: what is wanted of a hub id beside model_index.json, such as "transformer/config.json".
     Raises:
         FileNotFoundError: no such folder, and no hub id that can be fetched.
     """
@@ -31,7 +34,7 @@ def find_folder(path: str | os.PathLike) -> str:
         return path
     if not _is_hub_id(path):
         raise FileNotFoundError(f"no such folder: {path}{_advice(path)}")
-    return _download(path, [MODEL_INDEX_NAME])
+    return _download(path, [MODEL_INDEX_NAME, *files])
 
 
 def fetch_parts(path: str | os.PathLike, folder: str, parts: Iterable[str], variant: str | None) -> str:

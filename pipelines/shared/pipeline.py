@@ -127,7 +127,8 @@ class Pipeline:
         """Writes a folder that diffusers' pipeline of the same class reads, all of it or nothing.
 
         Where `folder` is there already, a part's folder in it is replaced as a whole and other files stay. A part that the
-        pipeline was made without is null in model_index.json, as diffusers writes it.
+        pipeline was made without is null in model_index.json, as diffusers writes it (and reads it where it is told so again:
+        `text_encoder=None`).
 
         diffusers asks for 226 text tokens unless told otherwise; of a model that takes another number, tell it:
         `pipe(..., max_sequence_length=transformer.config["max_text_seq_length"])` (the small model: 32).

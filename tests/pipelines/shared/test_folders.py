@@ -1,5 +1,6 @@
 """What a path names: a folder here, or a hub id, of which no more is fetched than is read."""
 import fnmatch
+import json
 import shutil
 import sys
 import types
@@ -7,6 +8,7 @@ import types
 import pytest
 
 from lowbit_video import pipelines
+from lowbit_video.app.run_pipeline import resolve_dtype
 from lowbit_video.pipelines import CogVideoXPipeline
 from lowbit_video.pipelines.shared.folders import find_folder
 
@@ -81,6 +83,15 @@ def test_of_a_variant_its_weights_are_fetched_and_others_where_a_part_has_none(h
     fetched = {name for name in hub.fetched() if name.endswith(".safetensors")}
     assert fetched == {"text_encoder/model.fp16.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors",
                        "vae/diffusion_pytorch_model.safetensors"}
+
+
+@pytest.mark.parametrize("rotary, dtype", [(True, "bfloat16"), (False, "float16")])
+def test_the_published_dtype_is_read_of_a_hub_id_too(hub, rotary, dtype):
+    config = hub.repository / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_rotary_positional_embeddings": rotary}))
+    assert resolve_dtype("auto", "gpu:0", "someone/cogvideox") == dtype
+    assert hub.fetched() == {"model_index.json", "transformer/config.json"}
+    assert resolve_dtype("float32", "gpu:0", "nowhere/at-all") == resolve_dtype("auto", "cpu", "nowhere/at-all") == "float32"
 
 
 def test_shards_are_fetched(hub):
