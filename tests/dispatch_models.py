@@ -92,7 +92,7 @@ def make(name):
 def predict(model, inputs):
     """The model's prediction, without gradients."""
     with torch.no_grad():
-        return model(**inputs)[0]
+        return model(**inputs, return_dict=False)[0]  # diffusers gathers tensors only
 
 
 def attention_names(model):

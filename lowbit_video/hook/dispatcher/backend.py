@@ -27,16 +27,20 @@ def backend_function(name: str) -> Callable:
         if _parallel_config is None:
             out, lse = attend(query, key, value, attn_mask, is_causal, scale, return_lse, name)
             return (out, lse.permute(0, 2, 1)) if return_lse else out
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise UnsupportedError("gradients are recorded, and low-bit attention on several ranks has none: run under "
+                                   "torch.no_grad(), or set another attention backend")
         if attn_mask is not None and _parallel_config.context_parallel_config.ring_degree > 1:
             raise UnsupportedError(f"attn_mask of shape {list(attn_mask.shape)} in a ring: diffusers hands the keys of every "
                                    "rank the same mask; use ulysses_degree, which joins the ranks' masks, or pass no mask")
         return _templated_context_parallel_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, forward_op=forward_op,
-            backward_op=_no_backward, _parallel_config=_parallel_config)
+            backward_op=None, _parallel_config=_parallel_config)
 
     def forward_op(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
                    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, return_lse: bool,
                    _save_ctx: bool = True, _parallel_config: Any = None) -> Any:
+        attn_mask = _of_own_heads(attn_mask, query.shape[2], _parallel_config)
         out, lse = attend(query, key, value, attn_mask, is_causal, scale, return_lse, name)
         return (out, lse.permute(0, 2, 1).contiguous()) if return_lse else out
 
@@ -61,5 +65,9 @@ def _check(query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | Non
         raise ValueError(f"query has {query.shape[2]} heads and key {key.shape[2]}; pass enable_gqa=True if that is meant")
 
 
-def _no_backward(ctx: Any, grad_out: torch.Tensor, *more: Any, **named: Any) -> Any:
-    raise UnsupportedError("low-bit attention has no gradients: run under torch.no_grad(), or set another attention backend")
+def _of_own_heads(attn_mask: torch.Tensor | None, heads: int, parallel_config: Any) -> torch.Tensor | None:
+    """The part of a mask for this rank's heads: diffusers shares heads, and hands over the mask of all (LTX has such a one)."""
+    if attn_mask is None or attn_mask.ndim != 4 or attn_mask.shape[1] in (1, heads):
+        return attn_mask
+    first = heads * parallel_config.context_parallel_config._ulysses_local_rank
+    return attn_mask[:, first:first + heads]

@@ -1,0 +1,33 @@
+"""The step of Wan by backends, dry, on a small model: checked, timed, written, and diffusers as before."""
+import json
+
+import pytest
+
+pytest.importorskip("torch", reason="needs PyTorch")
+pytest.importorskip("diffusers", reason="needs diffusers")
+import dispatch_models  # noqa: E402
+from lowbit_video.eval.speed.experiments import wan_step  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.mark.parametrize("what", ["model", "blocks"])
+def test_a_dry_run_checks_times_and_writes(what, tmp_path):
+    before = dispatch_models.state()
+    report = wan_step.main(["--tiny", "--out", str(tmp_path / "new"), "--compile", what])
+    assert json.loads((tmp_path / "new" / "wan_step.json").read_text()) == report and dispatch_models.state() == before
+    rows = {(row["backend"], row["mode"]): row for row in report["rows"]}
+    modes = {"eager", "compiled model"} if what == "model" else {"compiled blocks"}
+    assert set(rows) >= {(backend, mode) for backend in ("native", "lowbit_int8_fp8", "lowbit_int8_fp16") for mode in modes}
+    assert all(row["median_ms"] > 0 and row["runs"] == 3 for row in rows.values())
+    assert all(row["graphs"] == (row["mode"] != "eager") for row in rows.values())
+    assert all(rows["native", mode]["speedup_over_exact"] <= 1 for mode in modes)
+    assert report["ran"] == {"int8+fp8 (reference-lowbit)": 4, "int8+fp16 (reference-lowbit)": 4}
+    assert report["about"]["video_tokens"] == 192 and report["about"]["text_tokens"] == 512
+
+
+def test_a_case_that_is_wrong_is_not_timed(monkeypatch, tmp_path):
+    monkeypatch.setitem(wan_step.FLOOR_DB, "lowbit_int8_fp8", 200.0)
+    with pytest.raises(AssertionError, match="int8.fp8, eager: [0-9.]+ dB"):
+        wan_step.main(["--tiny", "--out", str(tmp_path), "--compile", "none"])
+    assert not list(tmp_path.iterdir())
