@@ -30,13 +30,13 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
         corrected for smoothing.
     backend: "auto" takes the first variant that fits; "reference" (NumPy, CPU tensors), "triton"
         (any NVIDIA GPU from sm_80 on) or "hopper" (sm_90) take that one or say why not.
-    check_finite: look for NaN and infinity in q, k and v first. Default: on a CPU only, because on a
-        GPU the look would wait for the device.
+    check_finite: look for NaN, infinity and magnitudes beyond the softmax's range in q, k and v first. Default: on a CPU
+        only, because on a GPU the look would wait for the device.
     Returns out in q's layout and dtype, or (out, lse).
     Warns (SlowerThanExactWarning) where a GPU's exact attention is measured to be faster: short sequences.
     Raises UnsupportedError with every variant's reason, NonFiniteError naming tensor and count,
-        ValueError or TypeError for shapes, layouts, precisions and dtypes that do not fit. It is inference only:
-        UnsupportedError where gradients are asked for.
+        ValueError or TypeError for shapes, layouts, precisions, dtypes and magnitudes that do not fit. It is inference
+        only: UnsupportedError where gradients are asked for.
     Source: SageAttention2 (arXiv 2411.10958); accumulation and packing differ, see kernels/.
     """
     choices = (precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)

@@ -6,13 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, FORMATS, LOG2_E, MIN_MAGNITUDE, MIN_SCORE
 from lowbit_video.kernels.variants import Request
 
 from ..errors import NonFiniteError, UnsupportedError
 from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 from .packing import Packing
+
+
+MAX_SCORE = -MIN_SCORE / 10
+"""Of a score's magnitude: the running maximum starts at MIN_SCORE."""
+MAX_OPERAND = 2.0**-12 / MIN_MAGNITUDE
+"""Of an operand's magnitude times scale and head_dim: what lies under MIN_MAGNITUDE in the other one then counts for nothing."""
 
 
 def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None, runtime: Runtime) -> Request:
@@ -79,10 +85,31 @@ def _aligned(x: Any, runtime: Runtime, item_size: int) -> bool:
 
 
 def check_finite(options: AttentionOptions, runtime: Runtime, **tensors: Any) -> None:
-    """`require_finite` where the options ask for it: on a CPU unless they say no, on a GPU only if they say yes."""
+    """`require_finite` and `require_range` of q, k and v [.., D] where the options ask for it: on a CPU unless they say no, on a
+    GPU only if they say yes."""
     asked = options.check_finite
     if asked or (asked is None and all(runtime.is_cpu(tensor) for tensor in tensors.values())):
         require_finite(runtime, **tensors)
+        require_range(options.scale, *(runtime.to_numpy(tensors[name]) for name in "qkv"))
+
+
+def require_range(scale: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """Raises ValueError for finite values so large that scores or sums may leave what the kernels' float32 softmax holds.
+
+    Bounds, not the scores themselves: of the largest magnitudes. No model comes near them.
+    """
+    top_q, top_k, top_v = (float(np.abs(x).max(initial=0.0)) for x in (q, k, v))
+    dim = q.shape[-1]
+    factor = dim * max(1.0, (dim**-0.5 if scale is None else abs(float(scale))) * LOG2_E)
+    largest, squares = max(top_q, top_k), dim * (2 * max(top_q, top_k)) ** 2  # INT2's scale is of squares, without the mean
+    if factor * largest > MAX_OPERAND or factor * top_q * top_k > MAX_SCORE or squares > FORMATS["fp32"].max_code:
+        raise ValueError(f"q reaches {top_q:.3g} and k {top_k:.3g} in magnitude, and scale is "
+                         f"{'head_dim ** -0.5' if scale is None else float(scale)}: scores could leave what the kernels' "
+                         "softmax in float32 holds; give smaller values (or check_finite=False to go without this check)")
+    tokens = v.size // dim
+    if top_v * tokens > FORMATS["fp32"].max_code:
+        raise ValueError(f"v reaches {top_v:.3g} in magnitude, and its sums over tokens could exceed float32; give smaller "
+                         "values (or check_finite=False to go without this check)")
 
 
 def require_finite(runtime: Runtime, **tensors: Any) -> None:

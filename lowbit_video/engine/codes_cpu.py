@@ -16,7 +16,7 @@ from lowbit_video.kernels.variants import KernelVariant
 
 from ..runtime.protocol import Runtime
 from .codes_target import Target
-from .half import in_half, restored
+from .half import in_half, restored, saturated
 from .options import AttentionOptions
 
 DTYPES = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -110,7 +110,7 @@ def attend(codes: Any, variant: KernelVariant, runtime: Runtime, is_causal: bool
         bias=rows(kv_part, "bias") if precision.smooth_q else None, half=half, scale=codes.options.scale, causal=is_causal)
     if return_lse and "lse_shift" in q.layout.parts:
         lse = lse + rows(q_part, "lse_shift")
-    _write(target, restored(out, exponent), runtime)
+    _write(target, saturated(restored(out, exponent), codes.dtype), runtime)
     return runtime.from_numpy(lse, q.memory, "float32") if return_lse else None
 
 

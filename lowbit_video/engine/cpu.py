@@ -9,7 +9,7 @@ import numpy as np
 from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..runtime.protocol import Runtime
-from .half import in_half, restored
+from .half import in_half, restored, saturated
 from .options import AttentionOptions
 from .packing import Packing
 
@@ -41,7 +41,7 @@ def _attend(variant: KernelVariant, request: Request, arrays: Iterable[np.ndarra
     out, lse = variant.load()(q, k, v, q_format=request.q, k_format=request.k, pv_format=request.pv,
                               granularity=request.granularity, smooth_k=options.precision.smooth_k, smooth_q=request.smooth_q,
                               scale=options.scale, causal=options.is_causal, half=half)
-    return restored(out, exponent), lse
+    return saturated(restored(out, exponent), request.dtype), lse
 
 
 def _one_by_one(variant: KernelVariant, request: Request, arrays: list[np.ndarray], options: AttentionOptions,

@@ -33,6 +33,11 @@ def restored(out: np.ndarray, exponent: np.ndarray | None) -> np.ndarray:
     return np.ldexp(out, exponent.repeat(out.shape[1] // exponent.shape[1], axis=1))
 
 
+def saturated(out: np.ndarray, dtype: str) -> np.ndarray:
+    """The output as `dtype` holds it: a mean of V that rounding took past float16's largest number is that number, not inf."""
+    return np.where(np.isfinite(out), np.clip(out, -FP16_MAX, FP16_MAX), out) if dtype == "float16" else out
+
+
 def fits_float16(v: np.ndarray) -> bool:
     """Whether float16's range holds every value, and its normal numbers the largest of all that are not zero.
 

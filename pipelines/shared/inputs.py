@@ -82,8 +82,7 @@ def draw(generators: Sequence[Any], shape: Sequence[int]) -> paddle.Tensor:
     noise = [np.asarray(g.standard_normal(tuple(shape[1:])), np.float32) for g in generators]
     wrong = [list(one.shape) for one in noise if one.shape != tuple(shape[1:])]
     if wrong:
-        raise ValueError(f"generator.standard_normal({tuple(shape[1:])}) gave shape {wrong[0]}; give noise of the "
-                         "shape asked for")
+        raise ValueError(f"generator.standard_normal({tuple(shape[1:])}) gave shape {wrong[0]}; give that shape")
     return paddle.to_tensor(np.stack(noise))
 
 
@@ -96,7 +95,7 @@ def take_latents(latents: Any, shape: Sequence[int]) -> paddle.Tensor:
 
 
 def check_tensor(x: Any, name: str) -> None:
-    """Raises TypeError for what is neither a Paddle tensor nor a NumPy array of floats; a torch tensor is told the way."""
+    """Raises TypeError for what is no Paddle tensor or NumPy array of floats; a torch tensor is told how to become one."""
     if not isinstance(x, (paddle.Tensor, np.ndarray)):
         kind = type(x)
         advice = {"torch": f"{name}.detach().float().cpu().numpy()", "builtins": f"np.stack({name})"}.get(

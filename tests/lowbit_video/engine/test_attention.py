@@ -125,6 +125,25 @@ def test_nonfinite_input_is_named_and_counted(framework, name, value):
     lv.attention(*given, check_finite=False)
 
 
+@pytest.mark.parametrize("sizes, scale, words", [
+    ((1e19, 1, 1), None, "q reaches .*e.19 and k .* scale is head_dim"), ((1, 1e30, 1), None, "k .*e.30"),
+    ((1e16, 1e16, 1), None, "softmax in float32"), ((1, 1e16, 1), 1e15, "scale is 1000000000000000.0"),
+    ((1e-29, 1, 1), -1e26, "smaller values"), ((1, 1, 1e37), None, "v reaches .*e.37")])
+def test_magnitudes_beyond_the_softmax_are_refused(framework, sizes, scale, words):
+    given = tensors(framework, *(x * np.float32(size) for x, size in zip(qkv(q_len=40), sizes)))
+    for call in (lv.attention, lv.prequantize):
+        with pytest.raises(ValueError, match=words):
+            call(*given, scale=scale)
+        call(*given, scale=scale, check_finite=False)
+
+
+def test_a_mean_of_the_largest_float16_stays_finite(framework):
+    q, k, v = qkv(q_len=200)
+    given = tensors(framework, q, k, v * 0 + 65504, dtype="float16")
+    outs = [lv.attention(*given, "int8+fp8"), lv.attention_of_codes(lv.prequantize(*given, "int8+fp8"))]
+    assert all(np.isfinite(framework.numpy(out)).all() and framework.numpy(out).max() == 65504 for out in outs)
+
+
 def test_mixed_dtypes_and_foreign_types_are_refused(framework):
     q, k, v = tensors(framework, *qkv(q_len=8))
     with pytest.raises(TypeError, match="one dtype"):
