@@ -6,6 +6,7 @@ code knows no framework, so the same processor serves our Paddle model and diffu
 """
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -16,6 +17,19 @@ from .frames import frame_of
 from .report import Record, Records
 
 _active = threading.local()
+
+OTHERS = ("temb", "scale", "query_rotary_emb", "key_rotary_emb", "base_sequence_length", "hidden_states_masks",
+          "latent_attn_mask", "text_attn_mask", "batch_flag", "ip_hidden_states", "ip_adapter_masks")
+"""What processors of diffusers take beside the arguments of `AttnProcessor.__call__`. Its `Attention` passes on only what
+stands in a processor's signature by name, so it finds these there; a frame takes or refuses each."""
+
+
+def _with_named(function: Any, names: tuple[str, ...]) -> inspect.Signature:
+    """The signature of a function that takes any keyword, with these among them by name."""
+    signature = inspect.signature(function)
+    *given, rest = signature.parameters.values()
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    return signature.replace(parameters=[*given, *named, rest])
 
 
 class AttnProcessor:
@@ -32,14 +46,18 @@ class AttnProcessor:
     def __init__(self) -> None:
         self.records = Records()
 
-    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
-                 image_rotary_emb: Any = None) -> tuple[Any, Any]:
-        """What the module's frame computes (see `frames`); diffusers passes on only arguments that stand here by name.
+    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None,
+                 image_rotary_emb: Any = None, **others: Any) -> Any:
+        """What the module's frame computes (see `frames`). others: what else the module's own protocol has.
 
-        Raises UnsupportedError for a module whose class no frame declares.
+        Raises UnsupportedError for a module whose class no frame declares, or an argument that its frame does not take.
         """
         slot = slot_of(attn, hidden_states)
-        return slot.frame(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if others:
+            others = {name: value for name, value in others.items() if value is not None}
+        return slot.frame(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **others)
+
+    __call__.__signature__ = _with_named(__call__, OTHERS)
 
     def attention_of(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of the graph that Paddle traces."""
@@ -50,13 +68,13 @@ class AttnProcessor:
             return slot.operator(q, k, v, slot.key)
         return slot.masked_operator(q, k, v, mask, slot.key)
 
-    def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        """Attention for one module, counted in its record: [B, N, H, D] in and out."""
+    def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None, **asked: Any) -> Any:
+        """Attention for one module, counted in its record: [B, N, H, D] in and out. asked: is_causal, scale, if no mask."""
         outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
         around = attn.attention_slot.around
         try:
             if mask is None:
-                return (self.attend if around is None else around(self.attend))(q, k, v)
+                return (self.attend if around is None else around(self.attend))(q, k, v, **asked)
             if around is not None:
                 raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given, and the tokens are shared by "
                                        "several ranks, none of which has the mask's whole rows; pass no mask, or share "
@@ -96,6 +114,14 @@ def check_processor(processor: Any) -> None:
                         f"{processor.__name__}()")
     if not callable(processor):
         raise TypeError(f"an attention processor must be callable, got {type(processor).__name__}")
+
+
+def set_processor(module: Any, processor: Any) -> None:
+    """Gives a module its processor."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # diffusers' MochiAttention
+        module.processor = processor
 
 
 def _run_module(attn: Any, *tensors: Any) -> Any:

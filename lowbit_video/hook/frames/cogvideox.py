@@ -3,11 +3,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import UnsupportedError
 from ...runtime.protocol import Runtime
 
 
 def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any, attention_mask: Any = None,
-                    image_rotary_emb: Any = None) -> tuple[Any, Any]:
+                    image_rotary_emb: Any = None, **others: Any) -> tuple[Any, Any]:
     """Joint attention of text and video tokens.
 
     attn: the module; has heads, to_q, to_k, to_v, norm_q, norm_k (may be None), to_out.
@@ -16,7 +17,13 @@ def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidde
         or [B, H or 1, N or 1, N] with N = N_text + N_video, text first.
     image_rotary_emb: None or (cos, sin), each [N_video, D], for the video tokens.
     returns: video tokens and text tokens, in this order, shaped like the inputs.
+    Raises UnsupportedError for an argument that this protocol does not have.
     """
+    if others or encoder_hidden_states is None:
+        what = f"{', '.join(others)} given" if others else "encoder_hidden_states is missing"
+        raise UnsupportedError(f"{what}, and a block of CogVideoX's protocol calls its attention with (hidden_states, "
+                               "encoder_hidden_states, attention_mask, image_rotary_emb); if this module's block has another "
+                               'protocol, declare it: lowbit_video.declare_attention(TheBlock, frame="own")')
     runtime = attn.attention_slot.runtime
     text_tokens = encoder_hidden_states.shape[1]
     joint = runtime.concat([encoder_hidden_states, hidden_states], 1)
