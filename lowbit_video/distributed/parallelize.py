@@ -17,7 +17,7 @@ from .exchange import check_exchange
 from .mesh import Mesh, degrees_for
 from .ring import ring
 from .split import COMPILED_WHOLE, TokenSplit
-from .torch_model import SplitByHooks
+from .torch_model import SplitByHooks, check_hooks
 from .ulysses import ulysses
 from .watch import WatchedWire, process_wire
 from .wire import Wire
@@ -164,7 +164,7 @@ def unparallelize(pipe_or_model: Any) -> bool:
 
 def _check_model(model: Any, modules: dict[str, Any]) -> None:
     if not modules:
-        raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (set_processor, to_q, ...)")
+        raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
     if model in _parallel:
         raise ValueError(f"this {type(model).__name__} is parallel already; call unparallelize first")
     if not hasattr(model, "split") and not all(hasattr(model, name) for name in ("register_forward_pre_hook", "proj_out",
@@ -172,6 +172,8 @@ def _check_model(model: Any, modules: dict[str, Any]) -> None:
         raise UnsupportedError(f"{type(model).__name__} cannot share its tokens: its forward knows no `split` (a TokenSplit), "
                                "and it has no transformer_blocks and proj_out to hook; the CogVideoXTransformer3DModel of "
                                "lowbit_video.pipelines and that of diffusers can")
+    if not hasattr(model, "split"):
+        check_hooks(model)
     if "StaticFunction" in type(model.forward).__name__:
         raise UnsupportedError(COMPILED_WHOLE)
 

@@ -5,12 +5,26 @@ hidden_states, encoder_hidden_states and image_rotary_emb by name and end in pro
 """
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+from ..errors import UnsupportedError
 from .split import TokenSplit
 
 CUT = ("hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs")
 """Arguments of the model's forward, in their order, that hold a row for each half of the guidance."""
+SHARED = ("self", *CUT, "image_rotary_emb", "attention_kwargs", "return_dict")
+"""All arguments of a forward whose work the hooks know how to share."""
+
+
+def check_hooks(model: Any) -> None:
+    """Raises UnsupportedError for a model that computes from more than what `SplitByHooks` shares, naming it."""
+    unknown = [name for name in inspect.signature(type(model).forward).parameters if name not in SHARED]
+    if unknown:
+        raise UnsupportedError(f"{type(model).__name__} cannot share its tokens: its forward takes {', '.join(unknown)}, and "
+                               "hooks share only what CogVideoXTransformer3DModel's takes; a model that diffusers has a plan "
+                               "for (its _cp_plan) can take model.enable_parallelism(config=...) and a backend of diffusers' "
+                               "dispatcher")
 
 
 class SplitByHooks:

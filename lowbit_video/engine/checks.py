@@ -14,11 +14,10 @@ from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 from .packing import Packing
 
-
 MAX_SCORE = -MIN_SCORE / 10
 """Of a score's magnitude: the running maximum starts at MIN_SCORE."""
 MAX_OPERAND = 2.0**-12 / MIN_MAGNITUDE
-"""Of an operand's magnitude times scale and head_dim: what lies under MIN_MAGNITUDE in the other one then counts for nothing."""
+"""Of an operand's magnitude times scale and head_dim: what lies under MIN_MAGNITUDE in the other then counts for nothing."""
 
 
 def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None, runtime: Runtime) -> Request:
@@ -85,8 +84,8 @@ def _aligned(x: Any, runtime: Runtime, item_size: int) -> bool:
 
 
 def check_finite(options: AttentionOptions, runtime: Runtime, **tensors: Any) -> None:
-    """`require_finite` and `require_range` of q, k and v [.., D] where the options ask for it: on a CPU unless they say no, on a
-    GPU only if they say yes."""
+    """`require_finite` and `require_range` of q, k and v [.., D] where the options ask for it: on a CPU unless they say no, on
+    a GPU only if they say yes."""
     asked = options.check_finite
     if asked or (asked is None and all(runtime.is_cpu(tensor) for tensor in tensors.values())):
         require_finite(runtime, **tensors)

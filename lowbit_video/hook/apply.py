@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
-from .base import AttnProcessor, check_processor, slot_of
+from .base import AttnProcessor, check_processor, set_processor, slot_of
+from .frames.own import checked, own_attention
 from .frames.replaced import check_replaced
 from .processors import LowBitAttnProcessor
 from .report import attention_modules, named_modules, transformer_of
@@ -21,15 +22,19 @@ class Applied:
         self._model = weakref.ref(model)
         self._before: list[tuple[weakref.ref, Any]] = []
 
-    def _set(self, module: Any, processor: Any) -> None:
+    def _set(self, module: Any, processor: Any, own: Any = None) -> None:
         self._before.append((weakref.ref(module), module.processor))
-        module.set_processor(processor)
+        if own is not None:
+            module.own_processor = own
+        set_processor(module, processor)
 
     def _restore(self) -> None:
         for reference, processor in reversed(self._before):
             module = reference()
             if module is not None:
-                module.set_processor(processor)
+                set_processor(module, processor)
+                if hasattr(module, "own_processor") and not isinstance(processor, AttnProcessor):
+                    del module.own_processor
         self._before.clear()
 
     def remove(self) -> None:
@@ -61,13 +66,13 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     fallback, backend, check_finite: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
     Raises ValueError for a pattern that names no module or a model without attention modules, UnsupportedError for an
-    attention class that no frame declares (`declare_attention`) and a processor that does more than its frame; no processor
-    is changed then.
+    attention class that no frame declares (`declare_attention`), a processor that a frame needs and cannot run, or one that
+    does more than the frame in its place; no processor is changed then.
     """
     model = transformer_of(model_or_pipe)
     targets = attention_modules(model)
     if not targets:
-        raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (set_processor, to_q, ...)")
+        raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
     choice: dict[str, Any] = dict.fromkeys(targets, precision)
     for pattern, wanted in (modules or {}).items():
         names = [name for name in targets if fnmatch.fnmatchcase(name, pattern)]
@@ -88,17 +93,21 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
 
     processors = {name: processor_for(wanted) for name, wanted in choice.items() if wanted is not None}
     parts = {"": model, **dict(named_modules(model))}
+    own = {}
     for name, processor in processors.items():
         if isinstance(processor, AttnProcessor):
             try:
                 slot = slot_of(targets[name], targets[name].to_q.weight, owner=parts[name.rpartition(".")[0]])
-                check_replaced(slot.frame, targets[name].processor)
+                if slot.frame is own_attention:
+                    own[name] = _own_of(targets[name])
+                else:
+                    check_replaced(slot.frame, targets[name].processor)
             except UnsupportedError as error:
-                raise UnsupportedError(f"{name} of {type(model).__name__}: {error}") from None
+                raise UnsupportedError(f"{name} of {type(model).__name__}: {error}{_dispatches(targets)}") from None
             processor.records.of(targets[name]).name = name
     handle = Applied(model)
     for name, processor in processors.items():
-        handle._set(targets[name], processor)
+        handle._set(targets[name], processor, own.get(name))
     _applied.setdefault(model, []).append(handle)
     return handle
 
@@ -113,6 +122,19 @@ def remove(model_or_pipe: Any) -> bool:
         return False
     stack.pop()._restore()
     return True
+
+
+def _own_of(module: Any) -> Any:
+    """The processor of its library that the module has, or had before the hook that it has."""
+    hooked = isinstance(module.processor, AttnProcessor)
+    return checked(getattr(module, "own_processor", None) if hooked else module.processor)
+
+
+def _dispatches(modules: Mapping[str, Any]) -> str:
+    if not any(hasattr(module.processor, "_attention_backend") for module in modules.values()):
+        return ""
+    return ("; this model asks diffusers' dispatcher for its attention: take a backend of that in place of apply(), "
+            "docs/diffusers.md")
 
 
 def _some(names: list[str], most: int = 6) -> str:

@@ -21,9 +21,10 @@ from .report import Record, Records
 
 _active = threading.local()
 
-OTHERS = ("temb", "scale", "rotary_emb")
-"""What frames take beside the arguments of `AttnProcessor.__call__`. Libraries whose modules pass on only what stands in a
-processor's signature by name find these there."""
+OTHERS = ("temb", "scale", "rotary_emb", "query_rotary_emb", "key_rotary_emb", "base_sequence_length", "hidden_states_masks",
+          "latent_attn_mask", "text_attn_mask", "batch_flag", "ip_hidden_states", "ip_adapter_masks")
+"""What processors of diffusers and ppdiffusers take beside the arguments of `AttnProcessor.__call__`. Their `Attention` passes
+on only what stands in a processor's signature by name, so it finds these there; a frame takes or refuses each."""
 
 
 def _with_named(function: Any, names: tuple[str, ...]) -> inspect.Signature:
@@ -74,15 +75,15 @@ class AttnProcessor:
         slot = attn.attention_slot
         return slot.operator(q, k, v, mask, slot.key)
 
-    def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        """Attention for one module, counted in its record: [B, N, H, D] in and out."""
+    def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None, **asked: Any) -> Any:
+        """Attention for one module, counted in its record: [B, N, H, D] in and out. asked: is_causal, scale, if no mask."""
         outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
         around = attn.attention_slot.around
         try:
             if around is not None:
                 refuse_gradients(runtime_of(q), q, k, v)  # what travels between ranks carries none
             if mask is None:
-                return (self.attend if around is None else around(self.attend))(q, k, v)
+                return (self.attend if around is None else around(self.attend))(q, k, v, **asked)
             if around is not None:
                 raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given, and the tokens are shared by "
                                        "several ranks, none of which has the mask's whole rows; pass no mask, or share "
@@ -122,6 +123,14 @@ def check_processor(processor: Any) -> None:
                         f"{processor.__name__}()")
     if not callable(processor):
         raise TypeError(f"an attention processor must be callable, got {type(processor).__name__}")
+
+
+def set_processor(module: Any, processor: Any) -> None:
+    """Gives a module its processor."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # diffusers' MochiAttention
+        module.processor = processor
 
 
 def _run_module(attn: Any, *tensors: Any) -> Any:

@@ -65,7 +65,7 @@ def named_modules(model: Any) -> Iterator[tuple[str, Any]]:
 def attention_modules(model: Any) -> dict[str, Any]:
     """The modules of `model` that take a processor, by name ("transformer_blocks.0.attn1")."""
     return {name: module for name, module in named_modules(model)
-            if hasattr(module, "set_processor") and hasattr(module, "processor") and hasattr(module, "to_q")}
+            if hasattr(module, "processor") and hasattr(module, "to_q")}
 
 
 def transformer_of(model_or_pipe: Any) -> Any:

@@ -173,7 +173,8 @@ def test_matches_the_numpy_reference(gpu, variant, spec, head_dim, monkeypatch):
 ROW_L1 = {"int8": 0.05, "fp8": 0.15, "int4": 0.1, "int2": 0.3}
 """Relative L1 of a row against the reference where a value on a code's edge falls to the other side: E4M3's steps are an
 eighth, and in a row that looks at one or two keys a single weight counts (on an H100 up to 3 rows of a case's thousands are
-off by more than 0.05). NumPy and Triton's interpreter differ by 0.01 at most. A mask that is one key off moves a row by more than 0.3."""
+off by more than 0.05). NumPy and Triton's
+interpreter differ by 0.01 at most. A mask that is one key off moves a row by more than 0.3."""
 MEAN_L1 = {"int8": 0.01, "fp8": 0.01, "int4": 0.02, "int2": 0.06}
 
 

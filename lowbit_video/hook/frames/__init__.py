@@ -14,13 +14,29 @@ from typing import Any
 from ...errors import UnsupportedError
 from .cogvideox import joint_attention
 from .one_stream import one_stream_attention
+from .own import own_attention
 from .owners import owner_of
 from .two_streams import two_stream_attention
 from .wan import wan_attention
 
-FRAMES: dict[str, Callable] = {"cogvideox": joint_attention, "one_stream": one_stream_attention,
+FRAMES: dict[str, Callable] = {"cogvideox": joint_attention, "one_stream": one_stream_attention, "own": own_attention,
                                "two_streams": two_stream_attention, "wan": wan_attention}
 """The protocols there are."""
+
+_OWN = (
+    "attention.BasicTransformerBlock", "attention.JointTransformerBlock",
+    "transformers.auraflow_transformer_2d.AuraFlowJointTransformerBlock",
+    "transformers.auraflow_transformer_2d.AuraFlowSingleTransformerBlock",
+    "transformers.transformer_allegro.AllegroTransformerBlock",
+    "transformers.transformer_cogview3plus.CogView3PlusTransformerBlock",
+    "transformers.transformer_cogview4.CogView4TransformerBlock",
+    "transformers.transformer_easyanimate.EasyAnimateTransformerBlock",
+    "transformers.transformer_hidream_image.HiDreamImageSingleTransformerBlock",
+    "transformers.transformer_hidream_image.HiDreamImageTransformerBlock",
+    "transformers.transformer_lumina2.Lumina2TransformerBlock", "transformers.transformer_mochi.MochiTransformerBlock",
+    "transformers.transformer_omnigen.OmniGenBlock", "transformers.transformer_sd3.SD3SingleTransformerBlock",
+)
+"""Blocks of diffusers 0.42 that pass its dispatcher by, their processors ending in torch's own attention."""
 
 _declared: dict[type | str, str] = {
     "lowbit_video.pipelines.cogvideox.transformer.Attention": "cogvideox",
@@ -36,6 +52,8 @@ _declared: dict[type | str, str] = {
         "transformer_hunyuan_video.HunyuanVideoTransformerBlock": "two_streams",
         "transformer_wan.WanTransformerBlock": "wan",
     }.items()},
+    "diffusers.models.transformers.consisid_transformer_3d.ConsisIDBlock": "cogvideox",
+    **dict.fromkeys((f"diffusers.models.{block}" for block in _OWN), "own"),
 }
 
 
@@ -44,8 +62,9 @@ def declare_attention(module_class: type, frame: str = "cogvideox") -> type:
 
     module_class: the attention module's class, or its block's; subclasses are meant too. frame: a name in FRAMES. "cogvideox":
         the module has heads, to_q, to_k, to_v, norm_q, norm_k and to_out, and calls its processor as
-        `(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)` for (video tokens, text tokens). The
-        others say in their files what they need.
+        `(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)` for (video tokens, text tokens). "own":
+        the processor that the module has does the work, and its calls of torch's `scaled_dot_product_attention` are served.
+        The others say in their files what they need.
     Returns the class, so that it can stand above one as a decorator.
     Raises TypeError for what is no class, ValueError for a frame that does not exist.
     """
@@ -72,7 +91,8 @@ def frame_of(attn: Any, owner: Any = None) -> Callable:
     raise UnsupportedError(
         f"the attention class {_name(type(attn))}{within} is not declared: what it computes around its attention is unknown; "
         f"declared are: {', '.join(map(_name, _declared))}; if its block follows CogVideoX's protocol, say so first: "
-        "lowbit_video.declare_attention(TheClass)")
+        "lowbit_video.declare_attention(TheClass); if its processor calls torch's scaled_dot_product_attention: "
+        'lowbit_video.declare_attention(TheClass, frame="own")')
 
 
 def _frame_of_class(module_class: type) -> Callable | None:

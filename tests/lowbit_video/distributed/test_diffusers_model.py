@@ -7,6 +7,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 from lowbit_video import ExactAttnProcessor, UnsupportedError, apply, parallelize, unparallelize  # noqa: E402
 from ranks import run_threads  # noqa: E402
 
+import diffusers_models  # noqa: E402
 from helpers import sqnr_db  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -73,3 +74,11 @@ def test_other_models_are_refused():
     with pytest.raises(ValueError, match="no attention module"):
         parallelize(torch.nn.Linear(2, 2), wire=None)
     assert np.isfinite(predict(make("2b"), 1)).all()
+
+
+@pytest.mark.parametrize("name, named", [("mochi", "encoder_attention_mask"), ("consisid", "id_cond, id_vit_hidden"),
+                                         ("sd3", "pooled_projections")])
+def test_models_whose_work_is_not_known_are_not_shared_among_ranks(name, named):
+    model, _ = diffusers_models.make(name)
+    with pytest.raises(UnsupportedError, match=f"cannot share its tokens: its forward takes .*{named}.*enable_parallelism"):
+        parallelize(model)
