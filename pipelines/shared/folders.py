@@ -16,6 +16,8 @@ MODEL_INDEX_NAME = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call their weight files."""
+PADDLE_STEM = "diffusion_paddle_model"
+"""What ppdiffusers calls them where it does not write for diffusers; read, not written."""
 PART_FILES = ("*.json", "*.model")
 """What a part has beside its weights: configurations, indices of shards, a tokenizer's model."""
 
@@ -61,7 +63,7 @@ def fetch_parts(path: str | os.PathLike, folder: str, parts: Iterable[str], vari
 
 def _weights(parts: Iterable[str], variant: str | None) -> list[str]:
     """Patterns of the weight files of one variant; those of another have a point and its name behind the stem."""
-    stems = [f"{stem}.{variant}" if variant else stem for stem in STEMS]
+    stems = [f"{stem}.{variant}" if variant else stem for stem in (*STEMS, PADDLE_STEM)]
     return [f"{part}/{stem}{ending}" for part in parts for stem in stems
             for ending in (".safetensors", "-[0-9]*-of-*.safetensors")]
 

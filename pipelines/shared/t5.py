@@ -205,7 +205,7 @@ class T5EncoderModel(Model):
         "tie_word_embeddings", "scale_decoder_outputs", "is_encoder_decoder", "is_decoder", "use_cache", "output_past",
         "num_decoder_layers", "decoder_start_token_id", "n_positions", "task_specific_params", "classifier_dropout",
         "bos_token_id", "gradient_checkpointing", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
-        "output_attentions", "output_hidden_states", "return_dict",
+        "output_attentions", "output_hidden_states", "return_dict", "paddlenlp_version", "tensor_parallel_output",
     )
     ignored_tensors = (r"^decoder\.", r"^lm_head\.")
     tied_tensors = {"encoder.embed_tokens.weight": "shared.weight"}

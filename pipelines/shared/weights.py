@@ -5,7 +5,8 @@ device, converted there and handed over to its parameter, so that host memory pe
 largest tensor. The safetensors format is short enough to be handled here (8 bytes header length, a JSON header, the bytes),
 which keeps one tensor at a time in memory and reports a damaged file in words.
 
-Torch keeps a Linear weight as [out, in], Paddle as [in, out]: these are transposed on the way, in both directions.
+Torch keeps a Linear weight as [out, in], Paddle as [in, out]: these are transposed on the way, in both directions. A file that
+ppdiffusers or PaddleNLP wrote says so in its table and is read as it is.
 
 Types: on a GPU the weights are held in the type asked for. Paddle's CPU kernels compute in float32 only, so on a CPU a request
 for float16 or bfloat16 gives float32 weights and one warning.
@@ -28,13 +29,15 @@ from paddle import nn
 from lowbit_video.files import write_whole
 
 from .config import CONFIG_NAME, DIFFUSERS_VERSION, Config, ConfigError, known_keys, load_config, read_json, write_json
-from .folders import STEMS
+from .folders import PADDLE_STEM, STEMS
 
 __all__ = [
     "Config", "ConfigError", "Model", "TensorEntry", "WeightsError", "dtype_name", "load_config", "load_weights",
     "read_header", "save_weights", "working_dtype",
 ]
 
+# `format` in a safetensors table of files in Paddle's order of axes: ppdiffusers' and PaddleNLP's.
+PADDLE_FORMATS = ("pd", "np")
 # safetensors name -> (NumPy type of the raw bytes, bytes); NumPy has no bfloat16, Paddle takes its bits as uint16.
 FILE_TYPES = {"F64": (np.float64, 8), "F32": (np.float32, 4), "F16": (np.float16, 2), "BF16": (np.uint16, 2)}
 FILE_TYPE_OF = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -51,13 +54,14 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: file, first byte, bytes, type as safetensors names it, shape on disk."""
+    """Where one tensor lies: file, first byte, bytes, type as safetensors names it, shape on disk, whose order of axes."""
 
     path: str
     offset: int
     nbytes: int
     file_type: str
     shape: tuple[int, ...]
+    paddle_order: bool = False
 
 
 def dtype_name(dtype: Any) -> str:
@@ -188,12 +192,15 @@ def read_header(path: str) -> dict[str, TensorEntry]:
             )
         try:
             header = json.loads(file.read(header_bytes))
-            header.pop("__metadata__", None)
+            paddle_order = (header.pop("__metadata__", None) or {}).get("format") in PADDLE_FORMATS
             entries = {}
             for name, item in header.items():
                 begin, end = item["data_offsets"]
                 shape = tuple(int(n) for n in item["shape"])
-                entries[name] = TensorEntry(path, 8 + header_bytes + begin, end - begin, item["dtype"], shape)
+                file_type = item["dtype"]
+                if paddle_order and file_type == "U16":
+                    file_type = "BF16"  # Paddle hands NumPy the bits
+                entries[name] = TensorEntry(path, 8 + header_bytes + begin, end - begin, file_type, shape, paddle_order)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path} is damaged: its header cannot be read ({error}); fetch it again") from None
     for name, entry in entries.items():
@@ -219,7 +226,7 @@ def _find_files(folder: str, stem: str, variant: str | None) -> list[str]:
     """
     infix = f".{variant}" if variant else ""
     tried = []
-    for name in dict.fromkeys((stem, *STEMS)):
+    for name in dict.fromkeys((stem, *STEMS, PADDLE_STEM)):
         index = os.path.join(folder, f"{name}.safetensors.index{infix}.json")
         single = os.path.join(folder, f"{name}{infix}.safetensors")
         tried += [os.path.basename(single), os.path.basename(index)]
@@ -249,7 +256,8 @@ def _find_files(folder: str, stem: str, variant: str | None) -> list[str]:
     if any(name.endswith(".safetensors") for name in there):
         advice = " Is a `variant` needed (such as variant=\"fp16\")?"
     elif there:
-        advice = " Only safetensors are read: convert with save_pretrained(..., safe_serialization=True) in diffusers."
+        library = "ppdiffusers" if all(name.endswith(".pdparams") for name in there) else "diffusers"
+        advice = f" Only safetensors are read: convert with save_pretrained(..., safe_serialization=True) in {library}."
     raise WeightsError(f"no weights in {folder}: looked for {', '.join(tried)}; found {_listed(there) or 'none'}.{advice}")
 
 
@@ -296,7 +304,7 @@ def load_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float
     missing = [name for name in state if name not in plan]
     mismatched = []
     for name, entry in plan.items():
-        wanted = _shape_on_disk(state[name], name in linear)
+        wanted = _shape_on_disk(state[name], name in linear and not entry.paddle_order)
         if entry.shape != wanted:
             mismatched.append(f"{name} is {list(entry.shape)}, the configuration needs {list(wanted)}")
     problems = [
@@ -316,7 +324,8 @@ def load_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float
                     file.close()
                 open_path, file = entry.path, open(entry.path, "rb")
             kept = any(re.search(pattern, name) for pattern in in_float32)
-            _fill(state[name], _read(file, entry, name in linear, "float32" if kept else target))
+            transposed = name in linear and not entry.paddle_order
+            _fill(state[name], _read(file, entry, transposed, "float32" if kept else target))
     finally:
         if file is not None:
             file.close()

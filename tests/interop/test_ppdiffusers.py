@@ -22,72 +22,10 @@ from lowbit_video.hook import frames  # noqa: E402
 from lowbit_video.hook.report import attention_modules  # noqa: E402
 
 from helpers import sqnr_db  # noqa: E402
+from ppdiffusers_models import MODELS, TEXT, TEXT_TOKENS, dit_pipeline, made, output, text  # noqa: E402
 
 FLOOR_DB = 30
-TEXT, TEXT_TOKENS = 24, 9
-
-
-def dit():
-    return ppdiffusers.Transformer2DModel(
-        num_attention_heads=2, attention_head_dim=40, in_channels=4, out_channels=8, num_layers=2, sample_size=16, patch_size=2,
-        attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
-        norm_elementwise_affine=False)
-
-
-def cross():
-    return ppdiffusers.Transformer2DModel(num_attention_heads=2, attention_head_dim=32, in_channels=32, num_layers=2,
-                                          cross_attention_dim=TEXT, norm_num_groups=4)
-
-
-def unet():
-    return ppdiffusers.UNet2DConditionModel(
-        block_out_channels=(64, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT, attention_head_dim=2)
-
-
-def unet_of_videos():
-    return ppdiffusers.UNet3DConditionModel(
-        block_out_channels=(64, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        cross_attention_dim=TEXT, attention_head_dim=32)
-
-
-def sd3():
-    return ppdiffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=32, num_attention_heads=2,
-        joint_attention_dim=TEXT, caption_projection_dim=64, pooled_projection_dim=16)
-
-
-# name: (a small random model, what it is called with)
-MODELS = {
-    "DiT": (dit, lambda: ((paddle.randn([2, 4, 16, 16]),), dict(timestep=paddle.to_tensor([7, 7]),
-                                                              class_labels=paddle.to_tensor([1, 5])))),
-    "Transformer2DModel": (cross, lambda: ((paddle.randn([2, 32, 6, 6]),), dict(encoder_hidden_states=text()))),
-    "UNet2DConditionModel": (unet, lambda: ((paddle.randn([2, 4, 16, 16]), 7, text()), {})),
-    "UNet3DConditionModel": (unet_of_videos, lambda: ((paddle.randn([1, 4, 2, 8, 8]), 7, text(1)), {})),
-    "SD3Transformer2DModel": (sd3, lambda: ((paddle.randn([2, 4, 16, 16]), text()), dict(
-        pooled_projections=paddle.randn([2, 16]), timestep=paddle.to_tensor([7, 7])))),
-}
 WITH_SETTER = ["UNet2DConditionModel", "SD3Transformer2DModel"]
-
-
-def text(batch=2):
-    return paddle.randn([batch, TEXT_TOKENS, TEXT])
-
-
-def made(name):
-    paddle.seed(0)
-    model = MODELS[name][0]()
-    model.eval()
-    return model
-
-
-def output(model, name, **more):
-    paddle.seed(1)
-    given, named = MODELS[name][1]()
-    with paddle.no_grad():
-        return model(*given, **named, **more, return_dict=False)[0].numpy()
 
 
 @pytest.fixture(autouse=True)
@@ -143,11 +81,7 @@ def test_the_models_own_setter_takes_one_processor_and_a_dict_that_it_empties(na
 
 
 def test_a_dit_pipeline_runs_end_to_end():
-    paddle.seed(0)
-    vae = ppdiffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-                                    down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    pipe = ppdiffusers.DiTPipeline(dit(), vae, ppdiffusers.DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = dit_pipeline()
 
     def images():
         paddle.seed(3)
@@ -307,3 +241,47 @@ def test_a_model_that_was_saved_comes_back_without_hooks_and_the_report_says_so(
     again.eval()
     np.testing.assert_array_equal(output(again, name), own)
     assert "4 exact" in lv.coverage(again).summary() and "not hooked" in str(lv.coverage(again))
+
+
+def test_what_sets_processors_anew_takes_hooks_away_and_the_report_says_so():
+    model = made("UNet2DConditionModel")
+    lv.apply(model, "int8+fp16")
+    model.set_attention_slice(1)
+    output(model, "UNet2DConditionModel")
+    report = lv.coverage(model)
+    assert not any(module.hooked for module in report.modules)
+    assert all(module.processor == "SlicedAttnProcessor" and "not hooked" in module.reason for module in report.modules)
+
+
+def test_hooked_stable_diffusion_3_needs_no_function_that_paddle_lacks(monkeypatch):
+    name = "SD3Transformer2DModel"
+    model = made(name)
+    wanted = output(model, name)
+    monkeypatch.delattr(paddle.nn.functional, "scaled_dot_product_attention_")
+    with pytest.raises(AttributeError, match="scaled_dot_product_attention_"):
+        output(model, name)
+    lv.apply(model, "int8+fp16")
+    assert sqnr_db(output(model, name), wanted) > FLOOR_DB
+
+
+@pytest.mark.parametrize("kind", ["gated", "temporal"])
+def test_blocks_with_attention_of_their_own_are_hooked(kind):
+    from ppdiffusers.models.attention import GatedSelfAttentionDense, TemporalBasicTransformerBlock
+
+    paddle.seed(0)
+    if kind == "gated":
+        block = GatedSelfAttentionDense(query_dim=64, context_dim=TEXT, n_heads=2, d_head=32)
+        block.alpha_attn.set_value(paddle.to_tensor(1.0))
+        given = (paddle.randn([2, 20, 64]), text())
+    else:
+        block = TemporalBasicTransformerBlock(dim=64, time_mix_inner_dim=64, num_attention_heads=2, attention_head_dim=32,
+                                              cross_attention_dim=TEXT)
+        given = dict(hidden_states=paddle.randn([6, 10, 64]), num_frames=3, encoder_hidden_states=text(20))
+    block.eval()
+    run = lambda: (block(*given) if kind == "gated" else block(**given)).numpy()
+    own = run()
+    lv.apply(block, "int8+fp16")
+    assert FLOOR_DB < sqnr_db(run(), own) < 100
+    assert all(module.calls == 1 for module in lv.coverage(block).modules)
+    lv.remove(block)
+    np.testing.assert_array_equal(run(), own)

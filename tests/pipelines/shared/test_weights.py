@@ -80,6 +80,38 @@ def test_files_are_in_torchs_order_of_axes(model, tmp_path):
     assert "scratch" not in tensors
 
 
+@pytest.mark.parametrize("written, names", [
+    ("pd", ["diffusion_paddle_model.safetensors"]), ("np", ["model.safetensors"]),
+    ("pd", ["diffusion_paddle_model-00001-of-00002.safetensors", "diffusion_paddle_model-00002-of-00002.safetensors"]),
+], ids=["ppdiffusers", "PaddleNLP", "shards"])
+def test_files_in_paddles_order_of_axes_are_read_as_they_are(tmp_path, written, names):
+    """The Linear is square: nothing but the file's own word tells its order."""
+    model = Small(4, outside=4)
+    model.save_pretrained(tmp_path)
+    (tmp_path / f"{STEM}.safetensors").unlink()
+    arrays = state(model)
+    shards = [list(arrays)[shard::len(names)] for shard in range(len(names))]
+    for name, keys in zip(names, shards):
+        save_file({key: arrays[key] for key in keys}, tmp_path / name, metadata={"format": written})
+    if len(names) > 1:
+        index = {"weight_map": {key: name for name, keys in zip(names, shards) for key in keys}}
+        (tmp_path / "diffusion_paddle_model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(Small.from_pretrained(tmp_path), model)
+
+
+def test_bfloat16_bits_are_read_where_paddle_wrote_them_and_refused_elsewhere(tmp_path):
+    model = Small(4, outside=4)
+    model.save_pretrained(tmp_path)
+    (tmp_path / f"{STEM}.safetensors").unlink()
+    bits = {name: array.astype(ml_dtypes.bfloat16).view(np.uint16) for name, array in state(model).items()}
+    for written in ("pt", "pd"):
+        save_file(bits, tmp_path / "diffusion_paddle_model.safetensors", metadata={"format": written})
+        if written == "pt":
+            with pytest.raises(WeightsError, match="has type U16"):
+                Small.from_pretrained(tmp_path)
+    assert_same(Small.from_pretrained(tmp_path), model, rtol=2**-8)
+
+
 @pytest.mark.parametrize("limit", [1, 60, "100B", "0.1KB", "1KiB"])
 def test_shards(model, tmp_path, limit):
     model.save_pretrained(tmp_path, max_shard_size=limit)
@@ -320,7 +352,10 @@ def test_no_weights(model, tmp_path):
     with pytest.raises(WeightsError, match=f"looked for {STEM}.safetensors.*found none"):
         Small.from_pretrained(tmp_path)
     (tmp_path / f"{STEM}.bin").write_bytes(b"")
-    with pytest.raises(WeightsError, match=f"found {STEM}.bin.*safe_serialization=True"):
+    with pytest.raises(WeightsError, match=f"found {STEM}.bin.*safe_serialization=True.*in diffusers"):
+        Small.from_pretrained(tmp_path)
+    (tmp_path / f"{STEM}.bin").rename(tmp_path / "model_state.pdparams")
+    with pytest.raises(WeightsError, match="found model_state.pdparams.*safe_serialization=True.*in ppdiffusers"):
         Small.from_pretrained(tmp_path)
 
 
