@@ -163,7 +163,8 @@ def test_a_mask_of_wans_keys_is_served(which):
     own = attn(video, text, attention_mask=mask[:, None, None])
     assert sqnr_db(attn(video, text), own) < FLOOR_DB
     lv.apply(model, "int8+fp16")
-    assert sqnr_db(attn(video, text, attention_mask=mask), own) > FLOOR_DB
+    with paddle.no_grad():
+        assert sqnr_db(attn(video, text, attention_mask=mask), own) > FLOOR_DB
 
 
 def test_a_frame_that_takes_any_argument_looks_for_itself(monkeypatch):

@@ -215,14 +215,15 @@ def test_every_choice_of_a_call_reaches_the_engine(fallback, monkeypatch):
     """At values that are not their defaults; exact attention is taken where it is faster only with the fallback."""
     seen = []
     ran = "out", "lse", SimpleNamespace(name="kernel")
-    monkeypatch.setattr(processors, "run", lambda q, k, v, options: seen.append(options) or ran)
+    monkeypatch.setattr(processors, "run", lambda q, k, v, options, packing: seen.append((options, packing)) or ran)
     q = paddle.zeros([1, 5, 2, 32])
     processor = LowBitAttnProcessor("int4+fp8", fallback=fallback, backend="reference", check_finite=False)
     assert processor.attend(q, q, q, is_causal=True, scale=0.3, return_lse=True) == ("out", "lse")
     assert processor.attend(q, q, q) == "out"
     common = dict(precision="int4+fp8", tensor_layout="NHD", backend="reference", check_finite=False,
                   only_if_faster=fallback == "exact")
-    assert seen == [AttentionOptions(is_causal=True, scale=0.3, return_lse=True, **common), AttentionOptions(**common)]
+    assert seen == [(AttentionOptions(is_causal=True, scale=0.3, return_lse=True, **common), None),
+                    (AttentionOptions(**common), None)]
 
 
 @pytest.mark.parametrize("processor", [ExactAttnProcessor(), LowBitAttnProcessor("int8+fp16", fallback="exact")], ids=str)
