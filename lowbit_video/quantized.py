@@ -8,7 +8,7 @@ import numpy as np
 
 from lowbit_video.kernels.formats import QK_FORMATS, scale_block
 
-from .engine.checks import require_finite
+from .engine.checks import refuse_gradients, require_finite
 from .engine.options import LAYOUTS
 from .precision import GRANULARITIES
 from .runtime import detect
@@ -44,7 +44,8 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
     granularity: "block" (128 rows of k share a scale) or "token" (one per row). q has one per row either way.
     operand: "q", "k" or "v": which layout and scales. smooth: subtract the mean over the tokens;
         default: yes for k, no for q and v.
-    Raises ValueError for what does not exist, listing what does; NonFiniteError for NaN and infinity.
+    Raises ValueError for what does not exist, listing what does; NonFiniteError for NaN and infinity; UnsupportedError where
+        gradients are asked for: codes and scales carry none.
     """
     _one_of("format", format, QK_FORMATS)
     _one_of("granularity", granularity, GRANULARITIES)
@@ -58,6 +59,7 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
     shape = runtime.shape(x)
     if len(shape) != 4 or 0 in shape:
         raise ValueError(f"expected 4 dimensions ({tensor_layout}), none of them zero; given: {list(shape)}")
+    refuse_gradients(runtime, x)
     length = shape[1 if tensor_layout == "NHD" else 2]
     if shape[3] % 4:
         raise ValueError(f"head_dim must be a multiple of 4 to be packed; given: {shape[3]}")
@@ -78,7 +80,7 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
 
 
 def dequantize(quantized: Quantized) -> np.ndarray:
-    """The values that the codes stand for, float32 NumPy [B, H, N, D], the mean added back."""
+    """The values that the codes stand for, float32 NumPy [B, H, N, D], the mean added back; without gradients."""
     from lowbit_video.kernels.quant import reference
 
     runtime = detect.runtime_of(quantized.scale)
