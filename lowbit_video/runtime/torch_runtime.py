@@ -73,8 +73,10 @@ def stream(t: torch.Tensor) -> int:
 
 def wants_gradients(*tensors: torch.Tensor) -> bool:
     """Whether what is computed of the tensors now would be differentiated."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for t in tensors:  # no generator: this is asked at every call
+            if t.requires_grad:
+                return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
