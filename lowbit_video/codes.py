@@ -22,7 +22,7 @@ def prequantize(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16"
         D a multiple of 16. They are not changed.
     precision, scale, check_finite: as `attention`; not an exact precision. return_lse: whether an LSE will be asked for.
     Returns AttentionCodes; `nbytes` of them is what they hold: at int8+fp8 3 bytes for 6 of 16-bit tensors, and scales.
-    Raises UnsupportedError for what cannot be kept as codes, and as `attention` does.
+    Raises UnsupportedError for what cannot be kept as codes or asks for gradients, and as `attention` does.
     """
     runtime = detect.same_runtime(q=q, k=k, v=v)
     options = options_of(precision, tensor_layout, False, scale, return_lse, "auto", check_finite)
@@ -47,7 +47,7 @@ def attention_of_codes(codes: AttentionCodes, tensor_layout: str = "NHD", is_cau
     """Attention of codes, as `attention` would have computed it of the tensors that `prequantize` was given.
 
     tensor_layout: of the output, [B, N, H, D] ("NHD") or [B, H, N, D] ("HND"). The rest as `attention`.
-    Returns out in the originals' dtype, or (out, lse float32 [B, H, N]).
+    Returns out in the originals' dtype, or (out, lse float32 [B, H, N]); inference only, as codes carry no gradients.
     Raises ValueError for an LSE that the codes were not made for, UnsupportedError where no variant serves them.
     """
     options_of(codes.options.precision, tensor_layout, is_causal, None, return_lse, backend, None)  # names what does not exist

@@ -9,7 +9,7 @@ import numpy as np
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, QK_FORMATS, scale_block
 
 from .arguments import flag, shown
-from .engine.checks import require_finite
+from .engine.checks import refuse_gradients, require_finite
 from .engine.options import LAYOUTS
 from .precision import GRANULARITIES
 from .runtime import detect
@@ -46,7 +46,7 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
     operand: "q", "k" or "v": which layout and scales. smooth: subtract the mean over the tokens;
         default: yes for k, no for q and v.
     Raises ValueError for what does not exist, listing what does; TypeError for another dtype; NonFiniteError for NaN and
-    infinity.
+        infinity; UnsupportedError where gradients are asked for: codes and scales carry none.
     """
     _one_of("format", format, QK_FORMATS)
     _one_of("granularity", granularity, GRANULARITIES)
@@ -62,6 +62,7 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
     shape = runtime.shape(x)
     if len(shape) != 4 or 0 in shape:
         raise ValueError(f"expected 4 dimensions ({tensor_layout}), none of them zero; given: {list(shape)}")
+    refuse_gradients(runtime, x)
     length = shape[1 if tensor_layout == "NHD" else 2]
     if shape[3] % 4:
         raise ValueError(f"head_dim must be a multiple of 4 to be packed; given: {shape[3]}")
@@ -84,7 +85,8 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
 
 
 def dequantize(quantized: Quantized) -> np.ndarray:
-    """The values that the codes stand for, float32 NumPy [B, H, N, D], the mean added back; TypeError for anything else."""
+    """The values that the codes stand for, float32 NumPy [B, H, N, D], the mean added back, without gradients; TypeError for
+    anything else."""
     from lowbit_video.kernels.quant import reference
 
     if not isinstance(quantized, Quantized):

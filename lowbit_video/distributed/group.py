@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..engine.checks import refuse_gradients
 from ..runtime.protocol import Runtime
 from .wire import Wire, Work
 
@@ -84,9 +85,13 @@ class Group:
 
     def all_gather_rows(self, tensor: Any, rows: Sequence[int], runtime: Runtime, purpose: str,
                         meanwhile: Callable[[], object] | None = None) -> list[Any]:
-        """Everyone's tensor, by place, where the first dimensions differ. rows: [size], everyone's first dimension."""
+        """Everyone's tensor, by place, where the first dimensions differ. rows: [size], everyone's first dimension.
+
+        Raises UnsupportedError where gradients are asked for: none travel back.
+        """
         if self.size == 1:
             return [tensor]
+        refuse_gradients(runtime, tensor)
         dtype, shape = runtime.dtype_name(tensor), runtime.shape(tensor)
         flat = as_bytes(runtime.contiguous(tensor), runtime)
         row = runtime.shape(flat)[0] // shape[0]

@@ -13,7 +13,7 @@ from typing import Any
 from lowbit_video.kernels.exchange.layout import layout_of
 
 from ..engine import codes as engine
-from ..engine.checks import check_finite
+from ..engine.checks import check_finite, refuse_gradients
 from ..engine.codes import AttentionCodes, Codes
 from ..engine.options import AttentionOptions
 from ..errors import UnsupportedError
@@ -31,6 +31,7 @@ def ring(attend: Attend, group: Group, exchange: str = "auto", shares: Sequence[
 
     attend: what computes one part of the keys; must give an LSE. The rest as `ulysses`; any shares can be codes here.
     is_causal: only where Q's shares are K's; parts that no query of this rank sees are passed on and not computed.
+    Raises as `ulysses`.
     """
     check_exchange(exchange, "16bit")
     return Ring(attend, group, exchange, shares, kv_shares)
@@ -52,6 +53,7 @@ class Ring:
         if self.group.size == 1:
             return self.attend(q, k, v, is_causal, scale, return_lse)
         runtime = runtime_of(q)
+        refuse_gradients(runtime, q, k, v)
         counts = self._counts(runtime.shape(q)[1], runtime.shape(k)[1], q, runtime)
         options = self._options(q, k, v, counts, is_causal, scale, return_lse, runtime)
         if options is None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..engine import codes as engine
-from ..engine.checks import check_finite
+from ..engine.checks import check_finite, refuse_gradients
 from ..engine.options import AttentionOptions
 from ..errors import UnsupportedError
 from ..hook.attend import Attend, coded
@@ -35,7 +35,8 @@ def ulysses(attend: Attend, group: Group, exchange: str = "auto", output: str = 
     shares: tokens of each rank; None asks the others at every call (the host waits). kv_shares: of K and V where they differ.
     Codes with a scale per 128 keys need shares of whole blocks of 128 but the last (`shares.token_shares` makes them); others
     travel in 16 bits.
-    Raises ValueError for an exchange that does not exist, and in a call for fewer heads than ranks.
+    Raises ValueError for an exchange that does not exist, and in a call for fewer heads than ranks; UnsupportedError in a call
+    that asks for gradients: none travel back.
     """
     check_exchange(exchange, output)
     return Ulysses(attend, group, exchange, output, shares, kv_shares)
@@ -55,6 +56,7 @@ class Ulysses:
         if self.group.size == 1:
             return self.attend(q, k, v, is_causal, scale, return_lse)
         runtime = runtime_of(q)
+        refuse_gradients(runtime, q, k, v)
         heads, size = runtime.shape(k)[2], self.group.size
         if heads < size:
             raise ValueError(f"{heads} heads cannot be shared by {size} ranks: each needs at least one; use a smaller ulysses "

@@ -64,9 +64,14 @@ def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packi
 def refuse_gradients(runtime: Runtime, *tensors: Any) -> None:
     """Raises UnsupportedError where gradients are asked for: they would be lost without a word."""
     if runtime.wants_gradients(*tensors):
-        raise UnsupportedError("gradients are asked for, and this attention is inference only\n"
-                               f"run it under {runtime.NAME}.no_grad(), or train through exact attention: a hook with "
-                               "fallback='exact', or none")
+        raise inference_only(runtime.NAME)
+
+
+def inference_only(framework: str) -> UnsupportedError:
+    """The error where gradients are asked for."""
+    return UnsupportedError("gradients are asked for, and this attention is inference only\n"
+                            f"run it under {framework}.no_grad(), or train through exact attention: a hook with "
+                            "fallback='exact', or none")
 
 
 def require_one_place(runtime: Runtime, **tensors: Any) -> None:

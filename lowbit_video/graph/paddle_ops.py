@@ -129,15 +129,23 @@ def key_of(number: int) -> str:
     return str(number)
 
 
-def attention_of_module(q, k, v, mask, key):
+def _detached(t):
+    """The tensor, to be given to an operator without gradients: SOT looks for them under no_grad too."""
+    return t if t.stop_gradient else t.detach()
+
+
+def attention_of_module(attn, q, k, v, mask, key):
     """The attention of the module whose slot has that key, while to_static traces it."""
-    refuse_gradients(q, k, v)
+    # and the weight: SOT takes q's stop_gradient from an earlier trace, which may have been under no_grad
+    refuse_gradients(q, k, v, attn.to_q.weight)
+    q, k, v = _detached(q), _detached(k), _detached(v)
     return module_op(q, k, v, key) if mask is None else masked_module_op(q, k, v, mask, key)
 
 
 def attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, *rest):
     """What `lowbit_video.attention` does while to_static traces it."""
     refuse_gradients(q, k, v)
+    q, k, v = _detached(q), _detached(k), _detached(v)
     key = text_of(precision, tensor_layout, is_causal, scale, return_lse, *rest)
     if return_lse:
         return call_lse_op(q, k, v, key)
@@ -148,6 +156,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
                      scale, return_lse, *rest):
     """What `lowbit_video.attention_varlen` does while to_static traces it."""
     refuse_gradients(q, k, v)
+    q, k, v = _detached(q), _detached(k), _detached(v)
     options = text_of(precision, tensor_layout, is_causal, scale, return_lse, *rest)
     key = f"{max_seqlen_q!r}, {max_seqlen_k!r};{options}"
     if return_lse:

@@ -24,8 +24,8 @@ class Slot:
     """One attention module's slot; the module owns it.
 
     runtime: of the module's tensors. frame: of the module's protocol (`hook/frames`). run: `run(module, q, k, v, mask=None)`,
-    eagerly, by the processor that the module has then. operator, key: `operator(q, k, v, mask, key)` stands for the attention
-    in a graph that is being traced, and finds this slot by its key. around: None, or what is wrapped around the
+    eagerly, by the processor that the module has then. operator, key: `operator(attn, q, k, v, mask, key)` stands for the
+    attention in a graph that is being traced, which finds this slot by its key. around: None, or what is wrapped around the
     attention of whatever processor the module has (`Attend -> Attend`, as sequence parallel is).
     """
 

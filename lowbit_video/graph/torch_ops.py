@@ -3,6 +3,8 @@
 Imported when a compiled function first reaches `attention()` or `attention_varlen()`, or a module's slot is made; eager calls
 do not pass through here. The choices travel as text, but for the scale and the longest sequences, which may be symbols of the
 graph. A module's attention (`slots.py`) is an operator too, which runs whatever processor the module has then.
+The operators have no gradients. `gradients` tells them that some are asked for, and they raise when they are reached: what is
+raised while torch traces reaches the caller as an error of the tracer.
 """
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from ..engine.checks import inference_only
 from ..engine.options import of_text, text_of
 from ..engine.packing import Packing
 from ..engine.run import run
@@ -19,25 +22,44 @@ from .runners import runner_of
 
 
 @torch.library.custom_op("lowbit_video::attention", mutates_args=())
-def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, options: str
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, options: str,
+                 gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` with its options as text: (out, lse), lse empty unless asked for."""
+    _refuse(gradients)
     return _results(q, *run(q, k, v, _options(options, scale)))
 
 
 @torch.library.custom_op("lowbit_video::attention_varlen", mutates_args=())
 def varlen_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-              max_seqlen_q: int, max_seqlen_k: int, scale: float | None, options: str) -> tuple[torch.Tensor, torch.Tensor]:
+              max_seqlen_q: int, max_seqlen_k: int, scale: float | None, options: str, gradients: bool = False
+              ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_varlen` with its options as text: (out, lse), lse empty unless asked for."""
+    _refuse(gradients)
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _results(q, *run(q, k, v, _options(options, scale), packing))
 
 
 @torch.library.custom_op("lowbit_video::module_attention", mutates_args=())
-def module_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+def module_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor,
+              gradients: bool = False) -> torch.Tensor:
     """Attention of [B, N, H, D] tensors by the module whose slot has that key; the output is q's shape and dtype."""
+    if gradients:
+        q = q.detach().requires_grad_()
     tensors = (q, k, v) if mask is None else (q, k, v, mask)
-    return runner_of(int(key)).run(*tensors).contiguous()
+    with torch.set_grad_enabled(gradients):  # as the caller had it: the processor refuses, and names its module
+        return runner_of(int(key)).run(*tensors).detach().contiguous()
+
+
+def _refuse(gradients):
+    if gradients:
+        raise inference_only("torch")
+
+
+def _without_gradients(*tensors):
+    """The tensors for an operator, and whether gradients of them are asked for."""
+    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+        return [t.detach() for t in tensors], True
+    return tensors, False
 
 
 def _options(text, scale):
@@ -50,7 +72,7 @@ def _results(q, out, lse, variant):
 
 
 @attention_op.register_fake
-def _(q, k, v, scale, options):
+def _(q, k, v, scale, options, gradients=False):
     options = of_text(options)
     tokens, heads = (1, 2) if options.tensor_layout == "NHD" else (2, 1)
     rows = (q.shape[0], q.shape[heads], q.shape[tokens]) if options.return_lse else (0,)
@@ -58,13 +80,13 @@ def _(q, k, v, scale, options):
 
 
 @varlen_op.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, options):
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, options, gradients=False):
     rows = (q.shape[1], q.shape[0]) if of_text(options).return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
 
 
 @module_op.register_fake
-def _(q, k, v, mask, key):
+def _(q, k, v, mask, key, gradients=False):
     return q.new_empty(q.shape)
 
 
@@ -74,9 +96,20 @@ def key_of(number: int) -> torch.Tensor:
         return torch.tensor(number, device="cpu")
 
 
-def attention_of_module(q, k, v, mask, key):
-    """The attention of the module whose slot has that key, while torch.compile traces it."""
-    return module_op(q, k, v, mask, key)
+def attention_of_module(attn, q, k, v, mask, key):
+    """The attention of the module whose slot has that key, while torch.compile traces it.
+
+    Where its processor can be trained through, it runs eagerly then: the graph breaks.
+    """
+    (a, b, c), gradients = _without_gradients(q, k, v)
+    if gradients and attn.processor.differentiable:
+        return _eagerly(attn.processor.run, attn, q, k, v, mask)
+    return module_op(a, b, c, mask, key, gradients)
+
+
+@torch.compiler.disable
+def _eagerly(function, *given):
+    return function(*given)
 
 
 _compilation: list[weakref.ref] = []
@@ -105,13 +138,16 @@ def capability(index: int) -> tuple[int, int]:
 
 def attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, *rest):
     """What `lowbit_video.attention` does while torch.compile traces it."""
-    out, lse = attention_op(q, k, v, scale, text_of(precision, tensor_layout, is_causal, None, return_lse, *rest))
+    (q, k, v), gradients = _without_gradients(q, k, v)
+    options = text_of(precision, tensor_layout, is_causal, None, return_lse, *rest)
+    out, lse = attention_op(q, k, v, scale, options, gradients)
     return (out, lse) if return_lse else out
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, precision, tensor_layout, is_causal,
                      scale, return_lse, *rest):
     """What `lowbit_video.attention_varlen` does while torch.compile traces it."""
-    out, lse = varlen_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                         text_of(precision, tensor_layout, is_causal, None, return_lse, *rest))
+    (q, k, v), gradients = _without_gradients(q, k, v)
+    options = text_of(precision, tensor_layout, is_causal, None, return_lse, *rest)
+    out, lse = varlen_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, options, gradients)
     return (out, lse) if return_lse else out

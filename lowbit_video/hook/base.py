@@ -10,11 +10,9 @@ import inspect
 import threading
 from typing import Any
 
-from ..engine.checks import refuse_gradients
 from ..errors import NonFiniteError, UnsupportedError
 from ..graph.slots import Slot
 from ..graph.tracing import traced_by_paddle, traced_by_torch
-from ..runtime.detect import runtime_of
 from .frames import frame_of
 from .frames.owners import live_modules
 from .report import Record, Records
@@ -41,10 +39,11 @@ class AttnProcessor:
     Subclasses define `attend`. Wrappers (sequence parallel) stand in the module's slot, around whatever processor it has. One
     processor may serve any number of modules.
 
-    records: what ran, per attention module. low_bit: whether the coverage report counts it as hooked.
+    records: what ran, per attention module. low_bit: whether the coverage report counts it as hooked. differentiable: whether
+    `attend` may be asked for gradients; it may be by default, as it may be anything.
     """
 
-    low_bit = False
+    low_bit, differentiable = False, True
 
     def __init__(self) -> None:
         self.records = Records()
@@ -73,15 +72,13 @@ class AttnProcessor:
         if attn.processor is not self or not (traced_by_torch(q) or traced_by_paddle(q)):
             return self.run(attn, q, k, v, mask)
         slot = attn.attention_slot
-        return slot.operator(q, k, v, mask, slot.key)
+        return slot.operator(attn, q, k, v, mask, slot.key)
 
     def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None, **asked: Any) -> Any:
         """Attention for one module, counted in its record: [B, N, H, D] in and out. asked: is_causal, scale, if no mask."""
         outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
         around = attn.attention_slot.around
         try:
-            if around is not None:
-                refuse_gradients(runtime_of(q), q, k, v)  # what travels between ranks carries none
             if mask is None:
                 return (self.attend if around is None else around(self.attend))(q, k, v, **asked)
             if around is not None:

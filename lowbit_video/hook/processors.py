@@ -57,7 +57,7 @@ class LowBitAttnProcessor(AttnProcessor):
         if fallback not in (None, "exact"):
             raise ValueError(f"unknown fallback {fallback!r}; there are: None (an error says why) and 'exact'")
         self.fallback, self.backend, self.check_finite = fallback, backend, check_finite
-        self.low_bit = not self.precision.exact
+        self.low_bit, self.differentiable = not self.precision.exact, fallback == "exact"
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False) -> Any:

@@ -88,7 +88,10 @@ def _raw_stream(ordinal: int) -> int:
 
 def wants_gradients(*tensors: paddle.Tensor) -> bool:
     """Whether what is computed of the tensors now would be differentiated."""
-    return any(not t.stop_gradient for t in tensors) and paddle.is_grad_enabled()
+    for t in tensors:  # no generator: this is asked at every call
+        if not t.stop_gradient:
+            return paddle.is_grad_enabled()
+    return False
 
 
 def contiguous(t: paddle.Tensor) -> paddle.Tensor:

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from . import triton_driver
 
@@ -72,7 +73,11 @@ def stream(t: torch.Tensor) -> int:
 
 def wants_gradients(*tensors: torch.Tensor) -> bool:
     """Whether what is computed of the tensors now would be differentiated."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # no generator: this is asked at every call
+            if t.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:

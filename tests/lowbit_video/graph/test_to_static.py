@@ -295,3 +295,34 @@ def test_training_a_compiled_model_is_refused(full_graph):
     compiled = paddle.jit.to_static(model, full_graph=full_graph)
     with pytest.raises(UnsupportedError, match="gradients are asked for, and .* inference only"):
         compiled(given["video"], given["text"])
+
+
+def test_training_is_refused_after_a_trace_for_inference():
+    """In AST mode the first trace's graph runs again, without gradients, as of every model in Paddle."""
+    model, given = toy_model.model(), toy_model.inputs()
+    apply(model, "int8+fp16")
+    compiled = paddle.jit.to_static(model, full_graph=False)
+    run(compiled, given)
+    with pytest.raises(UnsupportedError, match="gradients are asked for, and .* inference only"):
+        compiled(given["video"], given["text"], None, given["rotary"])
+
+
+@MODES
+@pytest.mark.parametrize("varlen", [False, True], ids=["attention", "varlen"])
+def test_calls_refuse_gradients_and_run_without_though_their_tensors_want_them(varlen, full_graph, monkeypatch):
+    def call(q, k, v):
+        return lv.attention(q * 1.0, k, v) + 1.0
+
+    def call_packed(q, k, v, cu_q, cu_k):
+        return lv.attention_varlen(q * 1.0, k, v, cu_q, cu_k, 17, 21) + 1.0
+
+    block = call_packed if varlen else call
+    monkeypatch.setenv("MIN_GRAPH_SIZE", "0")  # SOT runs smaller graphs eagerly
+    given = packed() if varlen else [paddle.to_tensor(a) for a in qkv(q_len=20)]
+    wanted = block(*given)
+    compiled = paddle.jit.to_static(block, full_graph=full_graph)
+    given[1].stop_gradient = False
+    with pytest.raises(UnsupportedError, match="gradients are asked for, and .* inference only"):
+        compiled(*given)
+    with paddle.no_grad():
+        np.testing.assert_allclose(compiled(*given).numpy(), wanted.numpy(), atol=1e-5)

@@ -118,3 +118,20 @@ def test_an_error_inside_is_the_callers_own_error():
     compiled = torch.compile(lambda q, k, v: lv.attention(q, k, v, "int8+fp16", backend="hopper"), backend="eager")
     with pytest.raises(Exception, match="needs an NVIDIA GPU"):
         compiled(q, k, v)
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["attention", "varlen"])
+def test_gradients_are_refused_in_the_graph_and_only_where_they_would_be_lost(varlen):
+    def block(q, *rest):
+        return lv.attention_varlen(q * 1, *rest, 17, 21) if varlen else lv.attention(q * 1, *rest)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    given = packed() if varlen else inputs()
+    wanted = block(*given)
+    given[1].requires_grad_()
+    with pytest.raises(lv.UnsupportedError, match=r"gradients are asked for, .* inference only\n.*torch.no_grad\(\)"):
+        compiled(*given)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(compiled(*given), wanted)

@@ -186,3 +186,26 @@ def test_the_operator_passes_torchs_own_checks():
     q, k, v = (torch.randn(2, 20, 2, HEAD_DIM).transpose(0, 1).contiguous().transpose(0, 1) for _ in range(3))
     for mask in (None, torch.zeros(2, 20)):
         torch.library.opcheck(torch.ops.lowbit_video.module_attention, (q, k, v, mask, attn.attention_slot.key))
+
+
+def test_training_a_compiled_model_is_refused_by_name():
+    model = make(layers=1)
+    HOOKS["apply"](model)
+    compiled = compiled_of(model, "aot_eager")
+    predict(compiled)
+    with pytest.raises(lv.UnsupportedError, match="transformer_blocks.0.attn1': gradients are asked for, .* inference only"):
+        compiled(**inputs())
+
+
+def test_with_the_fallback_a_compiled_model_trains_exactly_and_tells():
+    models = [make(layers=1) for _ in range(2)]
+    models[1].set_attn_processor(lv.LowBitAttnProcessor(fallback="exact"))
+    for model in (models[0], torch.compile(models[1], backend="eager")):
+        model(**inputs())[0].square().sum().backward()
+    wanted, got = ({name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in models)
+    assert wanted.keys() == got.keys() and any("to_q" in name for name in got)
+    most = max(float(grad.abs().max()) for grad in wanted.values())
+    for name, grad in wanted.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6 * most)
+    (_, count, reason), = lv.coverage(models[1]).modules[0].runs
+    assert count == 1 and reason == "gradients are asked for, and this attention is inference only"

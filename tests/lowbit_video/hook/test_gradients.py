@@ -3,7 +3,13 @@ import numpy as np
 import pytest
 
 import lowbit_video as lv
+from lowbit_video.distributed.group import Group
+from lowbit_video.distributed.ring import ring
+from lowbit_video.distributed.ulysses import ulysses
 from lowbit_video.errors import UnsupportedError
+from lowbit_video.hook.attend import exact_attend
+from lowbit_video.runtime.detect import runtime_of
+from ranks import run_threads
 
 from helpers import qkv
 
@@ -43,9 +49,42 @@ def test_packed_sequences_and_codes_are_refused_too(framework):
     given = tensors(framework, "k")
     with pytest.raises(UnsupportedError, match=REFUSED):
         lv.prequantize(*given)
+    with pytest.raises(UnsupportedError, match=REFUSED):
+        lv.quantize(given[1])
+    assert lv.quantize(given[0]).codes.shape[2] == 40
     ends = framework.tensor([0, 40], "int32")
     with pytest.raises(UnsupportedError, match=REFUSED):
         lv.attention_varlen(*(x[0] for x in given), ends, ends, 40, 40)
+
+
+@pytest.mark.parametrize("wrap", [ulysses, ring])
+def test_tokens_shared_by_ranks_are_refused(framework, wrap):
+    def work(wire):
+        wrap(exact_attend, Group(wire, range(2)), shares=[40, 40])(*tensors(framework, "v"))
+
+    with pytest.raises(UnsupportedError, match=REFUSED):
+        run_threads(2, work, patience=5)
+
+
+def test_guidance_shared_by_ranks_is_refused(framework):
+    def work(wire):
+        q, k, _ = tensors(framework, "k")
+        group, runtime = Group(wire, range(2)), runtime_of(q)
+        assert len(group.all_gather(q, runtime, "guidance")) == 2
+        group.all_gather(k, runtime, "guidance")
+
+    with pytest.raises(UnsupportedError, match=REFUSED):
+        run_threads(2, work, patience=5)
+
+
+@pytest.mark.torch
+def test_forward_gradients_are_refused():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    q, k, v = (torch.from_numpy(x) for x in qkv(q_len=40))
+    for function in (torch.func.grad(lambda x: lv.attention(q, x, v).sum()),
+                     lambda x: torch.func.jvp(lambda x: lv.attention(q, x, v), (x,), (x,))):
+        with pytest.raises(UnsupportedError, match=REFUSED):
+            function(k)
 
 
 @pytest.mark.parametrize("pick", [lambda model: None, lambda model: {"blocks.1": "int8+fp16"}], ids=["all", "one"])
