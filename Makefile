@@ -8,7 +8,7 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test gpu-test parity lint wheel release-check eval-demo clean
+.PHONY: demo demo-parallel test gpu-test parity lint wheel eval-demo clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -64,7 +64,9 @@ wheel: $(VENV)/.test  ## build the wheel, install it into an empty environment, 
 	cd /tmp && $(CURDIR)/.venv-wheel/bin/lowbit-video kernels
 	rm -rf .venv-wheel
 
+.PHONY: release-check
 release-check: $(VENV)/.test  ## sdist and wheel, each used outside of a checkout on the oldest and newest Python at hand (PYTHONS: others)
+	$(VENV)/bin/pip install -q -e '.[cpu,eval,test,release]'
 	$(VENV)/bin/python tests/packaging/release_check.py $(PYTHONS)
 
 clean:
