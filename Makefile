@@ -1,4 +1,4 @@
-# Every target makes the virtual environment that it needs; only Python >= 3.10 and make must be there.
+# Every target makes the virtual environment that it needs; only Python (3.10 to 3.13) and make must be there.
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lowbit_video needs Python >= 3.10, this is " + sys.version.split()[0])'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Paddle 3.3.1 needs Python 3.10 to 3.13, this is " + sys.version.split()[0] + ": name another, make PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -e '.[cpu,eval]'
 	touch $@
@@ -81,6 +81,11 @@ wheel: $(VENV)/.test  ## build the wheel, install it into an empty environment, 
 	cd /tmp && $(CURDIR)/.venv-wheel/bin/python -c 'import lowbit_video, lowbit_video.kernels.variants as v; print("imported", lowbit_video.__version__, "with", len(v.VARIANTS), "kernel variants")'
 	cd /tmp && $(CURDIR)/.venv-wheel/bin/lowbit-video kernels
 	rm -rf .venv-wheel
+
+.PHONY: release-check
+release-check: $(VENV)/.test  ## sdist and wheel, each used outside of a checkout on the oldest and newest Python at hand (PYTHONS: others)
+	$(VENV)/bin/pip install -q -e '.[cpu,eval,test,release]'
+	$(VENV)/bin/python tests/packaging/release_check.py $(PYTHONS)
 
 clean:
 	rm -rf .venv .venv-parity .venv-interop .venv-wheel build dist outputs *.egg-info

@@ -91,6 +91,13 @@ def _paddle_devices() -> str:
     return text if len(parts) > 1 else f"{text} (this build has no CUDA)"
 
 
+def _paddle_number() -> float:
+    """One element as a number: what Paddle 3.3.1 cannot do under numpy 2.4 and later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's, that it will be so later on
+        return float(importlib.import_module("paddle").ones([1]))
+
+
 def _torch_devices() -> str:
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
@@ -158,6 +165,9 @@ def advice(devices: list[dict[str, Any]]) -> list[str]:
         said.append("No NVIDIA GPU: attention runs through the NumPy reference on the CPU. It is right, and slow.")
     elif "paddle" in seen and "CUDA" not in seen["paddle"].replace("no CUDA", "") and "custom" not in seen["paddle"]:
         said.append("There is a GPU, but this Paddle cannot use it: install paddlepaddle-gpu from Paddle's own index.")
+    if "paddle" in seen and isinstance(_attempt(_paddle_number), str):
+        said.append(f"This Paddle cannot read a tensor of one element under numpy {_version('numpy', 'numpy')}: "
+                    "pip install 'numpy<2.4'.")
     try:
         with tempfile.TemporaryDirectory() as folder:
             check_writable(os.path.join(folder, "try.mp4"), fps=8)

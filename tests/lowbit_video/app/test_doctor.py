@@ -1,7 +1,10 @@
 """`lowbit-video doctor`: complete, true, and never failing."""
 import json
 import subprocess
+import sys
+import types
 
+import numpy as np
 import pytest
 
 from lowbit_video.app import cli, doctor
@@ -32,6 +35,21 @@ def test_an_encoder_that_fails_is_told(monkeypatch):
     assert not any("No video" in line for line in doctor.advice([]))
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     assert any("No video can be written" in line and "/nowhere/ffmpeg" in line for line in doctor.advice([]))
+
+
+def test_a_numpy_that_paddle_cannot_use_is_told(monkeypatch):
+    paddle = types.SimpleNamespace(ones=lambda shape: np.ones(shape, np.float32)[0])
+    monkeypatch.setitem(sys.modules, "paddle", paddle)
+    assert not any("numpy" in line for line in doctor.advice([]))
+
+    def one_element(shape):
+        assert shape == [1]
+        return types.SimpleNamespace()  # as it has no __float__, float() raises TypeError
+
+    paddle.ones = one_element
+    assert any(f"under numpy {np.__version__}: pip install 'numpy<2.4'" in line for line in doctor.advice([]))
+    monkeypatch.setattr(doctor, "frameworks", dict)
+    assert not any("numpy" in line for line in doctor.advice([]))
 
 
 def test_the_cpu_runs_the_reference_and_names_why_not_the_others():
