@@ -7,7 +7,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch._dynamo.utils import counters  # noqa: E402
 
 from dispatch_models import make, predict  # noqa: E402
-from lowbit_video import coverage, register_diffusers  # noqa: E402
+from lowbit_video import UnsupportedError, coverage, register_diffusers  # noqa: E402
 
 pytestmark = pytest.mark.parity
 INT8 = "lowbit_int8_fp8"
@@ -82,3 +82,6 @@ def test_operators_tell_the_truth_of_their_shapes():
     for more in ((None, None, NOBODY, False, 0.2, True, INT8), (mask, key_lengths_op(mask), NOBODY, False, None, False, INT8),
                  (mask.float(), None, NOBODY, False, None, False, INT8)):
         opcheck(dispatched_op, (q, k, k + 1, *more))
+    out, _ = dispatched_op(q.requires_grad_(), k, k, None, None, NOBODY, False, None, False, INT8)
+    with pytest.raises(UnsupportedError, match="low-bit attention has no gradients: run under torch.no_grad"):
+        out.sum().backward()

@@ -144,6 +144,16 @@ def test_a_pipeline_means_its_transformers():
     assert not any(hasattr(module, "attention_calls") for module in Pipe.transformer_2.modules())
 
 
+def test_calls_of_a_model_that_is_not_watched_are_nobodys():
+    model, inputs = make("wan")
+    other, _ = make("wan")
+    register_diffusers(model)
+    with attention_backend(INT8):
+        predict(model, inputs)
+        predict(other, inputs)
+    assert [m.calls for m in coverage(model).modules] == [1] * 4 and coverage(other).variants() == {}
+
+
 def test_a_copy_counts_for_itself_or_not_at_all():
     model, inputs = make("wan")
     register_diffusers(model)
