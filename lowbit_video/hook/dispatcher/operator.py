@@ -24,8 +24,8 @@ def _(mask):
 
 @torch.library.custom_op("lowbit_video::dispatched", mutates_args=())
 def dispatched_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor],  # noqa: UP045
-                  lengths: Optional[torch.Tensor], caller: torch.Tensor, is_causal: bool, scale: Optional[float],  # noqa: UP045
-                  return_lse: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+                  lengths: Optional[torch.Tensor], caller: Optional[torch.Tensor], is_causal: bool,  # noqa: UP045
+                  scale: float | None, return_lse: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`DispatchedAttention.serve`: (out, lse), lse empty unless asked for. caller: `watch.calling()`."""
     out, lse = ATTENTIONS[backend].serve(record_of(caller), q, k, v, mask, None if lengths is None else tuple(lengths.tolist()),
                                          is_causal, scale, return_lse)
