@@ -4,13 +4,11 @@ VENV ?= .venv
 PARITY_VENV ?= .venv-parity
 # What the parity environment compares against. A CPU build of torch is enough: name another one here.
 TORCH ?= torch==2.13.0
-# The newest diffusers whose dispatcher is known, beside the one that the parity environment has.
-NEWEST_DIFFUSERS ?= diffusers==0.42.1
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test gpu-test parity parity-newest lint wheel eval-demo clean
+.PHONY: demo demo-parallel test gpu-test parity lint wheel eval-demo clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -43,10 +41,6 @@ test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
 	$(PARITY_VENV)/bin/python -m pytest tests -m "torch or parity" $(ARGS)
 
-parity-newest: $(PARITY_VENV)/.done  ## the tests of diffusers' dispatcher with the newest diffusers
-	$(PARITY_VENV)/bin/pip install -q --upgrade --no-deps --target .site/newest '$(NEWEST_DIFFUSERS)'
-	PYTHONPATH=.site/newest $(PARITY_VENV)/bin/python -m pytest tests/lowbit_video/hook/dispatcher $(ARGS)
-
 eval-demo: export OMP_NUM_THREADS ?= 2
 eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 precisions, a report; goes on where it was stopped
 	test -f outputs/eval/layers.npz || $(VENV)/bin/lowbit-video eval layers --steps 8 --local-shares \
@@ -56,6 +50,14 @@ eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 pre
 
 gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
 	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
+
+# The newest diffusers whose dispatcher is known, beside the one that the parity environment has.
+NEWEST_DIFFUSERS ?= diffusers==0.42.1
+
+.PHONY: parity-newest
+parity-newest: $(PARITY_VENV)/.done  ## the tests of diffusers' dispatcher with the newest diffusers
+	$(PARITY_VENV)/bin/pip install -q --upgrade --no-deps --target .site/newest '$(NEWEST_DIFFUSERS)'
+	PYTHONPATH=.site/newest $(PARITY_VENV)/bin/python -m pytest tests/lowbit_video/hook/dispatcher $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -70,4 +72,4 @@ wheel: $(VENV)/.test  ## build the wheel, install it into an empty environment, 
 	rm -rf .venv-wheel
 
 clean:
-	rm -rf .venv .venv-parity .venv-wheel .site build dist outputs *.egg-info
+	rm -rf .venv .venv-parity .venv-wheel build dist outputs *.egg-info
