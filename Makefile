@@ -70,6 +70,14 @@ eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 pre
 gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
 	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
 
+# The newest diffusers whose dispatcher is known, beside the one that the parity environment has.
+NEWEST_DIFFUSERS ?= diffusers==0.42.1
+
+.PHONY: parity-newest
+parity-newest: $(PARITY_VENV)/.done  ## the tests of diffusers' dispatcher with the newest diffusers
+	$(PARITY_VENV)/bin/pip install -q --upgrade --no-deps --target .site/newest '$(NEWEST_DIFFUSERS)'
+	PYTHONPATH=.site/newest $(PARITY_VENV)/bin/python -m pytest tests/lowbit_video/hook/dispatcher $(ARGS)
+
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 

@@ -5,6 +5,7 @@ from typing import Optional
 
 import torch
 
+from ...errors import UnsupportedError
 from .attention import ATTENTIONS
 from .masks import read_lengths, why_no_lengths
 from .watch import calling, record_of
@@ -23,8 +24,8 @@ def _(mask):
 
 @torch.library.custom_op("lowbit_video::dispatched", mutates_args=())
 def dispatched_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor],  # noqa: UP045
-                  lengths: Optional[torch.Tensor], caller: torch.Tensor, is_causal: bool, scale: Optional[float],  # noqa: UP045
-                  return_lse: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+                  lengths: Optional[torch.Tensor], caller: Optional[torch.Tensor], is_causal: bool,  # noqa: UP045
+                  scale: float | None, return_lse: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`DispatchedAttention.serve`: (out, lse), lse empty unless asked for. caller: `watch.calling()`."""
     out, lse = ATTENTIONS[backend].serve(record_of(caller), q, k, v, mask, None if lengths is None else tuple(lengths.tolist()),
                                          is_causal, scale, return_lse)
@@ -35,6 +36,13 @@ def dispatched_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optio
 def _(q, k, v, mask, lengths, caller, is_causal, scale, return_lse, backend):
     rows = (q.shape[0], q.shape[2], q.shape[1]) if return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
+
+
+def _no_gradients(ctx, *gradients):
+    raise UnsupportedError("low-bit attention has no gradients: run under torch.no_grad(), or set another attention backend")
+
+
+dispatched_op.register_autograd(_no_gradients)
 
 
 def attend(q, k, v, mask, is_causal, scale, return_lse, backend):

@@ -16,22 +16,22 @@ import torch
 
 from ..report import Record
 
-NOBODY = torch.zeros((), dtype=torch.int64)
-"""The number of what is not watched."""
-
 _numbers = itertools.count(1)
 _watched: weakref.WeakValueDictionary[int, Watched] = weakref.WeakValueDictionary()
 
 
 class _Calling(threading.local):
-    number = NOBODY
+    number: torch.Tensor | None = None
 
 
 _calling = _Calling()
 
 
-def calling() -> torch.Tensor:
-    """The number of the watched module that this thread is in, or NOBODY; an int64 tensor [] on the CPU."""
+def calling() -> torch.Tensor | None:
+    """The number of the watched module that this thread is in, an int64 tensor [] on the CPU; None outside of such.
+
+    None, not a number for it: a graph with a CPU tensor among its inputs takes no CUDA graph, so only what is watched pays.
+    """
     return _calling.number
 
 
@@ -41,9 +41,9 @@ def watched_modules() -> list[torch.nn.Module]:
     return [module for module in modules if module is not None and getattr(module, "attention_calls", None) is not None]
 
 
-def record_of(number: torch.Tensor) -> Record | None:
-    """The record of a module by its number; None for NOBODY, and for a module that is watched no more."""
-    watched = _watched.get(int(number))
+def record_of(number: torch.Tensor | None) -> Record | None:
+    """The record of a module by its number; None without one, and for a module that is watched no more."""
+    watched = None if number is None else _watched.get(int(number))
     return None if watched is None else watched.record
 
 
@@ -59,7 +59,7 @@ class Watched:
         number = next(_numbers)
         _watched[number] = self
         self._hooks = [module.register_forward_pre_hook(_Say(torch.tensor(number))),
-                       module.register_forward_hook(_Say(NOBODY))]
+                       module.register_forward_hook(_Say(None))]
         module.attention_calls = self
 
     def end(self, module: torch.nn.Module) -> None:
@@ -75,7 +75,7 @@ class Watched:
 class _Say:
     """A forward hook that says which module is in its forward from here on."""
 
-    def __init__(self, number: torch.Tensor) -> None:
+    def __init__(self, number: torch.Tensor | None) -> None:
         self.number = number
 
     def __call__(self, *what: Any) -> None:

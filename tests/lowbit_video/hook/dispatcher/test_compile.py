@@ -7,7 +7,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch._dynamo.utils import counters  # noqa: E402
 
 from dispatch_models import make, predict  # noqa: E402
-from lowbit_video import coverage, register_diffusers  # noqa: E402
+from lowbit_video import UnsupportedError, coverage, register_diffusers  # noqa: E402
 
 pytestmark = pytest.mark.parity
 INT8 = "lowbit_int8_fp8"
@@ -74,11 +74,13 @@ def test_operators_tell_the_truth_of_their_shapes():
     from torch.library import opcheck
 
     from lowbit_video.hook.dispatcher.operator import dispatched_op, key_lengths_op
-    from lowbit_video.hook.dispatcher.watch import NOBODY
 
     q, k = torch.randn(2, 70, 2, 64), torch.randn(2, 90, 2, 64)
     mask = (torch.arange(90) < torch.tensor([[40], [90]]))[:, None, None]
     opcheck(key_lengths_op, (mask,))
-    for more in ((None, None, NOBODY, False, 0.2, True, INT8), (mask, key_lengths_op(mask), NOBODY, False, None, False, INT8),
-                 (mask.float(), None, NOBODY, False, None, False, INT8)):
+    for more in ((None, None, None, False, 0.2, True, INT8), (mask, key_lengths_op(mask), None, False, None, False, INT8),
+                 (mask.float(), None, None, False, None, False, INT8)):
         opcheck(dispatched_op, (q, k, k + 1, *more))
+    out, _ = dispatched_op(q.requires_grad_(), k, k, None, None, None, False, None, False, INT8)
+    with pytest.raises(UnsupportedError, match="low-bit attention has no gradients: run under torch.no_grad"):
+        out.sum().backward()

@@ -1,5 +1,7 @@
 """Small models of diffusers' real classes by `set_attention_backend`: near exact, reported, and as before afterwards."""
 import copy
+import dataclasses
+import re
 
 import pytest
 
@@ -9,6 +11,10 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry, atten
 
 from dispatch_models import MODELS, attention_names, cogvideox, make, predict, state  # noqa: E402
 from lowbit_video import UnsupportedError, apply, coverage, register_diffusers, remove, unregister_diffusers  # noqa: E402
+from lowbit_video.engine.checks import request_of  # noqa: E402
+from lowbit_video.engine.select import select  # noqa: E402
+from lowbit_video.hook.dispatcher import attention as dispatched  # noqa: E402
+from lowbit_video.runtime import torch_runtime  # noqa: E402
 
 from helpers import sqnr_db  # noqa: E402
 
@@ -142,6 +148,35 @@ def test_a_pipeline_means_its_transformers():
     assert len(rows) == 8 and rows["transformer_2.blocks.1.attn2"] == 1 and rows["transformer.blocks.1.attn2"] == 0
     unregister_diffusers(Pipe)
     assert not any(hasattr(module, "attention_calls") for module in Pipe.transformer_2.modules())
+
+
+def test_where_exact_attention_is_faster_it_runs_and_the_report_says_so(monkeypatch):
+    def as_on_a_gpu(q, k, v, options):
+        request = request_of(q, k, v, options, None, torch_runtime)
+        select(dataclasses.replace(request, device="cuda", arch=(9, 0), dtype="bfloat16"), options.backend)
+        raise RuntimeError("low bit is served")
+
+    model, inputs = make("wan")
+    exact = predict(model, inputs)
+    register_diffusers(model)
+    monkeypatch.setattr(dispatched, "run", as_on_a_gpu)
+    model.set_attention_backend(INT8)
+    assert torch.equal(predict(model, inputs), exact)
+    ((what, calls, reason),) = coverage(model).modules[1].runs
+    assert (what, calls) == ("exact", 1) and re.search(r"exact attention is faster below \d+ tokens \(40 given\)", reason)
+    model.set_attention_backend(INT8 + "_strict")
+    with pytest.raises(RuntimeError, match="low bit is served"):
+        predict(model, inputs)
+
+
+def test_calls_of_a_model_that_is_not_watched_are_nobodys():
+    model, inputs = make("wan")
+    other, _ = make("wan")
+    register_diffusers(model)
+    with attention_backend(INT8):
+        predict(model, inputs)
+        predict(other, inputs)
+    assert [m.calls for m in coverage(model).modules] == [1] * 4 and coverage(other).variants() == {}
 
 
 def test_a_copy_counts_for_itself_or_not_at_all():

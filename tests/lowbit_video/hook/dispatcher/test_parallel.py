@@ -1,10 +1,12 @@
 """diffusers' context parallelism on our backends, two processes over gloo: by heads (Ulysses) and in a ring, against one."""
 import re
+import types
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+from lowbit_video.hook.dispatcher.backend import _of_own_heads  # noqa: E402
 from ranks import launch_torch  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -81,6 +83,14 @@ def test_a_ring_merges_by_lse(ranks, model):
 def test_a_mask_in_a_ring_is_refused(ranks):
     for found in ranks:
         assert re.match(r"attn_mask of shape \[1, 2, 1, 12\] in a ring.*use ulysses_degree", found["ltx ring"]["refused"])
+
+
+def test_a_mask_of_all_heads_is_cut_to_a_ranks_own():
+    mask = torch.arange(8).reshape(1, 4, 1, 2)
+    place = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(_ulysses_local_rank=1))
+    assert _of_own_heads(mask, 2, place).tolist() == [[[[4, 5]], [[6, 7]]]]
+    for whole in (None, mask, mask[:, :1], mask[:, 0, 0]):
+        assert _of_own_heads(whole, 4, place) is whole
 
 
 def test_gradients_are_refused_by_name(ranks):

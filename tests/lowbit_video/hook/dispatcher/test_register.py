@@ -130,7 +130,7 @@ def test_an_error_half_way_leaves_nothing(monkeypatch):
 
 def run(code, **environment):
     root = pathlib.Path(__file__).parents[4]
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, '{root / 'tests'}'); {code}"],
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = ['{root}', '{root / 'tests'}']; {code}"],
                           capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
