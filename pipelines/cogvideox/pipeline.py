@@ -82,9 +82,7 @@ class CogVideoXPipeline(Pipeline):
     def encode_prompt(self, prompt: str | Sequence[str], max_sequence_length: int | None = None) -> paddle.Tensor:
         """Text embeddings [B, max_sequence_length, D] of one prompt or several; a longer prompt is cut, with a warning."""
         prompts = as_texts("prompt", [] if prompt is None else prompt)
-        length = self.transformer.config.max_text_seq_length
-        if max_sequence_length is not None:
-            length = whole("max_sequence_length", max_sequence_length, 1, MAX_ELEMENTS)
+        length = _text_length(max_sequence_length) or self.transformer.config.max_text_seq_length
         for text, ids in zip(prompts, self.tokenizer(prompts).input_ids):
             if len(ids) > length:
                 lost = self.tokenizer.decode(ids[length - 1 : -1])
@@ -175,17 +173,13 @@ class CogVideoXPipeline(Pipeline):
             ValueError, TypeError: inputs that do not fit the model or each other, before any work.
         Warns of inputs that change nothing, such as a negative prompt without guidance.
         """
-        _check_scheduler(self.scheduler)
         num_inference_steps, num_videos_per_prompt = (whole(name, value, 1) for name, value in (
             ("num_inference_steps", num_inference_steps), ("num_videos_per_prompt", num_videos_per_prompt)))
-        guidance_scale = guidance("guidance_scale", guidance_scale)
+        guidance_scale, max_sequence_length = guidance("guidance_scale", guidance_scale), _text_length(max_sequence_length)
         use_dynamic_cfg, progress = flag("use_dynamic_cfg", use_dynamic_cfg), flag("progress", progress)
-        if max_sequence_length is not None:
-            max_sequence_length = whole("max_sequence_length", max_sequence_length, 1, MAX_ELEMENTS)
         height, width, num_frames = self._resolve_size(height, width, num_frames)
-        _check_choices(output_type, eta, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
-                                           self.transformer.config.text_embed_dim)
+        _check_choices(self.scheduler, output_type, eta, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        prompts, negatives = check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, self._text_width)
         _warn_of_no_effect(guidance_scale > 1, any(negatives or ()) or negative_prompt_embeds is not None, use_dynamic_cfg,
                            seed is not None and latents is not None and not self.scheduler.uses_noise)
         self._check_ranks(
@@ -223,6 +217,10 @@ class CogVideoXPipeline(Pipeline):
                 with self._timed(timings, "decode"):
                     latents = postprocess(self.decode_latents(latents[:, padded_frames:], progress), output_type)
         return PipelineOutput(latents, timings, seeds)
+
+    @property
+    def _text_width(self) -> int:
+        return self.transformer.config.text_embed_dim
 
     def _resolve_size(self, height: int | None, width: int | None, num_frames: int | None) -> tuple[int, int, int]:
         """The size with defaults filled in; warns of a number of frames that the model was not trained for.
@@ -277,7 +275,12 @@ class CogVideoXPipeline(Pipeline):
         return shape, padding
 
 
-def _check_choices(output_type: str, eta: float, callback: Any, callback_tensors: Sequence[str]) -> None:
+def _text_length(max_sequence_length: Any) -> int | None:
+    return None if max_sequence_length is None else whole("max_sequence_length", max_sequence_length, 1, MAX_ELEMENTS)
+
+
+def _check_choices(scheduler: Any, output_type: str, eta: float, callback: Any, callback_tensors: Sequence[str]) -> None:
+    _check_scheduler(scheduler)
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {shown(output_type)}; supported: {', '.join(OUTPUT_TYPES)}")
     if number("eta", eta):

@@ -98,3 +98,15 @@ def test_varlen(framework):
         wanted, wanted_lse = naive_attention(*(a[None, begin:end] for a in (q, k, v)))
         assert np.abs(out[begin:end] - wanted[0]).sum() < 0.05 * np.abs(wanted).sum()
         assert np.abs(framework.numpy(lse)[:, begin:end] - wanted_lse[0]).max() < 0.05
+
+
+@pytest.mark.parametrize("name, choices, words", [
+    ("sageattn", dict(smooth_k="no"), "smooth_k is 'no'"), ("sageattn", dict(smooth_k=np.array([1, 2])), "smooth_k is array"),
+    ("sageattn_qk_int8_pv_fp8_cuda", dict(qk_quant_gran=[]), r"qk_quant_gran=\[\] is unknown"),
+    ("sageattn_qk_int8_pv_fp8_cuda", dict(pv_accum_dtype=np.array(["fp32", "fp16"])), "pv_accum_dtype=array"),
+    ("sageattn_multi_precision", dict(q_format=np.array([1, 2])), "q_format=array"),
+    ("sageattn_multi_precision", dict(k_format=None), "k_format=None"),
+    ("sageattn_multi_precision", dict(smooth_q=2), "smooth_q is 2")])
+def test_choices_of_no_kind_are_refused_by_name(framework, name, choices, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        getattr(compat, name)(*heads_first(framework, q_len=4), **choices)
