@@ -5,10 +5,13 @@ PARITY_VENV ?= .venv-parity
 # What the parity environment compares against. A CPU build of torch is enough: name another one here.
 TORCH ?= torch==2.13.0
 ARGS ?=
+MINUTES ?= 2
+# Seconds after which a single fuzz is stuck: the longest of MINUTES, and a failing example is made small.
+FUZZ_TIMEOUT ?= 1800
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test gpu-test parity lint wheel eval-demo clean
+.PHONY: demo demo-parallel test fuzz gpu-test parity lint wheel eval-demo clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -36,10 +39,14 @@ demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again 
 		examples/parallel.py --cfg-degree 1 $(ARGS)
 
 test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
-	$(VENV)/bin/python -m pytest --ignore=tests/parity $(ARGS)
+	$(VENV)/bin/python -m pytest --ignore=tests/parity --ignore=tests/fuzz $(ARGS)
+
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(PARITY_VENV)/.done  ## look for calls that go wrong, at random, on both frameworks: make fuzz MINUTES=30
+	$(PARITY_VENV)/bin/python -m pytest tests/fuzz --fuzz-minutes $(MINUTES) --timeout $(FUZZ_TIMEOUT) $(ARGS)
 
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
-	$(PARITY_VENV)/bin/python -m pytest tests -m "torch or parity" $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest tests -m "torch or parity" --ignore=tests/fuzz $(ARGS)
 
 eval-demo: export OMP_NUM_THREADS ?= 2
 eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 precisions, a report; goes on where it was stopped

@@ -17,7 +17,7 @@ from .packing import Packing
 MAX_SCORE = -MIN_SCORE / 10
 """Of a score's magnitude: the running maximum starts at MIN_SCORE."""
 MAX_OPERAND = 2.0**-12 / MIN_MAGNITUDE
-"""Of an operand's magnitude times scale and head_dim: what lies under MIN_MAGNITUDE in the other one then counts for nothing."""
+"""Of an operand's magnitude times scale and head_dim: what lies under MIN_MAGNITUDE in the other one counts for nothing."""
 
 
 def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None, runtime: Runtime) -> Request:
@@ -64,11 +64,11 @@ def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packi
 
 
 def require_readable(runtime: Runtime, **tensors: Any) -> None:
-    """Raises TypeError for a tensor whose memory cannot be read as it stands; Paddle ends the process over a sparse one."""
+    """Raises TypeError for a tensor whose memory cannot be read as it is; Paddle ends the process over a sparse one."""
     for name, tensor in tensors.items():
         reason = runtime.unreadable(tensor)
         if reason is not None:
-            raise TypeError(f"{name} is {reason}; supported are dense tensors on the CPU or on an NVIDIA GPU: make it one first")
+            raise TypeError(f"{name} is {reason}; supported are dense tensors on the CPU or an NVIDIA GPU: make it one first")
 
 
 def require_one_place(runtime: Runtime, **tensors: Any) -> None:
@@ -86,12 +86,13 @@ def _aligned(x: Any, runtime: Runtime, item_size: int) -> bool:
 
 
 def check_finite(options: AttentionOptions, runtime: Runtime, **tensors: Any) -> None:
-    """`require_finite` and `require_range` of q, k and v [.., D] where the options ask for it: on a CPU unless they say no, on a
-    GPU only if they say yes."""
+    """`require_finite` and `require_range` of q, k and v [.., D] where the options ask for it: on a CPU unless they say no,
+    on a GPU only if they say yes."""
     asked = options.check_finite
     if asked or (asked is None and all(runtime.is_cpu(tensor) for tensor in tensors.values())):
         require_finite(runtime, **tensors)
-        require_range(options.scaled(runtime.shape(tensors["q"])[-1]).scale, *(runtime.to_numpy(tensors[name]) for name in "qkv"))
+        scale = options.scaled(runtime.shape(tensors["q"])[-1]).scale
+        require_range(scale, *(runtime.to_numpy(tensors[name]) for name in "qkv"))
 
 
 def require_range(scale: float, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
@@ -105,7 +106,8 @@ def require_range(scale: float, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> 
     largest, squares = max(top_q, top_k), dim * (2 * max(top_q, top_k)) ** 2  # INT2's scale is of squares, without the mean
     if factor * largest > MAX_OPERAND or factor * top_q * top_k > MAX_SCORE or squares > FORMATS["fp32"].max_code:
         raise ValueError(f"q reaches {top_q:.3g} and k {top_k:.3g} in magnitude, and scale is {scale:.3g}: "
-                         "scores could leave what the kernels' softmax in float32 holds; give smaller values (or check_finite=False to go without this check)")
+                         "scores could leave what the kernels' softmax in float32 holds; give smaller values (or "
+                         "check_finite=False to go without this check)")
     tokens = v.size // dim
     if top_v * tokens > FORMATS["fp32"].max_code:
         raise ValueError(f"v reaches {top_v:.3g} in magnitude, and its sums over tokens could exceed float32; give smaller "

@@ -60,8 +60,9 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
     fallback, backend, check_finite: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
-    Raises TypeError for what is no model, precision or mapping, ValueError for a pattern that names no module or a model without attention modules, UnsupportedError for an
-    attention class that no frame declares (`declare_attention`); no processor is changed then.
+    Raises TypeError for what is no model, precision or mapping, ValueError for a pattern that names no module or a model
+    without attention modules, UnsupportedError for an attention class that no frame declares (`declare_attention`); no
+    processor is changed then.
     """
     model = transformer_of(model_or_pipe)
     targets = attention_modules(model)

@@ -84,5 +84,5 @@ def anchor(framework: str | None = None, device: str = "auto") -> Any:
         return runtime.anchor(device)
     except Exception as error:  # a framework's own error has any type
         reason = str(error).strip().splitlines() or [""]
-        raise ValueError(f"device is {shown(device)}, where {runtime.NAME} makes no tensor ({reason[-1]}); give \"auto\", \"cpu\" or "
-                         "a GPU as the framework names it") from error
+        raise ValueError(f"device is {shown(device)}, where {runtime.NAME} makes no tensor ({reason[-1]}); give 'auto', "
+                         "'cpu' or a GPU as the framework names it") from error
