@@ -108,7 +108,7 @@ class Pipeline:
         found = {}
         for name, classes in wanted.items():
             class_name = _listed(index[name])[-1]
-            if class_name not in classes:
+            if not isinstance(class_name, str) or class_name not in classes:
                 raise ConfigError(f"{path}: {name} is a {class_name}; supported: {', '.join(classes)}")
             found[name] = classes[class_name]
         return found
