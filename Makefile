@@ -8,10 +8,13 @@ TORCH ?= torch==2.13.0
 # Processes that share the tests, file by file.
 JOBS ?= 2
 ARGS ?=
+MINUTES ?= 2
+# Seconds after which a single fuzz is stuck: the longest of MINUTES, and a failing example is made small.
+FUZZ_TIMEOUT ?= 1800
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test mutants mutants-some gpu-test parity interop lint wheel eval-demo clean
+.PHONY: demo demo-parallel test mutants mutants-some fuzz gpu-test parity parity-newest interop lint wheel release-check eval-demo clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -45,7 +48,7 @@ demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again 
 
 test parity: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity --ignore=tests/fuzz $(ARGS)
 
 mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a time; each must make its test fail
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants.plant $(ARGS)
@@ -53,8 +56,12 @@ mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a tim
 mutants-some: ARGS += --some
 mutants-some: mutants  ## a tenth of them, another one every day
 
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(PARITY_VENV)/.done  ## look for calls that go wrong, at random, on both frameworks: make fuzz MINUTES=30
+	$(PARITY_VENV)/bin/python -m pytest tests/fuzz --fuzz-minutes $(MINUTES) --timeout $(FUZZ_TIMEOUT) $(ARGS)
+
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
-	$(PARITY_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests -m "torch or parity" $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests -m "torch or parity" --ignore=tests/fuzz $(ARGS)
 
 interop: $(INTEROP_VENV)/.done  ## hook models of the real ppdiffusers; its environment is large: 157 packages, 2.4 GB
 	$(INTEROP_VENV)/bin/python -m pytest tests/interop -m interop $(ARGS)
@@ -73,7 +80,6 @@ gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framewor
 # The newest diffusers whose dispatcher is known, beside the one that the parity environment has.
 NEWEST_DIFFUSERS ?= diffusers==0.42.1
 
-.PHONY: parity-newest
 parity-newest: $(PARITY_VENV)/.done  ## the tests of diffusers' dispatcher with the newest diffusers
 	$(PARITY_VENV)/bin/pip install -q --upgrade --no-deps --target .site/newest '$(NEWEST_DIFFUSERS)'
 	PYTHONPATH=.site/newest $(PARITY_VENV)/bin/python -m pytest tests/lowbit_video/hook/dispatcher $(ARGS)
@@ -90,7 +96,6 @@ wheel: $(VENV)/.test  ## build the wheel, install it into an empty environment, 
 	cd /tmp && $(CURDIR)/.venv-wheel/bin/lowbit-video kernels
 	rm -rf .venv-wheel
 
-.PHONY: release-check
 release-check: $(VENV)/.test  ## sdist and wheel, each used outside of a checkout on the oldest and newest Python at hand (PYTHONS: others)
 	$(VENV)/bin/pip install -q -e '.[cpu,eval,test,release]'
 	$(VENV)/bin/python tests/packaging/release_check.py $(PYTHONS)

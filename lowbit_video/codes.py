@@ -5,6 +5,7 @@ from typing import Any
 
 from lowbit_video.kernels.exchange.layout import layout_of
 
+from .arguments import shown
 from .engine import checks
 from .engine import codes as engine
 from .engine.codes import AttentionCodes, Codes
@@ -50,6 +51,8 @@ def attention_of_codes(codes: AttentionCodes, tensor_layout: str = "NHD", is_cau
     Returns out in the originals' dtype, or (out, lse float32 [B, H, N]); inference only, as codes carry no gradients.
     Raises ValueError for an LSE that the codes were not made for, UnsupportedError where no variant serves them.
     """
+    if not isinstance(codes, AttentionCodes):
+        raise TypeError(f"codes is {shown(codes)}; give what prequantize() returned")
     options_of(codes.options.precision, tensor_layout, is_causal, None, return_lse, backend, None)  # names what does not exist
     runtime = detect.runtime_of(codes.q.memory)
     out, lse, _ = engine.attend(codes, runtime, is_causal=is_causal, return_lse=return_lse, backend=backend, tokens_first=False)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 
 from .api import attention, attention_varlen
+from .arguments import flag, shown
 from .graph.tracing import paddle_ops, traced_by_paddle, traced_by_torch
 from .precision import GRANULARITIES, Precision, precision_specs
 from .runtime import detect
@@ -33,10 +34,9 @@ FLOAT32_SUMS = ("fp32", "fp32+fp32")
 def _granularity(qk_quant_gran: str | None) -> str | None:
     if qk_quant_gran is None:
         return None
-    try:
-        return GRANULARITY_OF[qk_quant_gran]
-    except KeyError:
-        raise ValueError(f"qk_quant_gran={qk_quant_gran!r} is unknown; there are: {', '.join(GRANULARITY_OF)}") from None
+    if not isinstance(qk_quant_gran, str) or qk_quant_gran not in GRANULARITY_OF:
+        raise ValueError(f"qk_quant_gran={shown(qk_quant_gran)} is unknown; there are: {', '.join(GRANULARITY_OF)}")
+    return GRANULARITY_OF[qk_quant_gran]
 
 
 def _refuse(name: str, value: object, wanted: object, why: str) -> None:
@@ -46,8 +46,8 @@ def _refuse(name: str, value: object, wanted: object, why: str) -> None:
 
 
 def _check_sums(pv_accum_dtype: str) -> None:
-    if pv_accum_dtype not in FLOAT32_SUMS:
-        raise ValueError(f"pv_accum_dtype={pv_accum_dtype!r} is not supported: the sums of P.V are float32 here, never "
+    if not isinstance(pv_accum_dtype, str) or pv_accum_dtype not in FLOAT32_SUMS:
+        raise ValueError(f"pv_accum_dtype={shown(pv_accum_dtype)} is not supported: the sums of P.V are float32 here, never "
                          f"narrower; pass one of {', '.join(map(repr, FLOAT32_SUMS))}")
 
 
@@ -80,6 +80,10 @@ _PRECISIONS = {choices: Precision(*choices) for choices in itertools.product(
 
 
 def _precision(spec: str, granularity: str | None = None, smooth_k: bool = True, smooth_q: bool | None = None) -> Precision:
+    if not isinstance(smooth_k, bool):
+        smooth_k = flag("smooth_k", smooth_k)
+    if smooth_q is not None and not isinstance(smooth_q, bool):
+        smooth_q = flag("smooth_q", smooth_q)
     choices = (spec, granularity, smooth_k, smooth_q)
     return _PRECISIONS[choices] if choices in _PRECISIONS else Precision(*choices)
 
@@ -159,6 +163,9 @@ def sageattn_multi_precision(q, k, v, q_format="int8", k_format="int4", pv_forma
     Raises ValueError for a combination without a kernel, listing those that have one. qk_quant_gran and
     smooth_q None: what suits the formats (see `Precision`).
     """
+    for name, value in (("q_format", q_format), ("k_format", k_format), ("pv_format", pv_format)):
+        if not isinstance(value, str):
+            raise ValueError(f"{name}={shown(value)} is unknown; precisions are: {', '.join(precision_specs())}")
     spec = f"{q_format}+{pv_format}" if q_format == k_format else f"{q_format}/{k_format}+{pv_format}"
     precision = _precision(spec, granularity=_granularity(qk_quant_gran), smooth_k=smooth_k, smooth_q=smooth_q)
     return attention(q, k, v, precision, tensor_layout=tensor_layout, is_causal=is_causal, scale=sm_scale,

@@ -79,7 +79,7 @@ def read_json(path: str | os.PathLike, error: type[ValueError] = ValueError) -> 
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # a byte-order mark is no JSON
     except (FileNotFoundError, NotADirectoryError):
         raise error(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as reason:
+    except (ValueError, RecursionError) as reason:  # not JSON, not UTF-8, a number of thousands of digits, nested without end
         raise error(f"{path} is not valid JSON: {reason}") from None
     if not isinstance(value, dict):
         raise error(f"{path} holds {type(value).__name__}, expected a JSON object")

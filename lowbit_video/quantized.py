@@ -9,7 +9,7 @@ import numpy as np
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, QK_FORMATS, scale_block
 
 from .arguments import flag, shown
-from .engine.checks import refuse_gradients, require_finite
+from .engine.checks import refuse_gradients, require_finite, require_readable
 from .engine.options import LAYOUTS
 from .precision import GRANULARITIES
 from .runtime import detect
@@ -59,6 +59,7 @@ def quantize(x: Any, format: str = "int8", granularity: str = "block", operand: 
                          f"format={format!r}, smooth={smooth}")
     smooth = operand == "k" if smooth is None else smooth
     runtime = detect.runtime_of(x)
+    require_readable(runtime, x=x)
     shape = runtime.shape(x)
     if len(shape) != 4 or 0 in shape:
         raise ValueError(f"expected 4 dimensions ({tensor_layout}), none of them zero; given: {list(shape)}")

@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
+
+from .arguments import shown, whole
 from .engine.options import options_of
 from .engine.packing import Packing
 from .engine.run import run
@@ -30,20 +33,33 @@ def warmup(shapes: Iterable[Shape], precision: str | Precision = "int8+fp16", *,
     framework: "paddle" or "torch"; default the one that is imported, Paddle first. device: "auto" is the GPU if there is one.
     Returns the milliseconds that each shape's first call took beyond its second: compilation and loading. On a CPU nothing
         is compiled and every value is 0.
-    Raises as `attention` for what no kernel serves, ValueError for a shape of neither form.
+    Raises as `attention` for what no kernel serves, ValueError or TypeError for a shape of neither form, a dtype that no kernel
+        takes and choices that do not exist, on a CPU too.
     """
+    options = options_of(precision, "NHD", is_causal, None, return_lse, backend, None)
+    if not isinstance(dtype, str) or dtype not in FORMAT_OF_DTYPE:
+        raise ValueError(f"unknown dtype {shown(dtype)}; there are: {', '.join(FORMAT_OF_DTYPE)}")
+    try:
+        shapes = list(shapes)
+    except TypeError:
+        raise TypeError(f"shapes is {shown(shapes)}; give a list of shapes") from None
+    shapes = [_form(shape) for shape in shapes]
+    if kv_heads is not None:
+        kv_heads = whole("kv_heads", kv_heads, 1)
+        uneven = [shape[-2] for shape, _, _ in shapes if shape[-2] % kv_heads]
+        if uneven:
+            raise ValueError(f"kv_heads is {kv_heads}; heads must be a multiple of it, given: {uneven[0]}")
     like = detect.anchor(framework, device)
     runtime = detect.runtime_of(like)
     taken = {}
-    for shape in shapes:
-        shape, rows, lengths = _form(shape)
+    for shape, rows, lengths in shapes:
         if runtime.is_cpu(like):
             taken[shape] = 0.0
             continue
         heads, head_dim = shape[-2:]
         q = runtime.empty((*rows, heads, head_dim), dtype, like)
         k, v = (runtime.empty((*rows, kv_heads or heads, head_dim), dtype, like) for _ in "kv")
-        options, packing = options_of(precision, "NHD", is_causal, None, return_lse, backend, None), None
+        packing = None
         if lengths is not None:
             cu_seqlens = runtime.from_numpy(np.array([0, *accumulate(lengths)], np.int32), like, "int32")
             packing = Packing(cu_seqlens, cu_seqlens, max(lengths), max(lengths))
@@ -55,14 +71,16 @@ def warmup(shapes: Iterable[Shape], precision: str | Precision = "int8+fp16", *,
 
 def _form(shape: Shape) -> tuple[Shape, tuple[int, ...], tuple[int, ...] | None]:
     """The shape as a key, its dimensions before the heads, and the lengths where it is one of packed sequences."""
-    shape = tuple(shape)
-    if len(shape) == 4:
-        return shape, shape[:2], None
-    if len(shape) == 3 and isinstance(shape[0], Sequence) and len(shape[0]):
-        lengths = tuple(shape[0])
-        return (lengths, *shape[1:]), (sum(lengths),), lengths
+    taken = tuple(shape) if isinstance(shape, (list, tuple)) else ()
+    if len(taken) == 4:
+        taken = tuple(whole("a number of a shape", number, 1) for number in taken)
+        return taken, taken[:2], None
+    if len(taken) == 3 and isinstance(taken[0], (list, tuple, range)) and any(taken[0]):
+        lengths = tuple(whole("a length of a shape", length, 0) for length in taken[0])
+        heads, head_dim = (whole("a number of a shape", number, 1) for number in taken[1:])
+        return (lengths, heads, head_dim), (sum(lengths),), lengths
     raise ValueError("a shape is (batch, tokens, heads, head_dim), or (lengths, heads, head_dim) such as ((226, 1000), 30, 64) "
-                     f"for attention_varlen; given: {shape}")
+                     f"for attention_varlen; given: {shown(shape)}")
 
 
 def _wall_ms(call: Callable[[], Any], stream: int) -> float:

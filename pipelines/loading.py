@@ -24,6 +24,6 @@ def load(path: str | os.PathLike, **options: Any) -> Any:
     """
     index_path, index = read_index(find_folder(path))
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise ConfigError(f"{index_path} describes a {name}, expected a {' or a '.join(PIPELINES)} (text to video)")
     return getattr(importlib.import_module(PIPELINES[name], __package__), name).from_pretrained(os.fspath(path), **options)

@@ -4,8 +4,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+from lowbit_video.arguments import shown
 
 RESULTS = "results.jsonl"
+HOLDS = {"run": {"runs": list, "settings": dict}, "video": {"prompt": str, "seed": int, "run": str}}
+"""What each kind of line has at least, and of which type."""
 
 
 class Store:
@@ -52,9 +57,10 @@ class Store:
         lines = []
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}:{number}: not a line of results ({error})") from error
+                lines.append(_checked(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self.path}:{number}: not a line of results ({error}); remove the line, its video is made "
+                                 "anew") from error
         return lines
 
     def append(self, line: dict) -> None:
@@ -81,3 +87,16 @@ class Store:
     def has(self, prompt: str, seed: int, run: str) -> bool:
         """Whether this video is finished."""
         return any(v["prompt"] == prompt and v["seed"] == seed and v["run"] == run for v in self.lines if v["kind"] == "video")
+
+
+def _checked(line: Any) -> dict:
+    """A line as it was read; ValueError for one that lacks what every line of its kind has."""
+    kind = line.get("kind") if isinstance(line, dict) else None
+    if not isinstance(kind, str) or kind not in HOLDS:
+        raise ValueError(f"it is neither of {', '.join(HOLDS)}")
+    for name, type_ in HOLDS[kind].items():
+        if not isinstance(line.get(name), type_):
+            raise ValueError(f"{name} is {shown(line.get(name))}, not a {type_.__name__}")
+    if kind == "run" and not isinstance(line["settings"].get("model"), str):
+        raise ValueError("its settings name no model")
+    return line

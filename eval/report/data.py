@@ -1,10 +1,11 @@
 """What a report is made from: the results of `compare` summarised, the layer table, and speeds, read from their files."""
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from lowbit_video.files import read_json
 
 from ..compare.candidates import EXACT, FLOOR
 from ..compare.layer_table import FILE as LAYERS_FILE
@@ -89,8 +90,11 @@ def read_speed(path, shape: str | None = None) -> tuple[dict[str, float], str]:
     Raises:
         ValueError: no row with a precision and a speed-up, or none of that shape (lists those there are).
     """
-    content = json.loads(Path(path).read_text())
-    rows = [r for r in content.get("rows", []) if r.get("precision") and r.get("speedup") and not r.get("error")]
+    content = read_json(path)
+    given = content.get("rows")
+    given = [r for r in given if isinstance(r, dict)] if isinstance(given, list) else []
+    rows = [r for r in given if isinstance(r.get("precision"), str) and isinstance(r.get("speedup"), (int, float))
+            and isinstance(r.get("tokens"), int) and not r.get("error")]
     if not rows:
         raise ValueError(f"{path}: no row with a precision and a speedup; give the JSON of `lowbit-video bench`")
     if shape:
@@ -103,8 +107,9 @@ def read_speed(path, shape: str | None = None) -> tuple[dict[str, float], str]:
     for row in rows:
         if row["tokens"] == tokens:
             speed[row["precision"]] = max(row["speedup"], speed.get(row["precision"], 0.0))
-    about = content.get("about", {})
-    baselines = {str(r["method"]) for r in content["rows"] if r.get("speedup") == 1 and r.get("method")}
+    about = content.get("about")
+    about = about if isinstance(about, dict) else {}
+    baselines = {str(r["method"]) for r in given if r.get("speedup") == 1 and r.get("method")}
     over = f" over {baselines.pop()}" if len(baselines) == 1 else ""
     gpu = about.get("gpu") or about.get("device") or "GPU"
     return speed, f"attention speed-up{over}, {gpu}, {shape + ', ' if shape else ''}{tokens} tokens"

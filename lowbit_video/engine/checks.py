@@ -22,12 +22,14 @@ MAX_OPERAND = 2.0**-12 / MIN_MAGNITUDE
 
 def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None, runtime: Runtime) -> Request:
     """The call as selection sees it; raises for shapes and dtypes that no kernel could mean."""
+    require_readable(runtime, q=q, k=k, v=v)
     shapes = {name: runtime.shape(t) for name, t in (("q", q), ("k", k), ("v", v))}
     given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
     layout = options.tensor_layout
     if packing is not None:
         if any(len(shape) != 3 for shape in shapes.values()):
             raise ValueError(f"q, k and v must be packed as [tokens, heads, head_dim]; given: {given}")
+        require_readable(runtime, cu_seqlens_q=packing.cu_q, cu_seqlens_k=packing.cu_k)
         packing.check(runtime)
         require_one_place(runtime, q=q, cu_seqlens_q=packing.cu_q, cu_seqlens_k=packing.cu_k)
         shapes = {name: (1, *shape) for name, shape in shapes.items()}
@@ -74,6 +76,14 @@ def inference_only(framework: str) -> UnsupportedError:
                             "fallback='exact', or none")
 
 
+def require_readable(runtime: Runtime, **tensors: Any) -> None:
+    """Raises TypeError for a tensor whose memory cannot be read as it is; Paddle ends the process over a sparse one."""
+    for name, tensor in tensors.items():
+        reason = runtime.unreadable(tensor)
+        if reason is not None:
+            raise TypeError(f"{name} is {reason}; supported are dense tensors on the CPU or an NVIDIA GPU: make it one first")
+
+
 def require_one_place(runtime: Runtime, **tensors: Any) -> None:
     """Raises ValueError unless all tensors are on one device: a kernel would read an address of another one."""
     places = {name: runtime.place(tensor) for name, tensor in tensors.items()}
@@ -94,22 +104,23 @@ def check_finite(options: AttentionOptions, runtime: Runtime, **tensors: Any) ->
     asked = options.check_finite
     if asked or (asked is None and all(runtime.is_cpu(tensor) for tensor in tensors.values())):
         require_finite(runtime, **tensors)
-        require_range(options.scale, *(runtime.to_numpy(tensors[name]) for name in "qkv"))
+        scale = options.scaled(runtime.shape(tensors["q"])[-1]).scale
+        require_range(scale, *(runtime.to_numpy(tensors[name]) for name in "qkv"))
 
 
-def require_range(scale: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+def require_range(scale: float, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
     """Raises ValueError for finite values so large that scores or sums may leave what the kernels' float32 softmax holds.
 
     Bounds, not the scores themselves: of the largest magnitudes. No model comes near them.
     """
     top_q, top_k, top_v = (float(np.abs(x).max(initial=0.0)) for x in (q, k, v))
     dim = q.shape[-1]
-    factor = dim * max(1.0, (dim**-0.5 if scale is None else abs(float(scale))) * LOG2_E)
+    factor = dim * max(1.0, abs(scale) * LOG2_E)
     largest, squares = max(top_q, top_k), dim * (2 * max(top_q, top_k)) ** 2  # INT2's scale is of squares, without the mean
     if factor * largest > MAX_OPERAND or factor * top_q * top_k > MAX_SCORE or squares > FORMATS["fp32"].max_code:
-        raise ValueError(f"q reaches {top_q:.3g} and k {top_k:.3g} in magnitude, and scale is "
-                         f"{'head_dim ** -0.5' if scale is None else float(scale)}: scores could leave what the kernels' "
-                         "softmax in float32 holds; give smaller values (or check_finite=False to go without this check)")
+        raise ValueError(f"q reaches {top_q:.3g} and k {top_k:.3g} in magnitude, and scale is {scale:.3g}: "
+                         "scores could leave what the kernels' softmax in float32 holds; give smaller values (or "
+                         "check_finite=False to go without this check)")
     tokens = v.size // dim
     if top_v * tokens > FORMATS["fp32"].max_code:
         raise ValueError(f"v reaches {top_v:.3g} in magnitude, and its sums over tokens could exceed float32; give smaller "

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from ..arguments import shown
 from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
 from .base import AttnProcessor, check_processor, set_processor, slot_of
@@ -65,19 +66,23 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
     fallback, backend, check_finite: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
-    Raises ValueError for a pattern that names no module or a model without attention modules, UnsupportedError for an
-    attention class that no frame declares (`declare_attention`), a processor that a frame needs and cannot run, or one that
-    does more than the frame in its place; no processor is changed then.
+    Raises TypeError for what is no model, precision or mapping, ValueError for a pattern that names no module or a model
+    without attention modules, UnsupportedError for an attention class that no frame declares (`declare_attention`), a
+    processor that a frame needs and cannot run, or one that does more than the frame in its place. No processor is changed
+    then.
     """
     model = transformer_of(model_or_pipe)
     targets = attention_modules(model)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
+    if modules is not None and not isinstance(modules, Mapping):
+        raise TypeError(f"modules is {shown(modules)}; give a dict of name patterns to precisions, such as "
+                        "{'transformer_blocks.0.*': 'fp16'}")
     choice: dict[str, Any] = dict.fromkeys(targets, precision)
     for pattern, wanted in (modules or {}).items():
-        names = [name for name in targets if fnmatch.fnmatchcase(name, pattern)]
+        names = [name for name in targets if isinstance(pattern, str) and fnmatch.fnmatchcase(name, pattern)]
         if not names:
-            raise ValueError(f"the pattern {pattern!r} names no attention module; there are: {_some(list(targets))}; "
+            raise ValueError(f"the pattern {shown(pattern)} names no attention module; there are: {_some(list(targets))}; "
                              "try a pattern such as 'transformer_blocks.0.*'")
         choice.update(dict.fromkeys(names, wanted))
     made: dict[Any, AttnProcessor] = {}

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..arguments import shown
 from ..engine.codes import AttentionCodes
 from ..engine.codes import attend as attend_codes
 from ..engine.codes_target import Target
@@ -45,7 +46,7 @@ class LowBitAttnProcessor(AttnProcessor):
         attention is measured to be faster.
     backend: "auto", "reference", "triton" or "hopper"; see `lowbit_video.attention`.
     check_finite: look for NaN and infinity in q, k, v first; None means on CPU tensors only.
-    Raises ValueError for an unknown precision or fallback.
+    Raises ValueError or TypeError for a precision, fallback, backend or check_finite that does not exist.
     """
 
     low_bit = True
@@ -54,10 +55,11 @@ class LowBitAttnProcessor(AttnProcessor):
                  check_finite: bool | None = None) -> None:
         super().__init__()
         self.precision = as_precision(precision)
-        if fallback not in (None, "exact"):
-            raise ValueError(f"unknown fallback {fallback!r}; there are: None (an error says why) and 'exact'")
+        if fallback is not None and not (isinstance(fallback, str) and fallback == "exact"):
+            raise ValueError(f"unknown fallback {shown(fallback)}; there are: None (an error says why) and 'exact'")
         self.fallback, self.backend, self.check_finite = fallback, backend, check_finite
         self.low_bit, self.differentiable = not self.precision.exact, fallback == "exact"
+        self.options()  # raises for a backend or a check_finite that does not exist
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False) -> Any:

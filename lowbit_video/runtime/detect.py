@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from typing import Any
 
+from ..arguments import shown
 from .protocol import Runtime
 
 
@@ -66,11 +67,22 @@ def default_framework() -> str:
 
 def runtime_named(framework: str) -> Runtime:
     """The runtime of "paddle" or "torch"; imports the framework."""
-    if framework not in ("paddle", "torch"):
-        raise ValueError(f"unknown framework {framework!r}; there are: paddle, torch")
+    if not isinstance(framework, str) or framework not in ("paddle", "torch"):
+        raise ValueError(f"unknown framework {shown(framework)}; there are: paddle, torch")
     return importlib.import_module(f"lowbit_video.runtime.{framework}_runtime")
 
 
 def anchor(framework: str | None = None, device: str = "auto") -> Any:
-    """A small tensor of a framework on a device, to stand for that place: where `runtime.empty(..., like=anchor)` allocates."""
-    return runtime_named(framework or default_framework()).anchor(device)
+    """A small tensor of a framework on a device, to stand for that place: where `runtime.empty(..., like=anchor)` allocates.
+
+    Raises ValueError for a framework or device that is not there.
+    """
+    runtime = runtime_named(default_framework() if framework is None else framework)
+    try:
+        if not isinstance(device, str):
+            raise TypeError(f"a {type(device).__name__} names none")
+        return runtime.anchor(device)
+    except Exception as error:  # a framework's own error has any type
+        reason = str(error).strip().splitlines() or [""]
+        raise ValueError(f"device is {shown(device)}, where {runtime.NAME} makes no tensor ({reason[-1]}); give 'auto', "
+                         "'cpu' or a GPU as the framework names it") from error

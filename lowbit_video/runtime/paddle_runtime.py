@@ -19,6 +19,15 @@ _DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16, "float32": pa
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+def unreadable(t: paddle.Tensor) -> str | None:
+    """Why no kernel can read it: "a sparse tensor" or "without memory"; None where one can."""
+    if not isinstance(t, paddle.Tensor):
+        return None
+    if t.is_sparse():
+        return "a sparse tensor"
+    return "without memory" if t.size and not t._is_initialized() else None
+
+
 def dtype_name(t: paddle.Tensor) -> str:
     """"float16", "bfloat16", "float32", ..."""
     return _NAMES.get(t.dtype) or str(t.dtype).rpartition(".")[2]

@@ -13,6 +13,9 @@ class Runtime(Protocol):
 
     NAME: str
 
+    def unreadable(self, t: Any) -> str | None:
+        """What keeps a kernel from reading the tensor (a sparse layout, no memory), in words; None where nothing does."""
+
     def dtype_name(self, t: Any) -> str:
         """The tensor's dtype."""
 

@@ -17,6 +17,15 @@ NAME = "torch"
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "int8", "uint8", "int32", "float8_e4m3fn")}
 
 
+def unreadable(t: torch.Tensor) -> str | None:
+    """Why no kernel can read it: "a nested tensor", "a torch.sparse_coo tensor", "on meta", ...; None where one can."""
+    if t.is_nested or t.is_quantized:
+        return f"a {'nested' if t.is_nested else 'quantised'} tensor"
+    if t.layout != torch.strided:
+        return f"a {t.layout} tensor"
+    return None if t.device.type in ("cpu", "cuda") else f"on {t.device}"
+
+
 def dtype_name(t: torch.Tensor) -> str:
     """"float16", "bfloat16", "float32", ..."""
     return _NAMES.get(t.dtype) or str(t.dtype).rpartition(".")[2]

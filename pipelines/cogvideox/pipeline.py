@@ -86,11 +86,8 @@ class CogVideoXPipeline(Pipeline):
         """Text embeddings [B, max_sequence_length, D] of one prompt or several; a longer prompt is cut, with a warning."""
         prompts = as_texts("prompt", [] if prompt is None else prompt)
         tokenizer, text_encoder = (self._part(name, "encode_prompt") for name in ("tokenizer", "text_encoder"))
-        if max_sequence_length is None:
-            length = self._part("transformer", "encode_prompt", "Give max_sequence_length (the published models: 226). "
-                                ).config.max_text_seq_length
-        else:
-            length = whole("max_sequence_length", max_sequence_length, 1, MAX_ELEMENTS)
+        length = size_or_none("max_sequence_length", max_sequence_length, 1) or self._part(
+            "transformer", "encode_prompt", "Give max_sequence_length (the published models: 226). ").config.max_text_seq_length
         for text, ids in zip(prompts, tokenizer(prompts).input_ids):
             if len(ids) > length:
                 lost = tokenizer.decode(ids[length - 1 : -1])

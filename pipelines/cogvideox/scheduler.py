@@ -30,6 +30,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 MAX_COSINE_BETA = 0.999
+MAX_TRAIN_TIMESTEPS = 10**6
 
 
 class SchedulerOutput(NamedTuple):
@@ -93,22 +94,31 @@ class CogVideoXScheduler:
         ):
             if value not in supported:
                 raise ConfigError(f"{type(self).__name__}: {key} is {value!r}; supported: {', '.join(supported)}")
+        if not 1 <= num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
+            raise ConfigError(f"{type(self).__name__}: num_train_timesteps is {num_train_timesteps}; give 1 to "
+                              f"{MAX_TRAIN_TIMESTEPS}")
         if trained_betas is not None:
             betas = np.asarray(trained_betas, np.float32)
             if betas.shape != (num_train_timesteps,):
                 raise ConfigError(
                     f"{type(self).__name__}: trained_betas has shape {list(betas.shape)}, expected [{num_train_timesteps}]"
                 )
+        elif min(beta_start, beta_end) < 0:
+            raise ConfigError(f"{type(self).__name__}: beta_start is {beta_start} and beta_end {beta_end}; give none below 0")
         elif beta_schedule == "linear":
             betas = np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float32)
         elif beta_schedule == "scaled_linear":
             betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64) ** 2
         else:
             betas = _cosine_betas(num_train_timesteps)
-        power = np.cumprod(1.0 - betas, dtype=np.float64).astype(betas.dtype)
-        power = power / (snr_shift_scale + (1 - snr_shift_scale) * power)
-        if rescale_betas_zero_snr:
-            power = _rescale_to_zero_snr(power)
+        with np.errstate(all="ignore"):  # what comes of odd numbers is looked at
+            power = np.cumprod(1.0 - betas, dtype=np.float64).astype(betas.dtype)
+            power = power / (snr_shift_scale + (1 - snr_shift_scale) * power)
+            if rescale_betas_zero_snr:
+                power = _rescale_to_zero_snr(power)
+        if not ((0 <= power) & (power <= 1)).all() or (np.diff(power) > 0).any():  # NaN too
+            raise ConfigError(f"{type(self).__name__}: beta_start {beta_start}, beta_end {beta_end} (or trained_betas) and "
+                              f"snr_shift_scale {snr_shift_scale} make no schedule of shares that fall from 1 to 0")
         self.alphas_cumprod = power
         self.final_alpha_cumprod = 1.0 if set_alpha_to_one else float(power[0])
         self.num_inference_steps: int | None = None
@@ -151,7 +161,6 @@ class CogVideoXScheduler:
         total = self.config.num_train_timesteps
         if not 1 <= num_inference_steps <= total:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; this schedule takes 1 to {total}")
-        self.num_inference_steps = num_inference_steps
         if self.config.timestep_spacing == "linspace":
             steps = np.linspace(0, total - 1, num_inference_steps).round()[::-1]
         elif self.config.timestep_spacing == "leading":
@@ -159,7 +168,11 @@ class CogVideoXScheduler:
         else:
             # arange with a fraction for a step may end one too late, at timestep -1: diffusers' 61 steps are 62
             steps = np.round(np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]) - 1
-        self.timesteps = np.ascontiguousarray(steps, dtype=np.int64)
+        if steps[0] >= total:
+            raise ValueError(f"{num_inference_steps} steps of 'leading' spacing begin at timestep {int(steps[0])} with "
+                             f"steps_offset {self.config.steps_offset}; the schedule ends at {total - 1}: take fewer steps, or "
+                             "another spacing")
+        self.num_inference_steps, self.timesteps = num_inference_steps, np.ascontiguousarray(steps, dtype=np.int64)
         last = self._following(self.timesteps[-1])
         if last >= 0:
             warnings.warn(

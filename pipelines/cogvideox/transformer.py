@@ -19,9 +19,15 @@ from paddle import nn
 
 from lowbit_video.hook.base import check_processor
 
-from ..shared.config import keep_config
+from ..shared.config import MAX_EPSILON, check_between, keep_config
 from ..shared.weights import Model
 from .rotary import THETA, get_3d_rotary_pos_embed, get_3d_sincos_pos_embed, get_resize_crop_region_for_grid
+
+COUNTS = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "time_embed_dim", "text_embed_dim",
+          "sample_width", "sample_height", "sample_frames", "patch_size", "patch_size_t", "temporal_compression_ratio",
+          "max_text_seq_length")
+MAX_COUNT = 2**20
+"""Of each of a configuration's counts: far beyond any model, and no danger to memory."""
 
 # of the LayerNorm over each head of q and k
 QK_NORM_EPSILON = 1e-6
@@ -310,6 +316,11 @@ class CogVideoXTransformer3DModel(Model):
         patch_bias: bool = True,
     ):
         super().__init__()
+        check_between(self.config, COUNTS, 1, MAX_COUNT)
+        check_between(self.config, ("num_layers", "freq_shift"), 0, MAX_COUNT)
+        check_between(self.config, ("dropout",), 0.0, 1.0)
+        check_between(self.config, ("norm_eps",), 0.0, MAX_EPSILON)
+        check_between(self.config, ("spatial_interpolation_scale", "temporal_interpolation_scale"), 1e-6, 1e6)
         if use_learned_positional_embeddings and not use_rotary_positional_embeddings:
             raise ValueError(
                 "use_learned_positional_embeddings needs use_rotary_positional_embeddings: no CogVideoX has the one "

@@ -26,7 +26,7 @@ from paddle import nn
 from lowbit_video.distributed.group import Group
 from lowbit_video.distributed.wavefront import Wavefront
 
-from ..shared.config import Config, ConfigError, keep_config
+from ..shared.config import MAX_EPSILON, Config, ConfigError, check_between, keep_config
 from ..shared.weights import Model
 from .vae_pieces import FRAME, HEIGHT, WIDTH, Caches, Job, by_pieces, by_tiles, pieces_of
 
@@ -354,8 +354,20 @@ def _temporal_levels(config: Config) -> int:
     return int(math.log2(config.temporal_compression_ratio))
 
 
+MAX_COUNT = 2**20
+"""Of each of a configuration's counts."""
+
+
 def _check_config(config: Config) -> None:
     steps = len(config.block_out_channels)
+    counts = ("in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_height", "sample_width")
+    check_between(config, counts, 1, MAX_COUNT)
+    check_between(config, ("layers_per_block",), 0, MAX_COUNT)
+    check_between(config, ("norm_eps",), 0.0, MAX_EPSILON)
+    if not steps or min(config.block_out_channels) < 1 or max(config.block_out_channels) > MAX_COUNT:
+        raise ConfigError(f"VAE config: block_out_channels is {list(config.block_out_channels)}; give those of each block")
+    if not config.scaling_factor:
+        raise ConfigError("VAE config: scaling_factor is 0; latents are divided by it")
     for key, supported in (("down_block_types", DOWN_BLOCK), ("up_block_types", UP_BLOCK)):
         if any(block != supported for block in config[key]) or len(config[key]) != steps:
             raise ConfigError(

@@ -118,7 +118,7 @@ class Pipeline:
             class_name = _listed(index[name])[-1]
             if class_name is None:
                 continue
-            if class_name not in classes:
+            if not isinstance(class_name, str) or class_name not in classes:
                 raise ConfigError(f"{path}: {name} is a {class_name}; supported: {', '.join(classes)}")
             found[name] = classes[class_name]
         return found

@@ -14,7 +14,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .config import Config, keep_config
+from .config import Config, check_between, keep_config
 from .weights import Model
 
 FLOAT16_MAX = 65504.0
@@ -232,6 +232,10 @@ class T5EncoderModel(Model):
         eos_token_id: int = 1,
     ):
         super().__init__()
+        counts = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_max_distance")
+        check_between(self.config, counts, 1, 2**24)
+        check_between(self.config, ("relative_attention_num_buckets",), 4, 2**16)
+        check_between(self.config, ("layer_norm_epsilon",), 0.0, 1.0)
         _feed_forward_kind(feed_forward_proj)
         self.shared = nn.Embedding(vocab_size, d_model)
         self.encoder = T5Stack(self.config)

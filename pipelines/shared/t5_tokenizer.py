@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from lowbit_video.arguments import whole
 from lowbit_video.files import write_whole
 
 from .config import ConfigError, read_json, write_json
@@ -29,6 +30,7 @@ CONFIG_NAME = "tokenizer_config.json"
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 DEFAULT_EXTRA_IDS = 100
+MAX_EXTRA_IDS = 100_000
 # Unicode's White_Space without U+000B, which T5's normalization deletes
 SPACES = dict.fromkeys(
     [9, 10, 12, 13, 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000], " "
@@ -83,7 +85,7 @@ class T5Tokenizer:
         model_path, json_path, config_path = (os.path.join(folder, name) for name in (MODEL_NAME, JSON_NAME, CONFIG_NAME))
         config = read_json(config_path) if os.path.isfile(config_path) else {}
         name = config.get("tokenizer_class", "T5Tokenizer")
-        if name not in ("T5Tokenizer", "T5TokenizerFast"):
+        if not isinstance(name, str) or name not in ("T5Tokenizer", "T5TokenizerFast"):
             raise ConfigError(f"{config_path} describes a {name}, expected a T5Tokenizer")
         if os.path.isfile(model_path):
             with open(model_path, "rb") as file:
@@ -95,7 +97,11 @@ class T5Tokenizer:
         else:
             raise ConfigError(f"no tokenizer in {folder}: looked for {MODEL_NAME} and {JSON_NAME}")
         try:
-            return cls(model, int(config.get("extra_ids", DEFAULT_EXTRA_IDS)), config)
+            extra_ids = whole("extra_ids", config.get("extra_ids", DEFAULT_EXTRA_IDS), 0, MAX_EXTRA_IDS)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{config_path}: {error}") from None
+        try:
+            return cls(model, extra_ids, config)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
 

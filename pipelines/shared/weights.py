@@ -26,6 +26,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from lowbit_video.arguments import shown
 from lowbit_video.files import write_whole
 
 from .config import CONFIG_NAME, DIFFUSERS_VERSION, Config, ConfigError, known_keys, load_config, read_json, write_json
@@ -134,7 +135,7 @@ class Model(nn.Layer):
         cls._check_counts(folder, config, entries)
         try:
             model = cls.from_config(config)
-        except (ArithmeticError, IndexError, MemoryError, TypeError) as error:
+        except Exception as error:  # Paddle's own have any type
             raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)} describes a {cls.__name__} that cannot be built "
                               f"({str(error).strip()}); correct its sizes") from error
         load_weights(model, folder, dtype, variant, entries)
@@ -196,12 +197,14 @@ def read_header(path: str) -> dict[str, TensorEntry]:
             entries = {}
             for name, item in header.items():
                 begin, end = item["data_offsets"]
-                shape = tuple(int(n) for n in item["shape"])
+                shape = tuple(item["shape"])
                 file_type = item["dtype"]
+                if not isinstance(file_type, str) or any(type(n) is not int for n in (begin, end, *shape)):
+                    raise TypeError(f"the entry of {name} is {shown(item)}")
                 if paddle_order and file_type == "U16":
                     file_type = "BF16"  # Paddle hands NumPy the bits
                 entries[name] = TensorEntry(path, 8 + header_bytes + begin, end - begin, file_type, shape, paddle_order)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{path} is damaged: its header cannot be read ({error}); fetch it again") from None
     for name, entry in entries.items():
         if entry.file_type not in FILE_TYPES:

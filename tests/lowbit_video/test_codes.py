@@ -129,3 +129,9 @@ def test_what_cannot_be_attended_is_refused(framework):
         lv.prequantize(q, k, v[:, :10])
     with pytest.raises(lv.NonFiniteError, match="^k has 1 NaN"):
         lv.prequantize(q, framework.tensor(np.where(np.arange(framework.numpy(k).size) == 3, np.nan, 0).reshape(k.shape)), v)
+
+
+@pytest.mark.parametrize("value", [None, 3, "codes", lv.AttentionCodes])
+def test_what_are_no_codes_is_refused(value):
+    with pytest.raises(TypeError, match="^codes is .*; give what prequantize.. returned"):
+        lv.attention_of_codes(value)

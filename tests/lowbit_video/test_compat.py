@@ -136,3 +136,15 @@ def test_every_argument_of_packed_sequences_is_passed_on(monkeypatch):
     given, choices = compat.sageattn_varlen(*"qkvab", 5, 6, is_causal=True, sm_scale=0.3, smooth_k=False, return_lse=True)
     assert given == (*"qkvab", 5, 6)
     assert choices == dict(precision=Precision("int8+fp16", smooth_k=False), is_causal=True, scale=0.3, return_lse=True)
+
+
+@pytest.mark.parametrize("name, choices, words", [
+    ("sageattn", dict(smooth_k="no"), "smooth_k is 'no'"), ("sageattn", dict(smooth_k=np.array([1, 2])), "smooth_k is array"),
+    ("sageattn_qk_int8_pv_fp8_cuda", dict(qk_quant_gran=[]), r"qk_quant_gran=\[\] is unknown"),
+    ("sageattn_qk_int8_pv_fp8_cuda", dict(pv_accum_dtype=np.array(["fp32", "fp16"])), "pv_accum_dtype=array"),
+    ("sageattn_multi_precision", dict(q_format=np.array([1, 2])), "q_format=array"),
+    ("sageattn_multi_precision", dict(k_format=None), "k_format=None"),
+    ("sageattn_multi_precision", dict(smooth_q=2), "smooth_q is 2")])
+def test_choices_of_no_kind_are_refused_by_name(framework, name, choices, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        getattr(compat, name)(*heads_first(framework, q_len=4), **choices)

@@ -70,3 +70,17 @@ def test_unknown_framework_is_named():
     with pytest.raises(ValueError, match="there are: paddle, torch"):
         warmup([(1, 8, 1, 64)], framework="jax")
     assert issubclass(UnsupportedError, ValueError)
+
+
+@pytest.mark.parametrize("choices, words", [
+    (dict(precision="int8"), "unknown precision"), (dict(dtype="float64"), "unknown dtype 'float64'"),
+    (dict(dtype=[]), "unknown dtype"), (dict(framework=""), "unknown framework ''"), (dict(framework=[]), "unknown framework"),
+    (dict(device="no such"), "device is 'no"),
+    (dict(device=3), "device is 3"), (dict(is_causal="no"), "is_causal is 'no'"), (dict(kv_heads=3), "kv_heads is 3; heads"),
+    (dict(kv_heads=2.0), "kv_heads is 2.0"), (dict(backend="cpu"), "unknown backend"), (dict(shapes=3), "shapes is 3"),
+    (dict(shapes=[3]), "a shape is"), (dict(shapes=["abcd"]), "a shape is"), (dict(shapes=[(1, 2.5, 3, 64)]), "shape is 2.5"),
+    (dict(shapes=[(1, 0, 3, 64)]), "shape is 0"), (dict(shapes=[((0,), 3, 64)]), "a shape is"),
+    (dict(shapes=[((5, -1), 3, 64)]), "length of a shape is -1")], ids=str)
+def test_choices_that_do_not_exist_are_refused_on_a_cpu_too(framework, choices, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        warmup(**{"shapes": [(1, 8, 2, 64)], "framework": framework.name, "device": "cpu"} | choices)

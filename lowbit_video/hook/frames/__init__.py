@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...arguments import shown
 from ...errors import UnsupportedError
 from .cogvideox import joint_attention
 from .one_stream import one_stream_attention
@@ -69,9 +70,9 @@ def declare_attention(module_class: type, frame: str = "cogvideox") -> type:
     Raises TypeError for what is no class, ValueError for a frame that does not exist.
     """
     if not isinstance(module_class, type):
-        raise TypeError(f"declare_attention takes a class, such as type(model.blocks[0].attn), not {module_class!r}")
-    if frame not in FRAMES:
-        raise ValueError(f"unknown frame {frame!r}; there are: {', '.join(FRAMES)}")
+        raise TypeError(f"declare_attention takes a class, such as type(model.blocks[0].attn), not {shown(module_class)}")
+    if not isinstance(frame, str) or frame not in FRAMES:
+        raise ValueError(f"unknown frame {shown(frame)}; there are: {', '.join(FRAMES)}")
     _declared[module_class] = frame
     return module_class
 

@@ -187,6 +187,21 @@ def test_two_writers_are_refused_and_a_foreign_file_is_named(tmp_path):
         Store(tmp_path / "nowhere", write=False)
 
 
+@pytest.mark.parametrize("line, words", [
+    (b"3", "neither of run, video"), (b'{"kind": []}', "neither of"),
+    (b'{"kind": "video", "prompt": "a", "seed": 0}', "run is None"),
+    (b'{"kind": "video", "prompt": 3, "seed": 0, "run": "exact"}', "prompt is 3"),
+    (b'{"kind": "run", "runs": []}', "settings is None"),
+    (b'{"kind": "run", "runs": [], "settings": {}}', "name no model"),
+    (b'{"a": "\xff"}', "decode"), (b"[" * 100000, "recursion"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "digits")], ids=lambda x: str(x)[:20])
+def test_a_line_that_is_none_of_results_is_named(tmp_path, line, words):
+    (tmp_path / "results.jsonl").write_bytes(line + b"\n")
+    for write in (True, False):
+        with pytest.raises(ValueError, match=f"results.jsonl:1: not a line of results .*{words}.*remove the line"):
+            Store(tmp_path, write=write)
+
+
 def test_bad_requests_are_named(pipe, tmp_path):
     for arguments, words in (
         (([], ["int8+fp16"]), "no prompts"),

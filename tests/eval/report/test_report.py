@@ -113,8 +113,12 @@ def test_speed_comes_from_a_benchmark_if_named(results, tmp_path):
     assert read_speed(path, "s4096") == ({"exact": 1.0, "int8+fp16": 9.0}, title)
     with pytest.raises(ValueError, match="no shape 'none' in it; there are: s17776, s4096"):
         read_speed(path, "none")
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="no row with a precision"):
+    for odd in ({}, {"rows": 3}, {"rows": [3, {"precision": "int8+fp16", "speedup": "2", "tokens": 3}], "about": 3}):
+        path.write_text(json.dumps(odd))
+        with pytest.raises(ValueError, match="no row with a precision"):
+            read_speed(path)
+    path.write_text("[" * 100000)
+    with pytest.raises(ValueError, match="bench.json is not valid JSON"):
         read_speed(path)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
+from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, declare_attention, remove  # noqa: E402
 from lowbit_video.engine.options import AttentionOptions  # noqa: E402
 from lowbit_video.errors import NonFiniteError, UnsupportedError  # noqa: E402
 from lowbit_video.hook import processors  # noqa: E402
@@ -264,10 +264,8 @@ def test_non_finite_input_names_module_and_tensor():
 def test_an_unknown_fallback_or_backend_is_named():
     with pytest.raises(ValueError, match="unknown fallback 'fast'"):
         LowBitAttnProcessor(fallback="fast")
-    model = toy_model.model()
-    apply(model, "int8+fp16", backend="cuda")
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):
-        outputs(model)
+        apply(toy_model.model(), "int8+fp16", backend="cuda")
 
 
 def test_attend_is_replaceable_and_has_one_type():
@@ -353,3 +351,28 @@ def test_a_diffusers_transformer_takes_the_same_processors(rotary):
             assert coverage(model).modules[1].runs[0][1] == 1
         model.set_attn_processor(dict(zip(model.attn_processors, before)))
         assert torch.equal(model(**given).sample, own)
+
+
+@pytest.mark.parametrize("choices, words", [
+    (dict(backend="cpu"), "unknown backend 'cpu'"), (dict(check_finite="no"), "check_finite is 'no'"),
+    (dict(fallback=np.array([1, 2])), "unknown fallback array"), (dict(precision=3), "precision is a string")], ids=str)
+def test_choices_that_do_not_exist_are_refused_when_the_processor_is_made(choices, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        LowBitAttnProcessor(**choices)
+
+
+@pytest.mark.parametrize("modules, words", [
+    (3, "modules is 3; give a dict"), (["blocks.0"], "modules is .*give a dict"), ({3: "fp16"}, "the pattern 3 names no"),
+    ({"blocks.0": 3}, "precision is a string")], ids=str)
+def test_modules_that_are_no_patterns_are_refused_and_nothing_is_changed(modules, words):
+    model = toy_model.model()
+    before = [block.processor for block in model.blocks]
+    with pytest.raises((ValueError, TypeError), match=words):
+        apply(model, "int8+fp16", modules)
+    assert [block.processor for block in model.blocks] == before
+
+
+@pytest.mark.parametrize("frame", ["wan", [], None, 3])
+def test_a_frame_that_does_not_exist_is_refused(frame):
+    with pytest.raises(ValueError, match="unknown frame"):
+        declare_attention(toy_model.Attention, frame)

@@ -309,6 +309,13 @@ def test_truncated_file(model, tmp_path, cut, words):
     (b"\xff" * 200, "is damaged: its header should take"),
     ((20).to_bytes(8, "little") + b"{" + b" " * 30, "header cannot be read"),
     ((2).to_bytes(8, "little") + b"[]", "header cannot be read"),
+    ((90000).to_bytes(8, "little") + b"[" * 90000, "header cannot be read"),
+    *[(len(header).to_bytes(8, "little") + header + b"\0" * 8, "the entry of a is") for header in (
+        b'{"a":{"dtype":["F32"],"shape":[2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":["2"],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0.0,8.0]}}',
+    )],
     ((12).to_bytes(8, "little") + b'{"a": {"x":1}}', "header cannot be read"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
 ])
