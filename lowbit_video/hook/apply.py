@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
-from .base import AttnProcessor, check_processor, set_processor, slot_of
+from .base import NO_CONTEXT_PARALLEL, AttnProcessor, check_processor, set_processor, slot_of
 from .frames.own import checked, own_attention
 from .processors import LowBitAttnProcessor
 from .report import attention_modules, named_modules, transformer_of
@@ -77,10 +77,12 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     fallback, backend, check_finite: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
     Raises ValueError for a pattern that names no module or a model without attention modules, UnsupportedError for an
-    attention class that no frame declares (`declare_attention`) or a processor that a frame needs and cannot run; no processor
-    is changed then.
+    attention class that no frame declares (`declare_attention`), a processor that a frame needs and cannot run, or a model that
+    diffusers shares among ranks; no processor is changed then.
     """
     model = transformer_of(model_or_pipe)
+    if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
+        raise UnsupportedError(NO_CONTEXT_PARALLEL)
     targets = attention_modules(model)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
