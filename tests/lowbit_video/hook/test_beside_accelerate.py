@@ -174,6 +174,31 @@ def test_a_lora_adapter_is_served_before_and_after_the_hooks_and_unloaded_under_
     assert lv.remove(model) and torch.equal(outputs(model, given), plain)
 
 
+def test_an_adapter_in_a_model_whose_weights_are_stored_in_float8_is_served():
+    """A combination that peft's and diffusers' users reported to fail by the adapter's dtype."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, given = diffusers_models.make("cogvideox")
+    torch.manual_seed(1)
+    model.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"]))
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    plain = outputs(model, given)
+    lv.apply(model, "int8+fp16")
+    assert 0 < (outputs(model, given) - plain).abs().max() < 0.05 and all(calls(model))
+    assert lv.remove(model) and torch.equal(outputs(model, given), plain)
+
+
+def test_an_offload_may_be_taken_off_and_another_put_on_under_the_hooks(tmp_path):
+    given, plain, low = expected("mochi")
+    model, _ = diffusers_models.make("mochi")
+    lv.apply(model, "int8+fp16")
+    for kind in ("sequential", "model", "disk"):
+        OFFLOADS[kind](model, tmp_path / kind)
+        assert torch.equal(outputs(model, given), low), kind
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert torch.equal(outputs(model, given), low) and calls(model) == [8, 8]  # two samples, four times
+    assert lv.remove(model) and torch.equal(outputs(model, given), plain)
+
+
 @pytest.mark.parametrize("name", ["cogvideox", "mochi", "allegro"])
 def test_pyramid_attention_broadcast_skips_hooked_attention_and_the_report_counts_what_ran(name):
     given, plain, low = expected(name)

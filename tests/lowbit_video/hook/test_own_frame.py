@@ -192,6 +192,11 @@ def test_arguments_that_the_own_processor_does_not_take_are_named():
     attn(torch.ones(1, 4, 64))
     with pytest.raises(lv.UnsupportedError, match="called with temb, which Odd does not take; it takes hidden_states, enc"):
         attn(torch.ones(1, 4, 64), temb=torch.ones(1))
+    model, given = diffusers_models.make("pixart")
+    lv.apply(model, "int8+fp16", fallback="exact")
+    for name in ("scale", "ip_adapter_masks"):  # diffusers would warn of the one, ignore the other without a word
+        with pytest.raises(lv.UnsupportedError, match=f"called with {name}, which AttnProcessor2_0 does not take"):
+            model(**given, cross_attention_kwargs={name: 0.5})
     model, given = diffusers_models.make("cogvideox")
     lv.apply(model, "int8+fp16")
     with pytest.raises(lv.UnsupportedError, match="temb given, and a block of CogVideoX's protocol"):
