@@ -70,15 +70,16 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
           backend: str = "auto", check_finite: bool | None = None) -> Applied:
     """Hook a model's attention.
 
-    model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch.
+    model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch; none whose tokens diffusers'
+        `enable_parallelism` cut (UnsupportedError).
     precision: for every attention module; None leaves those alone that no pattern names.
     modules: name patterns (`fnmatch`) to a precision, a processor, or None for "leave alone";
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
     fallback, backend, check_finite: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
     Raises ValueError for a pattern that names no module or a model without attention modules, UnsupportedError for an
-    attention class that no frame declares (`declare_attention`), a processor that a frame needs and cannot run, or a model that
-    diffusers shares among ranks; no processor is changed then.
+    attention class that no frame declares (`declare_attention`) or a processor that a frame needs and cannot run; no processor
+    is changed then.
     """
     model = transformer_of(model_or_pipe)
     if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
