@@ -108,7 +108,9 @@ class _Middle:
         return self._attn.attention_slot.runtime.concat(outs, 0)
 
     def _run(self, *tensors: Any, **asked: Any) -> Any:
-        return self._processor.run(self._attn, *tensors, **asked)
+        if asked:
+            return self._processor.run(self._attn, *tensors, **asked)
+        return self._processor.attention_of(self._attn, *tensors)
 
     def _serves(self, q: Any, k: Any, v: Any) -> bool:
         """Whether a low-bit kernel would take the call without its mask: else nobody need wait to read that."""
