@@ -21,6 +21,8 @@ pytestmark = pytest.mark.torch
 
 RETOLD = ("cogvideox", "consisid")
 """Models whose frame is ours, so that exact attention is the same to rounding; the others' code is diffusers' own."""
+FLOOR_DB = {"mochi": 53, "lumina2": 55, "allegro": 78, "latte": 78, "pixart": 78, "auraflow": 115}
+"""Signal to quantisation noise of the output at int8+fp16, less 5 to 10 dB; 65 where nothing stands. INT4 has 22 dB less."""
 ALWAYS_MASKED = ("omnigen",)
 """Models that never attend without a mask that no low-bit kernel takes."""
 
@@ -55,7 +57,7 @@ def test_a_model_is_hooked_reported_and_given_back(name):
         assert torch.equal(low, plain) and len(report.fallbacks) == 2 and "no low-bit kernel takes a mask" in str(report)
     else:
         assert set(report.variants()) == {"int8+fp16 (reference-lowbit)"} and not report.fallbacks
-        assert not torch.equal(low, plain) and sqnr_db(low, plain) > 30
+        assert FLOOR_DB.get(name, 65) < sqnr_db(low, plain) < 150
     assert lv.remove(model) and not lv.remove(model)
     assert {one: module.processor for one, module in targets.items()} == before
     assert not any(hasattr(module, "own_processor") for module in targets.values())
