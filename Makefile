@@ -30,7 +30,7 @@ $(VENV)/.test: $(VENV)/.cpu
 $(PARITY_VENV)/.done: pyproject.toml setup.py
 	$(PYTHON) -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/pip install -q '$(TORCH)'
-	$(PARITY_VENV)/bin/pip install -q -e '.[cpu,eval,test,train]'
+	$(PARITY_VENV)/bin/pip install -q -e '.[cpu,eval,test,train,parity]'
 	touch $@
 
 $(INTEROP_VENV)/.done: pyproject.toml setup.py

@@ -1,6 +1,7 @@
 """`apply()` and `remove()`: a model's attention hooked, and given back exactly as it was."""
 from __future__ import annotations
 
+import copy
 import fnmatch
 import weakref
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 from ..arguments import shown
 from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
-from .base import AttnProcessor, check_processor, set_processor, slot_of
+from .base import NO_CONTEXT_PARALLEL, AttnProcessor, check_processor, set_processor, slot_of
 from .frames.own import checked, own_attention
 from .frames.replaced import check_replaced
 from .processors import LowBitAttnProcessor
@@ -38,10 +39,24 @@ class Applied:
                     del module.own_processor
         self._before.clear()
 
+    def __deepcopy__(self, memo: dict) -> Applied:
+        """What a copied model's `remove` takes back: copies of what its modules had. They have been copied before this."""
+        model = self._model()
+        if id(model) not in memo:
+            return self
+        twin = Applied(memo[id(model)])
+        for reference, processor in self._before:
+            module = reference()
+            if id(module) in memo:
+                copied = memo[id(module)]
+                twin._before.append((weakref.ref(copied), copy.deepcopy(processor, memo)))
+                if isinstance(module.processor, AttnProcessor):
+                    copied.processor.records.of(copied).name = module.processor.records.of(module).name
+        return twin
+
     def remove(self) -> None:
         """Restore what was there before this `apply`, together with whatever was applied on top of it."""
-        model = self._model()
-        stack = _applied.get(model, []) if model is not None else []
+        stack = getattr(self._model(), "lowbit_applied", ())
         while self in stack:
             stack.pop()._restore()
 
@@ -52,15 +67,13 @@ class Applied:
         self.remove()
 
 
-_applied: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
 def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None = "int8+fp16",
           modules: Mapping[str, str | Precision | AttnProcessor | None] | None = None, *, fallback: str | None = None,
           backend: str = "auto", check_finite: bool | None = None) -> Applied:
     """Hook a model's attention.
 
-    model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch.
+    model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch; none whose tokens diffusers'
+        `enable_parallelism` cut (UnsupportedError).
     precision: for every attention module; None leaves those alone that no pattern names.
     modules: name patterns (`fnmatch`) to a precision, a processor, or None for "leave alone";
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
@@ -72,6 +85,8 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     then.
     """
     model = transformer_of(model_or_pipe)
+    if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
+        raise UnsupportedError(NO_CONTEXT_PARALLEL)
     targets = attention_modules(model)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
@@ -113,16 +128,19 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     handle = Applied(model)
     for name, processor in processors.items():
         handle._set(targets[name], processor, own.get(name))
-    _applied.setdefault(model, []).append(handle)
+    if not hasattr(model, "lowbit_applied"):
+        model.lowbit_applied = []  # on the model, so that a copy has one of its own
+    model.lowbit_applied.append(handle)
     return handle
 
 
 def remove(model_or_pipe: Any) -> bool:
     """Take back the latest `apply`: every module has again the very processor it had before.
 
-    Nested applies come off one at a time. returns: whether there was something to take back.
+    Nested applies come off one at a time; those of a copied model (copy.deepcopy) are its own. returns: whether there was
+    something to take back.
     """
-    stack = _applied.get(transformer_of(model_or_pipe))
+    stack = getattr(transformer_of(model_or_pipe), "lowbit_applied", None)
     if not stack:
         return False
     stack.pop()._restore()

@@ -24,6 +24,10 @@ OTHERS = ("temb", "scale", "rotary_emb", "query_rotary_emb", "key_rotary_emb", "
 """What processors of diffusers and ppdiffusers take beside the arguments of `AttnProcessor.__call__`. Their `Attention` passes
 on only what stands in a processor's signature by name, so it finds these there; a frame takes or refuses each."""
 
+NO_CONTEXT_PARALLEL = ("diffusers' enable_parallelism cuts the tokens among ranks and leaves it to the processors to exchange "
+                       "them, which those of lowbit_video do for lowbit_video.parallelize(pipe) alone: call that in its place "
+                       "(it shares CogVideoX's tokens and guidance, docs/parallel.md)")
+
 
 def _with_named(function: Any, names: tuple[str, ...]) -> inspect.Signature:
     """The signature of a function that takes any keyword, with these among them by name."""
@@ -66,6 +70,15 @@ class AttnProcessor:
         return slot.frame(self, attn, hidden_states, encoder_hidden_states, attention_mask, **others)
 
     __call__.__signature__ = _with_named(__call__, OTHERS)
+
+    @property
+    def _parallel_config(self) -> None:
+        """Where diffusers' `enable_parallelism` tells processors that tokens are cut; without it, it would not tell ours."""
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        raise UnsupportedError(NO_CONTEXT_PARALLEL)
 
     def attention_of(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of a graph that is traced."""

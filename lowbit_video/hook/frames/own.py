@@ -56,10 +56,11 @@ def checked(own: Any) -> Any:
 
 
 def _taken(own: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a processor takes by name. Raises UnsupportedError for another that is not None."""
+    """The arguments that a processor takes by name. Raises UnsupportedError for another that is not None.
+
+    What only its **kwargs would take is refused too: diffusers never hands that on.
+    """
     names = inspect.signature(own.__call__).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in names.values()):
-        return {name: value for name, value in given.items() if value is not None or name in names}
     unknown = [name for name, value in given.items() if value is not None and name not in names]
     if unknown:
         raise UnsupportedError(f"the attention was called with {', '.join(unknown)}, which {type(own).__name__} does not take; "
@@ -107,7 +108,9 @@ class _Middle:
         return self._attn.attention_slot.runtime.concat(outs, 0)
 
     def _run(self, *tensors: Any, **asked: Any) -> Any:
-        return self._processor.run(self._attn, *tensors, **asked)
+        if asked:
+            return self._processor.run(self._attn, *tensors, **asked)
+        return self._processor.attention_of(self._attn, *tensors)
 
     def _serves(self, q: Any, k: Any, v: Any) -> bool:
         """Whether a low-bit kernel would take the call without its mask: else nobody need wait to read that."""

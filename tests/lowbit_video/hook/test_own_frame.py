@@ -21,6 +21,8 @@ pytestmark = pytest.mark.torch
 
 RETOLD = ("cogvideox", "consisid")
 """Models whose frame is ours, so that exact attention is the same to rounding; the others' code is diffusers' own."""
+FLOOR_DB = {"mochi": 53, "lumina2": 55, "allegro": 78, "latte": 78, "pixart": 78, "auraflow": 115}
+"""Signal to quantisation noise of the output at int8+fp16, less 5 to 10 dB; 65 where nothing stands. INT4 has 22 dB less."""
 ALWAYS_MASKED = ("omnigen",)
 """Models that never attend without a mask that no low-bit kernel takes."""
 
@@ -55,7 +57,7 @@ def test_a_model_is_hooked_reported_and_given_back(name):
         assert torch.equal(low, plain) and len(report.fallbacks) == 2 and "no low-bit kernel takes a mask" in str(report)
     else:
         assert set(report.variants()) == {"int8+fp16 (reference-lowbit)"} and not report.fallbacks
-        assert not torch.equal(low, plain) and sqnr_db(low, plain) > 30
+        assert FLOOR_DB.get(name, 65) < sqnr_db(low, plain) < 150
     assert lv.remove(model) and not lv.remove(model)
     assert {one: module.processor for one, module in targets.items()} == before
     assert not any(hasattr(module, "own_processor") for module in targets.values())
@@ -192,6 +194,11 @@ def test_arguments_that_the_own_processor_does_not_take_are_named():
     attn(torch.ones(1, 4, 64))
     with pytest.raises(lv.UnsupportedError, match="called with temb, which Odd does not take; it takes hidden_states, enc"):
         attn(torch.ones(1, 4, 64), temb=torch.ones(1))
+    model, given = diffusers_models.make("pixart")
+    lv.apply(model, "int8+fp16", fallback="exact")
+    for name in ("scale", "ip_adapter_masks"):  # diffusers would warn of the one, ignore the other without a word
+        with pytest.raises(lv.UnsupportedError, match=f"called with {name}, which AttnProcessor2_0 does not take"):
+            model(**given, cross_attention_kwargs={name: 0.5})
     model, given = diffusers_models.make("cogvideox")
     lv.apply(model, "int8+fp16")
     with pytest.raises(lv.UnsupportedError, match="called with temb, which joint_attention does not know"):
