@@ -152,6 +152,12 @@ def test_joint_attention_without_text_is_an_error_in_words(name):
         attn(paddlemix.inputs(name)["video"])
 
 
+def test_the_controlled_cogvideox_has_blocks_of_its_own_with_the_same_protocol():
+    attn = paddlemix.model("CogVideoX").transformer_blocks[0].attn1
+    block = type("CogVideoXBlock", (), {"__module__": "ppdiffusers.models.cogvideox_transformer_3d_vctrl"})()
+    assert frames.frame_of(attn, block) is frames.FRAMES["cogvideox"]
+
+
 @pytest.mark.parametrize("which", ["attn1", "attn2"])
 def test_a_mask_of_wans_keys_is_served(which):
     model = paddlemix.model("Wan")
