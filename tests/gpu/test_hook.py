@@ -2,6 +2,8 @@
 import numpy as np
 import pytest
 
+from helpers import naive_attention, qkv, sqnr_db
+
 pytestmark = pytest.mark.gpu
 CALL = dict(num_inference_steps=2, num_frames=9, height=48, width=80, seed=3, progress=False)
 
@@ -55,3 +57,19 @@ def test_a_compiled_transformer_equals_the_eager_one(pipe):
     assert all(module.calls == 4 for module in coverage(pipe).modules)
     remove(pipe)
     assert np.abs(eager - compiled).max() <= 4 / 255
+
+
+@pytest.mark.parametrize("lengths", [(1200, 700), (700, 700)], ids=str)
+def test_a_mask_of_padding_is_served_by_lengths(gpu, lengths):
+    """Each sample is what it is alone, with the keys that it sees; a mask in 16 bits hides as well."""
+    from lowbit_video.hook.processors import LowBitAttnProcessor
+
+    q, k, v = qkv(batch=2, q_len=1000, kv_len=1200)
+    k[1, lengths[1]:] += 50  # a hidden key that counted would change all
+    mask = np.where(np.arange(1200) < np.array(lengths)[:, None], 0.0, -10000.0)[:, None]
+    low = LowBitAttnProcessor("int8+fp16")
+    for dtype in ("float16", "float32"):
+        out = gpu.numpy(low.attend_masked(*map(gpu.tensor, (q, k, v)), gpu.tensor(mask, dtype)))
+        for sample, length in enumerate(lengths):
+            exact, _ = naive_attention(q[sample:sample + 1], k[sample:sample + 1, :length], v[sample:sample + 1, :length])
+            assert sqnr_db(out[sample], exact[0]) > 30

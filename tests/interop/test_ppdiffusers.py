@@ -29,6 +29,12 @@ WITH_SETTER = ["UNet2DConditionModel", "SD3Transformer2DModel"]
 
 
 @pytest.fixture(autouse=True)
+def no_gradients():
+    with paddle.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def own_declarations(monkeypatch):
     monkeypatch.setattr(frames, "_declared", dict(frames._declared))
 
@@ -167,6 +173,7 @@ def test_what_an_attention_module_may_be_built_with_is_served(name, masked):
         np.testing.assert_allclose(attn(tokens, **given).numpy(), own, atol=1e-4)
     with lv.apply(block, "int8+fp16", fallback="exact"):
         assert sqnr_db(attn(tokens, **given).numpy(), own) > FLOOR_DB
+        assert list(lv.coverage(block).variants()) == ["exact (masked)" if masked else "int8+fp16 (reference-lowbit)"]
     np.testing.assert_array_equal(attn(tokens, **given).numpy(), own)
 
 

@@ -48,6 +48,7 @@ _declared: dict[type | str, str] = {
         "attention.TemporalBasicTransformerBlock": "one_stream",
         "attention.JointTransformerBlock": "two_streams",
         "cogvideox_transformer_3d.CogVideoXBlock": "cogvideox",
+        "cogvideox_transformer_3d_vctrl.CogVideoXBlock": "cogvideox",
         "transformer_hunyuan_video.HunyuanVideoIndividualTokenRefinerBlock": "one_stream",
         "transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock": "two_streams",
         "transformer_hunyuan_video.HunyuanVideoTransformerBlock": "two_streams",

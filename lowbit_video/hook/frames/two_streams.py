@@ -22,10 +22,14 @@ def two_stream_attention(processor: Any, attn: Any, hidden_states: Any, encoder_
     attention_mask: as `cogvideox.joint_attention`, but text last.
     image_rotary_emb: None or (cos, sin), each [N, D], for the sample tokens.
     returns: sample tokens and text tokens.
-    Raises ValueError without text tokens.
+    Raises ValueError without text tokens, and for what are no tokens.
     """
     if encoder_hidden_states is None:
         raise ValueError("joint attention of two streams was called without encoder_hidden_states; give the text's tokens")
+    for name, stream in (("hidden_states", hidden_states), ("encoder_hidden_states", encoder_hidden_states)):
+        if len(stream.shape) != 3:
+            raise ValueError(f"joint attention of two streams takes tokens [B, N, C]; {name} is {list(stream.shape)}: flatten "
+                             "an image's height and width to tokens, before its channels")
     runtime = attn.attention_slot.runtime
     own = getattr(attn, "add_q_proj", None) is not None
     tokens, text = hidden_states.shape[1], encoder_hidden_states.shape[1]

@@ -152,6 +152,23 @@ def test_joint_attention_without_text_is_an_error_in_words(name):
         attn(paddlemix.inputs(name)["video"])
 
 
+@pytest.mark.parametrize("which", ["hidden_states", "encoder_hidden_states"])
+def test_two_streams_of_images_are_an_error_in_words(which):
+    model = paddlemix.model("HunyuanVideo")
+    lv.apply(model, "int8+fp16")
+    given = paddlemix.inputs("HunyuanVideo")
+    streams = {"hidden_states": given["video"], "encoder_hidden_states": given["text"]}
+    streams[which] = streams[which].reshape([2, 64, 1, -1])
+    with pytest.raises(ValueError, match=rf"takes tokens \[B, N, C\]; {which} is \[2, 64, 1, "):
+        model.transformer_blocks[-1].attn(**streams)
+
+
+def test_the_controlled_cogvideox_has_blocks_of_its_own_with_the_same_protocol():
+    attn = paddlemix.model("CogVideoX").transformer_blocks[0].attn1
+    block = type("CogVideoXBlock", (), {"__module__": "ppdiffusers.models.cogvideox_transformer_3d_vctrl"})()
+    assert frames.frame_of(attn, block) is frames.FRAMES["cogvideox"]
+
+
 @pytest.mark.parametrize("which", ["attn1", "attn2"])
 def test_a_mask_of_wans_keys_is_served(which):
     model = paddlemix.model("Wan")
