@@ -41,7 +41,7 @@ test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no
 mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a time; each must make its test fail
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants.plant $(ARGS)
 
-mutants-some: ARGS += --some
+mutants-some: override ARGS += --some
 mutants-some: mutants  ## a tenth of them, another one every day
 
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
