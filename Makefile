@@ -53,7 +53,7 @@ test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no
 mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a time; each must make its test fail
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants.plant $(ARGS)
 
-mutants-some: ARGS += --some
+mutants-some: override ARGS += --some
 mutants-some: mutants  ## a tenth of them, another one every day
 
 fuzz: export OMP_NUM_THREADS ?= 1

@@ -7,7 +7,17 @@ import os
 import numpy as np
 import pytest
 
+from skips import skip_lines
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says at the end how many tests were skipped for what, and which command runs them."""
+    lines = skip_lines(terminalreporter.stats.get("skipped", []))
+    if lines:
+        terminalreporter.section("what was skipped")
+        terminalreporter.write_line("\n".join(lines))
 
 
 def _missing(package: str) -> bool:

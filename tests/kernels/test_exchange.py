@@ -165,6 +165,12 @@ def test_a_row_that_saw_no_key_stays_so():
     np.testing.assert_allclose(lse[0, 0], [lses[1, 0, 0, 0], -np.inf, lses[0, 0, 0, 2]], rtol=1e-6)
 
 
+def test_a_part_that_outweighs_the_other_by_more_than_float32_holds():
+    outs, lses = np.float32([1, 2]).reshape(2, 1, 1, 1, 1), np.float32([0, 200]).reshape(2, 1, 1, 1)
+    out, lse = reference.merge(list(outs), list(lses))
+    assert out == 2 and lse == 200
+
+
 def test_kernels_in_the_interpreter():
     """The kernels, and what the engine launches of them, in a process where Triton interprets."""
     pytest.importorskip("triton")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lowbit_video.kernels.attention.reference import round_significand
-from lowbit_video.kernels.formats import FORMATS, PERMUTATION_16, get_format
+from lowbit_video.kernels.formats import FORMATS, PERMUTATION_16, get_format, scale_block
 from lowbit_video.kernels.quant import reference as quant
 
 from helpers import qkv
@@ -101,6 +101,11 @@ def test_rounding_of_p_is_the_formats_own(bits, exponent, dtype, top):
     x = np.concatenate([np.abs(rng.standard_normal(20000)) * s for s in (top / 8, 1.0, 1e-2, 1e-4, 1e-5)]).astype(np.float32)
     x = np.minimum(x, top)
     np.testing.assert_array_equal(round_significand(x.copy(), bits, exponent), x.astype(dtype).astype(np.float32))
+
+
+def test_only_blocks_of_k_share_a_scale():
+    assert scale_block("k", "block") == 128
+    assert [scale_block(*which) for which in (("q", "block"), ("q", "token"), ("k", "token"))] == [None] * 3
 
 
 def test_unknown_format_lists_what_exists():

@@ -86,6 +86,8 @@ def test_json_is_read_as_written_and_what_is_none_is_named(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"b": 1, "a": "ä"})
     assert read_json(path) == {"b": 1, "a": "ä"} and path.read_text() == '{\n "b": 1,\n "a": "\\u00e4"\n}\n'
+    path.write_text('{"a": 1}', encoding="utf-8-sig")  # as Windows' editors write it
+    assert read_json(path) == {"a": 1}
     for text, message in (("{", "a.json is not valid JSON: "), ("[]", "a.json holds list, expected a JSON object")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

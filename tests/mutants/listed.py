@@ -1,4 +1,4 @@
 """All planted faults, by room."""
-from . import kernels
+from . import eval, kernels, lowbit_video, pipelines
 
-MUTANTS = [*kernels.MUTANTS]
+MUTANTS = [*kernels.MUTANTS, *lowbit_video.MUTANTS, *pipelines.MUTANTS, *eval.MUTANTS]

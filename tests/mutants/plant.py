@@ -4,13 +4,14 @@
     make mutants-some                     # a tenth, another one every day
     make mutants ARGS='--match portable'  # those of whose file, texts or test this is a part
 
-Each worker has a copy of the tree, so the working tree is never touched, and a process for each fault: nothing of an earlier
-one can stay behind. Without faults the same tests must pass first.
+Each worker has a copy of the tree, so the working tree is never touched, and each fault a process, so nothing of an earlier one
+stays behind. Without faults the same tests must pass first.
 """
 from __future__ import annotations
 
 import argparse
 import datetime
+import multiprocessing
 import os
 import re
 import shutil
@@ -32,6 +33,8 @@ LIMIT_S = 240
 """Seconds after which a test counts as failed: a fault may make a loop endless."""
 FAILED = 1
 """What pytest returns where a test failed; all else but 0 says that it could not run."""
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["pytest", "pytest_timeout", "ml_dtypes", "paddle", "matplotlib.pyplot", "skimage.metrics"])
 
 
 def copied(root: Path, folder: Path) -> Path:
@@ -41,6 +44,7 @@ def copied(root: Path, folder: Path) -> Path:
         if (root / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, folder / name)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)  # for tests that ask which files there are
     for mapped in ("kernels", "pipelines", "eval"):
         (folder / "lowbit_video" / mapped).symlink_to(Path("..") / mapped)
     return folder
@@ -52,18 +56,40 @@ def interpreted(test: str) -> bool:
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit status and the end of what it says, of tests that run in the copy."""
-    variables = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-                 "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # which nothing needs, and which take longer than many a test
+    """pytest's exit status and the end of what it says, of tests that run in the copy.
+
+    Each call has a process of its own, forked from one that has imported what is slow to import and is not this project's. But
+    Triton's own functions are defined as it is imported: where it interprets, it is imported anew.
+    """
+    limit_s = LIMIT_S * len(tests)
+    with tempfile.NamedTemporaryFile("r") as said:
+        process = FRESH.Process(target=_run_pytest, args=(str(folder), list(tests), said.name))
+        process.start()
+        process.join(limit_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            return FAILED, f"ran longer than {limit_s} s"
+        return process.exitcode, said.read()[-3000:]
+
+
+def _run_pytest(folder: str, tests: list[str], said: str) -> None:
+    """What such a process does."""
+    file = os.open(said, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(folder)
+    # plug-ins that nothing needs take longer to load than many a test runs
+    os.environ.update(PYTHONPATH=folder, PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    arguments = ["-qx", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "pytest_timeout", *tests]
     if interpreted(tests[0]):
-        variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-qx", "--no-header", "--tb=short", "-p", "no:cacheprovider",
-               "-p", "pytest_timeout", *tests]
-    try:
-        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=LIMIT_S * len(tests))
-    except subprocess.TimeoutExpired:
-        return FAILED, f"ran longer than {LIMIT_S * len(tests)} s"
-    return done.returncode, (done.stdout + done.stderr)[-3000:]
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
+    sys.path.insert(0, folder)
+    sys.dont_write_bytecode = True
+    import pytest
+
+    sys.exit(pytest.main(arguments))
 
 
 def why_survived(mutant: Mutant, folder: Path) -> str | None:
@@ -133,4 +159,5 @@ def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUT
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything is imported that reads it
     sys.exit(main())

@@ -118,15 +118,16 @@ def test_a_gate_opens_in_its_steps_only():
         assert gate(1, 2, mask=3) == (where, (1, 2), {"mask": 3})
 
 
-def test_an_error_of_one_group_of_steps_is_measured_there(pipe, monkeypatch):
-    """With as many groups as steps: what acts in the last step alone reaches the latents as that group's error."""
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_error_of_one_group_of_steps_is_measured_there(pipe, monkeypatch, step):
+    """With as many groups as steps: what acts in one step alone reaches the latents as that group's error."""
     clock = StepClock()
     monkeypatch.setattr(layers, "StepClock", lambda: clock)
-    late = Candidate("late", lambda: Gated(LowBitAttnProcessor("int2+fp16"), clock, range(1, 2)))
-    table = measure_layers(pipe, "a red ball", [late], settings=Settings("toy", steps=2), say=lambda line: None)
+    planted = Candidate("planted", lambda: Gated(LowBitAttnProcessor("int2+fp16"), clock, range(step, step + 1)))
+    table = measure_layers(pipe, "a red ball", [planted], settings=Settings("toy", steps=2), say=lambda line: None)
     assert table.step_error.shape == (1, 2)
-    assert table.step_error[0, 0] == 0 < table.step_error[0, 1] == pytest.approx(table.latent_error[0])
-    assert table.of("late")[:, 0].sum() == 0 and table.of("late")[:, 1].sum() == pytest.approx(1.0)
+    assert table.step_error[0, 1 - step] == 0 < table.step_error[0, step] == pytest.approx(table.latent_error[0])
+    assert table.of("planted")[:, 1 - step].sum() == 0 and table.of("planted")[:, step].sum() == pytest.approx(1.0)
 
 
 def test_the_text_names_the_culprit(table):
@@ -137,6 +138,8 @@ def test_the_text_names_the_culprit(table):
 def test_fit_shares_by_hand():
     share = fit_shares(np.ones((2, 2, 1)), np.array([3.0, 4.0]), np.array([1.0, 1.0]), [range(0, 1), range(1, 2)])
     assert np.allclose(share[:, :, 0], [[9 / 50, 9 / 50], [16 / 50, 16 / 50]])
+    share = fit_shares(np.ones((2, 3, 1)), np.array([3.0, 4.0]), np.array([1.0, 2.0]), [range(0, 2), range(2, 3)])
+    assert np.allclose(share[:, :, 0], np.outer([9 / 25, 16 / 25], [0.5 / 5, 0.5 / 5, 4 / 5]))
     assert not fit_shares(np.zeros((2, 2, 1)), np.zeros(2), np.zeros(2), step_groups(2)).any()
 
 

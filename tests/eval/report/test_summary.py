@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from lowbit_video.eval.report.bootstrap import Interval, bootstrap, mean, ratio_of_means
+from lowbit_video.eval.report.bootstrap import Interval, bootstrap, draws, mean, ratio_of_means
 from lowbit_video.eval.report.summary import ABOVE, CLEARLY_ABOVE, FAILED, UNKNOWN, WITHIN, summarise, verdict_of
 
 
@@ -15,8 +15,10 @@ def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
 
 def test_bootstrap_is_reproducible_and_honest_about_one_prompt():
     values = np.arange(8.0)
-    assert bootstrap(mean, values) == bootstrap(mean, values)
     assert bootstrap(mean, values).value == 3.5
+    uneven = np.geomspace(1, 9, 8)  # of whose draws no two have one mean
+    assert bootstrap(mean, uneven) == (interval := bootstrap(mean, uneven))
+    assert [interval.low, interval.high] == pytest.approx(np.quantile(uneven[draws(8)].mean(axis=1), [0.025, 0.975]))
     assert np.isnan(bootstrap(mean, [1.0]).low)
     for bad in ([], [[1.0, 2.0]]):
         with pytest.raises(ValueError, match="bootstrap needs"):

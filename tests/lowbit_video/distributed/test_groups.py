@@ -66,6 +66,9 @@ def test_a_mesh_puts_every_rank_in_its_groups():
     assert [mesh.ring.ranks for mesh in meshes] == [(0, 2), (1, 3), (0, 2), (1, 3), (4, 6), (5, 7), (4, 6), (5, 7)]
     assert [mesh.cfg.ranks for mesh in meshes] == [(0, 4), (1, 5), (2, 6), (3, 7)] * 2
     assert [mesh.ring.rank for mesh in meshes] == [0, 0, 1, 1] * 2 and meshes[5].cfg.rank == 1
+    meshes = run_threads(6, lambda wire: Mesh(wire, Degrees(ulysses=2, ring=3)))
+    assert [mesh.ulysses.ranks for mesh in meshes] == [(0, 1)] * 2 + [(2, 3)] * 2 + [(4, 5)] * 2
+    assert [mesh.ring.ranks for mesh in meshes] == [(0, 2, 4), (1, 3, 5)] * 3 and meshes[4].cfg.ranks == (4,)
     with pytest.raises(ValueError, match="makes 4 ranks, and 2 were launched"):
         run_threads(2, lambda wire: Mesh(wire, Degrees(ulysses=4)))
 

@@ -106,7 +106,8 @@ def test_what_does_not_exist_is_an_error_that_lists_what_does(framework, change,
 
 
 @pytest.mark.parametrize("shapes, message", [
-    (((1, 0, 2, 64),) * 3, "at least one token"), (((1, 8, 2, 64), (1, 8, 2, 64), (1, 9, 2, 64)), "one shape"),
+    (((1, 0, 2, 64),) * 3, "at least one token"), (((1, 0, 2, 64), (1, 8, 2, 64), (1, 8, 2, 64)), "at least one token"),
+    (((1, 8, 2, 64), (1, 8, 4, 64), (1, 8, 4, 64)), "multiple"), (((1, 8, 2, 64), (1, 8, 2, 64), (1, 9, 2, 64)), "one shape"),
     (((1, 8, 3, 64), (1, 8, 2, 64), (1, 8, 2, 64)), "multiple"), (((8, 2, 64),) * 3, "4 dimensions"),
     (((1, 8, 2, 64), (2, 8, 2, 64), (2, 8, 2, 64)), "batch"), (((1, 8, 2, 36),) * 3, "head_dim 36"),
     (((1, 8, 2, 24),) * 3, "head_dim 24"), (((1, 8, 2, 264),) * 3, "head_dim 264")])

@@ -81,6 +81,8 @@ def test_exact_processor_honours_masks_of_every_shape():
                                atol=2e-5)
     with pytest.raises(ValueError, match=r"shape \[2, 46\].*must be \[2, 47\]"):
         attn(given["video"], given["text"], attention_mask=paddle.to_tensor(keys[:, :-1]))
+    with pytest.raises(ValueError, match=r"shape \[2, 1, 3, 47\].*must be"):
+        attn(given["video"], given["text"], attention_mask=paddle.to_tensor(full[:, None, :3]))
 
 
 @pytest.mark.parametrize("precision, floor_db", [("int8+fp16", 40), ("int8/int4+fp8", 25)])
@@ -241,6 +243,9 @@ def test_exact_attention_heeds_mask_scale_and_lse(processor, monkeypatch):
     np.testing.assert_allclose(lse.numpy(), wanted_lse, atol=1e-5)
     np.testing.assert_allclose(processor.attend(q, k, v, is_causal=True, scale=0.4).numpy(), wanted, atol=1e-5)
     np.testing.assert_allclose(processor.attend(q, k, v).numpy(), naive_attention(*arrays)[0], atol=1e-5)
+    for causal in (False, True):  # by the framework's own, where there are as many queries as keys
+        same = naive_attention(*arrays[:1] * 3, scale=0.4, causal=causal)[0]
+        np.testing.assert_allclose(processor.attend(q, q, q, is_causal=causal, scale=0.4).numpy(), same, atol=1e-5)
 
 
 def test_a_module_hooked_by_hand_is_named_as_paddle_names_it():
