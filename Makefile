@@ -4,11 +4,13 @@ VENV ?= .venv
 PARITY_VENV ?= .venv-parity
 # What the parity environment compares against. A CPU build of torch is enough: name another one here.
 TORCH ?= torch==2.13.0
+# The versions of Triton that the kernels must compile under; the first is the one that shipped kernels are built by.
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test gpu-test parity lint wheel eval-demo clean
+.PHONY: demo demo-parallel test gpu-test parity lint wheel eval-demo triton-matrix shipped clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -51,6 +53,18 @@ eval-demo: $(VENV)/.cpu  ## what low bit costs the small model: 8 prompts, 4 pre
 gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framework that LOWBIT_TEST_FRAMEWORK names
 	$(VENV)/bin/python -m pytest tests/gpu $(ARGS)
 
+.tritons/%/.done:
+	rm -rf $(@D)
+	$(PYTHON) -m pip install -q --no-deps --target $(@D) triton==$*
+	touch $@
+
+triton-matrix: $(VENV)/.test $(TRITONS:%=.tritons/%/.done)  ## compile every variant ahead of time under each Triton (286 MB each)
+	for version in $(TRITONS); do TRITON_CACHE_DIR=.tritons/cache-$$version PYTHONPATH=.tritons/$$version:tests \
+		$(VENV)/bin/python tests/kernels/triton_matrix.py --record || exit 1; done
+
+shipped: $(VENV)/.test  ## compile the kernels that are shipped compiled, with the Triton that they are measured under
+	$(VENV)/bin/python -m lowbit_video.kernels.shipped.build $(ARGS)
+
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 
@@ -64,4 +78,4 @@ wheel: $(VENV)/.test  ## build the wheel, install it into an empty environment, 
 	rm -rf .venv-wheel
 
 clean:
-	rm -rf .venv .venv-parity .venv-wheel build dist outputs *.egg-info
+	rm -rf .venv .venv-parity .venv-wheel .tritons build dist outputs *.egg-info

@@ -13,4 +13,5 @@ for name, folder in MAPPED.items():
     packages += [name] + [f"{name}.{sub}" for sub in find_packages(folder, exclude=["speed.experiments"])]
 
 setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED},
-      package_data={"lowbit_video.eval.report": ["assets/*"], "lowbit_video.distributed.cost": ["measured.json"]})
+      package_data={"lowbit_video.kernels.shipped": ["manifest.json", "images.zip"],
+                    "lowbit_video.eval.report": ["assets/*"], "lowbit_video.distributed.cost": ["measured.json"]})
