@@ -51,8 +51,18 @@ class Memory:
         return made
 
 
+class Counting(Place):
+    """A place that counts the launches offered to it."""
+
+    offered = 0
+
+    def launch(self, *what):
+        self.offered += 1
+        return super().launch(*what)
+
+
 memory = Memory()
-places = [Place(cuda_driver, ordinal, lambda: 0x77) for ordinal in range(2)]
+places = [Counting(cuda_driver, ordinal, lambda: 0x77) for ordinal in range(2)]
 runtime = types.SimpleNamespace(
     NAME="played", dtype_name=lambda t: t.dtype, shape=lambda t: t.shape, is_cpu=lambda t: False, arch=lambda t: (9, 0),
     strides=lambda t: tuple(prod(t.shape[axis + 1:]) for axis in range(len(t.shape))), place=lambda t: f"cuda:{t.device}",
@@ -70,16 +80,18 @@ def launched() -> list[dict]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    told, refused = {}, ""
+    told, offered, refused = {}, {}, ""
     for device in range(2):
         q, k, v = (Tensor((number + 1) << 34, (2, 5000, 6, 64), "float16", device) for number in range(3))
         for precision, more in CALLS.items():
-            both = []
+            both, counts = [], []
             for _ in range(2):
                 memory.begin()
+                before = places[device].offered
                 run(q, k, v, AttentionOptions(Precision(precision), **more))
                 both.append(launched())
-            told[f"{precision} on {device}"] = both
+                counts.append(places[device].offered - before)
+            told[f"{precision} on {device}"], offered[f"{precision} on {device}"] = both, counts
         if device == 0:
             try:
                 run(q, k, v, AttentionOptions(Precision("int4+fp16")))
@@ -87,7 +99,7 @@ def main() -> None:
                 refused = str(error)
     current = ctypes.c_void_p()
     driver.cuCtxGetCurrent(ctypes.byref(current))
-    print(json.dumps(dict(triton=triton_version(), calls=told, refused=refused,
+    print(json.dumps(dict(triton=triton_version(), calls=told, offered=offered, refused=refused,
                           contexts="as before" if not current.value else "changed",
                           loaded={place.ordinal: len(place._functions) for place in places})))
 
