@@ -73,5 +73,5 @@ def warn_of_speed() -> None:
     """Says once that Triton compiles what was measured under another version of it."""
     version = triton_version()
     if version is not None and not version.startswith(MEASURED):
-        warnings.warn(f"Triton {version} compiles kernels whose speed was measured under {MEASURED}x, and may differ; results "
-                      "do not (`lowbit-video doctor` says what was shipped compiled)", stacklevel=4)
+        warnings.warn(f"Triton {version} compiles kernels here; their speed was measured under {MEASURED}x and may differ "
+                      "(`lowbit-video doctor` says what was shipped compiled)", stacklevel=4)

@@ -67,7 +67,7 @@ def test_compiled_without_triton_says_so(world):
 
 def test_another_triton_is_told_once(world):
     world("auto", "3.9.0")
-    with pytest.warns(UserWarning, match="Triton 3.9.0 compiles kernels whose speed was measured under 3.6"):
+    with pytest.warns(UserWarning, match="Triton 3.9.0 compiles kernels here; their speed was measured under 3.6"):
         choice.warn_of_speed()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

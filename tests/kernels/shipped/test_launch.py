@@ -39,7 +39,7 @@ def run(driver, *command, **more):
 def test_every_launch_is_what_tritons_launcher_makes_of_it(driver):
     triton_is("3.6.0")
     told = run(driver, HERE / "launched_twice.py")
-    assert len(told) == len(cases.samples())
+    assert len(told) == len(cases.samples()) + 2  # two whose V has strides of 64 bits
     for one in told:
         kernel = one["key"][0].partition(":")[2]
         assert one["ours"].splitlines()[-1].startswith(f"{kernel} of ") and " on device 1 stream 0x5555 grid " in one["ours"]
