@@ -53,6 +53,7 @@ class World:
         self.runtime = detect.runtime_of(self.like)
         self.hashes: dict[str, str] = {}
         self.served: set[str] = set()
+        self.failed: list[str] = []
         find = launch.find
 
         def noting(described: Any) -> Any:
@@ -182,6 +183,10 @@ def serving(world: World) -> Iterator[tuple[str, tuple[int, ...], Callable[[], A
                 call()
             except UnsupportedError:
                 continue
+            except Exception as error:  # what another Triton cannot compile must not end its world
+                print(f"{precision} {backend} {shape}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
+                world.failed.append(f"{precision} {backend} {shape}: {type(error).__name__}")
+                continue
             yield f"{precision} {backend}", shape, call
 
 
@@ -212,7 +217,7 @@ def worker(framework: str, hashes: bool) -> dict[str, Any]:
         statistics_calls(world)
         exchange_calls(world)
     return dict(triton=triton_version(), choice=chosen().why, hashes=world.hashes, served=sorted(world.served),
-                times=times(world))
+                times=times(world), failed=world.failed)
 
 
 def precompile(number: int) -> None:
