@@ -9,8 +9,8 @@ from lowbit_video.kernels.stand_in import NamedKernel, NVMMASharedLayout, Tensor
 
 
 @pytest.mark.parametrize(("value", "kind", "general"), [
-    (None, "none", "none"), (1, "=1", "i32"), (2, "i32", "i32"), (0, "i32/16", "i32"), (48, "i32/16", "i32"), (24, "i32", "i32"),
-    (-7, "i32", "i32"), (2**31 - 1, "i32", "i32"), (2**31, "i64/16", "i64"), (2**31 + 1, "i64", "i64"),
+    (None, "none", "none"), (1, "=1", "i32"), (2, "i32", "i32"), (0, "i32/16", "i32"), (48, "i32/16", "i32"),
+    (24, "i32", "i32"), (-7, "i32", "i32"), (2**31 - 1, "i32", "i32"), (2**31, "i64/16", "i64"), (2**31 + 1, "i64", "i64"),
     (-(2**31), "i32/16", "i32"), (0.5, "f32", "f32"),
     (Buffer(64, "float16"), "*float16/16", "*float16/16"), (Buffer(72, "int8"), "*int8", "*int8")])
 def test_kind(value, kind, general):
