@@ -168,7 +168,7 @@ def _v_by_tma(request: Request) -> str | None:
     return None
 
 
-NEEDS: dict[str, Callable[[Request], str | None]] = {"hopper code": _hopper_code, "triton": _compiled,
+NEEDS: dict[str, Callable[[Request], str | None]] = {"gluon": _hopper_code, "triton": _compiled,
                                                           "v by tma": _v_by_tma}
 """What a kernel may need beside formats, sizes and a GPU: each says why a request does not meet it, or None."""
 
@@ -189,12 +189,12 @@ VARIANTS: tuple[KernelVariant, ...] = (
     KernelVariant(
         "hopper-int8", "hopper", (("int8", "int8"),), ("fp16", "fp8"), ".attention.hopper.launch:launch_attn_fwd",
         min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False, granularities=("block",),
-        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("hopper code", "v by tma"),
+        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("gluon", "v by tma"),
         note="Gluon: TMA, warp specialisation"),
     KernelVariant(
         "hopper-fp8", "hopper", _FP8_QK, ("fp8",), ".attention.hopper.launch:launch_attn_fwd",
         min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False, granularities=("block",),
-        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("hopper code", "v by tma"),
+        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("gluon", "v by tma"),
         note="Gluon: TMA, warp specialisation"),
     KernelVariant(
         "triton-int-fp16", "triton", _INTEGER_QK, ("fp16",), ".attention.portable:launch_attn_fwd",

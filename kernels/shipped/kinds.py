@@ -85,7 +85,8 @@ def kind_of(value: Any, specialised: bool = True) -> str:
     if value is None:
         return "none"
     if hasattr(value, "block_shape"):
-        return f"tma {value.base.dtype}{list(value.block_shape)} {_in_words(value.layout)}"
+        layout = getattr(value, "layout", None)  # the portable kernels' descriptors leave it to the compiler
+        return f"tma {value.base.dtype}{list(value.block_shape)}" + ("" if layout is None else f" {_in_words(layout)}")
     if hasattr(value, "data_ptr"):
         return f"*{value.dtype}" + ("" if value.data_ptr() % ALIGNMENT else "/16")
     if isinstance(value, float):

@@ -93,9 +93,10 @@ taken.fake_take.restype = ctypes.c_char_p
 def main() -> None:
     driver = triton_driver.device_driver(DEVICE, lambda: STREAM)
     assert driver.utils
-    place, told, wanted = Place(cuda_driver, DEVICE, lambda: STREAM), [], int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    told, wanted = [], int(sys.argv[1]) if len(sys.argv) > 1 else 1
     for sample in (*samples()[::wanted], *far_apart()):
         build = store.find(sample.described)
+        place = Place(cuda_driver, DEVICE, lambda: STREAM)
         by_us(sample, place, False)
         ours = taken.fake_take()
         by_triton(sample, build, driver)

@@ -6,8 +6,6 @@ import pytest
 from lowbit_video.kernels.shipped import cases, store
 from lowbit_video.kernels.shipped.choice import ARCH
 
-from helpers_shipped import triton_is
-
 MOST_MIB = 12
 SHARED_MAX = 227 * 1024
 SPILLS = {(64, True): 96, (64, False): 160}
@@ -48,8 +46,7 @@ def test_an_archive_of_another_build_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["quant.quant_v:quant_v_kernel", "exchange.merge:merge_kernel"])
-def test_building_again_gives_the_same_bytes(kernel, tmp_path, monkeypatch):
-    triton_is("3.6.0")
+def test_building_again_gives_the_same_bytes(kernel, builder, tmp_path, monkeypatch):
     from lowbit_video.kernels.shipped import build as building
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -62,9 +59,8 @@ def test_building_again_gives_the_same_bytes(kernel, tmp_path, monkeypatch):
     assert any(tmp_path.rglob("*.cubin")), "nothing was compiled"
 
 
-def test_the_build_asks_triton_for_its_word(monkeypatch):
+def test_the_build_asks_triton_for_its_word(builder):
     """A kind that Triton would see otherwise fails the build."""
-    triton_is("3.6.0")
     from lowbit_video.kernels.shipped import build as building
 
     sample = next(one for one in cases.samples() if one.described.name == "exchange.combine_stats:combine_stats_kernel")

@@ -23,6 +23,14 @@ def test_a_descriptor_is_what_it_reads_and_to_which_layout():
     assert kind_of(made) == "tma int8[128, 64] swizzled(64, 8, 2)"
 
 
+def test_a_descriptor_whose_layout_the_compiler_chooses_is_of_no_shipped_kernel():
+    """Such are the portable kernels', which are offered too."""
+    pytest.importorskip("triton", reason="the descriptor is Triton's")
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    assert kind_of(TensorDescriptor(Buffer(64, "int8"), [100, 64], [64, 1], [128, 64])) == "tma int8[128, 64]"
+
+
 @pytest.mark.parametrize("value", [True, "x", 2**63, [1]])
 def test_what_no_kernel_takes_is_refused(value):
     with pytest.raises(TypeError, match="argument"):

@@ -10,8 +10,6 @@ import pytest
 
 from lowbit_video.kernels.shipped import cases
 
-from helpers_shipped import triton_is
-
 HERE = Path(__file__).parent
 
 
@@ -36,8 +34,7 @@ def run(driver, *command, **more):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_every_launch_is_what_tritons_launcher_makes_of_it(driver):
-    triton_is("3.6.0")
+def test_every_launch_is_what_tritons_launcher_makes_of_it(driver, builder):
     told = run(driver, HERE / "launched_twice.py")
     assert len(told) == len(cases.samples()) + 2  # two whose V has strides of 64 bits
     for one in told:
