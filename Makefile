@@ -60,7 +60,7 @@ gpu-test: $(VENV)/.test  ## the tests that need an NVIDIA GPU, with the framewor
 
 triton-matrix: $(VENV)/.test $(TRITONS:%=.tritons/%/.done)  ## compile every variant ahead of time under each Triton (286 MB each)
 	for version in $(TRITONS); do TRITON_CACHE_DIR=.tritons/cache-$$version PYTHONPATH=.tritons/$$version:tests \
-		$(VENV)/bin/python tests/kernels/triton_matrix.py --record || exit 1; done
+		$(VENV)/bin/python tests/kernels/triton_matrix.py --record || failed=1; done; test -z "$$failed"
 
 shipped: $(VENV)/.test  ## compile the kernels that are shipped compiled, with the Triton that they are measured under
 	$(VENV)/bin/python -m lowbit_video.kernels.shipped.build $(ARGS)
