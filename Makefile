@@ -7,6 +7,8 @@ INTEROP_VENV ?= .venv-interop
 TORCH ?= torch==2.13.0
 # Processes that share the tests, file by file.
 JOBS ?= 2
+# The versions of Triton that the kernels must compile under; the first is the one that shipped kernels are built by.
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 ARGS ?=
 MINUTES ?= 2
 # Seconds after which a single fuzz is stuck: the longest of MINUTES, and a failing example is made small.
@@ -14,7 +16,8 @@ FUZZ_TIMEOUT ?= 1800
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test mutants mutants-some fuzz gpu-test parity parity-newest interop lint wheel release-check eval-demo clean
+.PHONY: demo demo-parallel test mutants mutants-some fuzz gpu-test parity parity-newest interop lint wheel release-check eval-demo \
+	triton-matrix shipped clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -84,6 +87,18 @@ parity-newest: $(PARITY_VENV)/.done  ## the tests of diffusers' dispatcher with 
 	$(PARITY_VENV)/bin/pip install -q --upgrade --no-deps --target .site/newest '$(NEWEST_DIFFUSERS)'
 	PYTHONPATH=.site/newest $(PARITY_VENV)/bin/python -m pytest tests/lowbit_video/hook/dispatcher $(ARGS)
 
+.tritons/%/.done:
+	rm -rf $(@D)
+	$(PYTHON) -m pip install -q --no-deps --target $(@D) triton==$*
+	touch $@
+
+triton-matrix: $(VENV)/.test $(TRITONS:%=.tritons/%/.done)  ## compile every variant ahead of time under each Triton (286 MB each)
+	for version in $(TRITONS); do TRITON_CACHE_DIR=.tritons/cache-$$version PYTHONPATH=.tritons/$$version:tests \
+		$(VENV)/bin/python tests/kernels/triton_matrix.py --record || failed=1; done; test -z "$$failed"
+
+shipped: $(VENV)/.test  ## compile the kernels that are shipped compiled, with the Triton that they are measured under
+	$(VENV)/bin/python -m lowbit_video.kernels.shipped.build $(ARGS)
+
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 
@@ -101,4 +116,4 @@ release-check: $(VENV)/.test  ## sdist and wheel, each used outside of a checkou
 	$(VENV)/bin/python tests/packaging/release_check.py $(PYTHONS)
 
 clean:
-	rm -rf .venv .venv-parity .venv-interop .venv-wheel build dist outputs *.egg-info
+	rm -rf .venv .venv-parity .venv-interop .venv-wheel .tritons .site build dist outputs *.egg-info

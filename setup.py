@@ -14,4 +14,5 @@ for name, folder in MAPPED.items():
 packages.append("lowbit_video.eval.report.assets")  # without code, but setuptools takes any folder for a package
 
 setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED},
-      package_data={"lowbit_video.eval.report.assets": ["*"], "lowbit_video.distributed.cost": ["measured.json"]})
+      package_data={"lowbit_video.kernels.shipped": ["manifest.json", "images.zip"],
+                    "lowbit_video.eval.report.assets": ["*"], "lowbit_video.distributed.cost": ["measured.json"]})

@@ -1,8 +1,7 @@
 """float32 to FP8 e4m3 inside a kernel: nearest, half to even, on the GPU and in Triton's interpreter alike."""
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from .language import tl, triton
 
 SPLIT = tl.constexpr(float(2**20 + 1))
 """Veltkamp's constant that leaves 4 of float32's 24 significant bits: e4m3's, with the implicit one."""

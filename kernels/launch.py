@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from .shipped.choice import warn_of_speed
+
 LAUNCHER_VERSIONS = ("3.6.",)
 """Beginnings of the Triton versions whose launcher takes arguments as `Launch.replay` gives them."""
 
@@ -88,11 +90,25 @@ class Address(int):
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants); constants: the rest of the kernel's parameters, and compiler options."""
+    place = getattr(_STATE, "place", None)
+    if place is not None and place.launch(kernel, grid, arguments, constants):
+        return
+    warn_of_speed()
     # fused multiply-adds are wanted, and are Triton's own default only until 3.10
     compiled = kernel[grid](*arguments, enable_fp_fusion=True, **constants)
     if getattr(_STATE, "recording", None) is not None:
         rest = kernel.arg_names[len(arguments):] if compiled is not None else ()
         record(Launch(compiled, grid, (*arguments, *(constants[name] for name in rest))))
+
+
+@contextlib.contextmanager
+def placed(place: Any) -> Iterator[None]:
+    """Inside, launches of this thread go to `place.launch(kernel, grid, arguments, constants)` first; True: it took them."""
+    before, _STATE.place = getattr(_STATE, "place", None), place
+    try:
+        yield
+    finally:
+        _STATE.place = before
 
 
 def record(launch: Any) -> None:

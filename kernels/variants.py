@@ -143,10 +143,23 @@ class KernelVariant:
         return None
 
 
-def _gluon(request: Request) -> str | None:
+def _hopper_code(request: Request) -> str | None:
     from .attention.gluon_shim import why_not_gluon
+    from .shipped.choice import chosen, why_not_shipped
 
-    return why_not_gluon()
+    who = chosen()
+    if who.shipped:
+        reason = why_not_shipped(arch=request.arch, lse=request.lse, group=request.heads // max(request.kv_heads, 1))
+        if reason is None or not who.compiled:
+            return reason and f"{reason}, and nothing is compiled: {who.why}"
+    return why_not_gluon() if who.compiled else f"nothing is compiled: {who.why}"
+
+
+def _compiled(request: Request) -> str | None:
+    from .shipped.choice import chosen
+
+    who = chosen()
+    return None if request.interpret or who.compiled else f"it is not shipped compiled, and nothing is compiled: {who.why}"
 
 
 def _v_by_tma(request: Request) -> str | None:
@@ -155,7 +168,8 @@ def _v_by_tma(request: Request) -> str | None:
     return None
 
 
-NEEDS: dict[str, Callable[[Request], str | None]] = {"gluon": _gluon, "v by tma": _v_by_tma}
+NEEDS: dict[str, Callable[[Request], str | None]] = {"gluon": _hopper_code, "triton": _compiled,
+                                                          "v by tma": _v_by_tma}
 """What a kernel may need beside formats, sizes and a GPU: each says why a request does not meet it, or None."""
 
 
@@ -184,16 +198,17 @@ VARIANTS: tuple[KernelVariant, ...] = (
         note="Gluon: TMA, warp specialisation"),
     KernelVariant(
         "triton-int-fp16", "triton", _INTEGER_QK, ("fp16",), ".attention.portable:launch_attn_fwd",
-        min_arch=(8, 0), interpreted=True),
+        min_arch=(8, 0), needs=("triton",), interpreted=True),
     KernelVariant(
         "triton-int-fp8", "triton", _INTEGER_QK, ("fp8",), ".attention.portable:launch_attn_fwd",
-        min_arch=(8, 9), interpreted=True),
+        min_arch=(8, 9), needs=("triton",), interpreted=True),
     KernelVariant(
         "triton-fp8", "triton", _FP8_QK, ("fp16", "fp8"), ".attention.portable:launch_attn_fwd",
-        min_arch=(8, 9), interpreted=True),
+        min_arch=(8, 9), needs=("triton",), interpreted=True),
     KernelVariant(
         "triton-exact", "triton", _EXACT_QK, EXACT_FORMATS,
-        ".attention.portable:launch_attn_fwd", min_arch=(8, 0), interpreted=True, note="full precision, the same kernel"),
+        ".attention.portable:launch_attn_fwd", min_arch=(8, 0), needs=("triton",), interpreted=True,
+        note="full precision, the same kernel"),
     KernelVariant(
         "reference-lowbit", "reference", _INTEGER_QK + _FP8_QK, ("fp16", "fp8"),
         ".attention.reference:lowbit_attention", note="NumPy, the oracle of the others"),

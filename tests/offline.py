@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver, jit
+from triton.runtime import jit
 
 from lowbit_video.kernels.attention import portable
 from lowbit_video.kernels.attention.hopper import launch as hopper
@@ -29,28 +28,10 @@ from lowbit_video.kernels.operands import Operand, Packed, Sequences, codes_of, 
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 from lowbit_video.kernels.quant.quant_v import launch_quant_v
 from lowbit_video.kernels.quant.token_stats import launch_stats
+from lowbit_video.kernels.shipped.offline import offline
 
 EXACT = ("fp16", "bf16", "fp32")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-class OfflineDriver:
-    """Just enough of a Triton driver to compile for `arch`."""
-
-    def __init__(self, arch: tuple[int, int]):
-        self.target = GPUTarget("cuda", 10 * arch[0] + arch[1], 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.target.arch  # Triton caches kernels by device: one for each arch
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def map_python_to_cpp_type(self, name):
-        return name
 
 
 @contextlib.contextmanager
@@ -62,14 +43,12 @@ def compiling(arch: tuple[int, int]) -> Iterator[list]:
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
         return kernels[-1]
 
-    before = driver._active
     jit.JITFunction.run = compile_only
-    driver.set_active(OfflineDriver(arch))
     try:
-        yield kernels
+        with offline(arch):
+            yield kernels
     finally:
         jit.JITFunction.run = run
-        driver._active = before
 
 
 def buffer(dtype: str) -> Buffer:

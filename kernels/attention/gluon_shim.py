@@ -1,7 +1,8 @@
 """The Gluon names that the Hopper kernel uses, wherever the installed Triton keeps them.
 
 Gluon is experimental: names move between minor versions of Triton. Every such name is met here and nowhere else, and
-`why_not_gluon` says in words what is missing, so that selection can ask without a traceback.
+`why_not_gluon` says in words what is missing, so that selection can ask without a traceback. Where it is missing, stand-ins let
+the launcher work all the same, for kernels that were shipped compiled.
 """
 from __future__ import annotations
 
@@ -23,6 +24,9 @@ try:
     reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
     _MISSING = None
 except (ImportError, AttributeError) as error:
+    from ..stand_in import TensorDescriptor, gl, gluon
+
+    async_load = block_barrier = fence_async_shared = mbarrier = reinterpret = warpgroup_mma = warpgroup_mma_wait = None
     _MISSING = str(error)
 
 __all__ = ["TensorDescriptor", "async_load", "block_barrier", "fence_async_shared", "gl", "gluon", "mbarrier",
@@ -33,4 +37,4 @@ def why_not_gluon() -> str | None:
     """What keeps the installed Triton from compiling the Hopper kernel, or None if nothing does."""
     if _MISSING is None:
         return None
-    return f"it needs Triton 3.6 with Gluon ({_MISSING}); install triton>=3.6,<3.7"
+    return f"it needs Triton with Gluon, 3.6 or later ({_MISSING}); pip install 'triton>=3.6'"

@@ -1,10 +1,8 @@
 """Statistics of all tokens from those of the shares: weighted means and maxima, in a fixed order."""
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from ..buffers import Buffer
+from ..language import tl, triton
 from ..launch import launch
 from ..quant.shapes import ceil_div
 

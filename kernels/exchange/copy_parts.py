@@ -3,10 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import triton
-import triton.language as tl
-
 from ..buffers import Buffer
+from ..language import tl, triton
 from ..launch import launch
 from ..quant.shapes import ceil_div
 from .layout import Copy

@@ -1,9 +1,7 @@
 """INT8 rows back to values, each put where it belongs among all heads."""
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
+from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand
 from ..quant.shapes import ceil_div

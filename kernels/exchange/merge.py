@@ -1,10 +1,8 @@
 """Attention over all keys from attention over parts of them, merged by log-sum-exp, one part at a time."""
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from ..buffers import Buffer
+from ..language import tl, triton
 from ..launch import launch
 from ..quant.shapes import ceil_div
 

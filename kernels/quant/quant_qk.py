@@ -6,12 +6,10 @@ nearest, half to even (int4 and int2 are mid-rise: the cell a value falls in).
 """
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from ..buffers import Buffer
 from ..formats import INT2_STEP, MIN_MAGNITUDE, get_format
 from ..fp8 import to_fp8
+from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand, Sequences
 from .shapes import ceil_div, row_strides, scale_count
@@ -143,13 +141,15 @@ def launch_quant_qk(x: Operand, codes: Operand, sequences: Sequences | None = No
     packed = sequences is not None
     per_token = codes.block is None
     rows = TOKEN_ROWS if per_token else codes.block
+    shift = lse_shift is not None
     scales = scale_count(tokens, codes.block, batch if packed else None)
     launch(
         quant_qk_kernel, (ceil_div(sequences.longest if packed else tokens, rows), heads, batch),
         x.buffer, codes.buffer, codes.scale, mean, lse_shift, k_mean, bias, q_mean, sequences.cu if packed else None,
         *x.strides, *codes.strides[:2], *(codes.scale_strides or row_strides(heads, scales, packed)),
-        *(token_strides or row_strides(heads * group if bias is not None else heads, tokens, packed)), sm_scale,
+        *(token_strides or row_strides(heads * group if bias is not None else heads, tokens, packed)), float(sm_scale),
         stat_heads or heads, tokens,
         MAX_CODE=fmt.max_code, D=head_dim, PAD_D=triton.next_power_of_2(head_dim), ROWS=rows, FORMAT=codes.format,
-        PER_TOKEN=per_token, GROUP=group, SMOOTH=mean is not None, SHIFT=lse_shift is not None, BIAS=bias is not None,
-        VARLEN=packed, INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=8 if rows * head_dim > 8192 else 4)
+        PER_TOKEN=per_token, GROUP=group if shift or bias is not None else 1, SMOOTH=mean is not None, SHIFT=shift,
+        BIAS=bias is not None, VARLEN=packed, INTERPRET=bool(triton.knobs.runtime.interpret),
+        num_warps=8 if rows * head_dim > 8192 else 4)

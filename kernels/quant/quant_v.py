@@ -5,11 +5,9 @@ FP8 tensor cores want the B operand K-major, hence [D, N]. The key index is perm
 """
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from ..formats import BLOCK_K, get_format
 from ..fp8 import to_fp8
+from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand, Sequences
 from .shapes import ceil_div

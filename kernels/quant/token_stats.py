@@ -7,11 +7,9 @@ find in the L2 cache.
 """
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-
 from ..buffers import Buffer
 from ..formats import MIN_MAGNITUDE, get_format
+from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand, Packed
 from .shapes import STATS_CHUNK, ceil_div

@@ -14,6 +14,8 @@ import tempfile
 import warnings
 from typing import Any
 
+from .kernel_table import shipped_line
+
 PACKAGES = (
     ("numpy", "numpy", "needed", ""),
     ("ml_dtypes", "ml_dtypes", "needed", ""),
@@ -21,7 +23,7 @@ PACKAGES = (
     ("sentencepiece", "sentencepiece", "needed to read prompts", ""),
     ("imageio", "imageio", "needed to write mp4", ""),
     ("imageio_ffmpeg", "imageio-ffmpeg", "needed to write mp4", ""),
-    ("triton", "triton", "needed for GPU kernels", "Linux only"),
+    ("triton", "triton", "compiles GPU kernels; those for sm_90 are shipped compiled", "Linux only"),
     ("paddle", "paddlepaddle", "the pipelines' framework", "pip install 'lowbit_video[cpu]'; for a GPU see Paddle's own index"),
     ("torch", "torch", "optional: attention on torch tensors", "pip install 'lowbit_video[torch]'"),
     ("skimage", "scikit-image", "optional: evaluation", "pip install 'lowbit_video[eval]'"),
@@ -147,6 +149,7 @@ def examine() -> dict[str, Any]:
         "packages": _attempt(packages),
         "frameworks": _attempt(frameworks),
         "gpus": devices,
+        "shipped": _attempt(shipped_line),
         "kernels": _attempt(kernels, [device["arch"] for device in listed]),
         "advice": _attempt(advice, listed),
     }
@@ -174,7 +177,7 @@ def advice(devices: list[dict[str, Any]]) -> list[str]:
     except (ImportError, OSError) as error:
         said.append(f"No video can be written: {error}.")
     if devices and "triton" not in installed:
-        said.append("GPU kernels need triton: pip install triton.")
+        said.append("Without Triton only what is shipped compiled runs on a GPU, on sm_90: pip install triton for all else.")
     return said
 
 
@@ -203,6 +206,7 @@ def render(report: dict[str, Any]) -> str:
             lines.append(f"  {entry['kernel']:<17} {entry['place']:<7} {state}")
     else:
         lines.append(f"  {report['kernels']}")
+    lines.append(f"  {report['shipped']}")
     if report["advice"]:
         said = report["advice"] if isinstance(report["advice"], list) else [report["advice"]]
         lines += ["", *said]

@@ -72,6 +72,16 @@ def write(path: str | Path) -> None:
     path.write_text(f"{before}\n{markdown_table()}\n{after}", encoding="utf-8")
 
 
+def shipped_line() -> str:
+    """Who serves launches here, and what was shipped compiled."""
+    from lowbit_video.kernels.shipped.choice import ENVIRONMENT, chosen
+    from lowbit_video.kernels.shipped.store import manifest
+
+    told = manifest()
+    return (f"{len(told['builds'])} kernels are shipped compiled for {told['arch']} ({told['compiler']}, "
+            f"ptxas {told['ptxas']}); who serves here ({ENVIRONMENT}): {chosen().why}")
+
+
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Registers `lowbit-video kernels`."""
     parser = subparsers.add_parser("kernels", help="the table of kernels that exist")
@@ -98,5 +108,6 @@ def run(args: argparse.Namespace) -> int:
         print(markdown_table())
     else:
         print(plain_table())
-        print("\nbackend=\"auto\" takes the first that serves a call; `lowbit-video doctor` says which run on this machine.")
+        print(f"\n{shipped_line()}")
+        print("backend=\"auto\" takes the first that serves a call; `lowbit-video doctor` says which run on this machine.")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable, Sequence
 
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
@@ -16,6 +17,16 @@ POINTER_MEMORY_TYPE, POINTER_DEVICE_ORDINAL = 2, 9
 """CU_POINTER_ATTRIBUTE_MEMORY_TYPE and CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL."""
 MEMORY_TYPE_DEVICE = 2
 """CU_MEMORYTYPE_DEVICE."""
+SHARED_OPTIN = 97
+"""CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN."""
+FUNCTION_SHARED, FUNCTION_MAX_DYNAMIC_SHARED = 1, 8
+"""CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES and _MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+PREFER_SHARED = 1
+"""CU_FUNC_CACHE_PREFER_SHARED."""
+PLAIN_SHARED = 48 * 1024
+"""Bytes of shared memory that a function has without asking."""
+L2_128B, FILL_ZERO, FILL_NAN = 2, 0, 1
+"""CU_TENSOR_MAP_L2_PROMOTION_L2_128B, _FLOAT_OOB_FILL_NONE and _NAN_REQUEST_ZERO_FMA."""
 
 
 @functools.cache
@@ -162,3 +173,73 @@ def driver_version() -> str | None:
     if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(value)) != 0:
         return None
     return f"{value.value // 1000}.{value.value % 1000 // 10}"
+
+
+def load_function(image: bytes, name: str, shared: int, ordinal: int) -> int:
+    """Handle of a function of a cubin, loaded for good into the current context, which must be of that device.
+
+    shared: bytes of dynamic shared memory that its launches will ask for; more than 48 KiB are asked for here, as Triton does.
+    """
+    cuda, module, function = _library(), ctypes.c_void_p(), ctypes.c_void_p()
+    _check(cuda.cuModuleLoadData(ctypes.byref(module), image), f"this driver (CUDA {driver_version()}) cannot load {name}")
+    _check(cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"no function {name}")
+    most = _attribute(ordinal, SHARED_OPTIN) or 0
+    if shared > most:
+        raise RuntimeError(f"{name} needs {shared} bytes of shared memory; device {ordinal} has {most} for a block")
+    if shared > PLAIN_SHARED:
+        static, failed = ctypes.c_int(), f"no {shared} bytes of shared memory for {name}"
+        _check(cuda.cuFuncSetCacheConfig(function, PREFER_SHARED), failed)
+        _check(cuda.cuFuncGetAttribute(ctypes.byref(static), FUNCTION_SHARED, function), failed)
+        _check(cuda.cuFuncSetAttribute(function, FUNCTION_MAX_DYNAMIC_SHARED, most - static.value), failed)
+    return function.value
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [*((f"{of}{axis}", ctypes.c_uint) for of in ("grid", "block") for axis in "XYZ"), ("shared", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("attribute_count", ctypes.c_uint)]
+
+
+def kernel_launcher(function: int, grid: tuple[int, int, int], threads: int, shared: int, parameters: ctypes.Array
+                    ) -> Callable[[int], None]:
+    """`launch(stream)`, which launches a function on a raw stream with the parameters that are in memory by then.
+
+    shared: bytes of dynamic shared memory. parameters: the address of each, whose memory the caller keeps. A grid of nothing
+    launches nothing.
+    """
+    if 0 in grid:
+        return lambda stream: None
+    call, config = _library().cuLaunchKernelEx, _LaunchConfig(*grid, threads, 1, 1, shared)
+    given = ctypes.byref(config), ctypes.c_void_p(function), parameters, None
+
+    def launch(stream: int) -> None:
+        config.stream = stream
+        error = call(*given)
+        if error:
+            raise RuntimeError(f"CUDA error {error}: a kernel of grid {grid}, {threads} threads was not launched")
+
+    return launch
+
+
+def tensor_map_encoder(element_type: int, element_bytes: int, swizzle: int, block: Sequence[int], shape: Sequence[int],
+                       strides: Sequence[int], padding: str) -> Callable[[int, int], None]:
+    """`encode(place, address)`, which writes the tensor map (128 bytes) of a tensor at an address to a place in memory.
+
+    element_type, swizzle: by the driver's numbers. block, shape, strides: in elements, the last dimension contiguous. padding:
+    what lies outside, "zero" or "nan".
+    """
+    call, rank = _library().cuTensorMapEncodeTiled, len(shape)
+    array = lambda kind, numbers: (kind * rank)(*numbers)
+    given = (array(ctypes.c_uint64, shape[::-1]),
+             array(ctypes.c_uint64, [stride * element_bytes for stride in (*strides[-2::-1], 0)]),  # the last is not read
+             array(ctypes.c_uint32, block[::-1]), array(ctypes.c_uint32, [1] * rank), 0, swizzle, L2_128B,
+             FILL_NAN if padding == "nan" else FILL_ZERO)
+
+    def encode(place: int, address: int) -> None:
+        error = call(ctypes.c_void_p(place), element_type, rank, ctypes.c_void_p(address), *given)
+        if error:
+            raise RuntimeError(f"CUDA error {error}: no tensor map of shape {list(shape)}, strides {list(strides)} and block "
+                               f"{list(block)} at {address:#x}")
+
+    return encode

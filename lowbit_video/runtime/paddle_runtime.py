@@ -4,14 +4,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from . import cuda_driver, triton_driver
+from lowbit_video.kernels.shipped.choice import chosen
+
+from . import cuda_driver, placing, triton_driver
 
 NAME = "paddle"
 _DTYPES = {"float16": paddle.float16, "bfloat16": paddle.bfloat16, "float32": paddle.float32, "float64": paddle.float64,
@@ -166,10 +168,26 @@ def _driver(ordinal: int) -> object:
     return driver
 
 
+@functools.cache
+def _place(ordinal: int) -> object:
+    return placing.place(ordinal, lambda: _raw_stream(ordinal))
+
+
 def launch_guard(t: paddle.Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's device and Paddle's current stream the ones that Triton launches on."""
+    """Makes the tensor's device and Paddle's current stream the ones that kernels are launched on."""
     ordinal = device_index(t)
-    return contextlib.nullcontext() if ordinal < 0 else triton_driver.active(_driver(ordinal))
+    if ordinal < 0:
+        return contextlib.nullcontext()
+    if not chosen().shipped:
+        return triton_driver.active(_driver(ordinal))
+    return _shipped_guard(ordinal)
+
+
+@contextlib.contextmanager
+def _shipped_guard(ordinal: int) -> Iterator[None]:
+    """`launch_guard` where kernels were shipped; Triton's driver is made ours only where Triton may launch too."""
+    with triton_driver.active(_driver(ordinal)) if chosen().compiled else contextlib.nullcontext(), placing.on(_place(ordinal)):
+        yield
 
 
 def default_device() -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from . import triton_driver
+from . import placing, triton_driver
 
 NAME = "torch"
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "int8", "uint8", "int32", "float8_e4m3fn")}
@@ -141,13 +141,18 @@ def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
+@functools.cache
+def _place(index: int) -> object:
+    return placing.place(index, lambda: torch._C._cuda_getCurrentRawStream(index))
+
+
 @contextlib.contextmanager
 def launch_guard(t: torch.Tensor):
     """Makes the tensor's device current; Triton's own driver asks torch for the stream."""
     if not t.is_cuda:
         yield
         return
-    with triton_driver.default():
+    with triton_driver.default(), placing.on(_place(t.device.index)):
         if torch.cuda.current_device() == t.device.index:
             yield
         else:

@@ -54,6 +54,10 @@ def test_the_figures_of_the_model_of_cost_are_in(names):
     assert "lowbit_video/distributed/cost/measured.json" in names
 
 
+def test_the_kernels_that_are_shipped_compiled_are_in(names):
+    assert {"lowbit_video/kernels/shipped/manifest.json", "lowbit_video/kernels/shipped/images.zip"} <= names
+
+
 def test_nothing_else_is_in(names):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lowbit_video"}

@@ -27,7 +27,7 @@ def test_the_report_covers_machine_packages_and_every_kernel(capsys):
 def test_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert {"machine", "packages", "frameworks", "gpus", "kernels", "advice"} == set(report)
+    assert {"machine", "packages", "frameworks", "gpus", "shipped", "kernels", "advice"} == set(report)
     assert {entry["kernel"] for entry in report["kernels"]} == {variant.name for variant in VARIANTS}
 
 
@@ -100,3 +100,20 @@ def test_missing_packages_say_how_to_get_them(monkeypatch):
     entries = {entry["package"]: entry["version"] for entry in doctor.packages()}
     assert "pip install 'lowbit_video[eval]'" in entries["matplotlib"]
     assert any("Pipelines need Paddle" in line for line in doctor.advice([]))
+
+
+def test_who_serves_is_told(monkeypatch, capsys):
+    from lowbit_video.kernels.shipped import choice
+
+    choice.chosen.cache_clear()
+    monkeypatch.setenv(choice.ENVIRONMENT, "shipped")
+    try:
+        for command in ("doctor", "kernels"):
+            assert cli.main([command]) == 0
+            out = capsys.readouterr().out
+            assert "kernels are shipped compiled for sm_90a (triton 3.6.0" in out and "LOWBIT_VIDEO_KERNELS is 'shipped'" in out
+        assert cli.main(["doctor", "--json"]) == 0
+        why = {entry["kernel"]: entry["why_not"] for entry in doctor.kernels([(9, 0)]) if entry["place"] == "sm_90"}
+        assert why["hopper-int8"] is None and "not shipped compiled" in why["triton-exact"]
+    finally:
+        choice.chosen.cache_clear()

@@ -1,0 +1,1 @@
+"""Kernels shipped compiled: `cases` says which, `build` compiles, `store` finds, and `launch` launches them."""

@@ -1,0 +1,64 @@
+"""A shipped kernel gets from us what Triton's own launcher would give it, byte for byte; a driver that writes down says so."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit_video.kernels.shipped import cases
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """The folder of a libcuda.so.1 that launches nothing and writes down everything."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    triton = pytest.importorskip("triton", reason="needs cuda.h, which Triton brings")
+    folder = tmp_path_factory.mktemp("cuda")
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", f"-I{include}", HERE / "fake_cuda.c", "-o",
+                    folder / "libcuda.so.1"], check=True)
+    return folder
+
+
+def run(driver, *command, **more):
+    env = dict(os.environ, LD_LIBRARY_PATH=str(driver), TRITON_LIBCUDA_PATH=str(driver), **more)
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_launch_is_what_tritons_launcher_makes_of_it(driver, builder):
+    told = run(driver, HERE / "launched_twice.py")
+    assert len(told) == len(cases.samples()) + 2  # two whose V has strides of 64 bits
+    for one in told:
+        kernel = one["key"][0].partition(":")[2]
+        assert one["ours"].splitlines()[-1].startswith(f"{kernel} of ") and " on device 1 stream 0x5555 grid " in one["ours"]
+        assert one["ours"] == one["theirs"], one["key"]
+        # three repetitions: where it was, further on, there again
+        assert one["again"] == one["there"], one["key"]
+        assert one["there"][0] != one["there"][1]
+    shared = [one for one in told if "attribute 8 of" in one["ours"]]
+    assert 0 < len(shared) < len(told), "none asked for much shared memory, or all"
+
+
+def test_calls_without_triton(driver):
+    """Whole calls by the engine where no Triton is: what is launched, on which device, and the same again from a plan."""
+    told = run(driver, HERE / "called_without_triton.py")
+    assert told["triton"] is None and told["contexts"] == "as before"
+    for name, launches in told["calls"].items():
+        first, again = launches
+        assert first and first == again, name
+        assert {line["device"] for line in first} == {1 if name.endswith("on 1") else 0}, name
+    names = [line["name"] for line in told["calls"]["int8+fp8 on 0"][0]]
+    assert names == ["token_stats_kernel", "fold_stats_kernel", "quant_v_kernel", "quant_qk_kernel", "quant_qk_kernel",
+                     "attn_fwd_kernel"]
+    assert told["offered"] == {name: [len(first), 0] for name, (first, _) in told["calls"].items()}, "not all from a plan"
+    assert "triton-int-fp16: it is not shipped compiled, and nothing is compiled: Triton is not installed" in told["refused"]
+    assert told["loaded"] == {"0": 13, "1": 13}  # of 16 launches: V's quantiser, K's in INT8, statistics of K and V twice
