@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 $(VENV)/.cpu: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Paddle 3.3.1 needs Python 3.10 to 3.13, this is " + sys.version.split()[0] + ": name another, make PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -e '.[cpu,eval]'
+	$(VENV)/bin/pip install -q -e '.[cpu,eval]' 'triton==$(firstword $(TRITONS))'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.cpu
