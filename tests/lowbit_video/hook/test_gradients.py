@@ -7,7 +7,6 @@ from lowbit_video.distributed.group import Group
 from lowbit_video.distributed.ring import ring
 from lowbit_video.distributed.ulysses import ulysses
 from lowbit_video.errors import UnsupportedError
-from lowbit_video.hook.attend import exact_attend
 from lowbit_video.runtime.detect import runtime_of
 from ranks import run_threads
 
@@ -60,7 +59,8 @@ def test_packed_sequences_and_codes_are_refused_too(framework):
 @pytest.mark.parametrize("wrap", [ulysses, ring])
 def test_tokens_shared_by_ranks_are_refused(framework, wrap):
     def work(wire):
-        wrap(exact_attend, Group(wire, range(2)), shares=[40, 40])(*tensors(framework, "v"))
+        attend = lv.LowBitAttnProcessor("int8+fp16").attend  # whose codes travel
+        wrap(attend, Group(wire, range(2)), shares=[40, 40])(*tensors(framework, "v"))
 
     with pytest.raises(UnsupportedError, match=REFUSED):
         run_threads(2, work, patience=5)
