@@ -18,6 +18,7 @@ MUTANTS = [
     *faults("eval/report/bootstrap.py", SUMMARY + "test_the_interval_covers_the_true_mean_about_as_often_as_it_says",
             ("CONFIDENCE = 0.95", "CONFIDENCE = 0.5")),
     *faults("eval/report/bootstrap.py", SUMMARY + "test_bootstrap_is_reproducible_and_honest_about_one_prompt",
+            ("[(1 - CONFIDENCE) / 2, (1 +", "[(1 - CONFIDENCE), (1 +"),
             ("np.random.default_rng(SEED)", "np.random.default_rng()"), ("if count < 2", "if count < 1")),
     *faults("eval/report/bootstrap.py", SUMMARY + "test_a_floor_of_nothing_gives_infinity_without_a_warning",
             ('else "nearest"', 'else "linear"')),

@@ -70,6 +70,8 @@ MUTANTS = [
             ("*q.strides, *k.strides, *v.strides, *out.strides,", "*q.strides, *k.strides, *v.strides, *q.strides,"),
             ("sm_factor, q_heads, q_len,", "sm_factor, kv_heads, q_len,"), ("GROUP=q_heads // kv_heads", "GROUP=1"),
             ("SHIFTED=lse_shift is not None", "SHIFTED=False")),
+    *faults("kernels/quant/token_stats.py", INTERPRETED + "test_statistics_of_more_partials_than_are_folded_at_once",
+            ("for i_c in range(0, chunks, FOLD)", "for i_c in range(0, FOLD, FOLD)")),
     *faults("kernels/quant/reference.py", FORMATS + "test_error_of_a_round_trip",
             ("np.clip(np.rint(ratio), -127, 127)", "np.clip(np.floor(ratio), -127, 127)"),
             ("np.floor(ratio * np.float32(0.5))", "np.rint(ratio * np.float32(0.5))"),
