@@ -257,3 +257,15 @@ def test_another_thread_s_attention_is_its_own():
     attn(torch.ones(1, 4, 64))
     thread.join()
     assert len(seen) == 1 and lv.coverage(model).modules[0].calls == 1
+
+
+def test_a_hooked_model_compiles_to_one_graph_that_equals_eager():
+    model, given = diffusers_models.make("sd3")
+    lv.apply(model, "int8+fp16")
+    eager = outputs(model, given)
+    calls = sum(module.calls for module in lv.coverage(model).modules)
+    compiled = outputs(torch.compile(model, backend="eager", fullgraph=True), given)
+    assert torch.equal(compiled, eager)
+    assert sum(module.calls for module in lv.coverage(model).modules) == 2 * calls
+    lv.remove(model)
+    assert not torch.equal(outputs(model, given), eager)
