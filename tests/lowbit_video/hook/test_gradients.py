@@ -59,7 +59,7 @@ def test_packed_sequences_and_codes_are_refused_too(framework):
 @pytest.mark.parametrize("wrap", [ulysses, ring])
 def test_tokens_shared_by_ranks_are_refused(framework, wrap):
     def work(wire):
-        attend = lv.LowBitAttnProcessor("int8+fp16").attend  # whose codes travel
+        attend = lv.LowBitAttnProcessor("int4+fp16").attend  # whose codes travel, whatever the shares
         wrap(attend, Group(wire, range(2)), shares=[40, 40])(*tensors(framework, "v"))
 
     with pytest.raises(UnsupportedError, match=REFUSED):
