@@ -42,6 +42,10 @@ MUTANTS = [
             ("self.step, self.latents = step + 1,", "self.step, self.latents = step,")),
     *faults("eval/compare/layers.py", LAYERS + "test_fit_shares_by_hand",
             ("layers, steps = np.square(layer_error), np.square(step_error)", "layers, steps = layer_error, step_error")),
+    *faults("eval/compare/layers.py", LAYERS + "test_an_error_of_one_group_of_steps_is_measured_there",
+            ("        clock.step = 0\n", "        pass\n")),
+    *faults("eval/compare/layers.py", LAYERS + "test_fit_shares_by_hand",
+            ("share[:, group] *= part / total", "share[group] *= part / total")),
     *faults("eval/compare/layer_table.py", LAYERS + "test_a_limit_just_above_the_least_error_chooses_and_just_below_does_not",
             ("else value <= limit)", "else value <= 2 * limit)"),
             ("value >= limit if higher", "value >= limit / 2 if higher"), ("if layer not in chosen and", "if"),
@@ -95,4 +99,6 @@ MUTANTS = [
             ("- 2 * cross", "- cross"), ("np.sqrt(len(a) - 1)", "np.sqrt(len(a))")),
     *faults("eval/speed/accuracy.py", BENCH + "test_sampled_reference_is_softmax_attention",
             ("rows[:, None] + (k.shape[0] - q_len)", "rows[:, None]")),
+    *faults("setup.py", "tests/packaging/test_wheel.py::test_what_the_report_is_made_from_is_in",
+            ('["assets/*"]', '["assets/*.html"]')),
 ]
