@@ -20,7 +20,8 @@ def test_what_is_taken():
     (whole, 1, ValueError),
     *[(number, value, TypeError) for value in (True, "0.5", None, 1j, [1], np.array([1, 2]), object)],
     *[(number, value, ValueError) for value in (float("nan"), np.inf, 10**400)],
-    *[(flag, value, TypeError) for value in ("no", None, 2, 1.0, [], np.array([1, 0]), np.array(1))]], ids=repr)
+    *[(flag, value, TypeError) for value in ("no", None, 2, 1.0, [], np.array([1, 0]), np.array(1))]],
+    ids=lambda one: getattr(one, "__name__", repr(one)))
 def test_what_is_refused_by_name(check, value, error):
     with pytest.raises(error, match="^n is .*; give "):
         check(*("n", value, 2) if check is whole else ("n", value))
