@@ -67,7 +67,7 @@ runtime = types.SimpleNamespace(
     NAME="played", dtype_name=lambda t: t.dtype, shape=lambda t: t.shape, is_cpu=lambda t: False, arch=lambda t: (9, 0),
     strides=lambda t: tuple(prod(t.shape[axis + 1:]) for axis in range(len(t.shape))), place=lambda t: f"cuda:{t.device}",
     signature=lambda t: (t.shape, t.dtype, t.device), stream=lambda t: 0x77, contiguous=lambda t: t, empty=memory.empty,
-    launch_guard=lambda t: placing.on(places[t.device]))
+    launch_guard=lambda t: placing.on(places[t.device]), wants_gradients=lambda *tensors: False, unreadable=lambda t: None)
 detect.same_runtime = lambda **tensors: runtime
 
 
