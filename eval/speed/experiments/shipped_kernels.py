@@ -226,8 +226,8 @@ def worker(framework: str, hashes: bool) -> dict[str, Any]:
         attention_calls(world)
         statistics_calls(world)
         exchange_calls(world)
-    return dict(about=bench.environment(framework), triton=triton_version(), choice=chosen().why, hashes=world.hashes, values=world.values,
-                served=sorted(world.served), times=times(world), failed=world.failed)
+    return dict(about=bench.environment(framework), triton=triton_version(), choice=chosen().why, hashes=world.hashes,
+                values=world.values, served=sorted(world.served), times=times(world), failed=world.failed)
 
 
 def precompile(number: int) -> None:
@@ -282,8 +282,8 @@ def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         medians[name] = {key: {unit: statistics.median(one["times"][key][unit] for one in rounds if key in one["times"])
                                for unit in ("tflops", "host_us") if unit == keys[key]} for key in keys}
     told = lambda one: {key: value for key, value in one.items() if key not in ("about", "hashes", "served", "values")}
-    return dict(about=next(iter(found.values()))[0].get("about"), cases=len(first), differ=differ, equal_but_for_rounding=rounded,
-                not_launched=sorted(every - set(found["shipped"][0]["served"])),
+    return dict(about=next(iter(found.values()))[0].get("about"), cases=len(first), differ=differ,
+                equal_but_for_rounding=rounded, not_launched=sorted(every - set(found["shipped"][0]["served"])),
                 errors={name: one["error"] for name, rounds in found.items() for one in rounds if "error" in one},
                 medians=medians, rounds={name: [told(one) for one in rounds] for name, rounds in found.items()})
 
