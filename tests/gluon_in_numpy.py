@@ -67,7 +67,7 @@ class Shared(np.ndarray):
     def permute(self, order: tuple[int, ...]) -> Shared:
         return self.transpose(order)
 
-    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+    def reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
         assert dtype == self.dtype
         return self.reshape(shape)
 
@@ -210,7 +210,8 @@ class Program:
             MBarrierLayout=lambda: "barriers", init=lambda bar, count: setattr(_one(bar), "count", count),
             wait=lambda bar, phase: _one(bar).wait(phase), arrive=lambda bar, count=1: _one(bar).update(count, 0),
             expect=lambda bar, count: _one(bar).update(1, count))
-        replaced = dict(gl=gl, mbarrier=mbarrier, async_load=_async_load, warpgroup_mma=_wgmma, fence_async_shared=lambda: None,
+        replaced = dict(gl=gl, reinterpret=Shared.reinterpret, mbarrier=mbarrier, async_load=_async_load, warpgroup_mma=_wgmma,
+                        fence_async_shared=lambda: None,
                         block_barrier=lambda: None, p_layout=lambda columns: None,
                         warpgroup_mma_wait=lambda left, deps: deps if len(deps) > 1 else deps[0])
         self.names: dict[str, Any] = {}
@@ -312,8 +313,8 @@ class Memory:
             arg_names = kernel.attn_fwd_kernel.arg_names
 
             def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                def launched(*given: Any, num_warps: int, **constants: Any) -> None:
-                    assert num_warps == 4 and len(given) + len(constants) == len(self.arg_names)
+                def launched(*given: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
+                    assert num_warps == 4 and enable_fp_fusion and len(given) + len(constants) == len(self.arg_names)
                     arguments = [memory.of(one) for one in given]
                     for number in range(grid[0]):
                         Program(number, grid[0]).names["attn_fwd_kernel"](*arguments, **constants)

@@ -172,9 +172,10 @@ def main(arguments: list[str] | None = None) -> dict:
 def measure(model: Any, inputs: dict, args: argparse.Namespace, device: str) -> dict:
     """Mode by mode; returns what it wrote last."""
     tokens = math.prod(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], model.config.patch_size))
-    about = dict(gpu=torch.cuda.get_device_name() if device == "cuda" else "none", torch=torch.__version__,
-                 diffusers=diffusers.__version__, commit=bench.commit(), tiny=args.tiny, video_tokens=tokens,
-                 text_tokens=inputs["encoder_hidden_states"].shape[1], head_dim=model.config.attention_head_dim)
+    about = dict(gpu=torch.cuda.get_device_name() if device == "cuda" else "none",
+                 versions=bench.package_versions() | {"diffusers": diffusers.__version__}, commit=bench.commit(),
+                 tiny=args.tiny, video_tokens=tokens, text_tokens=inputs["encoder_hidden_states"].shape[1],
+                 head_dim=model.config.attention_head_dim)
     left_out = {backend: reason for backend in args.backends if (reason := why_not(backend, device))}
     backends = [backend for backend in args.backends if backend not in left_out]
     report = dict(about=about, left_out=left_out, failed={}, rows=[], ran={})

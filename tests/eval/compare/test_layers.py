@@ -15,6 +15,7 @@ from lowbit_video.eval.compare import layers  # noqa: E402
 from lowbit_video.eval.compare.candidates import Candidate  # noqa: E402
 from lowbit_video.eval.compare.layer_table import LayerTable, as_text  # noqa: E402
 from lowbit_video.eval.compare.layers import Gated, StepClock, fit_shares, measure_layers, step_groups  # noqa: E402
+from lowbit_video.eval.compare.progress import Progress  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings  # noqa: E402
 from lowbit_video.hook.processors import LowBitAttnProcessor  # noqa: E402
 
@@ -111,7 +112,7 @@ def test_a_limit_just_above_the_least_error_chooses_and_just_below_does_not(figu
 
 
 def test_a_gate_opens_in_its_steps_only():
-    clock = StepClock()
+    clock = StepClock(Progress([], print))
     gate = Gated(lambda *given, **named: ("inside", given, named), clock, range(1, 3))
     gate.outside = lambda *given, **named: ("outside", given, named)
     for clock.step, where in enumerate(("outside", "inside", "inside", "outside")):
@@ -121,8 +122,8 @@ def test_a_gate_opens_in_its_steps_only():
 @pytest.mark.parametrize("step", [0, 1])
 def test_an_error_of_one_group_of_steps_is_measured_there(pipe, monkeypatch, step):
     """With as many groups as steps: what acts in one step alone reaches the latents as that group's error."""
-    clock = StepClock()
-    monkeypatch.setattr(layers, "StepClock", lambda: clock)
+    clock = StepClock(Progress([], print))
+    monkeypatch.setattr(layers, "StepClock", lambda progress: clock)
     planted = Candidate("planted", lambda: Gated(LowBitAttnProcessor("int2+fp16"), clock, range(step, step + 1)))
     table = measure_layers(pipe, "a red ball", [planted], settings=Settings("toy", steps=2), say=lambda line: None)
     assert table.step_error.shape == (1, 2)

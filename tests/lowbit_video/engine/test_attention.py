@@ -252,6 +252,7 @@ def test_tensors_that_cannot_be_read_are_refused_before_anything_reads_them(fram
 
         with paddle.LazyGuard():
             lazy = paddle.nn.Linear(4, 4).weight
+        lazy.stop_gradient = True
         odd = {"a sparse tensor": q.to_sparse_coo(2), "without memory": lazy}
     calls = (lambda x: lv.attention(x, x, x), lambda x: lv.attention(q, k, x), lv.quantize, lambda x: lv.prequantize(x, x, x),
              lambda x: lv.attention_varlen(q[0], k[0], v[0], x, x, 8, 8))

@@ -48,7 +48,8 @@ RUNTIME = dict(
     NAME="numpy", dtype_name=lambda t: t.dtype.name, shape=lambda t: t.shape, place=lambda t: "gpu:0", is_cpu=lambda t: False,
     strides=lambda t: tuple(s // t.itemsize for s in t.strides), signature=lambda t: (t.shape, t.strides, t.dtype, 0),
     arch=lambda t: (9, 0), stream=lambda t: 77, contiguous=lambda t: np.ascontiguousarray(t).view(Tensor),
-    to_numpy=lambda t: np.asarray(t, np.float32), launch_guard=lambda t: contextlib.nullcontext())
+    to_numpy=lambda t: np.asarray(t, np.float32), launch_guard=lambda t: contextlib.nullcontext(),
+    wants_gradients=lambda *tensors: False, unreadable=lambda t: None)
 """What `run` asks of a runtime, on an H200."""
 
 

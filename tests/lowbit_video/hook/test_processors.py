@@ -377,7 +377,7 @@ def test_modules_that_are_no_patterns_are_refused_and_nothing_is_changed(modules
     assert [block.processor for block in model.blocks] == before
 
 
-@pytest.mark.parametrize("frame", ["wan", [], None, 3])
+@pytest.mark.parametrize("frame", ["mochi", [], None, 3])
 def test_a_frame_that_does_not_exist_is_refused(frame):
     with pytest.raises(ValueError, match="unknown frame"):
         declare_attention(toy_model.Attention, frame)

@@ -75,7 +75,7 @@ def test_default_device_finds_a_custom_device_only_if_its_memory_is_cudas(monkey
 def test_a_runtime_answers_all_that_the_protocol_asks(framework):
     runtime = detect.runtime_named(framework.name)
     asked = {name: member for name, member in vars(Runtime).items() if inspect.isfunction(member) and not name.startswith("_")}
-    assert len(asked) == 22 and runtime.NAME == framework.name
+    assert len(asked) == 23 and runtime.NAME == framework.name
     for name, member in asked.items():
         wanted = list(inspect.signature(member).parameters.values())[1:]
         given = list(inspect.signature(getattr(runtime, name)).parameters.values())
