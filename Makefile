@@ -51,7 +51,7 @@ demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again 
 
 test parity: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --ignore=tests/parity --ignore=tests/fuzz $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore=tests/parity --ignore=tests/fuzz $(ARGS)
 
 mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a time; each must make its test fail
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants.plant $(ARGS)
@@ -64,7 +64,7 @@ fuzz: $(PARITY_VENV)/.done  ## look for calls that go wrong, at random, on both 
 	$(PARITY_VENV)/bin/python -m pytest tests/fuzz --fuzz-minutes $(MINUTES) --timeout $(FUZZ_TIMEOUT) $(ARGS)
 
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
-	$(PARITY_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile tests -m "torch or parity" --ignore=tests/fuzz $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests -m "torch or parity" --ignore=tests/fuzz $(ARGS)
 
 interop: $(INTEROP_VENV)/.done  ## hook models of the real ppdiffusers; its environment is large: 157 packages, 2.4 GB
 	$(INTEROP_VENV)/bin/python -m pytest tests/interop -m interop $(ARGS)

@@ -20,6 +20,24 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("\n".join(lines))
 
 
+LONGEST = (
+    "graph/test_to_static.py", "examples/test_small_model.py", "distributed/test_small_model.py",
+    "graph/test_torch_compile_model.py", "dispatcher/test_parallel.py", "distributed/test_launched.py", "cogvideox/test_vae_ranks.py", "dispatcher/test_compile.py",
+    "hook/test_own_frame.py", "hook/test_beside_accelerate.py", "kernels/test_portable_interpreted.py", "world/test_judge.py",
+    "examples/test_cogvideo.py", "kernels/test_exchange.py", "distributed/test_parallelize.py", "runtime/test_runtime.py",
+    "distributed/test_ring.py", "distributed/test_ulysses.py", "compare/test_layers.py", "kernels/test_hopper_simulated.py",
+)
+"""Files that take a minute or so come first, so that processes that share the tests end at about the same time."""
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        path = item.path.as_posix()
+        return next((number for number, end in enumerate(LONGEST) if path.endswith(end)), len(LONGEST))
+
+    items.sort(key=place)
+
+
 def _missing(package: str) -> bool:
     return importlib.util.find_spec(package) is None
 
