@@ -22,7 +22,8 @@ def pytest_terminal_summary(terminalreporter):
 
 LONGEST = (
     "graph/test_to_static.py", "examples/test_small_model.py", "distributed/test_small_model.py",
-    "graph/test_torch_compile_model.py", "dispatcher/test_parallel.py", "distributed/test_launched.py", "cogvideox/test_vae_ranks.py", "dispatcher/test_compile.py",
+    "graph/test_torch_compile_model.py", "dispatcher/test_parallel.py", "distributed/test_launched.py",
+    "cogvideox/test_vae_ranks.py", "dispatcher/test_compile.py",
     "hook/test_own_frame.py", "hook/test_beside_accelerate.py", "kernels/test_portable_interpreted.py", "world/test_judge.py",
     "examples/test_cogvideo.py", "kernels/test_exchange.py", "distributed/test_parallelize.py", "runtime/test_runtime.py",
     "distributed/test_ring.py", "distributed/test_ulysses.py", "compare/test_layers.py", "kernels/test_hopper_simulated.py",
