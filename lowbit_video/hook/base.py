@@ -6,7 +6,6 @@ code knows no framework, so the same processor serves our Paddle model and diffu
 """
 from __future__ import annotations
 
-import inspect
 import threading
 from typing import Any
 
@@ -19,22 +18,9 @@ from .report import Record, Records
 
 _active = threading.local()
 
-OTHERS = ("temb", "scale", "rotary_emb", "query_rotary_emb", "key_rotary_emb", "base_sequence_length", "hidden_states_masks",
-          "latent_attn_mask", "text_attn_mask", "batch_flag", "ip_hidden_states", "ip_adapter_masks")
-"""What processors of diffusers and ppdiffusers take beside the arguments of `AttnProcessor.__call__`. Their `Attention` passes
-on only what stands in a processor's signature by name, so it finds these there; a frame takes or refuses each."""
-
 NO_CONTEXT_PARALLEL = ("diffusers' enable_parallelism cuts the tokens among ranks and leaves it to the processors to exchange "
                        "them, which those of lowbit_video do for lowbit_video.parallelize(pipe) alone: call that in its place "
                        "(it shares CogVideoX's tokens and guidance, docs/parallel.md)")
-
-
-def _with_named(function: Any, names: tuple[str, ...]) -> inspect.Signature:
-    """The signature of a function that takes any keyword, with these among them by name."""
-    signature = inspect.signature(function)
-    *given, rest = signature.parameters.values()
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
-    return signature.replace(parameters=[*given, *named, rest])
 
 
 class AttnProcessor:
@@ -53,8 +39,14 @@ class AttnProcessor:
         self.records = Records()
 
     def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None,
-                 image_rotary_emb: Any = None, **others: Any) -> Any:
+                 image_rotary_emb: Any = None, *, temb: Any = None, scale: Any = None, rotary_emb: Any = None,
+                 query_rotary_emb: Any = None, key_rotary_emb: Any = None, base_sequence_length: Any = None,
+                 hidden_states_masks: Any = None, latent_attn_mask: Any = None, text_attn_mask: Any = None,
+                 batch_flag: Any = None, ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **others: Any) -> Any:
         """What the module's frame computes (see `frames`). others: what else the module's own protocol has.
+
+        What processors of diffusers and ppdiffusers take besides stands here by name, for their `Attention` passes on only what
+        it finds in a processor's signature; a frame takes or refuses each.
 
         Raises UnsupportedError for a module whose class no frame declares, and for an argument that its frame does not know.
         """
@@ -63,13 +55,14 @@ class AttnProcessor:
 
             torch_ops.once_a_compilation(make_slots)
         slot = slot_of(attn, hidden_states)
-        if image_rotary_emb is not None:
-            others["image_rotary_emb"] = image_rotary_emb
-        others = {name: value for name, value in others.items() if value is not None}
+        others = {name: value for name, value in dict(
+            others, image_rotary_emb=image_rotary_emb, temb=temb, scale=scale, rotary_emb=rotary_emb,
+            query_rotary_emb=query_rotary_emb, key_rotary_emb=key_rotary_emb, base_sequence_length=base_sequence_length,
+            hidden_states_masks=hidden_states_masks, latent_attn_mask=latent_attn_mask, text_attn_mask=text_attn_mask,
+            batch_flag=batch_flag, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks,
+        ).items() if value is not None}
         slot.check_names(others)
         return slot.frame(self, attn, hidden_states, encoder_hidden_states, attention_mask, **others)
-
-    __call__.__signature__ = _with_named(__call__, OTHERS)
 
     @property
     def _parallel_config(self) -> None:
