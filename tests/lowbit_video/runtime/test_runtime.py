@@ -180,3 +180,11 @@ def test_workspace_holds_the_quantised_copies_and_nothing_else_of_their_size(spe
     assert copies <= plan.size <= copies + rows * per_row + 0.08 * elements
     reduced = precision.smooth_q + precision.smooth_k + (precision.pv == "fp8")  # each tensor has scratch of its own
     assert int(np.prod(plan.parts["partial"][2])) == reduced * int(np.prod(partial_shape(shape)))
+
+
+def test_values_too_small_for_float16_become_zero(framework):
+    """Paddle's own cast on a CPU makes 1e-7 to 1e-4 of some."""
+    runtime, like = detect.runtime_of(framework.tensor(0.0)), framework.tensor(0.0)
+    values = np.exp(np.linspace(-87, 0, 4001)).astype(np.float32)
+    got = framework.numpy(runtime.from_numpy(values, like, "float16"))
+    np.testing.assert_array_equal(got, values.astype(np.float16).astype(np.float32))
