@@ -16,6 +16,14 @@ MODES = pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
 INNARDS = {"pd_op.softmax", "pd_op.flash_attn", "pd_op.scaled_dot_product_attention", "pd_op.round"}
 
 
+@pytest.fixture(autouse=True)
+def as_many_graphs_as_there_are_tests():
+    """SOT keeps 20 graphs a function and then runs it eagerly; these tests compile `attention` again and again."""
+    from paddle.jit.sot.opcode_translator.executor.executor_cache import OpcodeExecutorCache
+
+    OpcodeExecutorCache().clear()
+
+
 def run(model, given):
     with paddle.no_grad():
         return [part.numpy() for part in model(given["video"], given["text"], None, given["rotary"])]
