@@ -25,7 +25,7 @@ from own_errors import result_of, result_or_refusal
 
 DTYPES = {"float32": (2.0**-24, 2.0**-126), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-126)}
 """Of each dtype the relative error of rounding, and the absolute one near zero."""
-LARGEST = {"float32": 1e15, "float16": 6e4, "bfloat16": 1e15}
+LARGEST = {"float32": 1e12, "float16": 6e4, "bfloat16": 1e12}
 LOWBIT = tuple(spec for spec in precision_specs() if "+" in spec)
 KINDS = ("normal", "normal", "offset", "outlier", "huge", "tiny", "mixed", "zeros", "constant", "one token")
 ROW_DB = {"int2": -3.0, "int4": 4.0, "fp8": 14.0, "+fp16": 24.0}
