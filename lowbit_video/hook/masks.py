@@ -1,21 +1,17 @@
 """Masks that hide padding: where each sample's keys are a prefix of all keys, its length says the same, and kernels take it."""
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import numpy as np
 
 from ..engine.packing import Packing
 from ..runtime.detect import runtime_of
+from .read_once import read_once
 
 HIDDEN = -9984.0
 """What is added to a score hides its key from here down: its exponential is 0 in float32. ppdiffusers adds -10000, which is
 this in bfloat16."""
-
-_known: dict[int, tuple[Any, int, tuple[int, ...] | None]] = {}
-"""id of a mask -> itself, weakly, its version, and its lengths: a model gives one mask to all its blocks, and to read it waits
-for a GPU."""
 
 
 def prefix_lengths(mask: Any, batch: int, keys: int) -> tuple[int, ...] | None:
@@ -28,30 +24,8 @@ def prefix_lengths(mask: Any, batch: int, keys: int) -> tuple[int, ...] | None:
     shape = list(mask.shape)
     if shape[-1] != keys or shape[0] not in (1, batch) or any(size != 1 for size in shape[1:-1]) or len(shape) < 2:
         return None
-    lengths = _read_once(mask)
+    lengths = read_once(mask, "prefix", lambda: _read(mask))
     return lengths if lengths is None or len(lengths) == batch else lengths * batch
-
-
-def _read_once(mask: Any) -> tuple[int, ...] | None:
-    version, key = _version(mask), id(mask)
-    reference, at, lengths = _known.get(key, (None, None, None))
-    if version is None or reference is None or reference() is not mask or at != version:
-        lengths = _read(mask)
-        if version is not None:
-            _known[key] = (weakref.ref(mask, lambda gone: _forget(key, gone)), version, lengths)
-    return lengths
-
-
-def _version(mask: Any) -> int | None:
-    """How often the mask was written to; None where it does not tell (made under torch.inference_mode)."""
-    if hasattr(mask, "inplace_version"):
-        return mask.inplace_version
-    return None if mask.is_inference() else mask._version
-
-
-def _forget(key: int, gone: Any) -> None:
-    if key in _known and _known[key][0] is gone:  # another mask may have that id by now
-        del _known[key]
 
 
 def _read(mask: Any) -> tuple[int, ...] | None:

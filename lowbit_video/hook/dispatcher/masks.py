@@ -1,14 +1,12 @@
 """A mask of keys as lengths: how many keys each sample has, where those that count come first."""
 from __future__ import annotations
 
-import weakref
-
 import torch
+
+from ..read_once import read_once
 
 NO_PREFIX = -1
 """Stands for a sample's length where its keys do not lead, or where it has none: exact attention knows what that means."""
-
-_known: dict[int, tuple[weakref.ref, int, tuple[int, ...]]] = {}
 
 
 def why_no_lengths(mask: torch.Tensor, batch: int, keys: int) -> str | None:
@@ -28,19 +26,7 @@ def lengths_of(mask: torch.Tensor) -> tuple[int, ...]:
     The host waits for the mask once and remembers the answer while the tensor lives and is not changed in place. A tensor made
     under torch.inference_mode does not tell that it was changed: such a one is read at every call.
     """
-    if mask.is_inference():
-        return tuple(read_lengths(mask).tolist())
-    number = id(mask)
-    known = _known.get(number)
-    if known is None or known[0]() is not mask or known[1] != mask._version:
-        known = _known[number] = (weakref.ref(mask, lambda gone: _forget(number, gone)), mask._version,
-                                  tuple(read_lengths(mask).tolist()))
-    return known[2]
-
-
-def _forget(number: int, gone: weakref.ref) -> None:
-    if number in _known and _known[number][0] is gone:  # another tensor may have that number by now
-        del _known[number]
+    return read_once(mask, "leading", lambda: tuple(read_lengths(mask).tolist()))
 
 
 def read_lengths(mask: torch.Tensor) -> torch.Tensor:

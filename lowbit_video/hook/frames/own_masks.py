@@ -4,13 +4,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary  # by identity
 
-HIDDEN = -9984.0
-"""What is added to a score hides its key from here down: diffusers adds -10000, which bfloat16 rounds to this, and
-exp(-9984) is 0 in float32."""
-
-_known = WeakTensorKeyDictionary()
+from ..masks import HIDDEN
+from ..read_once import read_once
 
 
 class Source:
@@ -28,16 +24,9 @@ class Source:
         The host waits for the mask once as long as the given one lives and is not written to; at every call where there is
         none, or where it was made under torch.inference_mode and so does not tell that it was written to.
         """
-        if not isinstance(self.given, torch.Tensor) or self.given.is_inference():
+        if not isinstance(self.given, torch.Tensor):
             return leading_keys(mask)
-        version, lengths = _known.get(self.given, (None, {}))
-        if version != self.given._version:
-            lengths = {}
-            _known[self.given] = self.given._version, lengths
-        key = self.kind, mask.dtype, mask.shape
-        if key not in lengths:
-            lengths[key] = leading_keys(mask)
-        return lengths[key]
+        return read_once(self.given, (self.kind, mask.dtype, mask.shape), lambda: leading_keys(mask))
 
 
 def leading_keys(mask: torch.Tensor) -> tuple[int, ...] | None:

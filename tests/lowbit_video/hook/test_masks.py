@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import lowbit_video as lv
-from lowbit_video.hook import masks
+from lowbit_video.hook import masks, read_once
 from lowbit_video.hook.masks import packed, prefix_lengths
 from lowbit_video.hook.processors import LowBitAttnProcessor
 
@@ -78,10 +78,10 @@ def test_a_mask_is_read_once_and_again_when_it_is_written_to(framework, monkeypa
     mask[1, 20:] = -10000.0
     assert prefix_lengths(mask, 2, KEYS) == (40, 20) and len(reads) == 2
     key = id(mask)
-    assert key in masks._known
+    assert key in read_once._known
     del mask
     gc.collect()
-    assert key not in masks._known
+    assert key not in read_once._known
 
 
 @pytest.mark.torch

@@ -8,6 +8,7 @@ from diffusers.models.attention_dispatch import attention_backend, dispatch_atte
 
 from lowbit_video import UnsupportedError, attention, register_diffusers  # noqa: E402
 from lowbit_video.errors import NonFiniteError  # noqa: E402
+from lowbit_video.hook import read_once  # noqa: E402
 from lowbit_video.hook.dispatcher import masks  # noqa: E402
 
 from helpers import naive_attention, qkv, sqnr_db  # noqa: E402
@@ -200,7 +201,7 @@ def test_a_mask_is_read_once_while_it_stays_the_same(monkeypatch):
 def test_a_mask_that_dies_is_forgotten():
     mask = leading(40, 50)
     call(*tensors(batch=2), attn_mask=mask)
-    assert id(mask) in masks._known
+    assert id(mask) in read_once._known
     number = id(mask)
     del mask
-    assert number not in masks._known
+    assert number not in read_once._known
