@@ -42,7 +42,7 @@ EXACT_L1 = 0.01
 SHORT = 2048
 """Tokens to which shapes are shortened where kernels are only to be compiled: a multiple of every tile's."""
 PACKAGES = {"triton": ["triton"], "torch": ["torch"], "paddle": ["paddlepaddle-gpu", "paddlepaddle"], "numpy": ["numpy"],
-            "sageattention": ["sageattention"], "flash-attn-4": ["flash-attn-4"]}
+            "diffusers": ["diffusers"], "sageattention": ["sageattention"], "flash-attn-4": ["flash-attn-4"]}
 """What is recorded of a run's environment, and the distributions that have it."""
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 

@@ -1,4 +1,4 @@
-"""`lowbit-video bench ...`: kernels (speed and error beside exact attention) and tune (tile shapes for this GPU)."""
+"""`lowbit-video bench ...`: attention kernels, a whole step, several GPUs, and tiles for this GPU."""
 from __future__ import annotations
 
 import argparse
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def add_parsers(subparsers) -> None:
-    """Registers `kernels` and `tune`."""
+    """Registers `kernels`, `tune`, `parallel` and `step`."""
     kernels = subparsers.add_parser(
         "kernels", help="time every attention kernel on this GPU beside exact attention",
         description="Times every attention kernel on this GPU beside FlashAttention-2, cuDNN, exact attention, and "
@@ -52,6 +52,17 @@ def add_parsers(subparsers) -> None:
 
     add_arguments(parallel)
     parallel.set_defaults(run=run_parallel)
+
+
+    step = subparsers.add_parser(
+        "step", help="time a whole denoising step of a model by each attention, eager and compiled",
+        description="Times one denoising step of diffusers' video models at full size, random weights, with PyTorch's "
+                    "attention, FlashAttention-2, cuDNN, FlashAttention-4 and SageAttention where they are installed, ours, "
+                    "and no attention at all, each checked first.")
+    from .step.run import add_arguments as add_step_arguments
+
+    add_step_arguments(step)
+    step.set_defaults(run=run_step)
 
 
 def _common(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = ("float16", "bfloat16")) -> None:
@@ -110,6 +121,12 @@ def run_parallel(args: argparse.Namespace) -> int:
     from .parallel.launch import launch
 
     return launch(args)
+
+
+def run_step(args: argparse.Namespace) -> int:
+    from .step.run import run
+
+    return run(args)
 
 
 def run_tune(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -21,4 +22,6 @@ class Serving(TorchFunctionMode):
         self._serve = serve
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.Tensor.unflatten:  # torch.compile cannot trace this method under a mode: it calls super()
+            func = torch.unflatten
         return (self._serve if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))

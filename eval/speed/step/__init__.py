@@ -1,0 +1,1 @@
+"""How fast a model's whole denoising step is by each attention; `bench step` starts it."""

@@ -1,0 +1,180 @@
+"""The ways a model's attention is computed while its step is timed: exact ones, ours, and none at all (the ceiling).
+
+Exact kernels stand in for PyTorch's `scaled_dot_product_attention`, in which every model here ends, while the step runs. Each
+is one operator of a compiled graph. Ours are set as users set them: by `lowbit_video.apply`, or as a backend of diffusers'
+dispatcher.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import lowbit_video
+from lowbit_video.hook.base import set_processor
+from lowbit_video.hook.dispatcher.names import backend_names
+from lowbit_video.precision import Precision
+
+from .. import baselines
+
+SDPA = F.scaled_dot_product_attention
+
+PYTORCH, NONE = "pytorch", "none"
+EXACT = {PYTORCH: "PyTorch", "fa2": "FlashAttention-2", "cudnn": "cuDNN", "fa4": "FlashAttention-4"}
+"""Exact methods by the name that `--methods` takes. PyTorch: what it chooses by itself."""
+SAGE = "sage"
+TITLES = {**EXACT, SAGE: "SageAttention", NONE: "no attention"}
+DEFAULT = (*EXACT, SAGE, "int8+fp8", "int8+fp16", NONE)
+
+
+def why_not(method: str, device: str) -> str | None:
+    """Why a method is left out on a device, or None."""
+    if method in ("fa2", "cudnn", "fa4", SAGE) and device == "cpu":
+        return "needs an NVIDIA GPU"
+    return {"fa4": baselines._flash_4_why_not, SAGE: baselines._sage_why_not}.get(method, lambda: None)()
+
+
+def title(method: str) -> str:
+    """How a method is called in tables."""
+    return TITLES.get(method, method)
+
+
+def check_methods(names: list[str]) -> None:
+    """Raises ValueError for one that does not exist."""
+    for name in names:
+        if name not in TITLES:
+            try:
+                Precision(name)
+            except ValueError:
+                raise ValueError(f"no method {name!r}; there are {', '.join(TITLES)} and precisions such as int8+fp8") from None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way, set up for a model. context: makes what is around the step. put: gives the model's modules its processors."""
+
+    name: str
+    leading_keys: int | None
+    context: Callable[[], contextlib.AbstractContextManager]
+    put: Callable[[], None]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """While it lasts the model's attention is computed this way."""
+        self.put()
+        with self.context():
+            yield
+
+
+@contextlib.contextmanager
+def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int | None) -> Iterator[dict[str, Method]]:
+    """Methods by name for a model, which is as before afterwards.
+
+    leading_keys: how many keys of its joint attention a mask leaves, for exact kernels that take no mask; None: it has none.
+    """
+    modules = [module for module in model.modules() if getattr(module, "processor", None) is not None]
+    plain = {module: module.processor for module in modules}
+    low = [name for name in names if name not in TITLES]
+    put: dict[str, Callable[[], None]] = {}
+    with contextlib.ExitStack() as undo:
+        undo.callback(_set_processors, plain)
+        if dispatches:
+            from diffusers.models.attention_dispatch import AttentionBackendName
+
+            undo.callback(lowbit_video.unregister_diffusers)
+            undo.callback(lowbit_video.unregister_diffusers, model)
+            lowbit_video.register_diffusers(model)
+            backends = {spec: backend for backend, (spec, fallback) in backend_names().items() if fallback}
+        for name in names:
+            if name in low and not dispatches:
+                undo.callback(lowbit_video.remove, model)
+                lowbit_video.apply(model, name, fallback="exact")
+                own = {module: module.processor for module in modules}
+            else:
+                own = {module: _of_method(processor, name) for module, processor in plain.items()}
+            if dispatches:
+                backend = AttentionBackendName(backends[str(Precision(name))] if name in low else "native")
+                for processor in own.values():
+                    processor._attention_backend = backend
+            put[name] = lambda own=own: _set_processors(own)
+        yield {name: Method(name, leading_keys, _context(name, leading_keys), put[name]) for name in names}
+
+
+def _of_method(processor: Any, method: str) -> Any:
+    """A copy of a class of its own: by the class a compiled graph of one method is not taken for another's."""
+    twin = copy.copy(processor)
+    twin.__class__ = type(f"{type(processor).__name__}_{method}", (type(processor),), {})
+    return twin
+
+
+def _set_processors(processors: dict[Any, Any]) -> None:
+    for module, processor in processors.items():
+        set_processor(module, processor)
+
+
+def _context(name: str, leading_keys: int | None) -> Callable[[], contextlib.AbstractContextManager]:
+    """What is around a step: ours and PyTorch's own need nothing."""
+    if name == PYTORCH or name not in TITLES:
+        return contextlib.nullcontext
+    operator = {"fa2": flash_2, "cudnn": cudnn, "fa4": flash_4, SAGE: sage, NONE: nothing}[name]
+
+    def serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:
+        if name != NONE and (attn_mask is not None or is_causal or enable_gqa):
+            if leading_keys is None or query.shape[2] != key.shape[2] or key.shape[2] < leading_keys:
+                return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            key, value = key[:, :, :leading_keys], value[:, :, :leading_keys]
+        return operator(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+
+    return lambda: mock.patch.object(F, "scaled_dot_product_attention", serve)
+
+
+def _operator(compute: Callable) -> Callable:
+    """One operator of a graph, of q, k, v [B, H, N, D] and the scale; gives [B, H, N, D] whose memory is [B, N, H, D]."""
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return compute(q, k, v, scale).transpose(1, 2).contiguous().transpose(1, 2)
+
+    made = torch.library.custom_op(f"lowbit_video_bench::{compute.__name__}", run, mutates_args=())
+    made.register_fake(lambda q, k, v, scale: torch.empty_like(q.transpose(1, 2),
+                                                               memory_format=torch.contiguous_format).transpose(1, 2))
+    return made
+
+
+@_operator
+def flash_2(q, k, v, scale):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return SDPA(q, k, v, scale=scale)
+
+
+@_operator
+def cudnn(q, k, v, scale):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return SDPA(q, k, v, scale=scale)
+
+
+@_operator
+def flash_4(q, k, v, scale):
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale)  # [B, N, H, D]
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+@_operator
+def sage(q, k, v, scale):
+    from sageattention import sageattn
+
+    return sageattn(q, k, v, tensor_layout="HND", sm_scale=scale)
+
+
+@_operator
+def nothing(q, k, v, scale):
+    """As if attention took no time: the queries, copied only if their memory is in another order."""
+    return q.clone() if q.transpose(1, 2).is_contiguous() else q

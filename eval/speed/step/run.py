@@ -1,0 +1,76 @@
+"""`bench step`: the models one after the other, saved after each."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from lowbit_video.files import write_json, write_whole
+
+NEEDS = "`bench step` times diffusers' models on PyTorch"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own."""
+    parser.add_argument("--models", nargs="+", metavar="NAME", default=["cogvideox-2b", "wan2.1-1.3b"],
+                        help="names of eval/speed/step/models.py, or all (default: cogvideox-2b wan2.1-1.3b)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME",
+                        help="pytorch, fa2, cudnn, fa4, sage, none (the ceiling) and precisions; the first is what the others "
+                             "are checked against (default: all of these, int8+fp8 and int8+fp16)")
+    parser.add_argument("--modes", nargs="+", choices=("eager", "blocks", "model"), default=["eager", "blocks"],
+                        help="as it is, repeated blocks compiled, compiled whole (default: eager blocks)")
+    parser.add_argument("--budget-ms", type=float, default=6000.0, metavar="MS",
+                        help="device time of the slowest method's runs; all run equally often (default: 6000)")
+    parser.add_argument("--tiny", action="store_true", help="small models, on a CPU where there is no GPU: a dry run")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), metavar="FOLDER", help="default: outputs/bench")
+    parser.add_argument("--name", default="step", metavar="STEM", help="name of the files written (default: step)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, writes STEM.json, STEM.md and, where matplotlib is installed, STEM.png; 1 where a method failed."""
+    missing = [package for package in ("torch", "diffusers") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(f"{NEEDS}, and {' and '.join(missing)} cannot be imported; pip install torch 'diffusers>=0.42'")
+    import torch
+    from diffusers.utils import logging
+
+    from lowbit_video.pipelines.shared.video_files import check_writable
+
+    from .. import bench
+    from . import measure, methods, models, table
+
+    chosen = list(models.MODELS) if args.models == ["all"] else args.models
+    if unknown := [name for name in chosen if name not in models.MODELS]:
+        raise ValueError(f"no model {unknown[0]!r}; there are {', '.join(models.MODELS)}, or all")
+    wanted = list(dict.fromkeys(args.methods or methods.DEFAULT))
+    methods.check_methods(wanted)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.tiny:
+        raise ValueError("this needs an NVIDIA GPU, and PyTorch has none here; --tiny is a dry run without one")
+    check_writable(args.out / f"{args.name}.json")
+    logging.set_verbosity_error()
+    about = dict(gpu=torch.cuda.get_device_name() if device == "cuda" else "no GPU", tiny=args.tiny, commit=bench.commit(),
+                 versions=bench.package_versions())
+    results: list[dict[str, Any]] = []
+    for name in chosen:
+        print(name, flush=True)
+        results.append({})
+
+        def save(result: dict[str, Any]) -> None:
+            results[-1] = result
+            for row in result["rows"]:
+                row["title"] = methods.title(row["method"])
+            write_json(args.out / f"{args.name}.json", dict(about=about, models=results))
+
+        measure.measure(name, models.MODELS[name], wanted, list(dict.fromkeys(args.modes)), device, args.tiny, args.budget_ms,
+                        lambda text: print(f"  {text}", flush=True), save)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    with write_whole(args.out / f"{args.name}.md") as temporary:
+        temporary.write_text(table.markdown(about, results), encoding="utf-8")
+    print(table.markdown(about, results))
+    if importlib.util.find_spec("matplotlib"):
+        table.plot(about, results, args.out / f"{args.name}.png")
+    print(f"written: {args.out / args.name}.json and beside it")
+    return int(any(result["failed"] for result in results))

@@ -1,0 +1,87 @@
+"""What `bench step` measured, as Markdown and as a plot."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit_video.files import write_whole
+
+MODE_TITLES = {"eager": "eager", "blocks": "blocks compiled", "model": "compiled whole"}
+
+
+def markdown(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each model: methods down, modes across."""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    lines = [f"# One denoising step on {about['gpu']}", "", f"{versions}; commit {about['commit']}.", "",
+             "Random weights at published sizes. Medians in ms, all methods of a model in turns; in brackets the speed-up over "
+             "the fastest exact attention of that column. Attention: its share of the step, quantisation counted, by a step "
+             "without any attention. SQNR: of the eager step beside PyTorch's own attention."]
+    for result in results:
+        modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
+        last = modes[-1] if modes else ""
+        lines += ["", f"## {result['model']}: {result['video_tokens']} tokens, batch {result['batch']}, {result['dtype']}", "",
+                  f"| attention | {' | '.join(MODE_TITLES[mode] for mode in modes)} | attention | peak GiB | SQNR dB |",
+                  "|" + " --- |" * (len(modes) + 4)]
+        for method in dict.fromkeys(row["method"] for row in result["rows"]):
+            found = {row["mode"]: row for row in result["rows"] if row["method"] == method}
+            lines.append(f"| {found[next(iter(found))]['title']} | "
+                         + " | ".join([*(_time(found.get(mode)) for mode in modes), *_others(found, last)]) + " |")
+        lines += [""] * bool(result["left_out"] or result["failed"])
+        lines += [f"Left out: {method}, {reason}." for method, reason in result["left_out"].items()]
+        lines += [f"Failed: {what}: {why}" for what, why in result["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _time(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    faster = f" ({row['speedup_over_exact']:.2f}x)" if row.get("speedup_over_exact") and row["method"] != "none" else ""
+    return f"{row['median_ms']:.1f}{faster}"
+
+
+def _others(found: Mapping[str, Mapping[str, Any]], last: str) -> list[str]:
+    row, eager = found.get(last, {}), found.get("eager", {})
+    share, peak, sqnr = row.get("attention_share"), row.get("peak_gib"), eager.get("sqnr_db")
+    shown = row.get("method") != "none"
+    return ["" if share is None or not shown else f"{share:.0%}", "" if peak is None else f"{peak:.1f}",
+            "" if sqnr is None or not shown else "itself" if sqnr == float("inf") else f"{sqnr:.1f}"]
+
+
+def plot(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Bars of a step's time by method, a panel for each model: what is not attention, then attention; its last mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(results))
+    figure, axes = plt.subplots(-(-len(results) // columns), columns, squeeze=False, layout="constrained",
+                                figsize=(4.6 * columns, 2.6 * -(-len(results) // columns) + 0.4))
+    for axis in list(axes.flat)[len(results):]:
+        axis.set_visible(False)
+    for axis, result in zip(axes.flat, results):
+        mode = result["rows"][-1]["mode"] if result["rows"] else ""
+        rows = [row for row in result["rows"] if row["mode"] == mode]
+        without = next((row["median_ms"] for row in rows if row["method"] == "none"), 0.0)
+        rows = [row for row in rows if row["method"] != "none"]
+        names, low = [row["title"] for row in rows], ["+" in row["method"] for row in rows]
+        if without:
+            axis.barh(names, [without] * len(rows), color="tab:gray", label="all but attention")
+        axis.barh(names, [row["median_ms"] - without for row in rows], left=without,
+                  color=["tab:blue" if ours else "tab:orange" for ours in low])
+        for place, row in enumerate(rows):
+            axis.text(row["median_ms"], place, f" {row['median_ms']:.0f}", va="center", fontsize=7)
+        axis.set_title(f"{result['model']}, {result['video_tokens']} tokens, {MODE_TITLES.get(mode, mode)}", fontsize=9)
+        axis.set_xlim(0, 1.12 * max([row["median_ms"] for row in rows], default=1.0))
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("ms a step", fontsize=8)
+    colours = {"all but attention": "tab:gray", "exact or another library's attention": "tab:orange", "ours": "tab:blue"}
+    figure.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()], list(colours), fontsize=7,
+                  ncols=3, loc="outside lower center")
+    figure.suptitle(f"One denoising step on {about['gpu']}, commit {about['commit']}", fontsize=9)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+    return path
