@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -110,8 +111,14 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
 def _of_method(processor: Any, method: str) -> Any:
     """A copy of a class of its own: by the class a compiled graph of one method is not taken for another's."""
     twin = copy.copy(processor)
-    twin.__class__ = type(f"{type(processor).__name__}_{method}", (type(processor),), {})
+    twin.__class__ = _class_of_method(type(processor), method)
     return twin
+
+
+@functools.cache
+def _class_of_method(kind: type, method: str) -> type:
+    """One for all blocks, which then share a graph."""
+    return type(f"{kind.__name__}_{method}", (kind,), {})
 
 
 def _set_processors(processors: dict[Any, Any]) -> None:
