@@ -66,7 +66,7 @@ def plot(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: P
         without = next((row["median_ms"] for row in rows if row["method"] == "none"), 0.0)
         rows = [row for row in rows if row["method"] != "none"]
         names, low = [row["title"] for row in rows], ["+" in row["method"] for row in rows]
-        if without:
+        if without:  # else the whole step has the colour of its attention
             axis.barh(names, [without] * len(rows), color="tab:gray", label="all but attention")
         axis.barh(names, [row["median_ms"] - without for row in rows], left=without,
                   color=["tab:blue" if ours else "tab:orange" for ours in low])
