@@ -9,7 +9,7 @@ import paddle
 
 from lowbit_video.arguments import number
 
-from .inputs import here
+from .inputs import check_finite, here
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Callback = Callable[[Any, int, int, dict], Mapping | None]
@@ -55,6 +55,8 @@ class Conditions:
                              f"{', '.join(CALLBACK_TENSORS)}; the guidance is set as pipe.guidance_scale")
         changed = {name: here(value, f"{name} returned by callback_on_step_end") for name, value in (returned or {}).items()
                    if value is not given[name]}
+        for name in changed.keys() - {"latents"}:  # as of a call's arguments: latents are looked at when pixels are made
+            check_finite(changed[name], f"{name} returned by callback_on_step_end")
         pipe.guidance_scale = guidance("pipe.guidance_scale", pipe.guidance_scale)
         if pipe.guidance_scale != scale:
             self._set_guidance(pipe.guidance_scale)

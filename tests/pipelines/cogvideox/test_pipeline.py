@@ -10,6 +10,7 @@ import paddle
 import pytest
 
 import lowbit_video
+from lowbit_video.errors import NonFiniteError
 from lowbit_video.hook.processors import LowBitAttnProcessor
 from lowbit_video.pipelines import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, make_random_pipeline
 from lowbit_video.pipelines.cogvideox import pipeline as module
@@ -283,6 +284,8 @@ def test_a_callback_switches_guidance_off(pipe, monkeypatch, dynamic, returns):
     ({"prompt_embeds": np.zeros([1, 16, 12])}, {}, ValueError, r"takes \[2, 16, 12\], the negative ones first"),
     ({"negative_prompt_embeds": np.zeros([2, 16, 12])}, {}, ValueError, r"_embeds \[2, 16, 12\]; .* \[1, 16, 12\]"),
     ({"negative_prompt_embeds": np.zeros([1, 16, 12])}, {"guidance_scale": 1.0}, ValueError, "guidance was left out"),
+    ({"prompt_embeds": np.full([2, 16, 12], np.nan)}, {}, NonFiniteError, "^prompt_embeds returned by .* has 384 NaN or inf"),
+    ({"negative_prompt_embeds": np.full([1, 16, 12], np.inf)}, {}, NonFiniteError, "^negative_prompt_embeds returned by"),
 ])
 @pytest.mark.filterwarnings("ignore:the negative prompt has no effect")
 def test_what_a_callback_cannot_return(pipe, returned, more, error, words):
