@@ -1,7 +1,6 @@
 """Shared by all tests: frameworks as parameters, seeded inputs."""
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import numpy as np
@@ -14,10 +13,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 def pytest_terminal_summary(terminalreporter):
     """Says at the end how many tests were skipped for what, and which command runs them."""
-    lines = skip_lines(terminalreporter.stats.get("skipped", []))
+    lines = [line for part in skip_lines(terminalreporter.stats.get("skipped", [])) for line in part]
     if lines:
         terminalreporter.section("what was skipped")
         terminalreporter.write_line("\n".join(lines))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """A run in which something was skipped for a reason that is not on the list has failed."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and skip_lines(terminal.stats.get("skipped", []))[1]:
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
 LONGEST = (
@@ -39,22 +46,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-def _missing(package: str) -> bool:
-    return importlib.util.find_spec(package) is None
-
-
 @pytest.fixture(params=["paddle", pytest.param("torch", marks=pytest.mark.torch)])
 def framework(request):
     """A small adapter, so that one test body serves Paddle and torch tensors on the CPU."""
-    if _missing(request.param):
-        pytest.skip(f"{request.param} is not installed")
     if request.param == "paddle":
-        import paddle
-
+        paddle = pytest.importorskip("paddle", reason="paddle is not installed")
         return Framework("paddle", lambda a, dtype: paddle.to_tensor(np.ascontiguousarray(a), place="cpu").astype(dtype),
                          lambda t: t.astype("float32").numpy())
-    import torch
-
+    torch = pytest.importorskip("torch", reason="torch is not installed")
     return Framework("torch", lambda a, dtype: torch.from_numpy(np.ascontiguousarray(a)).to(getattr(torch, dtype)),
                      lambda t: t.float().numpy())
 

@@ -18,6 +18,7 @@ from lowbit_video.kernels.buffers import Buffer
 
 from ptx_in_numpy import run_ptx
 
+WARP = 32  # threads
 DTYPES = {"float8e4nv": ml_dtypes.float8_e4m3fn, "bfloat16": ml_dtypes.bfloat16,
           **{name: getattr(np, name) for name in ("float16", "float32", "int8", "int16", "int32", "int64")}}
 
@@ -139,8 +140,14 @@ class Pointer:
 
 
 def _by_thread(x: np.ndarray, count: int) -> np.ndarray:
-    """[.., count]: the registers of each thread. [64, n, 4] is what `split_scores` makes of scores: a thread has two rows, 8
-    apart, which is told by a register's lowest bit."""
+    """[threads, count]: the registers of each thread, warp by warp.
+
+    A thread has two rows, 8 apart. Of an accumulator [64, D] the lowest bit of a register's number tells the column and the
+    next one the row; of [64, n, 4], which is what `split_scores` makes of scores, the lowest bit tells the row.
+    """
+    if x.ndim == 2:
+        rows, columns = x.shape
+        return x.reshape(rows // 16, 2, 8, columns // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5).reshape(-1, count)
     if x.ndim != 3:
         return x.reshape(-1, count)
     rows, columns, lanes = x.shape
@@ -148,6 +155,9 @@ def _by_thread(x: np.ndarray, count: int) -> np.ndarray:
 
 
 def _of_threads(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if len(shape) == 2:
+        rows, columns = shape
+        return x.reshape(rows // 16, 8, 4, columns // 8, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(shape)
     if len(shape) != 3:
         return x.reshape(shape)
     rows, columns, lanes = shape
@@ -155,14 +165,17 @@ def _of_threads(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _inline_asm(text: Any, constraints: Any, given: list, dtype: Any, is_pure: bool, pack: int) -> Tensor:
-    """As Triton numbers them: `pack` results, then `pack` registers of each operand."""
+    """As Triton numbers them: `pack` results, then `pack` registers of each operand. A text that votes runs warp by warp."""
     given = np.broadcast_arrays(*given)
     shape, parts = given[0].shape, [_by_thread(x, pack) for x in given]
-    registers = {f"${pack * (1 + j) + i}": part[:, i].copy() for j, part in enumerate(parts) for i in range(pack)}
     assert len(_plain(constraints).split(",")) == pack * (1 + len(given))
-    run_ptx(_plain(text), registers)
-    made = np.stack([np.asarray(registers[f"${i}"]) for i in range(pack)], -1)
-    return _of_threads(made, shape).astype(np.uint32 if dtype == np.int32 else dtype).view(dtype).view(Tensor)
+    made = []
+    for warp in np.split(np.arange(len(parts[0])), len(parts[0]) // WARP if "vote" in _plain(text) else 1):
+        registers = {f"${pack * (1 + j) + i}": part[warp, i] for j, part in enumerate(parts) for i in range(pack)}
+        run_ptx(_plain(text), registers)
+        made.append(np.stack([np.asarray(registers[f"${i}"]) for i in range(pack)], -1))
+    whole = _of_threads(np.concatenate(made), shape)
+    return whole.astype(np.uint32 if dtype == np.int32 else dtype).view(dtype).view(Tensor)
 
 
 def _plain(value: Any) -> Any:

@@ -174,12 +174,12 @@ def test_a_run_that_depends_on_the_one_before_it_biases_neither_call(monkeypatch
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_sampled_reference_is_softmax_attention(framework, causal):
-    arrays = qkv(batch=2, heads=4, kv_heads=2, q_len=300, kv_len=280)
+    arrays = qkv(batch=2, heads=6, kv_heads=3, q_len=300, kv_len=280)
     q, k, v = (framework.tensor(a.transpose(0, 2, 1, 3)) for a in arrays)
     runtime = detect.runtime_of(q)
     sampled = accuracy.reference(runtime, q, k, v, scale=0.125, causal=causal)
     wanted, wanted_lse = naive_attention(*arrays, causal=causal)
-    assert sampled.heads == ((0, 0), (1, 3)) and len(sampled.rows) == 160 and sampled.rows[0] == 0 and sampled.rows[-1] == 299
+    assert sampled.heads == ((0, 0), (1, 5)) and len(sampled.rows) == 160 and sampled.rows[0] == 0 and sampled.rows[-1] == 299
     for (b, h), values in zip(sampled.heads, sampled.values):
         np.testing.assert_allclose(values, wanted[b, sampled.rows, h], atol=2e-5)
     out = framework.tensor(wanted.transpose(0, 2, 1, 3))
@@ -187,8 +187,8 @@ def test_sampled_reference_is_softmax_attention(framework, causal):
     assert accuracy.errors(runtime, out * 1.01, sampled)[0] == pytest.approx(0.01, rel=1e-2)
     assert np.isnan(accuracy.errors(runtime, out * float("nan"), sampled)[0])
     h = [a.transpose(0, 2, 1, 3) for a in arrays]
-    _, lse = accuracy.softmax_rows(h[0][1, 3], h[1][1, 1], h[2][1, 1], np.arange(300), 300, 0.125, causal)
-    np.testing.assert_allclose(lse, wanted_lse[1, 3], atol=1e-4)
+    _, lse = accuracy.softmax_rows(h[0][1, 5], h[1][1, 2], h[2][1, 2], np.arange(300), 300, 0.125, causal)
+    np.testing.assert_allclose(lse, wanted_lse[1, 5], atol=1e-4)
 
 
 def test_sqnr_is_in_decibel():

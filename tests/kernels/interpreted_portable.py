@@ -223,6 +223,15 @@ def test_codes(shape, format, block):
         assert error.max() <= half_step
 
 
+@pytest.mark.parametrize("format", QK_FORMATS)
+def test_rows_past_the_end_do_not_count_in_the_last_blocks_scale(format):
+    """They would be as large as the mean that is subtracted."""
+    x = (draw(3, 1, 1, 130, 64, dtype=np.float32) + 50).astype(np.float32)
+    mean = reference.token_mean(x)
+    *_, scale = quantise(x, format, 128, mean=buffer(mean))
+    np.testing.assert_allclose(scale, reference.quantize_rows(x, format, 128, mean)[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_corrections_of_smoothing(format):
     q, k, _ = draw_qkv((2, 4, 70, 64), (2, 2, 70, 64))
@@ -230,7 +239,7 @@ def test_corrections_of_smoothing(format):
     shift, bias = poisoned((2, 4, 70)), poisoned((2, 4, 70))
     quantise(q, format, None, mean=buffer(q_mean), lse_shift=buffer(shift), k_mean=buffer(k_mean), sm_scale=0.125,
              group=2)
-    quantise(k, format, None, mean=buffer(k_mean), bias=buffer(bias), q_mean=buffer(q_mean), group=2)
+    quantise(k, format, None, mean=buffer(k_mean), bias=buffer(bias), q_mean=buffer(q_mean), sm_scale=0.125, group=2)
     q32, k32 = q.astype(np.float32), k.astype(np.float32)
     np.testing.assert_allclose(shift, 0.125 * np.einsum("bhnd,bhd->bhn", q32, k_mean.repeat(2, axis=1)), atol=1e-4)
     np.testing.assert_allclose(bias, reference.score_bias(q_mean, k32, k_mean), atol=1e-4)

@@ -119,6 +119,20 @@ def test_what_configurations_choose_moves_no_value(change, monkeypatch):
     assert_close(attend(monkeypatch, *given, pv="float16", config=config), oracle(*given, pv="float16", config=config))
 
 
+@pytest.mark.parametrize("rises", [(0, 0), (7, 0), (12, 0), (30, 0), (5, 5), (7, 12), (100, 0)], ids=str)
+@pytest.mark.parametrize("row", [0, 9, 63], ids=str)
+def test_a_row_whose_maximum_rises_from_tile_to_tile(row, rises, monkeypatch):
+    """By powers of two; of a warp's rows it is one alone, whose maximum may stay short by 2**8 and no more."""
+    config = CONFIGS[64, False]
+    assert config.lazy
+    q, k, v = draw(1, 1, 1, 64, 3 * config.block_n, 64)
+    q[..., 0], k[..., 0] = 0, 0
+    q[:, :, row, 0] = 8
+    for tile, rise in ((1, rises[0]), (0, sum(rises))):  # tiles are visited from the last to the first
+        k[:, :, tile * config.block_n:(tile + 1) * config.block_n, 0] = rise / (8 * 64**-0.5 * np.log2(np.e))
+    assert_close(attend(monkeypatch, q, k, v, pv="float16"), oracle(q, k, v, pv="float16"))
+
+
 def test_output_in_16_bits(monkeypatch):
     given = draw(1, 1, 1, 70, 140, 64)
     out, lse = attend(monkeypatch, *given, out_dtype=ml_dtypes.bfloat16)

@@ -98,7 +98,8 @@ MUTANTS = [
             "tests/eval/metrics/test_metric_goldens.py::test_frechet_distance_agrees_with_a_matrix_square_root",
             ("- 2 * cross", "- cross"), ("np.sqrt(len(a) - 1)", "np.sqrt(len(a))")),
     *faults("eval/speed/accuracy.py", BENCH + "test_sampled_reference_is_softmax_attention",
-            ("rows[:, None] + (k.shape[0] - q_len)", "rows[:, None]")),
+            ("rows[:, None] + (k.shape[0] - q_len)", "rows[:, None]"), ("v[b, h // group]", "v[b, h % group]"),
+            ("k[b, h // group]", "k[b, h % group]")),
     *faults("setup.py", "tests/packaging/test_wheel.py::test_what_the_report_is_made_from_is_in",
             ('"lowbit_video.eval.report.assets": ["*"]', '"lowbit_video.eval.report.assets": ["*.html"]')),
 ]

@@ -129,7 +129,7 @@ MUTANTS = [
     *faults("lowbit_video/distributed/pieces.py", "tests/lowbit_video/distributed/test_pieces.py",
             ("count = heads - begin if number == len(best) - 1", "count = each * size if number == len(best) - 1"),
             ("size * -(-each * rows // processors)", "size * (each * rows // processors)"), ("BESIDE = 2.0", "BESIDE = 0.0")),
-    *faults("lowbit_video/distributed/ring.py", RING + "test_low_bit",
+    *faults("lowbit_video/distributed/ring.py", RING + "test_dtypes_and_no_lse",
             ("not whole_lse, tokens_first)", "whole_lse, tokens_first)")),
     *faults("lowbit_video/distributed/ring.py", RING + "test_bytes_by_hand",
             ("values = [2 * 2 *", "values = [2 *")),

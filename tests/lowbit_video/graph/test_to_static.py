@@ -1,4 +1,6 @@
 """Attention under paddle.jit.to_static: one operator in the graph, the same result, calls still counted."""
+import types
+
 import numpy as np
 import pytest
 
@@ -17,11 +19,18 @@ INNARDS = {"pd_op.softmax", "pd_op.flash_attn", "pd_op.scaled_dot_product_attent
 
 
 @pytest.fixture(autouse=True)
-def as_many_graphs_as_there_are_tests():
-    """SOT keeps 20 graphs a function and then runs it eagerly; these tests compile `attention` again and again."""
-    from paddle.jit.sot.opcode_translator.executor.executor_cache import OpcodeExecutorCache
+def as_many_graphs_as_there_are_tests(monkeypatch):
+    """SOT keeps 20 graphs a function and then runs it eagerly; these tests compile `attention` again and again.
 
-    OpcodeExecutorCache().clear()
+    What it does beside takes more than half of the time, the more so the more modules are loaded, and is left out: for a log
+    that is off it writes out the stack before every instruction, `sys.modules` with it, and it collects garbage after a trace.
+    """
+    from paddle.jit.sot.opcode_translator.executor import executor_cache
+    from paddle.jit.sot.opcode_translator.executor.variable_stack import VariableStack
+
+    executor_cache.OpcodeExecutorCache().clear()
+    monkeypatch.setattr(VariableStack, "__repr__", lambda stack: "")
+    monkeypatch.setattr(executor_cache, "gc", types.SimpleNamespace(collect=lambda: None))
 
 
 def run(model, given):

@@ -1,5 +1,6 @@
 """The whole pipeline against videos of diffusers, its options, and what it says to bad input."""
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -333,6 +334,7 @@ def test_progress_bars(pipe, capfd):
 def test_dynamic_guidance_is_the_published_one():
     assert module.dynamic_guidance(6.0, 0, 50) == pytest.approx(7.0)  # (1 - cos(pi)) / 2 is 1
     assert module.dynamic_guidance(6.0, 50, 50) == pytest.approx(1.0)
+    assert module.dynamic_guidance(6.0, 10, 50) == pytest.approx(1 + 6 * math.sin(math.pi * 0.8**5 / 2) ** 2)
 
 
 def test_long_prompt_is_cut_with_a_warning(pipe):
