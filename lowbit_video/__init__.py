@@ -10,6 +10,7 @@ Importing this package imports NumPy, but no framework and no Triton, and asks n
 """
 from .api import attention, attention_varlen
 from .codes import attention_of_codes, prequantize
+from .distributed.context_parallel import cp_plan
 from .distributed.parallelize import parallelize, unparallelize
 from .engine.codes import AttentionCodes
 from .errors import NonFiniteError, UnsupportedError
@@ -24,6 +25,6 @@ from .warming import warmup
 
 __version__ = "0.1.0"
 __all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized",
-           "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "declare_attention",
-           "dequantize", "parallelize", "prequantize", "quantize", "register_diffusers", "remove", "unparallelize",
-           "unregister_diffusers", "warmup"]
+           "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "cp_plan",
+           "declare_attention", "dequantize", "parallelize", "prequantize", "quantize", "register_diffusers", "remove",
+           "unparallelize", "unregister_diffusers", "warmup"]

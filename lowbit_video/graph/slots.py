@@ -26,7 +26,8 @@ class Slot:
     runtime: of the module's tensors. frame: of the module's protocol (`hook/frames`). run: `run(module, q, k, v, mask=None)`,
     eagerly, by the processor that the module has then. operator, key: `operator(attn, q, k, v, mask, key)` stands for the
     attention in a graph that is being traced, which finds this slot by its key. around: None, or what is wrapped around the
-    attention of whatever processor the module has (`Attend -> Attend`, as sequence parallel is).
+    attention of whatever processor the module has (`Attend -> Attend`, as sequence parallel is). shared_by: None, or what makes
+    that of diffusers' parallel config (`distributed/context_parallel.py`).
     """
 
     def __init__(self, attn: Any, like: Any, frame: Callable, run: Callable) -> None:
@@ -35,6 +36,7 @@ class Slot:
         self.names = tuple(p.name for p in takes if p.kind is not p.VAR_KEYWORD)
         self.any_name = len(self.names) < len(takes)
         self.around: Callable[[Any], Any] | None = None
+        self.shared_by: Callable[[Any], Callable[[Any], Any]] | None = None
         self._module, self._run = weakref.ref(attn), run
         operators = paddle_ops() if self.runtime.NAME == "paddle" else torch_ops()
         self.operator, self.key = operators.attention_of_module, operators.key_of(register(self))

@@ -85,8 +85,7 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     then.
     """
     model = transformer_of(model_or_pipe)
-    if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
-        raise UnsupportedError(NO_CONTEXT_PARALLEL)
+    _check_whole(model)
     targets = attention_modules(model)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
@@ -138,13 +137,22 @@ def remove(model_or_pipe: Any) -> bool:
     """Take back the latest `apply`: every module has again the very processor it had before.
 
     Nested applies come off one at a time; those of a copied model (copy.deepcopy) are its own. returns: whether there was
-    something to take back.
+    something to take back. Raises UnsupportedError for a model whose tokens diffusers' `enable_parallelism` cut: what was there
+    before does not exchange them.
     """
-    stack = getattr(transformer_of(model_or_pipe), "lowbit_applied", None)
+    model = transformer_of(model_or_pipe)
+    stack = getattr(model, "lowbit_applied", None)
     if not stack:
         return False
+    _check_whole(model)
     stack.pop()._restore()
     return True
+
+
+def _check_whole(model: Any) -> None:
+    """Raises UnsupportedError where diffusers cuts the model's tokens among ranks."""
+    if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
+        raise UnsupportedError(NO_CONTEXT_PARALLEL)
 
 
 def _own_of(module: Any) -> Any:

@@ -19,8 +19,9 @@ from .report import Record, Records
 _active = threading.local()
 
 NO_CONTEXT_PARALLEL = ("diffusers' enable_parallelism cuts the tokens among ranks and leaves it to the processors to exchange "
-                       "them, which those of lowbit_video do for lowbit_video.parallelize(pipe) alone: call that in its place "
-                       "(it shares CogVideoX's tokens and guidance, docs/parallel.md)")
+                       "them, which those of lowbit_video do for CogVideoX alone: apply first, then call "
+                       "lowbit_video.parallelize(pipe) in its place (docs/parallel.md), or "
+                       "model.enable_parallelism(config=..., cp_plan=lowbit_video.cp_plan(model))")
 
 
 class AttnProcessor:
@@ -71,7 +72,12 @@ class AttnProcessor:
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
-        raise UnsupportedError(NO_CONTEXT_PARALLEL)
+        slots = [getattr(module, "attention_slot", None) for module in live_modules()
+                 if module.__dict__.get("processor") is self]
+        if any(slot is None or slot.shared_by is None for slot in slots):
+            raise UnsupportedError(NO_CONTEXT_PARALLEL)
+        for slot in slots:
+            slot.around = slot.around or slot.shared_by(config)
 
     def attention_of(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of a graph that is traced."""

@@ -240,13 +240,15 @@ def calls_of_a_forward(model, given):
     return [after - count for after, count in zip(calls(model), before)]
 
 
-def test_diffusers_own_context_parallelism_is_refused_with_what_to_call_in_its_place(monkeypatch):
+def test_diffusers_own_context_parallelism_without_our_plan_is_refused_with_what_to_call(monkeypatch):
     model, _ = diffusers_models.make("cogvideox")
     config = types.SimpleNamespace(context_parallel_config=object(), tensor_parallel_config=None)
     monkeypatch.setattr(type(model), "_resolve_parallel_config", lambda self, given: config)  # that needs several ranks
     with lv.apply(model, "int8+fp16"):
-        with pytest.raises(lv.UnsupportedError, match=r"lowbit_video.parallelize\(pipe\) alone"):
+        with pytest.raises(lv.UnsupportedError, match=r"lowbit_video.parallelize\(pipe\) in its place.*lowbit_video.cp_plan"):
             model.enable_parallelism(config=config, cp_plan={})
-    model._parallel_config = config
-    with pytest.raises(lv.UnsupportedError, match=r"lowbit_video.parallelize\(pipe\) alone"):
-        lv.apply(model, "int8+fp16")
+        model._parallel_config = config
+        for late in (lambda: lv.apply(model, "int8+fp16"), lambda: lv.remove(model)):
+            with pytest.raises(lv.UnsupportedError, match="apply first, then"):
+                late()
+        model._parallel_config = None
