@@ -91,6 +91,9 @@ TABLE: dict[tuple[str, tuple[int, int], int], TileConfig] = {
     ("int8+fp16", (10, 0), 128): TileConfig(128, 128, 8, 2),
     ("int8+fp8", (10, 0), 64): TileConfig(64, 128, 4, 3),
     ("int8+fp8", (10, 0), 128): TileConfig(64, 128, 4, 2),
+    # Triton 3.8 and 3.9 refuse the layout that they give K unpacked from int2, for tcgen05, in a larger tile
+    ("int2+fp16", (10, 0), 64): TileConfig(64, 64, 4, 3),
+    ("int2+fp8", (10, 0), 64): TileConfig(64, 64, 4, 3),
     ("fp16", (10, 0), 64): TileConfig(128, 128, 8, 2),
     ("fp16", (10, 0), 128): TileConfig(128, 128, 8, 2),
     # sm_120 has TMA but sm_89's shared memory and mma.sync
