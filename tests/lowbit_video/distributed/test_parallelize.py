@@ -1,7 +1,9 @@
 """One video on several ranks: the same as on one, whatever is shared; what cannot be shared is refused by name."""
 import copy
+import importlib
 import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from lowbit_video import (  # noqa: E402
     unparallelize,
 )
 from lowbit_video.app.ranks import describe  # noqa: E402
+from lowbit_video.distributed.mesh import Degrees, Mesh  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline  # noqa: E402
 from lowbit_video.runtime import paddle_runtime  # noqa: E402
 from ranks import run_threads  # noqa: E402
@@ -255,6 +258,28 @@ def test_a_copy_of_a_shared_model_computes_alone(folders):
             return np.abs(copy.deepcopy(pipe.transformer)(*given).numpy() - wanted).max() if wire.rank == 0 else 0.0
 
     assert run_threads(2, work) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("degrees", [(2, 3), (3, 2), (6, 1), (1, 6)], ids=str)
+def test_each_wrapper_gets_the_choices_its_group_and_the_shares_of_that(degrees, monkeypatch):
+    """Ulysses' ranks are neighbours, of which the ring has every n-th; a part of the keys is what neighbours have together."""
+    module = importlib.import_module("lowbit_video.distributed.parallelize")
+    heads_by, ring_of = degrees
+    for name in ("ulysses", "ring"):
+        monkeypatch.setattr(module, name, lambda *given, name=name: (name, *given))
+    shares = [10, 11, 12, 13, 14, 15]
+    for rank in range(6):
+        wire = SimpleNamespace(rank=rank, size=6)
+        mesh = Mesh(wire, Degrees(ulysses=heads_by, ring=ring_of))
+        wanted, first = "attend", rank // heads_by * heads_by
+        if ring_of > 1:
+            parts = [sum(shares[begin:begin + heads_by]) for begin in range(0, 6, heads_by)]
+            wanted = ("ring", wanted, mesh.ring, "int8", parts)
+            assert mesh.ring.ranks == tuple(range(rank % heads_by, 6, heads_by))
+        if heads_by > 1:
+            wanted = ("ulysses", wanted, mesh.ulysses, "int8", "int4", shares[first:first + heads_by])
+            assert mesh.ulysses.ranks == tuple(range(first, first + heads_by))
+        assert module._around(mesh, SimpleNamespace(shares=shares), "int8", "int4")("attend") == wanted
 
 
 class Alone:

@@ -8,7 +8,9 @@ from paddle import nn  # noqa: E402
 import lowbit_video as lv  # noqa: E402
 from lowbit_video.hook import frames  # noqa: E402
 from lowbit_video.hook.frames.owners import owner_of  # noqa: E402
+from lowbit_video.hook.frames.rotary import rotated  # noqa: E402
 from lowbit_video.hook.report import attention_modules  # noqa: E402
+from lowbit_video.runtime import paddle_runtime  # noqa: E402
 
 import toy_model  # noqa: E402
 
@@ -133,6 +135,18 @@ def test_what_cannot_be_declared_is_said():
         lv.declare_attention(toy_model.Attention())
     with pytest.raises(ValueError, match="unknown frame 'no such'; there are: cogvideox, one_stream, own, two_streams, wan"):
         lv.declare_attention(toy_model.Attention, frame="no such")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rotary_positions_keep_the_dtype(dtype):
+    given = toy_model.inputs(video_tokens=6)
+    x = paddle.randn([1, 6, 2, 32]).astype(dtype)
+    out = rotated(paddle_runtime, x, given["rotary"])
+    pairs = x.astype("float32").numpy().reshape(1, 6, 2, 16, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (given["rotary"][0] + 1j * given["rotary"][1]).numpy()[None, :, None, ::2]
+    wanted = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+    assert out.dtype == x.dtype
+    np.testing.assert_allclose(out.astype("float32").numpy(), wanted, atol={"float32": 1e-5, "float16": 4e-3}.get(dtype, 0.03))
 
 
 # name of the model in diffusers: (arguments of a tiny one, the class that is named)

@@ -207,6 +207,17 @@ def test_bad_configuration(change, words):
         CogVideoXTransformer3DModel(**{**config, **change})
 
 
+@pytest.mark.parametrize("theta", [100.0, 10000.0])
+def test_rotary_angles_by_hand(theta):
+    """A quarter of the head dim turns with the frame, three eighths each with row and column, at theta's frequencies."""
+    cos, sin = get_3d_rotary_pos_embed(32, None, (3, 4), 2, theta=theta, grid_type="slice", max_size=(3, 4))
+    frame, row, column = 1, 2, 3
+    angles = [place / theta ** (2 * i / dim) for place, dim in ((frame, 8), (row, 12), (column, 12)) for i in range(dim // 2)]
+    at = (frame * 3 + row) * 4 + column
+    np.testing.assert_allclose(cos.numpy()[at], np.cos(np.repeat(angles, 2)), atol=1e-6)
+    np.testing.assert_allclose(sin.numpy()[at], np.sin(np.repeat(angles, 2)), atol=1e-6)
+
+
 def test_rotary_errors():
     with pytest.raises(ValueError, match="larger than the 4 x 6"):
         get_3d_rotary_pos_embed(16, None, (5, 6), 2, grid_type="slice", max_size=(4, 6))

@@ -29,9 +29,10 @@ def test_round_trip(tmp_path, frames, height, width, fps):
     assert abs(got / 255.0 - source).mean() < 0.02
 
 
-def test_odd_sides(tmp_path):
-    got, _ = read_video(export_to_video(video(3, 33, 47), tmp_path / "a.mp4"))
-    assert got.shape == (3, 33, 47, 3)
+@pytest.mark.parametrize("height, width", [(33, 47), (32, 47), (33, 48)])
+def test_odd_sides(tmp_path, height, width):
+    got, _ = read_video(export_to_video(video(3, height, width), tmp_path / "a.mp4"))
+    assert got.shape == (3, height, width, 3)
 
 
 def test_uint8_and_lists_are_taken(tmp_path):
