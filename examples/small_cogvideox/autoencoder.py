@@ -159,7 +159,7 @@ def train_vae(run: Run) -> None:
     pool.device = run.device
     small, large = (4, 2) if args.tiny else (args.vae_batch, args.vae_batch // 4)
     short, long = 9, 17
-    smaller = max(phase.shrink for phase in curriculum(args.curriculum, run.sizes.latent_frames))
+    smaller = sorted({p.shrink for p in curriculum(args.curriculum, run.sizes.latent_frames) if p.shrink > 1}) or [1]
     torch.backends.cudnn.benchmark = True
     layout = fastest_layout(run, vae, pool, rng, small, short)
     start = saved = shown = time.time()
@@ -180,9 +180,9 @@ def train_vae(run: Run) -> None:
         for group in optimiser.param_groups:
             group["lr"] = lr
         try:
-            shrink = smaller if step % 2 else 1  # half of the clips are as small as those that training begins with
-            video, mask = vae_batch(run, pool, rng, (large if whole else small) * (shrink**2 if whole else 1),
-                                    long if whole else short, whole or shrink > 1, shrink)
+            shrink = smaller[step // 2 % len(smaller)] if step % 2 else 1  # every second step as small as training's clips
+            clips = large * shrink**2 if whole else max(1, small * shrink**2 // 4) if shrink > 1 else small
+            video, mask = vae_batch(run, pool, rng, clips, long if whole else short, whole or shrink > 1, shrink)
             with run.vae_autocast():
                 loss, square = vae_loss(vae, video.contiguous(memory_format=layout), mask, args.kl_weight)
             loss.backward()
@@ -229,7 +229,7 @@ def train_vae(run: Run) -> None:
         latents = torch.cat(parts)
     spread = latents.std((0, 2, 3, 4)).clamp_min(0.05)
     rescale_latents(vae, spread)
-    psnr, seen = reconstruct(run, vae, 48 if run.sizes.world == "shapes" else 24)
+    psnr, seen = reconstruct(run, vae, 4 if args.tiny else 48 if run.sizes.world == "shapes" else 24)
     log.say(f"vae done after {step} steps: held-out clips {psnr:.2f} dB, {percent(seen)}; latent spread was "
             f"{spread.min():.3f}..{spread.max():.3f}")
     log.row("vae", step, total / 60, held_out_psnr_db=psnr, **{f"held_out_{part}": share for part, share in seen.items()})

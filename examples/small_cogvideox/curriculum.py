@@ -37,10 +37,10 @@ def curriculum(text: str, latent_frames: int) -> list[Phase]:
     if not wellformed:
         raise ValueError(f"--curriculum {text!r}: write FRAMES:SHARE,FRAMES:SHARE such as 1:0.3,{latent_frames}:0.7; FRAMES/2 "
                          "for clips of half the height and width, FRAMES:SHARE:BATCH for so many a step")
-    if any(share <= 0 or batch < 0 or shrink not in (1, 2) or not 1 <= frames <= latent_frames
+    if any(share <= 0 or batch < 0 or shrink not in (1, 2, 4) or not 1 <= frames <= latent_frames
            for frames, share, shrink, batch in phases) or phases[-1][0] != latent_frames or phases[-1][2] != 1:
-        raise ValueError(f"--curriculum {text!r}: shares are positive, frames are 1 to {latent_frames}, divided by 1 or 2, and "
-                         f"{latent_frames} come last, since the model is used on whole clips")
+        raise ValueError(f"--curriculum {text!r}: shares are positive, frames are 1 to {latent_frames}, divided by 1, 2 or 4, "
+                         f"and {latent_frames} come last, since the model is used on whole clips")
     ends = np.cumsum([share for _, share, _, _ in phases]) / sum(share for _, share, _, _ in phases)
     return [Phase(frames, float(end), shrink, batch) for (frames, _, shrink, batch), end in zip(phases, ends)]
 

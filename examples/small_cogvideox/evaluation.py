@@ -98,7 +98,7 @@ def evaluate(run: Run) -> None:
     figures = shares(verdicts)
     log.say(f"TEST, {test} held-out captions, {generation['num_inference_steps']} steps, guidance {best:g}: {percent(figures)}")
     log.say(f"of one shape: {colour_pairs(verdicts)}")
-    psnr, seen = reconstruct(run, pipe.vae.float(), 8 if args.tiny else 96 if run.sizes.world == "shapes" else 24)
+    psnr, seen = reconstruct(run, pipe.vae.float(), 4 if args.tiny else 96 if run.sizes.world == "shapes" else 24)
     log.say(f"vae as saved: {psnr:.2f} dB on held-out clips, {percent(seen)}; evaluation took {time.time() - started:.0f} s")
     if not args.tiny:
         write_generation(folder, generation)

@@ -55,8 +55,8 @@ def planned(run: Run, shrink: int) -> list[tuple]:
 
 
 def share_of_clips(run: Run, shrink: int = 1) -> int:
-    """How many of the clips of one size a process plans: a quarter of `--clips` where there are smaller ones too."""
-    return -(-run.args.clips // run.ranks) // (4 if shrink < shrinks_of(run)[0] else 1)
+    """How many of the clips of one size a process plans: all of `--clips` of the smallest, half as many of twice the height."""
+    return -(-run.args.clips // run.ranks) * shrink // shrinks_of(run)[0]
 
 
 def files_of(run: Run, shrink: int) -> list[Path]:

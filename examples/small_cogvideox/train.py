@@ -33,10 +33,11 @@ from words import train_words, word_sets
 
 STAGES = ("vae", "latents", "words", "diffusion", "evaluate")
 # What the long configuration does otherwise than the small one unless told: a tenth of the clips, each of which is twelve times
-# as large; single frames and whole clips of half the size first.
+# as large; single frames first, then whole clips of a quarter and half the height.
 LONG_DEFAULTS = dict(
-    curriculum="1/2:0.08:256,{most}/2:0.52:64,{most}:0.4:8", clips=12_000, batch=8, refresh_clips=8, latent_seconds=100.0,
-    vae_batch=8, vae_lr=8e-4, words_seconds=40.0, warmup=150)
+    curriculum="1/4:0.06:512,{most}/4:0.3:192,{most}/2:0.3:64,{most}:0.34:8", clips=24_000, batch=8, refresh_clips=8,
+    latent_seconds=60.0, vae_batch=8, vae_lr=8e-4, words_seconds=40.0, warmup=150)
+LONG_TINY_CURRICULUM = "1/2:0.2,{most}/2:0.4,{most}:0.4"  # a quarter of a toy's height is no whole number of patches
 
 
 def arguments(argv=None):
@@ -54,12 +55,13 @@ def arguments(argv=None):
     parser.add_argument("--init-parts", default="vae,transformer", help="what to take from it, of vae, transformer, "
                         "text_encoder; the rest is trained from nothing (default: %(default)s)")
     parser.add_argument("--curriculum", help="latent frames and shares of the diffusion time, the last of them a whole clip's "
-                        "(default: 1:0.13,9:0.87); 9/2 are clips of half the height and width, 9:0.5:64 takes 64 clips a step")
+                        "(default: 1:0.13,9:0.87); 9/2 are clips of half the height and width, 9/4 of a quarter; 9:0.5:64 "
+                        "takes 64 clips a step")
     parser.add_argument("--text-rate", type=float, default=0.0, help="the text encoder's learning rate beside the transformer, "
                         "as a share of --lr (0: it stays as the words stage left it)")
     parser.add_argument("--refresh-every", type=int, default=20, help="steps after which new clips are encoded (0: never)")
     parser.add_argument("--refresh-clips", type=int, default=32, help="how many each time; four times as many "
-                        "single frames, twice as many of half the size")
+                        "single frames, and twice as many of half the size")
     parser.add_argument("--unfinished", action="store_true",
                         help="more runs follow: the learning rate falls over all of --diffusion-minutes, not this run's share")
     parser.add_argument("--words-seconds", type=float, default=14.0, help="of the text encoder alone (0: none)")
@@ -99,6 +101,8 @@ def arguments(argv=None):
         parser.error(f"unknown --init-parts {sorted(unknown)}; there are vae, transformer, text_encoder")
     if args.words_seconds <= 0 and args.text_rate <= 0 and "text_encoder" not in args.init_parts:
         parser.error("--words-seconds 0 leaves the text encoder untrained: give --text-rate, say 0.1")
+    if args.tiny and args.curriculum == LONG_DEFAULTS["curriculum"]:
+        args.curriculum = LONG_TINY_CURRICULUM
     most = CONFIGURATIONS[args.config][args.tiny].latent_frames
     args.curriculum = (args.curriculum or "1:0.13,{most}:0.87").replace("{most}", str(most))
     try:

@@ -112,7 +112,7 @@ def test_words_stage_puts_meaning_into_the_encoder(small, tmp_path):
     held, wanted = (torch.from_numpy(part) for part in words.caption_set(tokens, 200, 2, held=True))
     torch.manual_seed(0)
     encoder = build_text_encoder(TINY, len(tokens))
-    heads, steps = words.teach(encoder, ids, labels, seconds=60, batch=32, autocast=nullcontext, lr=5e-3, most_steps=150)
+    heads, steps = words.teach(encoder, ids, labels, seconds=600, batch=32, autocast=nullcontext, lr=5e-3, most_steps=150)
     found = dict(zip(parts.names, words.accuracy(encoder, heads, held, wanted, nullcontext).T))
     assert steps == 150
     assert found["pair"][1] > 0.9 and found["texture"][1] > 0.8  # read from picked tokens; chance: 0.5, 0.25

@@ -245,9 +245,9 @@ def test_the_long_configuration_runs_every_stage_and_goes_on(code, tmp_path, cap
         assert phase in said
     assert "check failed" not in said and "no more fresh clips" not in said and "clips of 5 latent frames" in said
     state = tmp_path / "a"
-    small, whole = np.load(state / "latents-2.npy"), np.load(state / "latents.npy")
+    small, whole = np.load(state / "latents-2.npy"), np.load(state / "latents.npy")  # half as many
     sizes = code.models.TINY_LONG
-    assert whole.shape == (8, *sizes.latent_shape) and small.shape == (32, 5, 4, 6, 8)
+    assert whole.shape == (16, *sizes.latent_shape) and small.shape == (32, 5, 4, 6, 8)
     assert np.load(state / "ids-2.npy").shape == (32, code.latents.WORDINGS, 64)
     config = json.loads((state / "model" / "transformer" / "config.json").read_text())
     assert config["use_rotary_positional_embeddings"] and config["max_text_seq_length"] == 64
