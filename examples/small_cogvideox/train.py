@@ -36,7 +36,7 @@ STAGES = ("vae", "latents", "words", "diffusion", "evaluate")
 # as large; single frames first, then whole clips of a quarter and half the height.
 LONG_DEFAULTS = dict(
     curriculum="1/4:0.06:512,{most}/4:0.3:192,{most}/2:0.3:64,{most}:0.34:8", clips=24_000, batch=8, refresh_clips=8,
-    latent_seconds=60.0, vae_batch=8, vae_lr=8e-4, words_seconds=40.0, warmup=150)
+    latent_seconds=60.0, vae_batch=4, vae_lr=8e-4, words_seconds=40.0, warmup=150)
 LONG_TINY_CURRICULUM = "1/2:0.2,{most}/2:0.4,{most}:0.4"  # a quarter of a toy's height is no whole number of patches
 
 
