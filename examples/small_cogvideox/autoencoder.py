@@ -14,7 +14,7 @@ from run import Run, save_state
 from sampling import percent, shares
 
 TRAIN_SEED, CHECK_SEED = 1000, 2000
-VAE_CLIPS = 8000
+VAE_CLIPS = {"shapes": 8000, "scenes": 2000}  # the long world's plans take longer
 
 
 def vae_batch(run: Run, pool: ClipPool, rng, batch: int, frames: int, whole: bool, shrink: int = 1):
@@ -154,7 +154,7 @@ def train_vae(run: Run) -> None:
         optimiser.load_state_dict(held["optimiser"])
         spent, step = held["seconds"], held["step"]
     rng = np.random.default_rng(step)
-    clips = 64 if args.tiny else VAE_CLIPS
+    clips = 64 if args.tiny else VAE_CLIPS[run.sizes.world]
     pool = run.vae_pool.get() if run.vae_pool else ClipPool(clips, TRAIN_SEED, "cpu", of=run.sizes.world)
     pool.device = run.device
     small, large = (4, 2) if args.tiny else (args.vae_batch, args.vae_batch // 4)
@@ -223,8 +223,8 @@ def train_vae(run: Run) -> None:
     with torch.no_grad():
         parts = []
         for part in np.split(np.arange(min(len(pool), 64)), 16):
+            video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
             with run.vae_autocast():
-                video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
                 parts.append(vae.encode(video).latent_dist.mode().float())
         latents = torch.cat(parts)
     spread = latents.std((0, 2, 3, 4)).clamp_min(0.05)
