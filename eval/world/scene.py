@@ -61,6 +61,14 @@ class World:
     def most_things(self) -> int:
         return max(self.counts)
 
+    def __reduce__(self):
+        """There is one world of a name, in every process."""
+        return _world_of, (self.name,)
+
+
+def _world_of(name: str) -> World:
+    return WORLDS[name]
+
 
 CAMERAS = ("still", "pan-left", "pan-right", "pan-up", "pan-down", "zoom-in", "zoom-out")
 CROSSINGS = {"enter-left": "left", "enter-right": "right", "leave-left": "left", "leave-right": "right"}  # over which edge
