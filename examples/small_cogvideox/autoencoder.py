@@ -229,10 +229,10 @@ def train_vae(run: Run) -> None:
         latents = torch.cat(parts)
     spread = latents.std((0, 2, 3, 4)).clamp_min(0.05)
     rescale_latents(vae, spread)
+    save_state(path, {"model": vae.state_dict(), "optimiser": {}, "finished": True, "seconds": total, "step": step,
+                      "bf16": run.vae_bf16})
     psnr, seen = reconstruct(run, vae, 4 if args.tiny else 48 if run.sizes.world == "shapes" else 24)
     log.say(f"vae done after {step} steps: held-out clips {psnr:.2f} dB, {percent(seen)}; latent spread was "
             f"{spread.min():.3f}..{spread.max():.3f}")
     log.row("vae", step, total / 60, held_out_psnr_db=psnr, **{f"held_out_{part}": share for part, share in seen.items()})
-    save_state(path, {"model": vae.state_dict(), "optimiser": {}, "finished": True, "seconds": total, "step": step,
-                      "bf16": run.vae_bf16})
     run.vae = vae
