@@ -26,13 +26,18 @@ NUMBERS = {"i32": "i32", "i64": "i64", "fp32": "f32"}
 """Triton's names of numbers, and those of `parameters.SCALARS`."""
 
 
+def known(version: str) -> bool:
+    """Whether what a version of Triton compiled can be repeated by the driver."""
+    return version.startswith(TRITONS)
+
+
 def driver_launch(compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> DriverLaunch | str:
     """The launch of a kernel by the driver; where Triton's own launcher must make it, why, in words.
 
     compiled: what Triton launched, its handles made. arguments: in the kernel's order, constants too.
     """
     version = sys.modules["triton"].__version__
-    if not version.startswith(TRITONS):
+    if not known(version):
         return f"the launcher of Triton {version} is not known"
     metadata = compiled.metadata
     for name, plain in PLAIN.items():

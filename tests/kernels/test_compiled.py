@@ -39,22 +39,18 @@ EVERY = os.environ.get("LOWBIT_TEST_LAUNCHES") == "all"
 """As `make triton-matrix` asks; else some."""
 EXCHANGE = {"copy_parts_kernel": 2, "merge_kernel": 2, "dequant_rows_kernel": 1, "combine_stats_kernel": 1}
 SMALL = {"quant_qk_kernel": 6, "quant_v_kernel": 2, "token_stats_kernel": 2, "fold_stats_kernel": 2}
+NO_FP8 = {"quant_qk_kernel": 5, "token_stats_kernel": 2, "fold_stats_kernel": 2}
 
 
-def test_every_launch_is_repeated_as_tritons_launcher_made_it(over_fake_cuda):
-    told = over_fake_cuda(SCRIPT, "all" if EVERY else "some")
-    if EVERY:
-        check(told, {"attn_fwd_kernel": 9, **SMALL, **EXCHANGE}, descriptors=8)
-    else:
-        check(told, {"attn_fwd_kernel": 2, **EXCHANGE}, descriptors=2)
+ATTENTION = {"90": 9, "89": 7, "80": 5} if EVERY else {"90": 2}
+"""Launches of the portable attention kernel and Hopper's, by arch."""
 
 
-@pytest.mark.skipif(not EVERY, reason="compiles for another arch: make triton-matrix")
-@pytest.mark.parametrize("arch", ["80", "89"])
-def test_launches_without_descriptors(over_fake_cuda, arch):
-    """Archs that have no TMA."""
-    check(over_fake_cuda(SCRIPT, "all", FAKE_CUDA_ARCH=arch), {"attn_fwd_kernel": 5, **SMALL, **EXCHANGE} if arch == "89" else
-          {"attn_fwd_kernel": 5, "quant_qk_kernel": 5, **EXCHANGE}, descriptors=0)
+@pytest.mark.parametrize("arch", ATTENTION)
+def test_every_launch_is_repeated_as_tritons_launcher_made_it(over_fake_cuda, arch):
+    told = over_fake_cuda(SCRIPT, "all" if EVERY else "some", FAKE_CUDA_ARCH=arch)
+    check(told, {"attn_fwd_kernel": ATTENTION[arch], **EXCHANGE, **({} if not EVERY else SMALL if arch > "80" else NO_FP8)},
+          descriptors=0 if arch < "90" else 8 if EVERY else 2)
 
 
 PLAIN = dict(num_ctas=1, global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=False,

@@ -29,7 +29,8 @@ HOST_SHAPE = (1, 256, 4, 64)
 CALLS = (("int8+fp8", "triton"), ("int8+fp16", "triton"), ("int4+fp16", "triton"), ("int8/int2+fp8", "triton"),
          ("fp8+fp8", "triton"), ("exact", "triton"), ("int8+fp8", "hopper"))
 OPTIONS = (((1, 256, 4, 64), "float16", {}), ((2, 333, 6, 64), "bfloat16", dict(return_lse=True, is_causal=True)),
-           ((1, 1000, 4, 128), "float16", dict(scale=0.2)), ((2, 17776, 2, 64), "float16", {}), ((1, 300, 4, 64), "float32", {}))
+           ((1, 1000, 4, 128), "float16", dict(scale=0.2)), ((2, 17776, 2, 64), "float16", {}),
+           ((1, 300, 4, 64), "float32", {}))
 """Shape, dtype and options of what is compared; the first so small that an old driver's maps are mended."""
 ODD = ("int8+fp8", "exact")
 """Precisions that are compared on odd memory too."""
