@@ -93,9 +93,11 @@ parity-newest: $(PARITY_VENV)/.done  ## the tests of diffusers' dispatcher with 
 	$(PYTHON) -m pip install -q --no-deps --target $(@D) triton==$*
 	touch $@
 
-triton-matrix: $(VENV)/.test $(TRITONS:%=.tritons/%/.done)  ## compile every variant ahead of time under each Triton (286 MB each)
+triton-matrix: $(VENV)/.test $(TRITONS:%=.tritons/%/.done)  ## every variant under each Triton: is it compiled, are its launches repeated right (286 MB each)
 	for version in $(TRITONS); do TRITON_CACHE_DIR=.tritons/cache-$$version PYTHONPATH=.tritons/$$version:tests \
-		$(VENV)/bin/python tests/kernels/triton_matrix.py --record || failed=1; done; test -z "$$failed"
+		$(VENV)/bin/python tests/kernels/triton_matrix.py --record || failed=1; \
+		TRITON_CACHE_DIR=.tritons/cache-$$version PYTHONPATH=.tritons/$$version LOWBIT_TEST_LAUNCHES=all \
+		$(VENV)/bin/python -m pytest -q tests/kernels/test_compiled.py || failed=1; done; test -z "$$failed"
 
 shipped: $(VENV)/.test  ## compile the kernels that are shipped compiled, with the Triton that they are measured under
 	$(VENV)/bin/python -m lowbit_video.kernels.shipped.build $(ARGS)

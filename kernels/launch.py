@@ -9,16 +9,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from .compiled import driver_launch
+from .driver_launch import Replay
 from .shipped.choice import warn_of_speed
-
-LAUNCHER_VERSIONS = ("3.6.",)
-"""Beginnings of the Triton versions whose launcher takes arguments as `Launch.replay` gives them."""
-
-Replay = Callable[[int, list[int]], None]
-"""`replay(stream, addresses)`: one launch again, on a raw stream, with other addresses for the tensors it was given."""
 
 _STATE = threading.local()
 
@@ -33,59 +29,21 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
 
-    def replay(self, numbers: Mapping[str, int]) -> Replay | None:
-        """What launches it again; None where it cannot be repeated: under an unknown Triton, or where an argument's memory
-        has no known origin.
+    def replay(self, driver: Any, numbers: Mapping[str, int]) -> Replay | str:
+        """What launches it again by the CUDA driver; where it cannot be repeated, why, in words.
 
-        numbers: the place of each origin's tensor among the addresses.
+        driver: `runtime.cuda_driver`. numbers: the place of each origin's tensor among the addresses.
         """
-        if self.compiled is None or not sys.modules["triton"].__version__.startswith(LAUNCHER_VERSIONS):
-            return None
-        values, patches = list(self.arguments), []
-        for index, value in enumerate(values):
-            shape = (list(value.shape), list(value.strides), value.padding) if hasattr(value, "block_shape") else None
-            buffer = value.base if shape else value
-            if not hasattr(buffer, "data_ptr"):
-                continue
-            if buffer.origin is None or buffer.origin.tensor not in numbers:
-                return None
-            patches.append((index, numbers[buffer.origin.tensor], buffer.origin.offset, shape))
-            values[index] = None
-        run, grid = self.compiled.run, (*self.grid, 1, 1)[:3]
-        function, metadata, arguments, patches = self.compiled.function, self.compiled.packed_metadata, values, tuple(patches)
-
-        def replay(stream: int, addresses: list[int]) -> None:
-            values = arguments.copy()
-            for index, tensor, offset, descriptor in patches:
-                address = addresses[tensor] + offset
-                values[index] = address if descriptor is None else Descriptor(Address(address), *descriptor)
-            run(*grid, stream, function, metadata, None, None, None, *values)
-
-        return replay
+        if self.compiled is None:
+            return "Triton's interpreter ran it"
+        found = driver_launch(self.compiled, self.grid, self.arguments)
+        return f"{self.compiled.name}: {found}" if isinstance(found, str) else found.replay(driver, numbers)
 
     @staticmethod
     def watched() -> bool:
         """Whether a profiler hooked Triton's launches: then they go through Triton, which tells it."""
         hooks = sys.modules["triton"].knobs.runtime
         return any(getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook))
-
-
-class Descriptor:
-    """What Triton's launcher reads of a TensorDescriptor."""
-
-    __slots__ = ("base", "padding", "shape", "strides")
-
-    def __init__(self, base: Address, shape: list[int], strides: list[int], padding: str) -> None:
-        self.base, self.shape, self.strides, self.padding = base, shape, strides, padding
-
-
-class Address(int):
-    """An address as the base of a descriptor."""
-
-    __slots__ = ()
-
-    def data_ptr(self) -> int:
-        return self
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

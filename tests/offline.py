@@ -56,7 +56,8 @@ def buffer(dtype: str) -> Buffer:
     return Buffer(1 << 30, dtype)
 
 
-PACKED = Packed(*[Sequences(buffer("int32"), 9000)] * 2)
+def packed() -> Packed:
+    return Packed(*[Sequences(buffer("int32"), 9000)] * 2)
 
 
 def resources(kernel: Any) -> dict[str, int]:
@@ -70,7 +71,7 @@ def resources(kernel: Any) -> dict[str, int]:
 
 
 class Attention(NamedTuple):
-    """One build of the portable attention kernel; full: causal, packed sequences and LSE too."""
+    """One build of the portable attention kernel; full: causal, packed sequences and LSE too. No build depends on tokens."""
 
     arch: tuple[int, int]
     q: str
@@ -81,6 +82,7 @@ class Attention(NamedTuple):
     granularity: str = "block"
     smooth_q: bool = False
     full: bool = False
+    tokens: int = 17776
 
     def __str__(self) -> str:
         formats = f"{self.q if self.q == self.k else f'{self.q}/{self.k}'}+{self.pv}"
@@ -156,7 +158,7 @@ def operand(shape: tuple[int, int, int, int], dtype: str) -> Operand:
 def _launch_attention(case: Attention) -> None:
     """2 x 12 heads, 4 of keys, over odd lengths, with the arguments of the public API."""
     exact, full = case.q in EXACT, case.full
-    q, k, v = (operand((2, heads, 17776, case.head_dim), case.dtype) for heads in (12, 4, 4))
+    q, k, v = (operand((2, heads, case.tokens, case.head_dim), case.dtype) for heads in (12, 4, 4))
     out, given = q, lambda wanted: buffer("float32") if wanted else None
     if exact:
         q, k, v = q._replace(format=case.q), k._replace(format=case.k), v._replace(format=case.pv)
@@ -167,21 +169,22 @@ def _launch_attention(case: Attention) -> None:
     portable.launch_attn_fwd(
         q, k, v, out, bias=given(case.smooth_q), sm_scale=0.1, arch=case.arch, is_causal=full, lse=given(full),
         lse_shift=given(full), pv_dtype="bfloat16" if case.dtype == "float32" and not exact else None,
-        packed=PACKED if full else None)
+        packed=packed() if full else None)
 
 
 def _launch_quantisers(case: Quantisers) -> None:
     x, float32 = operand((2, 4, 17776, case.head_dim), case.dtype), buffer("float32")
     codes = lambda format, block, packed=False: codes_of(x, format, buffer("uint8"), float32, block, packed)
-    for packed in (None, PACKED):
-        launch_stats(float32, q=x, q_mean=float32, k=x, k_mean=float32, v=x, v_scale=float32, packed=packed)
-    launch_quant_qk(x, codes("int8", 128, True), PACKED.k, mean=float32)
+    together = packed()
+    for sequences in (None, together):
+        launch_stats(float32, q=x, q_mean=float32, k=x, k_mean=float32, v=x, v_scale=float32, packed=sequences)
+    launch_quant_qk(x, codes("int8", 128, True), together.k, mean=float32)
     for format in QK_FORMATS:
         if format != "fp8" or case.arch >= (8, 9):
             for block in {"int8": (128, None), "fp8": (128,)}.get(format, (None,)):
                 launch_quant_qk(x, codes(format, block), mean=float32, bias=float32, q_mean=float32, group=3)
     if case.arch >= (8, 9):
-        for sequences in (None, PACKED.k):
+        for sequences in (None, together.k):
             launch_quant_v(x, v_codes_of(x, buffer("uint8"), float32, sequences is not None), sequences)
 
 
@@ -206,6 +209,10 @@ def _launch_hopper(case: Hopper) -> None:
         lse=float32 if case.lse else None, lse_shift=float32 if case.lse == "shifted" else None)
 
 
+LAUNCH = {Attention: _launch_attention, Quantisers: _launch_quantisers, Exchange: _launch_exchange, Hopper: _launch_hopper}
+"""How a case is launched."""
+
+
 def code_of(ptx: str) -> str:
     """PTX without what only says where it comes from: debug sections, lines, their labels, and comments."""
     code = re.split(r"^\s*\.(?:file|section)\b", ptx, maxsplit=1, flags=re.MULTILINE)[0]
@@ -215,10 +222,8 @@ def code_of(ptx: str) -> str:
 
 def compiled(case: Attention | Quantisers | Exchange | Hopper) -> list[Any]:
     """The kernels that a case launches, in their order."""
-    launch = {Attention: _launch_attention, Quantisers: _launch_quantisers, Exchange: _launch_exchange,
-              Hopper: _launch_hopper}[type(case)]
     with compiling(case.arch) as kernels:
-        launch(case)
+        LAUNCH[type(case)](case)
     return kernels
 
 

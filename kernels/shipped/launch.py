@@ -2,68 +2,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from ..launch import Replay, record
+from ..driver_launch import DriverLaunch
+from ..launch import record
+from ..parameters import POINTER, SCALARS, Argument
 from .choice import chosen
 from .kinds import describe
-from .parameters import Parameters
 from .store import Build, find, image
-
-WARP = 32
-"""Threads of a warp."""
-
-
-class ShippedLaunch(NamedTuple):
-    """A launch of a shipped kernel; function: the driver's handle of it, on the device where it was launched."""
-
-    build: Build
-    function: int
-    grid: tuple[int, int, int]
-    values: tuple[Any, ...]
-    driver: Any
-
-    def run(self, stream: int) -> None:
-        """Launches it on the addresses that it was given."""
-        parameters = Parameters(self.build, self.values, self.driver)
-        for word, buffer in parameters.addresses:
-            parameters.words[word] = buffer.data_ptr()
-        for one, buffer in parameters.maps:
-            one.encode(buffer.data_ptr())
-        self._launcher(parameters)(stream)
-
-    def replay(self, numbers: Mapping[str, int]) -> Replay | None:
-        """What launches it again; None where an argument's memory has no known origin.
-
-        numbers: the place of each origin's tensor among the addresses.
-        """
-        parameters = Parameters(self.build, self.values, self.driver)
-        given = [*parameters.addresses, *parameters.maps]
-        if any(buffer.origin is None or buffer.origin.tensor not in numbers for _, buffer in given):
-            return None
-        placed = lambda pairs: tuple((one, numbers[buffer.origin.tensor], buffer.origin.offset) for one, buffer in pairs)
-        addresses, maps = placed(parameters.addresses), placed(parameters.maps)
-        words, launch, mine = parameters.words, self._launcher(parameters), threading.Lock()
-
-        def replay(stream: int, given: list[int]) -> None:
-            with mine:  # the parameters are one memory, which the driver has copied when a launch returns
-                for word, tensor, offset in addresses:
-                    words[word] = given[tensor] + offset
-                for one, tensor, offset in maps:
-                    one.encode(given[tensor] + offset)
-                launch(stream)
-
-        return replay
-
-    def _launcher(self, parameters: Parameters) -> Callable[[int], None]:
-        return self.driver.kernel_launcher(self.function, self.grid, WARP * self.build.warps, self.build.shared,
-                                           parameters.pointers)
-
-    @staticmethod
-    def watched() -> bool:
-        """Whether a profiler wants to see launches; those that hook the driver see these anyway."""
-        return False
 
 
 class Place:
@@ -90,8 +37,9 @@ class Place:
                 return False
             raise ValueError(f"no shipped kernel {described.name} is for ({', '.join(described.kinds)}) with "
                              f"{', '.join(described.constants)}, and Triton compiles none: {chosen().why}")
-        one = ShippedLaunch(build, self.function(build), (*grid, 1, 1)[:3], described.values, self.driver)
-        one.run(self.stream())
+        one = DriverLaunch(build.function, self.function(build), (*grid, 1, 1)[:3], build.warps, build.shared,
+                           tuple(arguments_of(build, described.values)))
+        one.run(self.driver, self.stream())
         record(one)
         return True
 
@@ -102,3 +50,15 @@ class Place:
                 self._functions[build.image] = self.driver.load_function(image(build), build.function, build.shared,
                                                                          self.ordinal)
             return self._functions[build.image]
+
+
+def arguments_of(build: Build, values: Sequence[Any]) -> Iterator[Argument]:
+    """What a build is handed of a launch's values."""
+    maps = iter(build.maps)
+    for kind, value in zip(build.kinds, values):
+        if kind.startswith("tma"):
+            yield Argument(next(maps), value)
+        elif kind.startswith("*"):
+            yield Argument(POINTER, value)
+        elif (number := kind.partition("/")[0]) in SCALARS:
+            yield Argument(number, value)

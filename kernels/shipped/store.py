@@ -9,20 +9,12 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..parameters import TensorMap
 from .kinds import Described, does_for
 
 MANIFEST = Path(__file__).with_name("manifest.json")
 IMAGES = Path(__file__).with_name("images.zip")
 _READING = threading.Lock()
-
-
-class TensorMap(NamedTuple):
-    """How a build reads a descriptor's tensor: swizzle and element type by the driver's numbers, bytes of an element, block."""
-
-    swizzle: int
-    element_bytes: int
-    element_type: int
-    block: list[int]
 
 
 class Build(NamedTuple):

@@ -157,6 +157,8 @@ def examine() -> dict[str, Any]:
 
 def advice(devices: list[dict[str, Any]]) -> list[str]:
     """What to do next, plainest first."""
+    from lowbit_video.kernels.compiled import known
+    from lowbit_video.kernels.shipped.choice import triton_version
     from lowbit_video.pipelines.shared.video_files import check_writable
 
     said = []
@@ -176,6 +178,10 @@ def advice(devices: list[dict[str, Any]]) -> list[str]:
             check_writable(os.path.join(folder, "try.mp4"), fps=8)
     except (ImportError, OSError) as error:
         said.append(f"No video can be written: {error}.")
+    version = triton_version()
+    if devices and version is not None and not known(version):
+        said.append(f"Triton {version} is not known: calls of what it compiles go through its own launcher, which takes the "
+                    "host longer than a plan. Those of 3.6 to 3.9 are repeated.")
     if devices and "triton" not in installed:
         said.append("Without Triton only what is shipped compiled runs on a GPU, on sm_90: pip install triton for all else.")
     return said

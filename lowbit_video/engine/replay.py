@@ -16,6 +16,7 @@ import numpy as np
 from lowbit_video.kernels.buffers import Buffer, Origin
 from lowbit_video.kernels.launch import Replay, recorded
 
+from ..runtime import cuda_driver
 from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 
@@ -33,6 +34,7 @@ FRESH = ("out", "lse", "workspace")
 WHOLE = (int, np.integer)
 
 _PLANS: dict[tuple, Plan] = {}
+_REFUSED: dict[str, int] = {}
 _KEEPING = threading.Lock()
 
 
@@ -68,9 +70,10 @@ def keep(key: tuple, plan: Plan | None) -> None:
 
 
 def clear() -> None:
-    """Forgets all plans."""
+    """Forgets all plans, and what could not be one."""
     with _KEEPING:
         _PLANS.clear()
+        _REFUSED.clear()
 
 
 class Plan:
@@ -115,11 +118,30 @@ def make(launches: Sequence[Any], variant: Any, runtime: Runtime, count: int, fr
     if any(t is not None and t.data_ptr() % ALIGNMENT for t in fresh):
         return None
     numbers = {name: number for number, name in enumerate((*TENSORS[:count], *FRESH))}
-    replays = [launch.replay(numbers) for launch in launches]
-    if not replays or None in replays:
+    replays = _replays(launches, numbers)
+    if not replays:
         return None
     described = [None if t is None else (runtime.shape(t), runtime.dtype_name(t)) for t in fresh]
     return Plan(variant, described, replays, dict.fromkeys(launch.watched for launch in launches))
+
+
+def _replays(launches: Sequence[Any], numbers: dict[str, int]) -> list[Replay]:
+    """What repeats each launch; none where one of them cannot be repeated, which is noted.
+
+    numbers: the place of each tensor among the addresses, by name.
+    """
+    found = [launch.replay(cuda_driver, numbers) for launch in launches]
+    refused = [one for one in found if isinstance(one, str)]
+    with _KEEPING:
+        for reason in refused:
+            _REFUSED[reason] = _REFUSED.get(reason, 0) + 1
+    return [] if refused else found
+
+
+def not_repeated() -> dict[str, int]:
+    """What had to go through Triton's own launcher again and again and why, "kernel: reason", and how many calls did."""
+    with _KEEPING:
+        return dict(_REFUSED)
 
 
 def again(key: tuple, runtime: Runtime, tensors: Sequence[Any], launch: Callable[..., None]) -> None:
@@ -141,6 +163,6 @@ def again(key: tuple, runtime: Runtime, tensors: Sequence[Any], launch: Callable
                    for number, (address, t) in enumerate(zip(addresses, tensors))]
         with recorded() as launches:
             launch(*buffers)
-    replays = [one.replay({str(number): number for number in range(len(tensors))}) for one in launches]
-    if replays and None not in replays:
+    replays = _replays(launches, {str(number): number for number in range(len(tensors))})
+    if replays:
         keep(full, Plan(None, (), replays, dict.fromkeys(one.watched for one in launches)))

@@ -5,9 +5,12 @@ driver itself does. The functions answer None, not an error, on a machine withou
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+from lowbit_video.kernels.parameters import TensorMap
 
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
@@ -27,6 +30,9 @@ PLAIN_SHARED = 48 * 1024
 """Bytes of shared memory that a function has without asking."""
 L2_128B, FILL_ZERO, FILL_NAN = 2, 0, 1
 """CU_TENSOR_MAP_L2_PROMOTION_L2_128B, _FLOAT_OOB_FILL_NONE and _NAN_REQUEST_ZERO_FMA."""
+MAPS_MENDED, SMALL_MAP, SMALL_MAP_BIT = 13010, 128 * 1024, 1 << 21
+"""Drivers up to this version set, in the maps of tensors of fewer bytes, a bit of the second word that is to be clear.
+Source: Triton from 3.7 on (backends/nvidia/driver.c), which follows CUTLASS; it counts bytes in 32 bits, we do not."""
 
 
 @functools.cache
@@ -127,6 +133,17 @@ def pop_device() -> None:
     _library().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
+@contextlib.contextmanager
+def current(ordinal: int) -> Iterator[None]:
+    """Inside, a device's primary context is current on this thread, which may never have used CUDA; put back afterwards."""
+    pushed = push_device(ordinal)
+    try:
+        yield
+    finally:
+        if pushed:
+            pop_device()
+
+
 def _check(error: int, what: str) -> None:
     if error:
         raise RuntimeError(f"CUDA error {error}: {what}")
@@ -167,12 +184,16 @@ def synchronize(stream: int) -> None:
     _check(_library().cuStreamSynchronize(ctypes.c_void_p(stream)), "a launch failed")
 
 
+@functools.cache
+def _driver_version() -> int | None:
+    cuda, value = _library(), ctypes.c_int()
+    return value.value if cuda is not None and cuda.cuDriverGetVersion(ctypes.byref(value)) == 0 else None
+
+
 def driver_version() -> str | None:
     """The CUDA version of the driver, such as "13.0"; None without a driver."""
-    cuda, value = _library(), ctypes.c_int()
-    if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(value)) != 0:
-        return None
-    return f"{value.value // 1000}.{value.value % 1000 // 10}"
+    version = _driver_version()
+    return None if version is None else f"{version // 1000}.{version % 1000 // 10}"
 
 
 def load_function(image: bytes, name: str, shared: int, ordinal: int) -> int:
@@ -222,24 +243,28 @@ def kernel_launcher(function: int, grid: tuple[int, int, int], threads: int, sha
     return launch
 
 
-def tensor_map_encoder(element_type: int, element_bytes: int, swizzle: int, block: Sequence[int], shape: Sequence[int],
-                       strides: Sequence[int], padding: str) -> Callable[[int, int], None]:
+def tensor_map_encoder(read: TensorMap, shape: Sequence[int], strides: Sequence[int], padding: str
+                       ) -> Callable[[int, int], None]:
     """`encode(place, address)`, which writes the tensor map (128 bytes) of a tensor at an address to a place in memory.
 
-    element_type, swizzle: by the driver's numbers. block, shape, strides: in elements, the last dimension contiguous. padding:
-    what lies outside, "zero" or "nan".
+    read: how a kernel reads it. shape, strides: in elements, the last dimension contiguous. padding: what lies outside, "zero"
+    or "nan".
     """
-    call, rank = _library().cuTensorMapEncodeTiled, len(shape)
+    call, rank, size = _library().cuTensorMapEncodeTiled, len(shape), read.element_bytes
     array = lambda kind, numbers: (kind * rank)(*numbers)
     given = (array(ctypes.c_uint64, shape[::-1]),
-             array(ctypes.c_uint64, [stride * element_bytes for stride in (*strides[-2::-1], 0)]),  # the last is not read
-             array(ctypes.c_uint32, block[::-1]), array(ctypes.c_uint32, [1] * rank), 0, swizzle, L2_128B,
+             array(ctypes.c_uint64, [stride * size for stride in (*strides[-2::-1], 0)]),  # the last is not read
+             array(ctypes.c_uint32, read.block[::-1]), array(ctypes.c_uint32, [1] * rank), 0, read.swizzle, L2_128B,
              FILL_NAN if padding == "nan" else FILL_ZERO)
+    small = 1 + sum((length - 1) * stride * size for length, stride in zip(shape, (*strides[:-1], 1))) < SMALL_MAP
+    mend = read.mended and small and (_driver_version() or 0) <= MAPS_MENDED
 
     def encode(place: int, address: int) -> None:
-        error = call(ctypes.c_void_p(place), element_type, rank, ctypes.c_void_p(address), *given)
+        error = call(ctypes.c_void_p(place), read.element_type, rank, ctypes.c_void_p(address), *given)
         if error:
             raise RuntimeError(f"CUDA error {error}: no tensor map of shape {list(shape)}, strides {list(strides)} and block "
-                               f"{list(block)} at {address:#x}")
+                               f"{list(read.block)} at {address:#x}")
+        if mend:
+            ctypes.c_uint64.from_address(place + 8).value &= ~SMALL_MAP_BIT
 
     return encode

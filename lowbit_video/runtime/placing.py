@@ -28,10 +28,5 @@ def on(place: Place | None) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _on(place: Place) -> Iterator[None]:
-    pushed = cuda_driver.push_device(place.ordinal)
-    try:
-        with placed(place):
-            yield
-    finally:
-        if pushed:
-            cuda_driver.pop_device()
+    with cuda_driver.current(place.ordinal), placed(place):
+        yield

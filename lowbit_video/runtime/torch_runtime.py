@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from . import placing, triton_driver
+from . import cuda_driver, placing, triton_driver
 
 NAME = "torch"
 _NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "int8", "uint8", "int32", "float8_e4m3fn")}
@@ -148,12 +148,14 @@ def _place(index: int) -> object:
 
 @contextlib.contextmanager
 def launch_guard(t: torch.Tensor):
-    """Makes the tensor's device current; Triton's own driver asks torch for the stream."""
+    """Makes the tensor's device current, for the driver too; Triton's own driver asks torch for the stream."""
     if not t.is_cuda:
         yield
         return
-    with triton_driver.default(), placing.on(_place(t.device.index)):
-        if torch.cuda.current_device() == t.device.index:
+    index = t.device.index
+    place = _place(index)
+    with triton_driver.default(), cuda_driver.current(index) if place is None else placing.on(place):
+        if torch.cuda.current_device() == index:
             yield
         else:
             with torch.cuda.device(t.device):

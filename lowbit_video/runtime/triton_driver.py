@@ -52,14 +52,12 @@ def active(driver: object) -> Iterator[None]:
 
     with _LAUNCH:
         before = config._active  # reading `config.active` would create Triton's default driver, which needs PyTorch
-        pushed = cuda_driver.push_device(driver.ordinal)
-        config.set_active(driver)
-        try:
-            yield
-        finally:
-            config.set_active(before)
-            if pushed:
-                cuda_driver.pop_device()
+        with cuda_driver.current(driver.ordinal):
+            config.set_active(driver)
+            try:
+                yield
+            finally:
+                config.set_active(before)
 
 
 def default() -> contextlib.AbstractContextManager:

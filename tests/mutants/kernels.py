@@ -4,6 +4,7 @@ from .entry import faults
 FORMATS = "tests/kernels/test_formats.py::"
 EXCHANGE = "tests/kernels/test_exchange.py::"
 INTERPRETED = "tests/kernels/interpreted_portable.py::"
+COMPILED = "tests/kernels/test_compiled.py::"
 PLANS = "tests/lowbit_video/engine/test_replay.py::"
 REFERENCE = "tests/kernels/test_reference.py::"
 SIMULATED = "tests/kernels/test_hopper_simulated.py::"
@@ -159,11 +160,35 @@ MUTANTS = [
     *faults("kernels/tuning.py",
             "tests/lowbit_video/engine/test_attention.py::test_lengths_at_which_exact_attention_is_faster_are_named",
             ("and a <= tuple(arch)]\n        if fits", "and a < tuple(arch)]\n        if fits")),
-    *faults("kernels/launch.py", PLANS + "test_a_repeated_call_launches_the_same_on_its_own_tensors",
-            ("address = addresses[tensor] + offset", "address = addresses[tensor]"),
+    *faults("kernels/driver_launch.py", PLANS + "test_a_repeated_call_launches_the_same_on_its_own_tensors",
+            ("words[word] = given[tensor] + offset", "words[word] = given[tensor]"),
+            ("one.encode(given[tensor] + offset)", "one.encode(given[tensor])"),
             ("numbers[buffer.origin.tensor], buffer.origin.offset", "numbers[buffer.origin.tensor], 0")),
+    *faults("kernels/driver_launch.py", PLANS + "test_every_call_launches_on_the_stream_of_its_time",
+            ("                launch(stream)", "                launch(77)")),
+    *faults("kernels/driver_launch.py", COMPILED + "test_every_launch_is_repeated_as_tritons_launcher_made_it[90]",
+            ("replay.owner = self.owner", "replay.owner = None"), ("WARP * self.warps", "WARP * (self.warps + 4)"),
+            ("self.grid, WARP", "self.grid[::-1], WARP")),
+    *faults("kernels/parameters.py", COMPILED + "test_every_launch_is_repeated_as_tritons_launcher_made_it[90]",
+            ("if address != self.encoded", "if self.encoded is None"),
+            ("for stride in value.strides]", "for stride in value.shape]"),
+            ('"i32": "<i", "i64": "<q"', '"i32": "<i", "i64": "<i"'), ("_memory) % LINE", "_memory) % 8")),
+    *faults("kernels/compiled.py", COMPILED + "test_every_launch_is_repeated_as_tritons_launcher_made_it[90]",
+            ("TMA_DTYPE_DEVICE_TO_HOST[found[\"elem_type\"]]", "found[\"elem_type\"]"),
+            ("compiled.function, (*grid, 1, 1)[:3], warps, shared", "compiled.function, (*grid, 1, 1)[:3], warps, 0")),
+    *faults("kernels/compiled.py", COMPILED + "test_maps_of_small_tensors_are_mended_where_triton_does",
+            ("not version.startswith(UNMENDED)", "True"), ("not version.startswith(UNMENDED)", "False")),
+    *faults("kernels/compiled.py", COMPILED + "test_what_the_driver_is_told_of_a_launch",
+            ('if type == "constexpr":\n            continue', 'if type == "constexpr":\n            type = "i32"'),
+            ("tuple(given), compiled)", "tuple(given))")),
+    *faults("kernels/compiled.py", COMPILED + "test_what_needs_tritons_own_launcher_says_why",
+            ('"num_ctas": 1, ', ""), ('"global_scratch_size": 0, ', ""), ('"profile_scratch_size": 0, ', ""),
+            ("if shared > MOST_SHARED", "if False"), ('found["fp4_padded"] or ', ""), (' or found.get("is_im2col")', "")),
+    *faults("kernels/compiled.py", COMPILED + "test_a_triton_that_is_not_known_launches_itself",
+            ("return version.startswith(TRITONS)", "return True"), ('("3.6.", "3.7.", "3.8.", "3.9.")', '("3.",)'),
+            ('("3.6.", "3.7.", "3.8.", "3.9.")', '("3.6", "3.7", "3.8", "3.9")')),
     *faults("kernels/launch.py", PLANS + "test_a_copied_input_and_an_unknown_triton_make_no_plan",
-            ("or not sys.modules[\"triton\"].__version__.startswith(LAUNCHER_VERSIONS)", "")),
+            ('return f"{self.compiled.name}: {found}" if isinstance(found, str) else', "return")),
     *faults("kernels/launch.py", PLANS + "test_a_profilers_hook_sees_every_launch",
             ("(hooks.launch_enter_hook, hooks.launch_exit_hook)", "(hooks.launch_exit_hook,)")),
     *faults("kernels/exchange/layout.py", EXCHANGE + "test_shares_joined_are_the_codes_of_the_whole",

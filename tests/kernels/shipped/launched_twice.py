@@ -1,8 +1,8 @@
 """Launches every shipped kernel twice on a driver that writes down what it is given: by Triton's own launcher, and by ours.
 
-    python launched_twice.py FOLDER
+    python launched_twice.py
 
-FOLDER holds the driver (fake_cuda.c, as libcuda.so.1) and is in LD_LIBRARY_PATH and TRITON_LIBCUDA_PATH. Triton binds,
+LD_LIBRARY_PATH and TRITON_LIBCUDA_PATH hold the driver (fake_cuda.c, as libcuda.so.1). Triton binds,
 specialises and marshals the arguments as ever; only what it would compile is the shipped code. Prints what differed.
 """
 from __future__ import annotations
@@ -73,7 +73,7 @@ def by_us(sample: Sample, place: Place, replayed: bool) -> None:
             assert place.launch(sample.kernel, sample.grid, before, sample.constants)
         if replayed:
             numbers = {str(number): number for number in range(64)}
-            replay = launches[0].replay(numbers)
+            replay = launches[0].replay(cuda_driver, numbers)
             taken.fake_take()
             for shift in (0, SHIFT, SHIFT):
                 replay(STREAM, [(number << 30) + shift for number in numbers.values()])

@@ -1,41 +1,13 @@
 """A shipped kernel gets from us what Triton's own launcher would give it, byte for byte; a driver that writes down says so."""
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 from lowbit_video.kernels.shipped import cases
 
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory):
-    """The folder of a libcuda.so.1 that launches nothing and writes down everything."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    triton = pytest.importorskip("triton", reason="needs cuda.h, which Triton brings")
-    folder = tmp_path_factory.mktemp("cuda")
-    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", f"-I{include}", HERE / "fake_cuda.c", "-o",
-                    folder / "libcuda.so.1"], check=True)
-    return folder
-
-
-def run(driver, *command, **more):
-    env = dict(os.environ, LD_LIBRARY_PATH=str(driver), TRITON_LIBCUDA_PATH=str(driver), **more)
-    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_every_launch_is_what_tritons_launcher_makes_of_it(driver, builder):
-    told = run(driver, HERE / "launched_twice.py")
+def test_every_launch_is_what_tritons_launcher_makes_of_it(over_fake_cuda, builder):
+    told = over_fake_cuda(HERE / "launched_twice.py")
     assert len(told) == len(cases.samples()) + 2  # two whose V has strides of 64 bits
     for one in told:
         kernel = one["key"][0].partition(":")[2]
@@ -48,9 +20,9 @@ def test_every_launch_is_what_tritons_launcher_makes_of_it(driver, builder):
     assert 0 < len(shared) < len(told), "none asked for much shared memory, or all"
 
 
-def test_calls_without_triton(driver):
+def test_calls_without_triton(over_fake_cuda):
     """Whole calls by the engine where no Triton is: what is launched, on which device, and the same again from a plan."""
-    told = run(driver, HERE / "called_without_triton.py")
+    told = over_fake_cuda(HERE / "called_without_triton.py")
     assert told["triton"] is None and told["contexts"] == "as before"
     for name, launches in told["calls"].items():
         first, again = launches

@@ -102,6 +102,16 @@ def test_missing_packages_say_how_to_get_them(monkeypatch):
     assert any("Pipelines need Paddle" in line for line in doctor.advice([]))
 
 
+@pytest.mark.parametrize("version, told", [("3.6.0", False), ("3.9.1", False), (None, False), ("3.10.0", True)])
+def test_a_triton_whose_launches_are_not_repeated_is_told(monkeypatch, version, told):
+    from lowbit_video.kernels.shipped import choice
+
+    monkeypatch.setattr(choice, "triton_version", lambda: version)
+    device = dict(name="GPU", arch=(9, 0), memory_gib=80)
+    assert any(f"Triton {version} is not known" in line for line in doctor.advice([device])) == told
+    assert not any("is not known" in line for line in doctor.advice([]))
+
+
 def test_who_serves_is_told(monkeypatch, capsys):
     from lowbit_video.kernels.shipped import choice
 

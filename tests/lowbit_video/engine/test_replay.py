@@ -3,7 +3,9 @@
 Triton and the GPU are played by recorders, the framework by NumPy: a plan knows tensors by address, shape, strides and dtype.
 """
 import contextlib
+import ctypes
 import math
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,8 +19,11 @@ from lowbit_video.engine.packing import Packing
 from lowbit_video.engine.run import run
 from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning
-from lowbit_video.kernels import launch
+from lowbit_video.kernels import compiled, launch
+from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import LOG2_E
+from lowbit_video.kernels.shipped.kinds import kind_of, parameters
+from lowbit_video.kernels.stand_in import TensorDescriptor as Descriptor
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
@@ -57,32 +62,90 @@ class Log(list):
     """A list whose `append` may be replaced."""
 
 
+TYPES = {"f32": ("fp32", ctypes.c_float), "i32": ("i32", ctypes.c_int32), "i64": ("i64", ctypes.c_int64)}
+"""Of a kind of number: Triton's word for it, and how it is read."""
+
+
 class Compiled:
-    """A compiled kernel that notes its launches: (name, grid, stream, arguments)."""
+    """What Triton would have compiled for a launch; `read` finds the arguments in the parameters that the driver is given."""
 
-    function, packed_metadata = 1234, (4, 1, 0)
+    packed_metadata = (4, 1, 100)
 
-    def __init__(self, name, log):
-        self.name, self.log = name, log
+    def __init__(self, name, log, kernel, arguments, constants):
+        self.name, self.log, self.function = name, log, len(FUNCTIONS)
+        self.names = [one.name for one in parameters(kernel.fn, tuple(kernel.do_not_specialize))]
+        self.given = dict(zip(self.names, arguments), **constants)
+        constant = {one.name for one in parameters(kernel.fn) if one.constant}
+        self.kinds = {name: "constant" if name in constant else kind_of(self.given[name], name not in kernel.do_not_specialize)
+                      for name in self.names}
+        maps = [MAP for kind in self.kinds.values() if kind.startswith("tma")]
+        self.src = types.SimpleNamespace(signature={name: self._type(kind) for name, kind in self.kinds.items()})
+        self.metadata = types.SimpleNamespace(num_ctas=1, tensordesc_meta=maps)
+        FUNCTIONS.append(self)
 
-    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
-        assert function == self.function and metadata is self.packed_metadata
-        assert enter_hook is exit_hook is launch_metadata is None
-        self.log.append((self.name, (x, y, z), stream, arguments))
+    @staticmethod
+    def _type(kind):
+        plain = kind.partition("/")[0]
+        if kind.startswith("*") or kind.startswith("tma"):
+            return plain if kind.startswith("*") else "tensordesc<>"
+        return TYPES[plain][0] if plain in TYPES else "constexpr"
+
+    def read(self, pointers):
+        """All arguments in their order: what was compiled in as it was given, all else out of memory."""
+        found, memory = [], iter(pointers)
+        for name in self.names:
+            value, kind = self.given[name], self.kinds[name]
+            plain = kind.partition("/")[0]
+            if kind.startswith("*"):
+                value = ctypes.c_uint64.from_address(next(memory)).value
+                # a kernel compiled for multiples of 16 may be given nothing else
+                assert kind.endswith("/16") == (value % 16 == 0), (self.name, name, kind, hex(value))
+            elif kind.startswith("tma"):
+                address, rank = ctypes.c_uint64.from_address(next(memory)).value, len(value.shape)
+                numbers = [type.from_address(next(memory)).value for type in [ctypes.c_int32] * rank + [ctypes.c_int64] * rank]
+                value = Descriptor(Buffer(address, value.base.dtype), numbers[:rank], numbers[rank:], value.block_shape, None,
+                                   value.padding)
+            elif plain in TYPES:
+                value = TYPES[plain][1].from_address(next(memory)).value
+            found.append(value)
+        assert [ctypes.c_uint64.from_address(place).value for place in memory] == [0, 0]  # scratch
+        return tuple(found)
+
+
+FUNCTIONS = []
+"""Every `Compiled`; its number is its function's handle."""
+MAP = dict(swizzle=3, elem_size=1, elem_type=0, block_size=[64, 64], fp4_padded=False)
+
+
+class Driver:
+    """Plays the CUDA driver: a tensor map is the address that it is of, and a launch is noted by its kernel."""
+
+    @staticmethod
+    def tensor_map_encoder(read, shape, strides, padding):
+        def encode(place, address):
+            ctypes.c_uint64.from_address(place).value = address
+
+        return encode
+
+    @staticmethod
+    def kernel_launcher(function, grid, threads, shared, pointers):
+        assert (threads, shared) == (128, 100)
+        kernel = FUNCTIONS[function]
+        return lambda stream: kernel.log.append((kernel.name, grid, stream, kernel.read(pointers)))
 
 
 class Kernel:
     """Stands for a jitted kernel; the long way through Triton notes its launch as the short one does."""
 
     def __init__(self, kernel, name, log, long):
-        self.arg_names, self.name, self.log, self.long = kernel.arg_names, name, log, long
+        self.kernel, self.arg_names, self.name, self.log, self.long = kernel, kernel.arg_names, name, log, long
 
     def __getitem__(self, grid):
         def run(*arguments, **constants):
             rest = [constants[name] for name in self.arg_names[len(arguments):]]
             self.long.append(self.name)
             self.log.append((self.name, (*grid, 1, 1)[:3], 77, (*arguments, *rest)))
-            return Compiled(self.name, self.log)
+            return Compiled(self.name, self.log, self.kernel, arguments, constants)
 
         return run
 
@@ -98,6 +161,7 @@ def device(monkeypatch):
     for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
                          (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel")):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
+    monkeypatch.setattr(plans, "cuda_driver", Driver)
     monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_device=lambda: 0), raising=False)
 
     def kept_empty(shape, dtype, like):
@@ -118,6 +182,8 @@ def flat(log, named):
             return ("descriptor", one(value.base), list(value.shape), list(value.strides), value.padding)
         if hasattr(value, "data_ptr"):
             value = value.data_ptr()
+        if isinstance(value, float):
+            return np.float32(value)
         if not isinstance(value, int) or value < 2**32:
             return value
         return next((name, value - t.data_ptr()) for name, t in named.items()
@@ -291,9 +357,13 @@ def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision,
 
 def test_a_copied_input_and_an_unknown_triton_make_no_plan(device, monkeypatch):
     run(*(drawn(1, 200, 2, 128)[..., ::2] for _ in range(3)), AttentionOptions("int8+fp16"))
-    monkeypatch.setattr(launch, "LAUNCHER_VERSIONS", ("2.",))
-    call(device, *tensors(), "int8+fp16")
-    assert not plans._PLANS
+    assert not plans._PLANS and not plans.not_repeated()
+    monkeypatch.setattr(compiled, "TRITONS", ("2.",))
+    for count in (1, 2):
+        call(device, *tensors(), "int8+fp16")
+        why = plans.not_repeated()
+        assert not plans._PLANS and set(why.values()) == {count, 2 * count}
+    assert all(f"the launcher of Triton {sys.modules['triton'].__version__} is not known" in reason for reason in why)
 
 
 def test_the_number_of_plans_is_bounded(monkeypatch):

@@ -1,5 +1,6 @@
 """Launches go to shipped kernels where these may serve, on the tensor's device and stream, and otherwise as ever."""
 import contextlib
+import types
 
 import pytest
 
@@ -69,3 +70,21 @@ def test_paddle_asks_triton_for_nothing_where_only_shipped_kernels_serve(monkeyp
     with paddle_runtime.launch_guard(None):
         pass
     assert done == ["driver 1"] * by_triton + ["place 1"] * by_us
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_torchs_device_is_the_drivers_too(monkeypatch, driver, placed, index):
+    """A thread that never used CUDA has no context, and the driver launches nothing without one."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    from lowbit_video.runtime import torch_runtime
+
+    entered = []
+    place = types.SimpleNamespace(ordinal=index)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device.index) or contextlib.nullcontext())
+    monkeypatch.setattr(torch_runtime, "_place", lambda index: place if placed else None)
+    with torch_runtime.launch_guard(types.SimpleNamespace(is_cuda=True, device=types.SimpleNamespace(index=index))):
+        assert driver == [("push", index)] and getattr(launch._STATE, "place", None) is (place if placed else None)
+    assert driver == [("push", index)] + ["pop"] * index and entered == [1] * index  # device 0 was current already

@@ -1,6 +1,6 @@
 /* A libcuda.so.1 that launches nothing and writes down every launch: which code, how large, with which bytes of parameters.
  *
- * It has two devices of compute capability 9.0 and knows of a parameter's size what the cubin says. A tensor map is filled
+ * It has two devices, of compute capability 9.0 or FAKE_CUDA_ARCH (such as 89), and knows of a parameter's size what the cubin says. A tensor map is filled
  * with the arguments that it was encoded from. fake_take() gives what was written since the last time.
  */
 #include <cuda.h>
@@ -34,7 +34,10 @@ CUresult cuGetErrorString(CUresult error, const char **words) { *words = "a fake
 CUresult cuDeviceGetCount(int *count) { *count = 2; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-  *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? 9 : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? 0
+  const char *given = getenv("FAKE_CUDA_ARCH");
+  int arch = given ? atoi(given) : 90;
+  *value = attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? arch / 10
+         : attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? arch % 10
          : attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 232448
          : attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR ? 233472
          : attribute == CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK ? 65536 : 132;
@@ -55,6 +58,9 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
 CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *config) { return CUDA_ERROR_NOT_SUPPORTED; }
 
 static int device(void) { return depth && stack[depth - 1] ? (int)((int *)stack[depth - 1] - contexts) : -1; }
+CUresult cuCtxGetDevice(CUdevice *current) { *current = device(); return *current < 0 ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) { *status = CU_STREAM_CAPTURE_STATUS_NONE; return CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule module) { say("unloaded %016lx\n", ((Image *)module)->hash); return CUDA_SUCCESS; }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *data) {
   const Elf64_Ehdr *header = data;

@@ -8,9 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-from .store import Build, TensorMap
+from typing import Any, NamedTuple, Protocol
 
 MAP_BYTES = 128
 """Of a CUtensorMap, which must begin at a multiple of 64."""
@@ -18,7 +16,28 @@ LINE = 128
 SCRATCH = 2
 """Pointers that every kernel of Triton's has behind its own parameters: scratch memory that none of these uses."""
 SCALARS = {"i32": "<i", "i64": "<q", "f32": "<f"}
-"""How a kind lies in memory, as `struct` says it."""
+"""How a type of number lies in memory, as `struct` says it."""
+POINTER = "pointer"
+
+
+class TensorMap(NamedTuple):
+    """How a kernel reads a descriptor's tensor: swizzle and element type by the driver's numbers, bytes of an element, block.
+
+    mended: an old driver's maps of small tensors are, as Triton does from 3.7 on.
+    """
+
+    swizzle: int
+    element_bytes: int
+    element_type: int
+    block: list[int]
+    mended: bool = False
+
+
+class Argument(NamedTuple):
+    """One of a kernel's arguments; type: POINTER (of a buffer), one of SCALARS, or how a descriptor's tensor is read."""
+
+    type: str | TensorMap
+    value: Any
 
 
 class Encoder(Protocol):
@@ -49,22 +68,20 @@ class Parameters:
     maps: (`Map`, buffer) of the descriptors. Neither is filled in yet.
     """
 
-    def __init__(self, build: Build, values: Sequence[Any], driver: Any) -> None:
+    def __init__(self, arguments: Sequence[Argument], driver: Any) -> None:
         pieces: list[tuple[str, Any]] = []  # struct's format, value
         descriptors: list[tuple[int, Any, TensorMap]] = []
         buffers: list[tuple[int, Any]] = []
-        known = iter(build.maps)
-        for kind, value in zip(build.kinds, values):
-            plain = kind.partition("/")[0]
-            if kind.startswith("tma"):
-                descriptors.append((len(pieces), value, next(known)))
+        for type, value in arguments:
+            if isinstance(type, TensorMap):
+                descriptors.append((len(pieces), value, type))
                 pieces.append((f"{MAP_BYTES}x", None))
                 pieces += [("<i", length) for length in value.shape] + [("<q", stride) for stride in value.strides]
-            elif kind.startswith("*"):
+            elif type == POINTER:
                 buffers.append((len(pieces), value))
                 pieces.append(("<Q", 0))
-            elif plain in SCALARS:
-                pieces.append((SCALARS[plain], value))
+            else:
+                pieces.append((SCALARS[type], value))
         pieces += [("<Q", 0)] * SCRATCH
         offsets, end = [], 0
         for format, _ in pieces:
@@ -81,7 +98,5 @@ class Parameters:
         self.words = (ctypes.c_uint64 * (end // 8)).from_buffer(self._memory, shift)
         self.pointers = (ctypes.c_void_p * len(pieces))(*[begin + offset for offset in offsets])
         self.addresses = [(offsets[number] // 8, buffer) for number, buffer in buffers]
-        self.maps = [(Map(begin + offsets[number], driver.tensor_map_encoder(known.element_type, known.element_bytes,
-                                                                               known.swizzle, known.block, value.shape,
-                                                                               value.strides, value.padding)), value.base)
-                     for number, value, known in descriptors]
+        self.maps = [(Map(begin + offsets[number], driver.tensor_map_encoder(read, value.shape, value.strides, value.padding)),
+                      value.base) for number, value, read in descriptors]
