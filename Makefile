@@ -62,7 +62,7 @@ mutants-some: mutants  ## a tenth of them, another one every day
 
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(PARITY_VENV)/.done  ## look for calls that go wrong, at random, on both frameworks: make fuzz MINUTES=30
-	$(PARITY_VENV)/bin/python -m pytest tests/fuzz --fuzz-minutes $(MINUTES) --timeout $(FUZZ_TIMEOUT) $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/fuzz --fuzz-minutes $(MINUTES) --timeout $(FUZZ_TIMEOUT) $(ARGS)
 
 parity: $(PARITY_VENV)/.done  ## compare with diffusers and transformers, live, and run the tests that need torch
 	$(PARITY_VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests -m "torch or parity" --ignore=tests/fuzz $(ARGS)

@@ -68,9 +68,13 @@ def attention_modules(model: Any) -> dict[str, Any]:
             if hasattr(module, "processor") and hasattr(module, "to_q")}
 
 
+DENOISERS = ("transformer", "unet")
+"""A pipeline's names for its denoising model."""
+
+
 def transformer_of(model_or_pipe: Any) -> Any:
     """The denoising model of a pipeline, or the model itself."""
-    for name in ("transformer", "unet"):
+    for name in DENOISERS:
         part = getattr(model_or_pipe, name, None)
         if part is not None and _is_model(part):
             return part
@@ -87,12 +91,13 @@ def _is_model(part: Any) -> bool:
 
 
 def models_of(model_or_pipe: Any) -> dict[str, Any]:
-    """The denoising models by the pipeline's names for them ("transformer", "transformer_2"); a bare model by ""."""
+    """The denoising models by the pipeline's names for them ("transformer" or "unet", "transformer_2"); a bare model by ""."""
     model = transformer_of(model_or_pipe)
     if model is model_or_pipe:
         return {"": model}
+    name = next(name for name in DENOISERS if getattr(model_or_pipe, name, None) is model)
     second = getattr(model_or_pipe, "transformer_2", None)
-    return {"transformer": model, **({} if second is None else {"transformer_2": second})}
+    return {name: model, **({} if second is None else {"transformer_2": second})}
 
 
 def dispatching_modules(model: Any) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def _dispatches(module: Any) -> bool:
 class ModuleCoverage:
     """One attention module in the report.
 
-    component: "transformer", "vae", ... ("" for a bare model). processor: its description.
+    component: "transformer", "unet", "transformer_2" ("" for a bare model). processor: its description.
     runs: (variant, calls, reason) of each variant that ran; empty where nothing did, and then
     `reason` says why. low_bit: True where every call ran at the asked-for low bit width.
     """

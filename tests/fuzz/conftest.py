@@ -13,6 +13,7 @@ same examples again in the same order, which tells of a test that hung or crashe
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 import secrets
 import time
@@ -48,11 +49,12 @@ def pytest_report_header(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Each test's share of the time: those that only try odd values for one argument need less."""
+    """Each test's share of all processes' time: those that only try odd values for one argument need less."""
+    minutes = config.getoption("--fuzz-minutes", 0.0) * int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     mine = [item for item in items if HERE in pathlib.Path(item.path).parents]
     weights = [1 if "odd" in item.name else 5 for item in mine]
     for item, weight in zip(mine, weights):
-        item.fuzz_seconds = config.getoption("--fuzz-minutes", 0.0) * 60 * weight / sum(weights)
+        item.fuzz_seconds = minutes * 60 * weight / sum(weights)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -343,7 +343,7 @@ MAY_BE = {
     "tensor_layout": lambda value: False,
     "is_causal": is_flag,
     "return_lse": is_flag,
-    "scale": lambda value: value is None or is_number(value) and np.all(abs(np.float64(value)) < 1e24),
+    "scale": lambda value: value is None or is_number(value) and np.all(abs(np.asarray(value, np.float64)) < 1e24),
     "backend": lambda value: isinstance(value, str) and value in ("auto", "reference"),
     "check_finite": lambda value: value is None or is_flag(value),
 }

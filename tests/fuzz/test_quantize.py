@@ -145,7 +145,7 @@ def test_odd_tensors_are_quantised_or_refused(framework, data, format, operand):
 CODES = {
     "precision": lambda value: isinstance(value, str) and "+" in value,
     "tensor_layout": lambda value: isinstance(value, str) and value in ("NHD",),
-    "scale": lambda value: value is None or is_number(value) and np.all(abs(np.float64(value)) < 1e23),
+    "scale": lambda value: value is None or is_number(value) and np.all(abs(np.asarray(value, np.float64)) < 1e23),
     "return_lse": is_flag,
     "check_finite": lambda value: value is None or is_flag(value),
 }

@@ -82,6 +82,13 @@ def test_a_pipeline_names_what_is_untouched():
     assert any(line.startswith("text_encoder") and "3 attention modules" in line for line in lines)
 
 
+def test_modules_are_named_as_the_pipeline_names_its_model():
+    pipe = toy_model.Pipe()
+    pipe.transformer, pipe.unet = None, pipe.transformer
+    apply(pipe, "int8+fp16")
+    assert [module.full_name for module in coverage(pipe).modules] == ["unet.blocks.0", "unet.blocks.1"]
+
+
 def test_a_foreign_processor_is_said_not_to_be_counted():
     model = toy_model.model()
     model.blocks[0].set_processor(lambda attn, video, text, mask=None, rotary=None: (video, text))
