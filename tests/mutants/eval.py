@@ -3,6 +3,7 @@ from .entry import faults
 
 BENCH = "tests/eval/test_bench.py::"
 COMPARE = "tests/eval/compare/test_compare.py::"
+FLOOR = "tests/eval/compare/test_floor.py::"
 JUDGE = "tests/eval/world/test_judge.py::"
 LAYERS = "tests/eval/compare/test_layers.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
@@ -102,4 +103,20 @@ MUTANTS = [
             ("k[b, h // group]", "k[b, h % group]")),
     *faults("setup.py", "tests/packaging/test_wheel.py::test_what_the_report_is_made_from_is_in",
             ('"lowbit_video.eval.report.assets": ["*"]', '"lowbit_video.eval.report.assets": ["*.html"]')),
+    *faults("eval/compare/floor.py", FLOOR + "test_the_twin_attends_as_it_is_asked",
+            ("exact_attend(part, k, v, scale=scale)", "exact_attend(part, k, v)"),
+            ("if is_causal or return_lse:", "if return_lse:"), ("if is_causal or return_lse:", "if is_causal:"),
+            ("k, v = k.flip([1]), v.flip([1])", "k, v = k.flip([1]), v")),
+    *faults("eval/compare/floor.py", FLOOR + "test_keys_come_from_last_to_first_and_queries_in_halves",
+            ("half = (q.shape[1] + 1) // 2", "half = q.shape[1] // 2"), ("k, v = k.flip([1]), v.flip([1])", "pass"),
+            ("(q[:, :half], q[:, half:])", "(q,)")),
+    *faults("eval/compare/floor.py", FLOOR + "test_a_module_computes_what_it_computed",
+            ("batch == 1 or attention_mask is not None", "batch == 1"),
+            ("video, text = zip(*samples)", "text, video = zip(*samples)")),
+    *faults("eval/compare/candidates.py", FLOOR.removesuffix("::"),
+            ("apply(pipe, None, wanted, backend=backend, fallback=fallback)", "apply(pipe, None, wanted, backend=backend)"),
+            ("return apply(pipe, wanted, backend=backend, fallback=fallback)", "return apply(pipe, wanted, fallback=fallback)"),
+            ('r"[^A-Za-z0-9+.-]+", "-"', 'r"[^A-Za-z0-9.-]+", "-"')),
+    *faults("eval/compare/progress.py", "tests/eval/compare/test_progress.py",
+            ("if seconds < 90:", "if seconds <= 90:"), ("if minutes < 90 else", "if minutes <= 90 else")),
 ]

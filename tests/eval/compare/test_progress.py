@@ -34,6 +34,7 @@ def test_finished_runs_foretell_by_the_median_of_each():
     job.finish("a", 10.0)
     assert "[2/4]" in job.said[1] and "about 16 s left" in job.said[1]  # ten for the other a, the median of all for b
     assert [clock(s) for s in (5, 89, 600, 12000)] == ["5 s", "89 s", "10 min", "3 h 20 min"]
+    assert [clock(s) for s in (89.9, 90, 89 * 60, 90 * 60)] == ["90 s", "2 min", "89 min", "1 h 30 min"]
 
 
 def test_the_first_steps_foretell_before_anything_is_finished():

@@ -59,6 +59,15 @@ def test_without_triton_what_is_not_shipped_is_refused_by_name(world):
     assert select(dataclasses.replace(REQUEST, arch=(8, 9))).name == "triton-int-fp8"
 
 
+@pytest.mark.parametrize(("arch", "lse", "group", "reason"), [
+    ((9, 0), True, 1, None), ((9, 0), True, 8, None), ((9, 0), False, 3, None), ((9, 0), True, 3, "1, 2, 4, 8 query heads"),
+    ((9, 0), True, 16, "1, 2, 4, 8 query heads"), ((8, 9), False, 1, "for sm_90 only"), ((10, 0), False, 1, "for sm_90 only"),
+    ((12, 0), True, 3, "for sm_90 only"), (None, False, 1, "for sm_90 only")])
+def test_what_kernels_are_shipped_for(arch, lse, group, reason):
+    why = choice.why_not_shipped(arch=arch, lse=lse, group=group)
+    assert why is None if reason is None else reason in why
+
+
 def test_compiled_without_triton_says_so(world):
     world("compiled", None)
     with pytest.raises(UnsupportedError, match="hopper-int8: nothing is compiled: Triton is not installed"):

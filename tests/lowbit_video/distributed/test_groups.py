@@ -5,7 +5,7 @@ import pytest
 
 from lowbit_video.distributed.group import Group, Traffic
 from lowbit_video.distributed.mesh import Degrees, Mesh, degrees_for
-from lowbit_video.distributed.shares import begins, even_shares, joint_shares, token_shares
+from lowbit_video.distributed.shares import balanced, begins, even_shares, joint_shares, token_shares
 from lowbit_video.runtime import paddle_runtime as runtime
 from ranks import run_threads
 
@@ -34,20 +34,30 @@ def test_whole_blocks_that_leave_a_rank_without_video_give_way_to_even_shares(te
     assert joint_shares(text, video, size) == wanted
 
 
-def test_a_rank_without_text_is_refused():
-    with pytest.raises(ValueError, match="3 text and 500 video tokens cannot be shared by 4 ranks"):
-        joint_shares(3, 500, 4)
+@pytest.mark.parametrize("text, video", [(3, 500), (500, 3), (3, 3)])
+def test_a_rank_without_text_or_without_video_is_refused(text, video):
+    with pytest.raises(ValueError, match=f"{text} text and {video} video tokens cannot be shared by 4 ranks"):
+        joint_shares(text, video, 4)
+
+
+def test_works_that_cannot_be_split_are_balanced_the_largest_first():
+    assert balanced([1, 2, 3, 7, 3], 2) == [0, 1, 1, 0, 1] and balanced([2, 2, 2], 3) == [0, 1, 2]
+    assert balanced([1, 1, 1, 3], 2) == [1, 1, 1, 0] and balanced([], 2) == []
 
 
 @pytest.mark.parametrize("size, options, wanted", [
     (1, {}, (1, 1, 1)), (2, {}, (2, 1, 1)), (2, dict(guided=False), (1, 2, 1)), (3, {}, (1, 3, 1)), (4, {}, (2, 2, 1)),
     (8, dict(cfg=1), (1, 8, 1)), (8, dict(ring=2), (2, 2, 2)), (8, dict(ulysses=2), (2, 2, 2)),
-    (64, dict(host_ranks=8), (2, 8, 4)), (64, {}, (2, 16, 2)), (62, {}, (2, 1, 31))])
+    (30, dict(cfg=1), (1, 30, 1)), (64, dict(host_ranks=8), (2, 8, 4)), (64, {}, (2, 16, 2)), (62, {}, (2, 1, 31))])
 def test_degrees_are_chosen_guidance_first_then_heads_then_the_ring(size, options, wanted, monkeypatch):
     monkeypatch.delenv("PADDLE_LOCAL_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     degrees = degrees_for(size, 30, **options)
     assert (degrees.cfg, degrees.ulysses, degrees.ring) == wanted and degrees.ranks == size and degrees.vae == size
+
+
+def test_fewer_ranks_may_decode_than_there_are():
+    assert [degrees_for(4, 30, vae=vae).vae for vae in (None, 1, 3, 4)] == [4, 1, 3, 4]
 
 
 @pytest.mark.parametrize("size, options, words", [
@@ -99,6 +109,29 @@ def test_rows_of_different_number_are_gathered():
     for parts in run_threads(3, work):
         for rank, part in enumerate(parts):
             np.testing.assert_array_equal(part, np.full((rank + 1, 2), rank))
+
+
+def test_a_tensor_goes_to_a_place_of_the_group_and_its_bytes_are_counted():
+    """Places are the group's own: the first is rank 3."""
+    def work(wire):
+        if wire.rank not in (3, 1):
+            return None
+        group, into = Group(wire, (3, 1)), paddle.zeros([2, 3], dtype="float32")
+        other = 1 - group.rank
+        sending = group.send(paddle.full([2, 3], wire.rank, dtype="float32"), other, runtime, "test")
+        group.receive(into, other).wait()
+        sending.wait()
+        return into.tolist(), group.traffic.sent
+
+    assert run_threads(4, work) == [None, ([[3.0] * 3] * 2, {"test": 24}), None, ([[1.0] * 3] * 2, {"test": 24})]
+
+
+def test_nothing_is_left_of_counts_that_are_cleared():
+    traffic = Traffic()
+    traffic.count("codes", 3, 8)
+    traffic.note("as it is")
+    traffic.clear()
+    assert traffic.as_dict() == Traffic().as_dict()
 
 
 def test_what_is_sent_is_counted():

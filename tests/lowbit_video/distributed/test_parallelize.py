@@ -261,7 +261,7 @@ def test_a_copy_of_a_shared_model_computes_alone(folders):
 
 
 @pytest.mark.parametrize("degrees", [(2, 3), (3, 2), (6, 1), (1, 6)], ids=str)
-def test_each_wrapper_gets_the_choices_its_group_and_the_shares_of_that(degrees, monkeypatch):
+def test_each_wrapper_gets_its_choices_group_and_shares(degrees, monkeypatch):
     """Ulysses' ranks are neighbours, of which the ring has every n-th; a part of the keys is what neighbours have together."""
     module = importlib.import_module("lowbit_video.distributed.parallelize")
     heads_by, ring_of = degrees

@@ -11,7 +11,8 @@ from lowbit_video.pipelines import read_video  # noqa: E402
 from lowbit_video.pipelines.shared.small_model import small_model  # noqa: E402
 from ranks import launch  # noqa: E402
 
-JOB = dict(prompt="a large green star grows on a white background", precision="int8+fp16", steps=6, frames=17, seed=3)
+JOB = dict(prompt="a large green star grows on a white background", precision="int8+fp16", steps=6, frames=17, height=64,
+           width=96, seed=3)
 
 
 def test_four_ranks_make_a_video_that_shows_what_one_makes(tmp_path):

@@ -59,9 +59,16 @@ def on_ranks(model, work, x, size, degree=None):
     return run_threads(size, rank, PATIENCE, rendezvous=True)
 
 
+made = {}
+"""What one rank made, which does not depend on how many others do."""
+
+
 def same_on_ranks(model, work, x, size, degree=None):
     """Asserts that every rank gets the bits of one rank; their groups, and what each was told."""
-    wanted = work(model, x)
+    how = (id(model), work, *x.shape, module.on_cpu(x), model.use_slicing, model.use_tiling)
+    if how not in made:  # x is drawn from its shape
+        made[how] = work(model, x)
+    wanted = made[how]
     assert model.group is None and wanted.std() > 0.01
     ranks = on_ranks(model, work, x, size, degree)
     for result, *_ in ranks:
