@@ -18,7 +18,7 @@ FUZZ_TIMEOUT ?= 1800
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo demo-parallel test mutants mutants-some fuzz gpu-test parity parity-newest interop lint wheel release-check eval-demo \
-	triton-matrix shipped clean
+	triton-matrix triton-newest shipped clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.cpu: pyproject.toml setup.py
@@ -98,6 +98,12 @@ triton-matrix: $(VENV)/.test $(TRITONS:%=.tritons/%/.done)  ## every variant und
 		$(VENV)/bin/python tests/kernels/triton_matrix.py --record || failed=1; \
 		TRITON_CACHE_DIR=.tritons/cache-$$version PYTHONPATH=.tritons/$$version LOWBIT_TEST_LAUNCHES=all \
 		$(VENV)/bin/python -m pytest -q tests/kernels/test_compiled.py || failed=1; done; test -z "$$failed"
+
+NEWEST_TRITON = $(lastword $(TRITONS))
+
+triton-newest: $(VENV)/.test .tritons/$(NEWEST_TRITON)/.done  ## the same under the newest of them alone, without changing what is recorded
+	TRITON_CACHE_DIR=.tritons/cache-$(NEWEST_TRITON) PYTHONPATH=.tritons/$(NEWEST_TRITON):tests \
+		$(VENV)/bin/python tests/kernels/triton_matrix.py
 
 shipped: $(VENV)/.test  ## compile the kernels that are shipped compiled, with the Triton that they are measured under
 	$(VENV)/bin/python -m lowbit_video.kernels.shipped.build $(ARGS)

@@ -53,7 +53,7 @@ class DispatchedAttention:
 
     def _low_bit(self, q, k, v, mask, lengths, is_causal, scale, return_lse):
         """(out, lse or None, what ran); UnsupportedError with the reason where low bit does not serve the call."""
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if torch_runtime.wants_gradients(q, k, v):
             raise UnsupportedError("gradients are recorded, and low-bit attention has none; run under torch.no_grad()")
         dtype = torch_runtime.dtype_name(q)
         if dtype not in DTYPES:

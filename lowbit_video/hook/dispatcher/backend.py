@@ -11,6 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 
 from ...errors import UnsupportedError
+from ...runtime import torch_runtime
 from .operator import attend
 
 
@@ -27,7 +28,7 @@ def backend_function(name: str) -> Callable:
         if _parallel_config is None:
             out, lse = attend(query, key, value, attn_mask, is_causal, scale, return_lse, name)
             return (out, lse.permute(0, 2, 1)) if return_lse else out
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if torch_runtime.wants_gradients(query, key, value):
             raise UnsupportedError("gradients are recorded, and low-bit attention on several ranks has none: run under "
                                    "torch.no_grad(), or set another attention backend")
         if attn_mask is not None and _parallel_config.context_parallel_config.ring_degree > 1:

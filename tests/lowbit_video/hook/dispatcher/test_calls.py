@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 
 from lowbit_video import UnsupportedError, attention, register_diffusers  # noqa: E402
 from lowbit_video.errors import NonFiniteError  # noqa: E402
@@ -170,6 +171,9 @@ def test_nothing_is_differentiated_in_silence():
     assert all(torch.equal(x.grad, one) for x, one in zip((q, k, v), wanted))
     with pytest.raises(UnsupportedError, match="gradients are recorded"):
         call(q, k, v, STRICT)
+    with forward_ad.dual_level(), torch.no_grad():
+        with pytest.raises(UnsupportedError, match="gradients are recorded"):
+            call(q, k, forward_ad.make_dual(v, torch.ones_like(v)), STRICT)
 
 
 def test_values_that_are_not_finite_are_named():
