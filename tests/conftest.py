@@ -28,11 +28,11 @@ def pytest_sessionfinish(session):
 
 
 LONGEST = (
-    "graph/test_to_static.py", "examples/test_small_model.py", "distributed/test_small_model.py",
-    "graph/test_torch_compile_model.py", "dispatcher/test_parallel.py", "distributed/test_launched.py",
-    "cogvideox/test_vae_ranks.py", "dispatcher/test_compile.py",
-    "hook/test_own_frame.py", "hook/test_beside_accelerate.py", "kernels/test_portable_interpreted.py", "world/test_judge.py",
-    "examples/test_cogvideo.py", "kernels/test_exchange.py", "distributed/test_parallelize.py", "runtime/test_runtime.py",
+    "kernels/test_portable_interpreted.py", "graph/test_to_static.py", "distributed/test_launched.py",
+    "graph/test_torch_compile_model.py", "dispatcher/test_parallel.py", "cogvideox/test_vae_ranks.py",
+    "examples/test_small_model.py", "distributed/test_small_model.py", "dispatcher/test_compile.py",
+    "hook/test_own_frame.py", "hook/test_beside_accelerate.py", "examples/test_cogvideo.py", "world/test_judge.py",
+    "kernels/test_exchange.py", "distributed/test_parallelize.py", "runtime/test_runtime.py",
     "distributed/test_ring.py", "distributed/test_ulysses.py", "compare/test_layers.py", "kernels/test_hopper_simulated.py",
 )
 """Files that take a minute or so come first, so that processes that share the tests end at about the same time."""

@@ -119,8 +119,10 @@ def _write(target: Target, out: np.ndarray, runtime: Runtime) -> None:
     dtype = runtime.dtype_name(target.tensor)
     whole = np.ascontiguousarray(runtime.to_numpy(target.tensor)).copy()
     size = 4 if dtype == "float32" else 2
-    flat = whole.reshape(-1)[target.begin // size:]
-    view = np.lib.stride_tricks.as_strided(flat, out.shape, tuple(stride * flat.itemsize for stride in (*target.strides, 1)))
+    flat, strides = whole.reshape(-1)[target.begin // size:], (*target.strides, 1)
+    last = sum((count - 1) * stride for count, stride in zip(out.shape, strides))
+    assert not out.size or last < flat.size, "a target reaches past its tensor"
+    view = np.lib.stride_tricks.as_strided(flat, out.shape, tuple(stride * flat.itemsize for stride in strides))
     view[...] = out
     target.tensor[:] = runtime.from_numpy(whole, target.tensor, dtype)
 

@@ -9,6 +9,8 @@ PLANS = "tests/lowbit_video/engine/test_replay.py::"
 REFERENCE = "tests/kernels/test_reference.py::"
 SIMULATED = "tests/kernels/test_hopper_simulated.py::"
 HOPPER = "kernels/attention/hopper/"
+SHIPPED = "kernels/shipped/"
+SHIPPED_TESTS = "tests/kernels/shipped/"
 
 MUTANTS = [
     *faults("kernels/attention/reference.py", REFERENCE + "test_exact_equals_softmax",
@@ -207,4 +209,30 @@ MUTANTS = [
             ("np.where(total == 0, 1, total)", "total")),
     *faults("kernels/exchange/reference.py", EXCHANGE + "test_means_are_weighed_and_maxima_are_not",
             ("out[:means] =", "out[means:] =")),
+    *faults(SHIPPED + "kinds.py", SHIPPED_TESTS + "test_kinds.py",
+            ("INT32 = range(-(2**31), 2**31)", "INT32 = range(-(2**31), 2**32)"),
+            ("if specialised and value == 1:", "if value == 1:"),
+            ('"/16" if specialised and value % ALIGNMENT == 0', '"/16" if value % ALIGNMENT == 0'),
+            ('"" if value.data_ptr() % ALIGNMENT else "/16"', '"" if value.data_ptr() % 8 else "/16"'),
+            ('"i64": ("i32", "i32/16", "i64/16", "=1")', '"i64": ("i32/16", "i64/16", "=1")'),
+            ('"i64/16": ("i32/16",)', '"i64/16": ("i32/16", "=1")'), ('given == f"{built}/16")', 'given == f"{built}")'),
+            ("{value.swizzle_byte_width}, {value.element_bitwidth}", "{value.element_bitwidth}, {value.element_bitwidth}")),
+    *faults(SHIPPED + "choice.py", SHIPPED_TESTS + "test_choice.py",
+            ('return Choice(given == "auto", False', "return Choice(True, False"),
+            ('given == "compiled" or version.startswith(MEASURED)', "version.startswith(MEASURED)"),
+            ('MEASURED = "3.6."', 'MEASURED = "3."'), ("if lse and group not in GROUPS", "if group not in GROUPS"),
+            ("GROUPS = (1, 2, 4, 8)", "GROUPS = (1, 2, 4)"), ("if arch != ARCH", "if arch is not None and arch < ARCH"),
+            ("if version is not None and not version.startswith", "if version is not None and version.startswith")),
+    *faults(SHIPPED + "parameters.py", SHIPPED_TESTS + "test_launch.py::test_every_launch_is_what_tritons_launcher_makes_of_it",
+            ("SCRATCH = 2", "SCRATCH = 1"), ("if address != self.encoded:", "if self.encoded is None:"),
+            ('step = LINE if format.endswith("x") else 8', "step = 8")),
+    *faults(SHIPPED + "launch.py", SHIPPED_TESTS + "test_launch.py::test_every_launch_is_what_tritons_launcher_makes_of_it",
+            ("words[word] = given[tensor] + offset", "words[word] = given[tensor]"), ("(*grid, 1, 1)[:3]", "(*grid, 1)[:3]"),
+            ("WARP * self.build.warps, self.build.shared", "WARP * self.build.warps, 0"),
+            ("self._functions[build.image] =", "self._functions[build.function] ="), ("        record(one)\n", "")),
+    *faults(SHIPPED + "launch.py", SHIPPED_TESTS + "test_launch.py::test_calls_without_triton",
+            ("one.encode(given[tensor] + offset)", "one.encode(given[tensor])")),
+    *faults(SHIPPED + "store.py", SHIPPED_TESTS + "test_store.py",
+            ("max(fits, key=", "min(fits, key="), ("len(one.kinds) == len(kinds) and", ""),
+            ("all(map(does_for, one.kinds, kinds))", "any(map(does_for, one.kinds, kinds))")),
 ]

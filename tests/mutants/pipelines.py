@@ -6,6 +6,8 @@ SCHEDULER = "tests/pipelines/cogvideox/test_scheduler.py::"
 T5 = "tests/pipelines/shared/test_t5.py::"
 TOKENIZER = "tests/pipelines/shared/test_t5_tokenizer.py::"
 TRANSFORMER = "tests/pipelines/cogvideox/test_transformer.py::"
+TURNS = "tests/pipelines/shared/test_turns.py::"
+VIDEO_FILES = "tests/pipelines/shared/test_video_files.py::"
 VAE = "tests/pipelines/cogvideox/test_vae.py::"
 
 MUTANTS = [
@@ -82,4 +84,42 @@ MUTANTS = [
             ("-total / num_inference_steps)[:num_inference_steps]", "-total / num_inference_steps)")),
     *faults("pipelines/shared/t5.py", T5 + "test_golden",
             ("paddle.mean(x * x, axis=-1, keepdim=True)", "paddle.mean(x * x, axis=1, keepdim=True)")),
+    *faults("pipelines/cogvideox/rotary.py", TRANSFORMER + "test_rotary_tables",
+            ("(target_height - fitted[0]) / 2.0", "(target_height - fitted[1]) / 2.0"),
+            ("width > max_size[1]", "width >= max_size[1]"),
+            ("np.linspace(left, right * (width - 1) / width, width", "np.linspace(left, right, width"),
+            ("if height / width > target_height / target_width", "if height / width >= target_height / target_width",
+             "a grid of the trained one's proportions fits both ways")),
+    *faults("pipelines/cogvideox/rotary.py", TRANSFORMER + "test_rotary_angles_by_hand",
+            ("_rotary_angles(spatial_dim, rows, theta)", "_rotary_angles(spatial_dim, rows, THETA)"),
+            ("_rotary_angles(spatial_dim, columns, theta)", "_rotary_angles(spatial_dim, columns, THETA)"),
+            ("_rotary_angles(embed_dim // 4, frames, theta)", "_rotary_angles(embed_dim // 4, frames, THETA)")),
+    *faults("pipelines/cogvideox/rotary.py", TRANSFORMER + "test_golden",
+            ("order=(0, 2, 1))", "order=(0, 1, 2))"), ("/ temporal_interpolation_scale)", "/ spatial_interpolation_scale)")),
+    *faults("pipelines/cogvideox/scheduler_dpm.py", SCHEDULER + "test_golden",
+            ("is not None and following >= 0", "is not None and following > 0"),
+            ("half = float(0.5 * step_size / step_back)", "half = float(0.5 * step_back / step_size)"),
+            ("np.sqrt(1 - decay**2)", "np.sqrt(1 - decay)")),
+    *faults("pipelines/cogvideox/vae_pieces.py",
+            "tests/pipelines/cogvideox/test_vae_ranks.py::test_a_rank_alone_in_its_group_works_as_without",
+            ("job.tell(x.shape[0] * (stop - start))", "job.tell(stop - start)"),
+            ("bounds[0] = 0\n", "bounds[0] = min(bounds[0], 0)\n", "the first bound is not negative")),
+    *faults("pipelines/shared/video_files.py", VIDEO_FILES + "test_side_by_side",
+            ("frames = min(len(video) for video in videos)", "frames = max(len(video) for video in videos)"),
+            ("part[:, -height:] = video[:frames]", "part[:, :height] = video[:frames]")),
+    *faults("pipelines/shared/video_files.py", VIDEO_FILES + "test_odd_sides",
+            ('"yuv420p" if height % 2 == 0 and width % 2 == 0', '"yuv420p" if height % 2 == 0'),
+            ('"yuv420p" if height % 2 == 0 and width % 2 == 0', '"yuv420p" if width % 2 == 0')),
+    *faults("pipelines/shared/video_files.py", VIDEO_FILES + "test_a_hair_past_the_range_is_rounding",
+            ("array > 1 + RANGE_SLACK", "array > 1 - RANGE_SLACK")),
+    *faults("pipelines/shared/generation.py", "tests/pipelines/shared/test_generation.py",
+            ('("steps", "num_inference_steps")', '("num_inference_steps", "steps")'),
+            ("if stored.get(key) is not None]", "if stored.get(key)]"), ("values[0] for name", "values[-1] for name")),
+    *faults("pipelines/shared/turns.py", TURNS + "test_what_a_call_within_a_call_ends_is_its_own",
+            ("del held[-len(objects):]", "held.clear()"), ("any(one is other for other in held)", "held")),
+    *faults("pipelines/shared/turns.py", TURNS + "test_locks_are_taken_in_one_order_however_they_are_named",
+            ("sorted(objects, key=id)", "objects")),
+    *faults("pipelines/shared/turns.py", TURNS + "test_a_call_holds_the_pipeline_and_its_scheduler_and_gets_its_arguments",
+            ("with alone(pipe, pipe.scheduler):", "with alone(pipe):"),
+            ("with alone(pipe, pipe.scheduler):", "with alone(pipe.scheduler):")),
 ]

@@ -13,7 +13,7 @@ from lowbit_video.app.job import DEFAULT_FPS, OTHER_PROMPT, SMALL_PROMPT, Job, a
 OTHER = dict(model="a/folder", prompt="snow", negative_prompt="rain", precision="int4+fp8", fallback="exact",
              backend="reference", steps=7, frames=17, height=96, width=160, fps=12.5, seed=11, guidance=2.5, device="cpu",
              dtype="float16", compile=True, compare=True, ulysses_degree=3, ring_degree=5, cfg_degree=2, vae_degree=4,
-             exchange="int8", exchange_output="int8", out="elsewhere")
+             exchange="int4", exchange_output="int8", out="elsewhere")
 """A value of every setting but `modules`, none its default."""
 
 
@@ -156,7 +156,7 @@ def test_a_random_model_takes_few_steps_unless_told_otherwise(given, steps, tmp_
 def test_ranks_share_as_the_job_says_and_no_halves_where_there_is_no_guidance(cfg, guidance, shared, monkeypatch):
     monkeypatch.setattr(ranks, "parallelize", lambda *given: given)
     job = Job(**{**OTHER, "cfg_degree": cfg, "guidance": guidance})
-    assert ranks.share("pipe", job, "wire") == ("pipe", 3, 5, shared, 4, "int8", "int8", "wire")
+    assert ranks.share("pipe", job, "wire") == ("pipe", 3, 5, shared, 4, "int4", "int8", "wire")
 
 
 @pytest.mark.parametrize("degrees, count", [

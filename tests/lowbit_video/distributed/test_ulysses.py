@@ -1,6 +1,7 @@
 """Attention by shares of the heads: what one rank computes, with every precision, share and number of ranks."""
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from lowbit_video import LowBitAttnProcessor, NonFiniteError, Precision, UnsupportedError
 from lowbit_video.distributed import ulysses as module
 from lowbit_video.distributed.pieces import Piece
+from lowbit_video.distributed.ring import ring
 from lowbit_video.distributed.ulysses import ulysses
 from lowbit_video.hook.attend import coded, exact_attend
 from parallel_attention import Case, Result, arrays, assert_as_good, assert_exact, together
@@ -286,6 +288,22 @@ def test_pieces_of_heads_change_nothing(framework, precision, output, pieces, mo
     np.testing.assert_allclose(got.lse, whole.lse, atol=1e-5)
     sent = [sum(one["sent"]["attention in"] for one in result.traffic) for result in (got, whole)]
     assert 0.7 < sent[0] / sent[1] < 1.3  # who computes which head decides it
+
+
+@pytest.mark.parametrize("dim, tiles", [(64, 2), (128, 3), (32, 3)])
+def test_pieces_are_chosen_by_the_tiles_of_the_longest_share(framework, dim, tiles, monkeypatch):
+    """Of 192 query rows at head dim 64, else of 128; of all samples."""
+    asked, real = set(), module.head_pieces
+    monkeypatch.setattr(module, "head_pieces", lambda *given: asked.add(given) or real(*given))
+    together(framework, Case(arrays(tokens=450, heads=2, dim=dim), "int8+fp8", lse=False), 2, shares=[384, 66])
+    assert asked == {(2, 2, 2 * tiles, None)}
+
+
+@pytest.mark.parametrize("wrap", [ulysses, ring])
+def test_a_rank_alone_passes_on_what_it_is_asked(wrap):
+    alone = SimpleNamespace(size=1, rank=0)
+    assert wrap(lambda *given: given, alone)("q", "k", "v", True, 0.3, True) == ("q", "k", "v", True, 0.3, True)
+    assert wrap(lambda *given: given, alone)("q", "k", "v") == ("q", "k", "v", False, None, False)
 
 
 def test_bytes_by_hand(framework):

