@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import numpy as np
 
-from .scene import COLOURS, SHAPES, Meaning, Thing
+from .scene import COLOURS, CROSSINGS, SHAPES, SMALL, Meaning, Thing, World
 
 _SHAPE_WORDS = {
     "circle": ("circle", "disc", "ball"), "square": ("square", "box"), "triangle": ("triangle",), "star": ("star",),
@@ -14,7 +15,7 @@ _SHAPE_WORDS = {
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "": ("",), "large": ("large", "big", "huge")}
 _TEXTURE_WORDS = {
     "plain": ("", "plain", "solid"), "striped": ("striped",), "checkered": ("checkered", "chequered"),
-    "dotted": ("dotted", "spotted"),
+    "dotted": ("dotted", "spotted"), "shaded": ("shaded", "graded"), "cloudy": ("cloudy", "mottled"),
 }
 _VERBS = ("moves", "slides", "drifts", "glides", "is moving", "travels")
 _MOTION_WORDS = {
@@ -32,6 +33,16 @@ _MOTION_WORDS = {
     "shrink": ("shrinks", "gets smaller", "is shrinking"),
     "bounce-sideways": ("bounces left and right", "bounces from side to side"),
     "bounce-up-down": ("bounces up and down", "is bouncing up and down"),
+    "enter-left": ("enters from the left", "comes in from the left"),
+    "enter-right": ("enters from the right", "comes in from the right"),
+    "leave-left": ("leaves to the left", "exits to the left"),
+    "leave-right": ("leaves to the right", "exits to the right"),
+}
+_CAMERA_WORDS = {
+    "still": ("stays still", "does not move"),
+    "pan-left": ("pans left", "pans to the left"), "pan-right": ("pans right", "pans to the right"),
+    "pan-up": ("pans up", "tilts up"), "pan-down": ("pans down", "tilts down"),
+    "zoom-in": ("zooms in", "moves closer"), "zoom-out": ("zooms out", "pulls back"),
 }
 _OPENINGS = ("", "", "", "", "a video of ", "a clip of ")
 _PREPOSITIONS = ("on", "over", "against", "in front of")
@@ -53,13 +64,24 @@ def caption_of(meaning: Meaning, rng: np.random.Generator) -> str:
         return options[rng.integers(len(options))]
 
     said = [f"{_thing_words(t, pick)} {pick(_MOTION_WORDS[t.motion]).format(v=pick(_VERBS))}" for t in meaning.things]
-    joined = pick((" and ", " while ")).join(said)
+    if len(said) < 3:
+        joined = pick((" and ", " while ")).join(said)
+    else:
+        joined = ", ".join(said[:-1]) + pick((" and ", " while ")) + said[-1]
     texture = pick(_TEXTURE_WORDS[meaning.texture])
     order = (texture, meaning.background) if rng.random() < 0.6 else (meaning.background, texture)
     ground = f"{pick(_PREPOSITIONS)} " + _article(" ".join(w for w in order if w)) + " background"
     if rng.random() < 0.2:
-        return f"{ground}, {joined}"
-    return f"{pick(_OPENINGS)}{joined} {ground}"
+        return f"{ground}, {joined}{_camera_words(meaning, rng)}"
+    return f"{pick(_OPENINGS)}{joined} {ground}{_camera_words(meaning, rng)}"
+
+
+def _camera_words(meaning: Meaning, rng: np.random.Generator) -> str:
+    """What the camera does, to be said last; that it stands still is said only now and then."""
+    if meaning.camera is None or (meaning.camera == "still" and rng.random() < 0.7):
+        return ""
+    words = _CAMERA_WORDS[meaning.camera]
+    return (", ", " while ", " as ")[rng.integers(3)] + "the camera " + words[rng.integers(len(words))]
 
 
 # --- reading a caption ------------------------------------------------------------------------------------------------
@@ -69,28 +91,49 @@ _SHAPE_ALIASES = {word: shape for shape, words in _SHAPE_WORDS.items() for word 
 _SIZE_ALIASES = {word: size for size, words in _SIZE_WORDS.items() for word in words if word}
 _TEXTURE_ALIASES = {word: texture for texture, words in _TEXTURE_WORDS.items() for word in words if word} | {
     "checked": "checkered", "stripy": "striped"}
+_CAMERA_ALIASES = {word: camera for camera, words in _CAMERA_WORDS.items() for word in words} | {
+    "moves left": "pan-left", "moves right": "pan-right", "moves up": "pan-up", "moves down": "pan-down",
+    "is still": "still", "is static": "still", "stands still": "still", "moves back": "zoom-out"}
 
 
 def _any_of(words) -> str:
     return "(?:" + "|".join(sorted((re.escape(w) for w in words), key=len, reverse=True)) + ")"
 
 
-_C, _S, _Z, _T = (_any_of(w) for w in (_COLOUR_ALIASES, _SHAPE_ALIASES, _SIZE_ALIASES, _TEXTURE_ALIASES))
-_GROUND = re.compile(rf"\b(?P<t1>{_T})?\s*(?P<c>{_C})?\s*(?P<t2>{_T})?\s*\b(?:background|backdrop)\b")
+_C, _S, _Z = (_any_of(w) for w in (_COLOUR_ALIASES, _SHAPE_ALIASES, _SIZE_ALIASES))
+_CAMERA = re.compile(rf",?\s*(?:\b(?:while|as|and)\s+)?\bthe camera\s+(?P<said>{_any_of(_CAMERA_ALIASES)})\b")
+_CROSSING = re.compile(r"\b(?:(?P<enter>enter|com\w+ in)|leav|exit)\w*\b.*?\b(?P<side>left|right)\b")
 _THING = re.compile(rf"\b(?:(?P<z>{_Z})\s+)?(?:(?P<c>{_C})\s+)?(?P<s>{_S})s?\b")
 _MOTION_PATTERNS = (
     ("bounce-up-down", r"\bbounc\w*\b.*\b(up|down|vertical\w*)\b"), ("bounce-sideways", r"\bbounc"),
     ("spin", r"\b(spin|rotat|turn|whirl)"), ("grow", r"\b(grow|bigger|larger|expand)"), ("shrink", r"\b(shrink|smaller)"),
 )
 _STILL = re.compile(r"\b(still|not move|motionless|stationary|rests?|resting|stays?|stands?)\b")
-_KNOWN = re.compile(
-    rf"\b(?:an?|the|and|while|of|on|over|against|in|front|video|clip|is|to|towards|from|side|does|not|around|"
-    rf"{'|'.join(v.split()[-1] for v in _VERBS)}|moving|sliding|diagonally|gets|{_C}|{_S}|{_Z}|{_T}|background|backdrop|sign|"
-    rf"left|right|up|down|upper|lower|upwards|downwards|rises|sinks|spin\w*|rotat\w*|turn\w*|grow\w*|shrink\w*|bounc\w*|"
-    rf"bigger|smaller|expand\w*|still|stands|stays|rests|move)\b")
 
 
-def _motion_in(text: str) -> str | None:
+@lru_cache
+def _readers(names: tuple[str, ...], crossings: bool) -> tuple[re.Pattern, re.Pattern]:
+    """Of a world with these textures: what finds its background, and what finds every word that it has a use for.
+
+    `crossings`: whether things enter and leave."""
+    texture = _any_of([word for word, name in _TEXTURE_ALIASES.items() if name in names])
+    ground = re.compile(rf"\b(?P<t1>{texture})?\s*(?P<c>{_C})?\s*(?P<t2>{texture})?\s*\b(?:background|backdrop)\b")
+    known = re.compile(
+        rf"\b(?:an?|the|and|while|of|on|over|against|in|front|video|clip|is|to|towards|from|side|does|not|around|"
+        rf"{'|'.join(v.split()[-1] for v in _VERBS)}|moving|sliding|diagonally|gets|{_C}|{_S}|{_Z}|{texture}|background|backdrop|"
+        rf"sign|left|right|up|down|upper|lower|upwards|downwards|rises|sinks|spin\w*|rotat\w*|turn\w*|grow\w*|shrink\w*|"
+        rf"bounc\w*|bigger|smaller|expand\w*|still|stands|stays|rests|move{'|enters?|comes|leaves?|exits?' if crossings else ''})\b")
+    return ground, known
+
+
+def _crosses(world: World) -> bool:
+    return not CROSSINGS.keys().isdisjoint(world.motions)
+
+
+def _motion_in(text: str, world: World) -> str | None:
+    crossing = _CROSSING.search(text) if _crosses(world) else None
+    if crossing:
+        return f"{'enter' if crossing['enter'] else 'leave'}-{crossing['side']}"
     for motion, pattern in _MOTION_PATTERNS:
         if re.search(pattern, text):
             return motion
@@ -103,13 +146,18 @@ def _motion_in(text: str) -> str | None:
     return "still" if _STILL.search(text) else None
 
 
-def parse(caption: str) -> Meaning:
+def parse(caption: str, world: World = SMALL) -> Meaning:
     """What a caption asks for, as far as the world has words for it; parts not found are None.
 
-    A third shape is ignored (it is named in `unknown`)."""
+    A shape more than the world knows is ignored (it is named in `unknown`). A camera of which nothing is said stays still."""
     text = re.sub(r"\s+", " ", caption.lower()).strip()
-    texture = background = None
-    ground = _GROUND.search(text)
+    texture = background = camera = None
+    if world.cameras:
+        moved = _CAMERA.search(text)
+        camera = _CAMERA_ALIASES[moved["said"]] if moved else "still"
+        text = _CAMERA.sub("", text)
+    read_ground, known = _readers(tuple(world.textures), _crosses(world))
+    ground = read_ground.search(text)
     rest = text
     if ground:
         background = _COLOUR_ALIASES.get(ground["c"])
@@ -117,24 +165,24 @@ def parse(caption: str) -> Meaning:
         texture = _TEXTURE_ALIASES[said] if said else "plain"
         rest = text[: ground.start()] + "." + text[ground.end():]
     found = list(_THING.finditer(rest))
-    unknown = [m.group(0) for m in found[2:]]
+    unknown = [m.group(0) for m in found[world.most_things:]]
     things = []
-    for i, match in enumerate(found[:2]):
+    for i, match in enumerate(found[:world.most_things]):
         end = found[i + 1].start() if i + 1 < len(found) else len(rest)
-        motion = _motion_in(rest[match.end():end]) or (_motion_in(rest) if len(found) == 1 else None)
+        motion = _motion_in(rest[match.end():end], world) or (_motion_in(rest, world) if len(found) == 1 else None)
         things.append(Thing(_COLOUR_ALIASES.get(match["c"]), _SHAPE_ALIASES[match["s"]], motion,
                             _SIZE_ALIASES.get(match["z"], "")))
     if not things:  # nothing of ours: keep the colour and the motion, they may still be meant
         colour = re.search(rf"\b{_C}\b", rest)
-        if colour or _motion_in(rest):
-            things.append(Thing(_COLOUR_ALIASES[colour.group(0)] if colour else None, None, _motion_in(rest)))
-    unknown += re.findall(r"[a-z]{2,}", _KNOWN.sub(" ", text))
-    return Meaning(tuple(things), texture, background, tuple(unknown))
+        if colour or _motion_in(rest, world):
+            things.append(Thing(_COLOUR_ALIASES[colour.group(0)] if colour else None, None, _motion_in(rest, world)))
+    unknown += re.findall(r"[a-z]{2,}", known.sub(" ", text))
+    return Meaning(tuple(things), texture, background, tuple(unknown), camera)
 
 
-def hint(caption: str) -> str | None:
-    """One line on what the small model knows, for a caption that leaves its world; None for one inside it."""
-    meaning = parse(caption)
+def hint(caption: str, world: World = SMALL) -> str | None:
+    """One line on what a small model knows, for a caption that leaves its world; None for one inside it."""
+    meaning = parse(caption, world)
     if meaning.complete and not meaning.unknown:
         return None
     missing = [name for name, absent in (
@@ -144,6 +192,12 @@ def hint(caption: str) -> str | None:
         ("a background colour", meaning.background is None)) if absent]
     said = "".join((f"; not stated: {', '.join(missing)}" if missing else "",
                     f"; words it does not know: {', '.join(dict.fromkeys(meaning.unknown))}" if meaning.unknown else ""))
-    return (f"this small model knows one or two shapes ({', '.join(SHAPES)}), colours ({', '.join(COLOURS)}), motions "
-            f"(eight directions, still, spins, grows, shrinks, bounces) and plain, striped, checkered or dotted backgrounds, "
-            f"as in 'a small red circle moves left over a blue background'{said}")
+    *textures, last = world.textures
+    counts = "one or two" if world is SMALL else "two or three"
+    crossings = ", enters, leaves" if _crosses(world) else ""
+    camera = ", a camera that pans, tilts, zooms or stays still" if world.cameras else ""
+    example = ("a small red circle moves left over a blue background" if world is SMALL else
+               "a small red circle moves left and a white star spins over a striped blue background as the camera zooms in")
+    return (f"this small model knows {counts} shapes ({', '.join(SHAPES)}), colours ({', '.join(COLOURS)}), motions "
+            f"(eight directions, still, spins, grows, shrinks, bounces{crossings}) and {', '.join(textures)} or {last} "
+            f"backgrounds{camera}, as in '{example}'{said}")

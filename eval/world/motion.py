@@ -1,11 +1,15 @@
-"""Where every shape of a clip is in every frame: `plan` draws places, sizes and speeds that stay inside the frame."""
+"""Where every shape of a clip is in every frame: `plan` draws places, sizes and speeds.
+
+In the small world they stay inside the frame; the long world's are in crossings.py, its cameras in grounds.py."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import COLOURS, DIRECTIONS, FRAMES, HEIGHT, SHAPES, SIZES, TEXTURES, WIDTH, Meaning, Thing, tones
+from .crossings import place
+from .grounds import Ground, plan_grounds
+from .scene import COLOURS, DIRECTIONS, HEIGHT, SHAPES, SIZES, SMALL, WIDTH, Meaning, Thing, World, tones
 
 SPIN_DEGREES = 225.0
 GROW_RADII = (12.0, 29.0)
@@ -17,7 +21,8 @@ class Plan:
     """Where everything is in every frame, in pixels of the frame; arrays of a batch of B clips with N shapes in all.
 
     clip [N] int, shape [N] int, rgb [N, 3], x/y/radius/angle [N, F] (angle in radians, clockwise),
-    tone [B, 2, 3] and texture [B] int of the backgrounds.
+    tone [B, 2, 3] and texture [B] int of the backgrounds, and in the long world how they lie and move (in units of its own).
+    Of a clip's shapes a later one is in front.
     """
 
     clip: np.ndarray
@@ -29,6 +34,7 @@ class Plan:
     angle: np.ndarray
     tone: np.ndarray
     texture: np.ndarray
+    ground: Ground | None = None
 
     def take(self, index) -> Plan:
         """The plan of the clips in `index`, in that order."""
@@ -40,7 +46,7 @@ class Plan:
         clip = np.concatenate([np.full(len(r), n) for n, r in enumerate(rows)])
         row = np.concatenate(rows)
         return Plan(clip, self.shape[row], self.rgb[row], self.x[row], self.y[row], self.radius[row], self.angle[row],
-                    self.tone[index], self.texture[index])
+                    self.tone[index], self.texture[index], self.ground and self.ground.take(index))
 
 
 def _path(thing: Thing, rng: np.random.Generator, t: np.ndarray, left: float, right: float, pair: bool):
@@ -75,20 +81,28 @@ def _path(thing: Thing, rng: np.random.Generator, t: np.ndarray, left: float, ri
     return start[0] + step[0] * t, start[1] + step[1] * t, radius, angle
 
 
-def plan(meanings: list[Meaning], seed: int, frames: int = FRAMES, height: int = HEIGHT) -> Plan:
-    """Draw where everything is: seeded, clips of width 1.5 x height; the whole motion fits whatever number of frames."""
+def plan(meanings: list[Meaning], seed: int, frames: int | None = None, height: int | None = None,
+         world: World = SMALL) -> Plan:
+    """Draw where everything is: seeded; the whole motion fits whatever number of frames (default: the world's own).
+
+    Lengths are for frames of `height` (default: the world's own) and the world's width by height."""
     rng = np.random.default_rng(seed)
-    t = np.linspace(0, 1, frames)
+    t = np.linspace(0, 1, frames or world.frames)
     clip, shape, rgb, paths = [], [], [], []
     for i, meaning in enumerate(meanings):
         pair = len(meaning.things) == 2
+        if world is not SMALL:
+            paths += place(meaning, rng, t)
         for j, thing in enumerate(meaning.things):
-            left, right = ((0, WIDTH / 2), (WIDTH / 2, WIDTH))[j] if pair else (0, WIDTH)
-            paths.append(_path(thing, rng, t, left, right, pair))
+            if world is SMALL:
+                left, right = ((0, WIDTH / 2), (WIDTH / 2, WIDTH))[j] if pair else (0, WIDTH)
+                paths.append(_path(thing, rng, t, left, right, pair))
             clip.append(i)
             shape.append(SHAPES.index(thing.shape))
             rgb.append(COLOURS[thing.colour])
     x, y, radius, angle = (np.array(part, np.float32) for part in zip(*paths))
-    unit = height / HEIGHT
-    return Plan(np.array(clip), np.array(shape), np.array(rgb, np.float32), x * unit, y * unit, radius * unit, angle,
-                np.stack([tones(m.background) for m in meanings]), np.array([TEXTURES.index(m.texture) for m in meanings]))
+    unit = (height or world.height) / HEIGHT
+    tone, names = np.stack([tones(m.background, world) for m in meanings]), list(world.textures)
+    return Plan(np.array(clip), np.array(shape), np.array(rgb, np.float32), x * unit, y * unit, radius * unit, angle, tone,
+                np.array([names.index(m.texture) for m in meanings]),
+                None if world is SMALL else plan_grounds(meanings, tone, rng, t))

@@ -8,6 +8,7 @@ from math import cos, pi, sin
 
 import numpy as np
 
+from .grounds import paint_grounds
 from .motion import Plan
 from .scene import HEIGHT, SHAPES, TEXTURES, WIDTH
 
@@ -60,20 +61,41 @@ def _arange(xp, count: int, like):
     return xp.arange(count) * 1.0 if xp is np else xp.arange(count, device=like.device, dtype=like.dtype)
 
 
-def render(what: Plan, height: int = HEIGHT, width: int = WIDTH, xp=np):
-    """Paint a plan whose arrays belong to `xp`: anti-aliased frames `[B, F, H, W, 3]`, floats 0..255."""
-    ground = backgrounds(what.tone, what.texture, height, width, xp)
-    video = xp.stack([ground] * what.x.shape[1], 1)
+def paint_ground(what: Plan, height: int, width: int, xp=np):
+    """The backgrounds of a plan whose arrays belong to `xp`, without its shapes: `[B, F, H, W, 3]`, floats 0..255."""
+    if what.ground is not None:
+        return paint_grounds(what.ground, height, width, xp)
+    return xp.stack([backgrounds(what.tone, what.texture, height, width, xp)] * what.x.shape[1], 1)
+
+
+def render(what: Plan, height: int = HEIGHT, width: int = WIDTH, xp=np, ground=None):
+    """Paint a plan whose arrays belong to `xp`: anti-aliased frames `[B, F, H, W, 3]`, floats 0..255.
+
+    `ground`: what `paint_ground` gave for this plan, where it is at hand; it is painted over."""
+    video = paint_ground(what, height, width, xp) if ground is None else ground
     px, py = (_arange(xp, n, what.tone) + 0.5 for n in (width, height))
-    for number, name in enumerate(SHAPES):
-        rows = [i for i, s in enumerate(np.asarray(what.shape)) if s == number]
-        if not rows:
-            continue
-        x, y, radius, angle = (part[rows][:, :, None, None] for part in (what.x, what.y, what.radius, what.angle))
-        dx, dy = (px[None, None, None, :] - x) / radius, (py[None, None, :, None] - y) / radius
-        u, v = xp.cos(angle) * dx + xp.sin(angle) * dy, xp.cos(angle) * dy - xp.sin(angle) * dx
-        alpha = xp.clip(0.5 - signed_distance(name, u, v, xp) * radius, 0, 1)
-        for k, row in enumerate(rows):
-            clip = int(what.clip[row])
-            video[clip] = video[clip] + alpha[k][..., None] * (what.rgb[row] - video[clip])
+    windows = xp is np and what.ground is not None  # large clips: only where a shape is, and half the memory
+    if windows:
+        px, py = px.astype(np.float32), py.astype(np.float32)
+    clips = np.asarray(what.clip)
+    depth = np.arange(len(clips)) - np.searchsorted(clips, clips)  # of each shape, 0 behind
+    for layer in range(depth.max() + 1):
+        for number, name in enumerate(SHAPES):
+            rows = np.flatnonzero((np.asarray(what.shape) == number) & (depth == layer))
+            for part in rows[:, None] if windows else [rows] if len(rows) else []:
+                box = _window(what, part[0], height, width) if windows else (slice(None), slice(None))
+                x, y, radius, angle = (a[part][:, :, None, None] for a in (what.x, what.y, what.radius, what.angle))
+                dx, dy = (px[None, None, None, box[1]] - x) / radius, (py[None, None, box[0], None] - y) / radius
+                u, v = xp.cos(angle) * dx + xp.sin(angle) * dy, xp.cos(angle) * dy - xp.sin(angle) * dx
+                alpha = xp.clip(0.5 - signed_distance(name, u, v, xp) * radius, 0, 1)
+                for k, row in enumerate(part):
+                    clip = video[int(what.clip[row])][:, box[0], box[1]]
+                    clip[:] = clip + alpha[k][..., None] * (what.rgb[row] - clip)
     return video
+
+
+def _window(what: Plan, row: int, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns outside which a shape shows in no frame."""
+    return tuple(slice(max(0, int((at[row] - 1.2 * what.radius[row]).min()) - 1),
+                       max(0, min(size, int((at[row] + 1.2 * what.radius[row]).max()) + 2)))
+                 for at, size in ((what.y, height), (what.x, width)))

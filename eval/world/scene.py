@@ -1,7 +1,7 @@
-"""What a clip of the small world can show: one or two plain shapes on a plain or textured background.
+"""What a clip can show, in two worlds: plain shapes that move over a background, and in the second a camera that moves too.
 
 Colours, shapes, textures and motions by name, what keeps two colours apart, random meanings, and which of them training
-never sees.
+never sees. `SMALL` is the world of the 896-token model, `LONG` the one of 49 frames of 384 x 512.
 """
 from __future__ import annotations
 
@@ -33,6 +33,47 @@ HELD_OUT_ONE_IN = 16
 
 
 @dataclass(frozen=True)
+class World:
+    """What there is in a world, and how large its clips are.
+
+    Attributes:
+        height, width, frames: of a clip, in pixels.
+        textures: kind of background -> its share of the clips.
+        cameras: what the camera can do; empty where the world has none. Over a texture in `unmarked` it stands still, since
+            nothing would show that it moves.
+        counts: number of things -> its share of the clips.
+        shade: how far the second tone of a background lies from its colour towards white or black, 0..1.
+    """
+
+    name: str
+    height: int
+    width: int
+    frames: int
+    motions: tuple[str, ...]
+    textures: dict[str, float]
+    counts: dict[int, float]
+    cameras: tuple[str, ...] = ()
+    unmarked: tuple[str, ...] = ()
+    shade: float = 0.25
+    fps: int = FPS
+
+    @property
+    def most_things(self) -> int:
+        return max(self.counts)
+
+
+CAMERAS = ("still", "pan-left", "pan-right", "pan-up", "pan-down", "zoom-in", "zoom-out")
+CROSSINGS = {"enter-left": "left", "enter-right": "right", "leave-left": "left", "leave-right": "right"}  # over which edge
+SMALL = World("shapes", HEIGHT, WIDTH, FRAMES, MOTIONS, dict.fromkeys(TEXTURES, 0.25), {1: 0.8, 2: 0.2})
+LONG = World(
+    "scenes", 384, 512, 49, (*MOTIONS, *CROSSINGS),
+    {"plain": 0.15, "shaded": 0.15, "striped": 0.23, "checkered": 0.23, "cloudy": 0.24}, {2: 0.75, 3: 0.25},
+    CAMERAS, ("plain", "shaded"), shade=0.4)
+CAMERA_MOVES = 0.7  # share of the clips over a background that shows it
+WORLDS = {world.name: world for world in (SMALL, LONG)}
+
+
+@dataclass(frozen=True)
 class Thing:
     """One shape and what it does. A field is None where a caption leaves it open."""
 
@@ -44,12 +85,16 @@ class Thing:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a clip shows: one or two things, from left to right, and the background."""
+    """What a clip shows: its things, the background, and what the camera does (None in a world without one).
+
+    Two things of the small world stand from left to right. In the long world a later one passes in front of an earlier one;
+    what they do is said of the picture, so that a thing which stands still keeps its place in it while the camera pans."""
 
     things: tuple[Thing, ...]
     texture: str | None
     background: str | None
     unknown: tuple[str, ...] = field(default=(), compare=False)  # words of the caption that the world has no use for
+    camera: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -58,16 +103,24 @@ class Meaning:
         return bool(self.things) and None not in parts
 
 
-def tones(colour: str) -> np.ndarray:
+def tones(colour: str, world: World = SMALL) -> np.ndarray:
     """The two tones, `[2, 3]` float32 in 0..255, that a texture of this colour is made of (plain uses the first)."""
     base = np.array(COLOURS[colour], np.float32)
     dark = base.mean() < 120
-    return np.stack([base, base * 0.74 + 255 * 0.26 if dark else base * 0.76]).astype(np.float32)
+    if world is SMALL:
+        return np.stack([base, base * 0.74 + 255 * 0.26 if dark else base * 0.76]).astype(np.float32)
+    return np.stack([base, base + world.shade * (255.0 * dark - base)]).astype(np.float32)
 
 
-def contrast(first: str, second: str) -> float:
-    """RGB distance between a shape's colour and the nearer tone of a background."""
-    return float(np.linalg.norm(tones(second) - np.array(COLOURS[first], np.float32), axis=1).min())
+def contrast(first: str, second: str, world: World = SMALL) -> float:
+    """RGB distance between a shape's colour and the nearest colour of a background: a tone, or in the long world, whose
+    backgrounds blend, any mixture of the two."""
+    ends, colour = tones(second, world), np.array(COLOURS[first], np.float32)
+    if world is SMALL:
+        return float(np.linalg.norm(ends - colour, axis=1).min())
+    way = ends[1] - ends[0]
+    share = np.clip((colour - ends[0]) @ way / (way @ way), 0, 1)
+    return float(np.linalg.norm(ends[0] + share * way - colour))
 
 
 def held_out(meaning: Meaning) -> bool:
@@ -101,12 +154,39 @@ def draw_meaning(rng: np.random.Generator, pair_share: float = 0.2) -> Meaning:
             return Meaning(tuple(things), texture, background)
 
 
-def draw_meanings(count: int, seed: int, held: bool = False, pair_share: float = 0.2) -> list[Meaning]:
-    """`count` meanings, all held out of training (`held`) or none."""
+def draw_scene(rng: np.random.Generator, counts: dict[int, float] | None = None) -> Meaning:
+    """A random meaning of the long world, every part by its share; `counts` instead of the world's own number of things."""
+    world, names = LONG, list(COLOURS)
+    count = _by_share(rng, counts or world.counts)
+    while True:
+        background, texture = names[rng.integers(len(names))], _by_share(rng, world.textures)
+        camera = "still"
+        if texture not in world.unmarked and rng.random() < CAMERA_MOVES:
+            camera = CAMERAS[rng.integers(1, len(CAMERAS))]
+        things = []
+        for _ in range(count):
+            motion = world.motions[rng.integers(len(world.motions))]
+            shapes = [s for s in SHAPES if s not in ROUND] if motion == "spin" else SHAPES
+            sizes = ("",) if motion in ("grow", "shrink") else tuple(SIZES)
+            things.append(Thing(names[rng.integers(len(names))], shapes[rng.integers(len(shapes))], motion,
+                                sizes[rng.integers(len(sizes))]))
+        colours = [np.array(COLOURS[t.colour], np.float32) for t in things]
+        if all(contrast(t.colour, background, world) >= MIN_CONTRAST for t in things) and all(
+                np.linalg.norm(a - b) >= MIN_CONTRAST for i, a in enumerate(colours) for b in colours[:i]):
+            return Meaning(tuple(things), texture, background, camera=camera)
+
+
+def _by_share(rng: np.random.Generator, shares: dict):
+    return list(shares)[int(np.searchsorted(np.cumsum(list(shares.values())) / sum(shares.values()), rng.random(), "right"))]
+
+
+def draw_meanings(count: int, seed: int, held: bool = False, pair_share: float = 0.2, world: World = SMALL,
+                  counts: dict[int, float] | None = None) -> list[Meaning]:
+    """`count` meanings, all held out of training (`held`) or none; `pair_share` is the small world's, `counts` the long one's."""
     rng = np.random.default_rng(seed)
     found: list[Meaning] = []
     while len(found) < count:
-        meaning = draw_meaning(rng, pair_share)
+        meaning = draw_meaning(rng, pair_share) if world is SMALL else draw_scene(rng, counts)
         if held_out(meaning) == held:
             found.append(meaning)
     return found
