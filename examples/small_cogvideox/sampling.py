@@ -18,10 +18,10 @@ def noise_of(count: int, shape, seed: int) -> torch.Tensor:
     return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
 
 
-def held_out_captions(count: int, seed: int) -> list[str]:
-    """Captions of combinations that training never sees."""
+def held_out_captions(count: int, seed: int, of: str = "shapes") -> list[str]:
+    """Captions of combinations that training never sees, of the world of that name."""
     rng = np.random.default_rng(seed + 1)
-    return [world.caption_of(meaning, rng) for meaning in world.draw_meanings(count, seed, held=True)]
+    return [world.caption_of(meaning, rng) for meaning in world.draw_meanings(count, seed, True, world=world.WORLDS[of])]
 
 
 @torch.no_grad()
