@@ -28,5 +28,5 @@ from .scene import (
 )
 
 __all__ = ["CAMERAS", "COLOURS", "FPS", "FRAMES", "HEIGHT", "LONG", "MOTIONS", "SHAPES", "SIZES", "SMALL", "TEXTURES", "WIDTH",
-           "WORLDS", "Meaning", "Plan", "World", "backgrounds", "caption_of", "draw_meanings", "held_out", "hint", "paint_ground",
-           "parse", "plan", "render"]
+           "WORLDS", "Meaning", "Plan", "World", "backgrounds", "caption_of", "draw_meanings", "held_out", "hint",
+           "paint_ground", "parse", "plan", "render"]

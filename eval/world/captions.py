@@ -120,9 +120,10 @@ def _readers(names: tuple[str, ...], crossings: bool) -> tuple[re.Pattern, re.Pa
     ground = re.compile(rf"\b(?P<t1>{texture})?\s*(?P<c>{_C})?\s*(?P<t2>{texture})?\s*\b(?:background|backdrop)\b")
     known = re.compile(
         rf"\b(?:an?|the|and|while|of|on|over|against|in|front|video|clip|is|to|towards|from|side|does|not|around|"
-        rf"{'|'.join(v.split()[-1] for v in _VERBS)}|moving|sliding|diagonally|gets|{_C}|{_S}|{_Z}|{texture}|background|backdrop|"
-        rf"sign|left|right|up|down|upper|lower|upwards|downwards|rises|sinks|spin\w*|rotat\w*|turn\w*|grow\w*|shrink\w*|"
-        rf"bounc\w*|bigger|smaller|expand\w*|still|stands|stays|rests|move{'|enters?|comes|leaves?|exits?' if crossings else ''})\b")
+        rf"{'|'.join(v.split()[-1] for v in _VERBS)}|moving|sliding|diagonally|gets|{_C}|{_S}|{_Z}|{texture}|background|"
+        rf"backdrop|sign|left|right|up|down|upper|lower|upwards|downwards|rises|sinks|spin\w*|rotat\w*|turn\w*|grow\w*|"
+        rf"shrink\w*|bounc\w*|bigger|smaller|expand\w*|still|stands|stays|rests|move"
+        rf"{'|enters?|comes|leaves?|exits?' if crossings else ''})\b")
     return ground, known
 
 

@@ -58,7 +58,7 @@ def path(thing: Thing, rng: np.random.Generator, t: np.ndarray) -> np.ndarray:
 
 
 def overlaps(paths: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Shares of the frames in which each thing is mostly hidden and in which another one touches it, and whether any two meet."""
+    """Shares of the frames in which each thing is mostly hidden and in which another one touches it; whether any two meet."""
     hidden, touched, meet = np.zeros(len(paths)), np.zeros(len(paths)), False
     for front in range(len(paths)):
         for back in range(front):

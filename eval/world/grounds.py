@@ -25,8 +25,8 @@ CLOUD_CONTRAST = 0.42
 class Ground:
     """The backgrounds of B clips of F frames.
 
-    texture [B] int and tone [B, 2, 3]; angle [B] in radians, period [B] and phase [B, 2] place the texture on the plane; the
-    point of the plane in the middle of a frame is x, y [B, F], and a pixel there is 1 / zoom [B, F] of the plane's.
+    texture [B] int (always NumPy's) and tone [B, 2, 3]; angle [B] in radians, period [B] and phase [B, 2] place the texture on
+    the plane; the point of the plane in the middle of a frame is x, y [B, F], and a pixel is 1 / zoom [B, F] of the plane's.
     """
 
     texture: np.ndarray
@@ -83,7 +83,7 @@ def _stripes(u, period, unit, xp):
 
 
 def _cloud(ground: Ground, x, y, xp):
-    """A sum of plane waves, near 0..1, `[B, F, H, W]`, by two matrix products of sines along x `[B, F, W]` and y `[B, F, H]`."""
+    """A sum of plane waves, cut to 0..1, `[B, F, H, W]`: a matrix product of sines along x `[B, F, W]` and y `[B, F, H]`."""
     wave = waves()
     kx, ky, height, start = (xp.asarray(part, dtype=x.dtype) for part in wave.T) if xp is np else (
         xp.as_tensor(part, dtype=x.dtype, device=x.device) for part in wave.T)
@@ -125,9 +125,8 @@ def paint_grounds(ground: Ground, height: int, width: int, xp=np):
     y = ground.y[..., None] + py / ground.zoom[..., None]
     empty = (*ground.zoom.shape, height, width)
     weight = np.empty(empty, np.float32) if xp is np else xp.empty(empty, device=x.device)
-    textures = np.asarray(ground.texture if xp is np else ground.texture.cpu())
     for number, name in enumerate(LONG.textures):
-        rows = np.flatnonzero(textures == number)
+        rows = np.flatnonzero(ground.texture == number)
         if len(rows):
             weight[rows] = _weight(name, ground.take(rows), x[rows], y[rows], unit * ground.zoom[rows], width / unit, xp)
     tone = ground.tone[:, None, None, None]

@@ -182,7 +182,7 @@ def _by_share(rng: np.random.Generator, shares: dict):
 
 def draw_meanings(count: int, seed: int, held: bool = False, pair_share: float = 0.2, world: World = SMALL,
                   counts: dict[int, float] | None = None) -> list[Meaning]:
-    """`count` meanings, all held out of training (`held`) or none; `pair_share` is the small world's, `counts` the long one's."""
+    """`count` meanings, all held out of training (`held`) or none; `pair_share` is the small world's, `counts` the long's."""
     rng = np.random.default_rng(seed)
     found: list[Meaning] = []
     while len(found) < count:

@@ -8,23 +8,26 @@ import time
 import numpy as np
 import torch
 from clips import ClipPool, as_uint8
+from curriculum import curriculum
 from models import build_vae, rescale_latents
 from run import Run, save_state
 from sampling import percent, shares
 
 TRAIN_SEED, CHECK_SEED = 1000, 2000
+VAE_CLIPS = 8000
 
 
-def vae_batch(run: Run, pool: ClipPool, rng, batch: int, frames: int, whole: bool):
-    """Clips for one step: windows of `frames`; whole frames, or a quarter of each near its first shape."""
-    height, width = run.sizes.height, run.sizes.width
+def vae_batch(run: Run, pool: ClipPool, rng, batch: int, frames: int, whole: bool, shrink: int = 1):
+    """Clips for one step: windows of `frames`; whole frames, or a quarter of each near its first shape. Height and width are
+    divided by `shrink`."""
+    height, width = run.sizes.height // shrink, run.sizes.width // shrink
     first = int(rng.integers(0, run.sizes.frames - frames + 1))
     index = rng.integers(0, len(pool), batch)
     video, mask = pool.paint(index, first, frames, height)
     if whole:
         return video, mask
     rows = np.searchsorted(pool.plan.clip, index)
-    unit = height / 128
+    unit = height / pool.world.height
     middle = first + frames // 2
     tops = pool.plan.y[rows, middle] * unit - height / 4 + rng.uniform(-height / 4, height / 4, batch)
     lefts = pool.plan.x[rows, middle] * unit - width / 4 + rng.uniform(-width / 4, width / 4, batch)
@@ -59,15 +62,18 @@ def reconstruct(run: Run, vae, count: int = 48) -> tuple[float, dict[str, float]
     """Held-out clips, full length, through the autoencoder: (mean PSNR in dB as 8-bit frames, what the scorer says of them).
 
     What it misses here, no transformer can make good."""
-    pool = ClipPool(count, CHECK_SEED, run.device, held=True)
+    pool = ClipPool(count, CHECK_SEED, run.device, True, run.sizes.world)
     found, videos = [], []
-    for part in np.array_split(np.arange(count), max(1, count // 8)):
+    for part in np.array_split(np.arange(count), max(1, count // (8 if run.sizes.world == "shapes" else 2))):
         video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
         with run.vae_autocast():
             videos.append(as_uint8(vae.decode(vae.encode(video).latent_dist.mode()).sample))
         error = videos[-1].astype(np.float32) - as_uint8(video).astype(np.float32)
         found += [10 * math.log10(255.0**2 / max(e, 1e-9)) for e in np.square(error).mean((1, 2, 3, 4))]
-    return float(np.mean(found)), shares(run.judges(np.concatenate(videos), pool.captions(1)))
+    for texture in pool.world.textures:
+        rows = [i for i, meaning in enumerate(pool.meanings) if meaning.texture == texture]
+        run.log.say(f"vae on {len(rows)} {texture} backgrounds: {np.mean(np.array(found)[rows]) if rows else math.nan:.2f} dB")
+    return float(np.mean(found)), shares(run.judges(np.concatenate(videos), pool.captions(1), run.sizes.world))
 
 
 def place(vae, layout) -> None:
@@ -148,9 +154,12 @@ def train_vae(run: Run) -> None:
         optimiser.load_state_dict(held["optimiser"])
         spent, step = held["seconds"], held["step"]
     rng = np.random.default_rng(step)
-    pool = ClipPool(64 if args.tiny else 8000, TRAIN_SEED, run.device)
+    clips = 64 if args.tiny else VAE_CLIPS
+    pool = run.vae_pool.get() if run.vae_pool else ClipPool(clips, TRAIN_SEED, "cpu", of=run.sizes.world)
+    pool.device = run.device
     small, large = (4, 2) if args.tiny else (args.vae_batch, args.vae_batch // 4)
     short, long = 9, 17
+    smaller = sorted({p.shrink for p in curriculum(args.curriculum, run.sizes.latent_frames) if p.shrink > 1}) or [1]
     torch.backends.cudnn.benchmark = True
     layout = fastest_layout(run, vae, pool, rng, small, short)
     start = saved = shown = time.time()
@@ -171,7 +180,9 @@ def train_vae(run: Run) -> None:
         for group in optimiser.param_groups:
             group["lr"] = lr
         try:
-            video, mask = vae_batch(run, pool, rng, large if whole else small, long if whole else short, whole)
+            shrink = smaller[step // 2 % len(smaller)] if step % 2 else 1  # every second step as small as training's clips
+            clips = large * shrink**2 if whole else max(1, small * shrink**2 // 4) if shrink > 1 else small
+            video, mask = vae_batch(run, pool, rng, clips, long if whole else short, whole or shrink > 1, shrink)
             with run.vae_autocast():
                 loss, square = vae_loss(vae, video.contiguous(memory_format=layout), mask, args.kl_weight)
             loss.backward()
@@ -210,12 +221,15 @@ def train_vae(run: Run) -> None:
     vae.eval().requires_grad_(False)
     place(vae, torch.contiguous_format)
     with torch.no_grad():
-        video, _ = pool.paint(np.arange(min(len(pool), 64)), 0, run.sizes.frames, run.sizes.height)
-        with run.vae_autocast():
-            latents = torch.cat([vae.encode(part).latent_dist.mode().float() for part in video.split(16)])
+        parts = []
+        for part in np.split(np.arange(min(len(pool), 64)), 16):
+            with run.vae_autocast():
+                video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
+                parts.append(vae.encode(video).latent_dist.mode().float())
+        latents = torch.cat(parts)
     spread = latents.std((0, 2, 3, 4)).clamp_min(0.05)
     rescale_latents(vae, spread)
-    psnr, seen = reconstruct(run, vae)
+    psnr, seen = reconstruct(run, vae, 4 if args.tiny else 48 if run.sizes.world == "shapes" else 24)
     log.say(f"vae done after {step} steps: held-out clips {psnr:.2f} dB, {percent(seen)}; latent spread was "
             f"{spread.min():.3f}..{spread.max():.3f}")
     log.row("vae", step, total / 60, held_out_psnr_db=psnr, **{f"held_out_{part}": share for part, share in seen.items()})

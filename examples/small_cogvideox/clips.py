@@ -16,11 +16,13 @@ class ClipPool:
         count: clips to plan; none of them in a held-out combination unless `held`.
         seed: the same seed gives the same clips.
         device: where `paint` puts the frames.
+        of: the world's name.
     """
 
-    def __init__(self, count: int, seed: int, device, held: bool = False):
-        self.meanings = world.draw_meanings(count, seed, held)
-        self.plan = world.plan(self.meanings, seed)
+    def __init__(self, count: int, seed: int, device, held: bool = False, of: str = "shapes"):
+        self.world = world.WORLDS[of]
+        self.meanings = world.draw_meanings(count, seed, held, world=self.world)
+        self.plan = world.plan(self.meanings, seed, world=self.world)
         self.device = torch.device(device)
         self.seed = seed
 
@@ -32,12 +34,13 @@ class ClipPool:
         rng = np.random.default_rng(self.seed + 1)
         return [world.caption_of(meaning, rng) for meaning in self.meanings for _ in range(variants)]
 
-    def paint(self, index, first: int = 0, frames: int = world.FRAMES, height: int = world.HEIGHT):
+    def paint(self, index, first: int = 0, frames: int | None = None, height: int | None = None):
         """Clips `index`, `frames` of them from `first` on: (video, mask), `[B, 3, F, H, W]` in -1..1 and `[B, 1, F, H, W]`
         bool, true where a shape covers the background."""
         plan = self.plan.take(index)
-        unit = height / world.HEIGHT
-        window = slice(first, first + frames)
+        height = height or self.world.height
+        unit = height / self.world.height
+        window = slice(first, first + (frames or self.world.frames))
 
         def put(array, scale=1.0):
             return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.device, non_blocking=True) * scale
@@ -46,9 +49,14 @@ class ClipPool:
             plan, rgb=put(plan.rgb), x=put(plan.x[:, window], unit), y=put(plan.y[:, window], unit),
             radius=put(plan.radius[:, window], unit), angle=put(plan.angle[:, window]), tone=put(plan.tone),
             texture=torch.from_numpy(plan.texture).to(self.device))
-        width = height * 3 // 2
-        video = world.render(there, height, width, torch)
-        ground = world.backgrounds(there.tone, there.texture, height, width, torch)[:, None]
+        if plan.ground is not None:
+            ground = plan.ground
+            there = replace(there, ground=replace(
+                ground, tone=there.tone, angle=put(ground.angle), period=put(ground.period), phase=put(ground.phase),
+                x=put(ground.x[:, window]), y=put(ground.y[:, window]), zoom=put(ground.zoom[:, window])))
+        width = height * self.world.width // self.world.height
+        ground = world.paint_ground(there, height, width, torch)
+        video = world.render(there, height, width, torch, ground.clone())
         mask = (video - ground).abs().amax(-1) > 8
         return video.permute(0, 4, 1, 2, 3) / 127.5 - 1, mask[:, None]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
-from curriculum import batch_of, curriculum, first_frames, model_positions
+from curriculum import batch_of, curriculum, first_frames, model_positions, rotations
 from evaluation import check
 from graphs import SAME, Predict, difference, graphed
 from latents import WORDINGS, Cache
@@ -114,11 +114,12 @@ def train_diffusion(run: Run) -> None:
     pairs = [(a, b) for a, b in zip(averaged.parameters(), model.parameters())]
     averages, sources = [a for a, _ in pairs], [b for _, b in pairs]
     total = 60 * args.diffusion_minutes
-    batch = 8 if args.tiny else args.batch
+    batch, halved = min(8, args.batch) if args.tiny else args.batch, 1
+    most = 8 if args.tiny else 10**6  # clips a step, whatever the curriculum says
     phases = curriculum(args.curriculum, sizes.latent_frames)
     cache, positions = None, model_positions(model.transformer)
-    plain, predict = Predict(model.transformer), None
-    empty = torch.zeros(run.ids.shape[-1], dtype=run.ids.dtype, device=run.device)
+    plain = predict = None
+    empty = torch.zeros(sizes.text_tokens, dtype=torch.long, device=run.device)
     empty[0] = 1
     accelerator.wait_for_everyone()
     start = saved = checked = shown = time.time()
@@ -170,7 +171,7 @@ def train_diffusion(run: Run) -> None:
 
     def draw():
         """A batch: noisy latents, text features, times, the velocity asked for, the weight of each latent."""
-        size = batch_of(batch, cache.frames, sizes)
+        size = max(1, min(batch_of(batch, cache.phase, sizes), most) // halved)
         chosen = torch.randint(cache.count, (size,), device=run.device)
         wording = torch.randint(WORDINGS, (size,), device=run.device)
         clean = cache.latents[chosen].float()
@@ -227,25 +228,28 @@ def train_diffusion(run: Run) -> None:
             for optimiser in optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] = lr * group["scale"]
-            frames = next((f for f, end in phases if progress < end), sizes.latent_frames)
-            if cache is None or cache.frames != frames:
+            phase = next((p for p in phases if progress < p.end), phases[-1])
+            frames = phase.frames
+            if cache is None or cache.phase != phase:
                 fresh = cache.fresh if cache else 0
                 cache = None  # before the next one is made, since both can be gigabytes
                 predict = None
-                cache = Cache(run, frames, int(time.time()) % 10**7 + 10**8 * run.rank, read)
+                cache = Cache(run, phase, int(time.time()) % 10**7 + 10**8 * run.rank, read)
                 first_frames(model.transformer, frames, positions)
+                plain = Predict(model.transformer, rotations(sizes, frames, phase.shrink, run.device))
                 restarted, best = step, math.inf
-                log.say(f"diffusion: {frames} latent frames from {100 * progress:.0f} % on, batch "
-                        f"{batch_of(batch, frames, sizes)}; {fresh} clips were encoded on the way before")
+                log.say(f"diffusion: {frames} latent frames{f' of 1/{phase.shrink} size' if phase.shrink > 1 else ''} from "
+                        f"{100 * progress:.0f} % on, batch {batch_of(batch, phase, sizes)}; {fresh} clips were encoded on the "
+                        "way before")
             try:
                 if predict is None:
                     predict = graphed(run, plain, draw()[:3])
                 losses.append(one_step())
             except torch.cuda.OutOfMemoryError:
-                if run.ranks > 1:  # the others wait for this step
+                if run.ranks > 1 or halved >= 32:  # the others wait for this step; it will not get better
                     raise
-                batch, predict = max(8, batch // 2), None
-                log.say(f"diffusion: out of memory, batch now {batch}")
+                halved, predict = 2 * halved, None
+                log.say(f"diffusion: out of memory, batches now {halved} times smaller")
                 clear()
                 continue
             except Exception as error:
@@ -261,7 +265,7 @@ def train_diffusion(run: Run) -> None:
             step += 1
             if refresh_every and step % refresh_every == 0:
                 try:
-                    cache.add(4 if args.tiny else args.refresh_clips * (4 if frames == 1 else 1))
+                    cache.add(4 if args.tiny else args.refresh_clips * (4 if frames == 1 else 1) * phase.shrink)
                 except Exception as error:  # the clips at hand still serve
                     log.say(f"no more fresh clips: {type(error).__name__}: {str(error)[:300]}")
                     refresh_every = 0
@@ -311,7 +315,7 @@ def train_diffusion(run: Run) -> None:
                 checked = time.time()
                 try:
                     say_swapped(run, averaged.text_encoder, step, (spent + time.time() - start) / 60)
-                    check(run, averaged, step, (spent + time.time() - start) / 60, frames)
+                    check(run, averaged, step, (spent + time.time() - start) / 60, phase)
                 except Exception as error:
                     log.say(f"check failed: {type(error).__name__}: {str(error)[:300]}")
                     torch.cuda.empty_cache()

@@ -5,11 +5,13 @@ import contextlib
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from clips import ClipPool
+from curriculum import Phase, curriculum
 from run import Run
 from tokens import Tokens
 
@@ -17,23 +19,49 @@ from lowbit_video.files import write_whole
 
 CLIP_SEED = 1001
 WORDINGS = 4  # captions a clip
+ENCODED = 26_000_000  # pixels, of all frames, that the autoencoder takes at once
+CHUNK = 512  # clips of the long world, whose plans take milliseconds each, that one worker plans at a time
 
 
-def plan_ahead(tokenizer: Path, clips: int, seed: int) -> tuple[ClipPool, np.ndarray]:
+class Encoded(NamedTuple):
+    """Clips on the CPU: latents `[N, F, C, h, w]` fp16, masks bool `[N, F, 1, h, w]` where shapes are, token ids
+    `[N, WORDINGS, L]`."""
+
+    latents: torch.Tensor
+    masks: torch.Tensor
+    ids: torch.Tensor
+
+
+def plan_ahead(tokenizer: Path, clips: int, seed: int, of: str = "shapes") -> tuple[ClipPool, np.ndarray]:
     """The clips to encode and their token ids `[clips, WORDINGS, L]` int16: a worker's task while others train."""
-    pool = ClipPool(clips, seed, "cpu")
+    pool = ClipPool(clips, seed, "cpu", of=of)
     ids = Tokens(tokenizer)(pool.captions(WORDINGS))
     return pool, ids.reshape(len(pool), WORDINGS, -1).astype(np.int16)
 
 
-def clip_seed(run: Run) -> int:
-    """Of the clips that a process encodes: always the same, or of this moment."""
-    return CLIP_SEED + 10**8 * run.rank + (int(time.time()) % 100_000 if run.args.fresh_clips else 0)
+def shrinks_of(run: Run) -> list[int]:
+    """By how much height and width of clips are divided in the run's curriculum, most first."""
+    return sorted({phase.shrink for phase in curriculum(run.args.curriculum, run.sizes.latent_frames)}, reverse=True)
 
 
-def share_of_clips(run: Run) -> int:
-    """How many of the clips one process plans."""
-    return -(-run.args.clips // run.ranks)
+def planned(run: Run, shrink: int) -> list[tuple]:
+    """Arguments of `plan_ahead` for the clips of one size that a process encodes: always the same, or of this moment."""
+    seed = CLIP_SEED + 10**8 * run.rank + (int(time.time()) % 100_000 if run.args.fresh_clips else 0)
+    clips = share_of_clips(run, shrink)
+    if run.sizes.world == "shapes":
+        return [(run.tokenizer, clips, seed)]
+    seed += 10**6 * shrink
+    return [(run.tokenizer, min(CHUNK, clips - start), seed + start, run.sizes.world) for start in range(0, clips, CHUNK)]
+
+
+def share_of_clips(run: Run, shrink: int = 1) -> int:
+    """How many of the clips of one size a process plans: all of `--clips` of the smallest, half as many of twice the height."""
+    return -(-run.args.clips // run.ranks) * shrink // shrinks_of(run)[0]
+
+
+def files_of(run: Run, shrink: int) -> list[Path]:
+    """Where encoded clips of one size are kept between runs."""
+    return [run.own(f"{name}{'' if shrink == 1 else f'-{shrink}'}.npy") for name in Encoded._fields]
 
 
 def latent_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -44,85 +72,100 @@ def latent_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode(run: Run, pool: ClipPool, part: np.ndarray, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(run: Run, pool: ClipPool, part: np.ndarray, frames: int, shrink: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Clips `part` of a pool, `frames` frames of them: (latents `[B, F, C, h, w]` fp16, latent_mask)."""
-    video, mask = pool.paint(part, 0, frames, run.sizes.height)
-    with run.vae_autocast():
-        found = run.vae.encode(video).latent_dist.mode()
-    return (found.float() * run.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half(), latent_mask(mask)
+    height = run.sizes.height // shrink
+    at_once = max(1, ENCODED // (frames * height * run.sizes.width // shrink))
+    found = []
+    for few in np.array_split(part, -(-len(part) // at_once)):
+        video, mask = pool.paint(few, 0, frames, height)
+        with run.vae_autocast():
+            latents = run.vae.encode(video).latent_dist.mode()
+        found.append(((latents.float() * run.vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half(), latent_mask(mask)))
+    return tuple(torch.cat(parts) for parts in zip(*found))
 
 
 def make_latents(run: Run) -> None:
-    """Encode as many clips as the time allows: `run.latents` `[N, F, C, h, w]` fp16, `run.masks` bool `[N, F, 1, h, w]` where
-    shapes are, token ids `run.ids` `[N, K, L]`."""
+    """Encode as many clips of each size of the curriculum as the time allows: `run.encoded`."""
+    run.encoded = {shrink: _read(run, shrink) or _make(run, shrink) for shrink in shrinks_of(run)}
+
+
+def _read(run: Run, shrink: int) -> Encoded | None:
+    paths, start = files_of(run, shrink), time.time()
+    if run.args.fresh_clips or not all(path.exists() for path in paths):
+        return None
+    found = Encoded(*(torch.from_numpy(np.load(path)) for path in paths))
+    run.log.say(f"{len(found.latents)} encoded clips read in {time.time() - start:.1f} s")
+    return found
+
+
+def _make(run: Run, shrink: int) -> Encoded:
     args, log = run.args, run.log
-    paths = [run.own(f"{name}.npy") for name in ("latents", "masks", "ids")]
-    start = time.time()
-    if all(path.exists() for path in paths) and not args.fresh_clips:
-        run.latents, run.masks, run.ids = (torch.from_numpy(np.load(path)).to(run.device) for path in paths)
-        log.say(f"{len(run.latents)} encoded clips read in {time.time() - start:.1f} s")
-        return
-    pool, ids = run.ahead.get() if run.ahead else plan_ahead(run.tokenizer, share_of_clips(run), clip_seed(run))
-    pool.device = run.device
-    log.say(f"{len(pool)} clips planned and put into words, waited {time.time() - start:.1f} s")
-    start, done, found, batch = time.time(), 0, [], 8 if args.tiny else 32
-    while done < len(pool) and (time.time() - start < args.latent_seconds or done < 64):
-        part = np.arange(done, min(done + batch, len(pool)))
-        try:
-            found.append(encode(run, pool, part, run.sizes.frames))
-        except torch.cuda.OutOfMemoryError:
-            batch = max(1, batch // 2)
-            torch.cuda.empty_cache()
-            continue
-        done = int(part[-1]) + 1
-    run.latents, run.masks = (torch.cat(parts) for parts in zip(*found))
-    run.ids = torch.from_numpy(ids[:done].astype(np.int64)).to(run.device)
-    log.say(f"{done} clips encoded in {time.time() - start:.1f} s; latents {tuple(run.latents.shape)}, mean "
-            f"{run.latents.float().mean():.3f}, spread {run.latents.float().std():.3f}, {100 * run.masks.float().mean():.1f} % "
-            "of them on shapes")
-    start, copied = time.time(), [part.cpu().numpy() for part in (run.latents, run.masks, run.ids)]
+    coming = run.ahead.get(shrink) or [None] * len(planned(run, shrink))
+    start, waited, done, found = time.time(), 0.0, 0, []
+    for answer, task in zip(coming, planned(run, shrink)):
+        if found and time.time() - start >= args.latent_seconds:
+            break
+        asked = time.time()
+        pool, ids = answer.get() if answer else plan_ahead(*task)
+        pool.device = run.device
+        waited += time.time() - asked
+        for part in np.array_split(np.arange(len(pool)), -(-len(pool) // (8 if args.tiny else 32))):
+            if time.time() - start - waited >= args.latent_seconds and done >= 64:
+                break
+            latents, masks = encode(run, pool, part, run.sizes.frames, shrink)
+            found.append((latents.cpu(), masks.cpu(), torch.from_numpy(ids[part].astype(np.int64))))
+            done += len(part)
+    made = Encoded(*(torch.cat(parts) for parts in zip(*found)))
+    log.say(f"{done} clips encoded in {time.time() - start:.1f} s, of which {waited:.1f} s were waits for plans; latents "
+            f"{tuple(made.latents.shape)}, mean {made.latents[:256].float().mean():.3f}, spread "
+            f"{made.latents[:256].float().std():.3f}, {100 * made.masks[:256].float().mean():.1f} % of them on shapes")
 
     def write() -> None:  # gigabytes: beside the training, and whole or not at all
         with contextlib.ExitStack() as complete:
-            for path, array in zip(paths, copied):
-                np.save(complete.enter_context(write_whole(path)), array)
+            for path, tensor in zip(files_of(run, shrink), made):
+                np.save(complete.enter_context(write_whole(path)), tensor.numpy())
 
-    threading.Thread(target=write, daemon=True).start()
-    log.say(f"copied in {time.time() - start:.1f} s, being written for the next run")
+    writer = threading.Thread(target=write)
+    writer.start()
+    run.writers.append(writer)
+    return made
 
 
 class Cache:
-    """Encoded clips to train on, of the first `frames` latent frames; grows to `--clips` (the share of this process) by new
-    clips, then replaces the oldest ones.
+    """Encoded clips to train on in one phase of the curriculum; grows to `--clips` (the share of this process) by new clips,
+    then replaces the oldest ones.
 
     It starts with the clips that the latents stage encoded. New ones are planned by a worker process, painted and encoded
     between training steps."""
 
-    def __init__(self, run: Run, frames: int, seed: int, read):
+    def __init__(self, run: Run, phase: Phase, seed: int, read):
         """`read` makes of token ids `[..., L]` what a training step wants of a caption: features, or the ids as they are."""
-        self.run, self.frames, self.read = run, frames, read
-        known = len(run.latents)
-        capacity = max(known, share_of_clips(run))
+        self.run, self.phase, self.read = run, phase, read
+        latents, masks, ids = run.encoded[phase.shrink]
+        known = len(latents)
+        capacity = max(known, share_of_clips(run, phase.shrink))
 
         def room(start: torch.Tensor) -> torch.Tensor:
             whole = torch.zeros((capacity, *start.shape[1:]), dtype=start.dtype, device=run.device)
-            whole[:known] = start[:known]
+            whole[:known] = start
             return whole
 
-        self.latents, self.masks = room(run.latents[:, :frames]), room(run.masks[:, :frames])
-        self.captions = room(torch.cat([read(part) for part in run.ids.split(256)]))
+        self.latents, self.masks = room(latents[:, :phase.frames]), room(masks[:, :phase.frames])
+        self.captions = room(torch.cat([read(part.to(run.device)) for part in ids.split(256)]))
         self.count, self.oldest, self.fresh = known, 0, 0
         self.seed, self.used = seed, 0
         self.plan, self.coming = None, None
 
     def _next_plan(self) -> None:
         """The next planned clips into `plan`, and a worker set to the ones after."""
-        size = 2048 if self.run.device.type == "cuda" else 16
+        of = self.run.sizes.world
+        size = 16 if self.run.device.type == "cpu" else 2048 if of == "shapes" else CHUNK
         workers = self.run.judges.pool
 
         def asked():
             self.seed += 1
-            task = (self.run.tokenizer, size, self.seed)
+            task = (self.run.tokenizer, size, self.seed, of)
             return workers.apply_async(plan_ahead, task) if workers else task
 
         coming = self.coming or asked()
@@ -138,7 +181,7 @@ class Cache:
         pool, ids = self.plan
         part = np.arange(self.used, min(self.used + clips, len(pool)))
         self.used = int(part[-1]) + 1
-        latents, masks = encode(self.run, pool, part, 4 * (self.frames - 1) + 1)
+        latents, masks = encode(self.run, pool, part, 4 * (self.phase.frames - 1) + 1, self.phase.shrink)
         rows = (self.oldest + torch.arange(len(part))) % len(self.latents)
         if self.count < len(self.latents):
             rows = torch.arange(self.count, min(self.count + len(part), len(self.latents)))

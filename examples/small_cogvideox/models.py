@@ -1,8 +1,8 @@
-"""The small CogVideoX: sizes, building, saving in diffusers' layout, loading."""
+"""The small CogVideoX in its two configurations: sizes, building, saving in diffusers' layout, loading."""
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from tokens import MAX_TOKENS, Tokens, build_vocabulary
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from lowbit_video.eval import world as worlds
 from lowbit_video.files import write_json
 from lowbit_video.pipelines.shared.generation import GENERATION_NAME
 
@@ -36,6 +37,9 @@ class Sizes:
     text_heads: int = 4
     text_ff: int = 512
     snr_shift: float = 3.0
+    world: str = "shapes"
+    rotary: bool = False  # positions of video tokens by rotation in every attention, as the 5b model, not added at the start
+    text_tokens: int = MAX_TOKENS
 
     @property
     def latent_frames(self) -> int:
@@ -46,11 +50,22 @@ class Sizes:
         """Of one clip, as the transformer takes it: [frames, channels, height, width]."""
         return self.latent_frames, self.latent_channels, self.height // 8, self.width // 8
 
+    @property
+    def of_world(self) -> worlds.World:
+        return worlds.WORLDS[self.world]
+
+    def tokens(self, frames: int, shrink: int = 1) -> int:
+        """Text and video tokens of `frames` latent frames, height and width divided by `shrink`."""
+        return self.text_tokens + frames * (self.height // 16 // shrink) * (self.width // 16 // shrink)
+
 
 SIZES = Sizes()
+LONG = Sizes(height=384, width=512, frames=49, heads=6, world="scenes", rotary=True, text_tokens=64)
 # For a quick look that everything runs; too small to learn.
 TINY = Sizes(height=32, width=48, frames=17, vae_channels=(8, 8, 8, 16), vae_groups=4, latent_channels=4, layers=2, heads=2,
              head_dim=32, time_dim=32, text_dim=32, text_layers=1, text_heads=2, text_ff=64)
+TINY_LONG = replace(TINY, height=96, width=128, world="scenes", rotary=True, text_tokens=64)
+CONFIGURATIONS = {"small": (SIZES, TINY), "long": (LONG, TINY_LONG)}  # name -> sizes, toy sizes
 
 
 def build_vae(sizes: Sizes) -> AutoencoderKLCogVideoX:
@@ -81,7 +96,8 @@ def build_transformer(sizes: Sizes) -> CogVideoXTransformer3DModel:
         num_attention_heads=sizes.heads, attention_head_dim=sizes.head_dim, in_channels=sizes.latent_channels,
         out_channels=sizes.latent_channels, time_embed_dim=sizes.time_dim, text_embed_dim=sizes.text_dim,
         num_layers=sizes.layers, sample_width=sizes.width // 8, sample_height=sizes.height // 8, sample_frames=sizes.frames,
-        max_text_seq_length=MAX_TOKENS, spatial_interpolation_scale=1.0, temporal_interpolation_scale=1.0)
+        max_text_seq_length=sizes.text_tokens, spatial_interpolation_scale=1.0, temporal_interpolation_scale=1.0,
+        use_rotary_positional_embeddings=sizes.rotary)
 
 
 def build_scheduler(sizes: Sizes) -> CogVideoXDDIMScheduler:
@@ -147,7 +163,7 @@ def save(folder: str | Path, vae, text_encoder, transformer, sizes: Sizes, gener
         path.write_text(json.dumps(config, indent=2) + "\n")
     build_scheduler(sizes).save_pretrained(folder / "scheduler")
     if not (folder / "tokenizer" / "spiece.model").exists():
-        build_vocabulary(folder / "tokenizer")
+        build_vocabulary(folder / "tokenizer", sizes.of_world, sizes.text_tokens)
     index = {
         "_class_name": "CogVideoXPipeline", "_diffusers_version": "0.42.0",
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"], "text_encoder": ["transformers", "T5EncoderModel"],
@@ -164,7 +180,7 @@ def write_generation(folder: str | Path, generation: dict) -> None:
 
 def generation_defaults(sizes: Sizes) -> dict:
     return {"num_inference_steps": 25, "guidance_scale": 4.0, "num_frames": sizes.frames, "height": sizes.height,
-            "width": sizes.width, "fps": 8, "max_sequence_length": MAX_TOKENS, "world": "shapes"}
+            "width": sizes.width, "fps": sizes.of_world.fps, "max_sequence_length": sizes.text_tokens, "world": sizes.world}
 
 
 def load_pipeline(folder: str | Path, device, dtype=torch.float32) -> CogVideoXPipeline:
@@ -177,6 +193,6 @@ def describe(sizes: Sizes) -> dict:
     return asdict(sizes)
 
 
-__all__ = ["MAX_TOKENS", "SIZES", "TINY", "Sizes", "TextToVelocity", "Tokens", "build_scheduler", "build_text_encoder",
-           "build_transformer", "build_vae", "build_vocabulary", "describe", "generation_defaults", "initialise",
-           "load_pipeline", "rescale_latents", "save", "write_generation"]
+__all__ = ["CONFIGURATIONS", "LONG", "MAX_TOKENS", "SIZES", "TINY", "TINY_LONG", "Sizes", "TextToVelocity", "Tokens",
+           "build_scheduler", "build_text_encoder", "build_transformer", "build_vae", "build_vocabulary", "describe",
+           "generation_defaults", "initialise", "load_pipeline", "rescale_latents", "save", "write_generation"]

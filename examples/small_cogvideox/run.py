@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from models import SIZES, TINY
+from models import CONFIGURATIONS
 from sampling import Judges
 
 from lowbit_video.files import write_whole
@@ -52,13 +52,14 @@ class Run:
         for folder in (self.state, self.out):
             folder.mkdir(parents=True, exist_ok=True)
         self.log = Log(self.state, self.first)
-        self.sizes = TINY if args.tiny else SIZES
+        self.sizes = CONFIGURATIONS[args.config][args.tiny]
         self.device = accelerator.device if torch.cuda.is_available() else torch.device("cpu")
         self.deadline = time.time() + 60 * args.minutes
         self.vae = None
         self.vae_bf16 = True
-        self.latents = self.masks = self.ids = None  # of the encoded clips
-        self.ahead = self.word_sets = None  # what workers prepare meanwhile
+        self.encoded = {}  # clips by how much smaller they are
+        self.ahead, self.word_sets, self.vae_pool = {}, None, None  # what workers prepare meanwhile
+        self.writers = []  # threads that write encoded clips
 
     def left(self) -> float:
         return self.deadline - time.time()

@@ -26,10 +26,11 @@ def held_out_captions(count: int, seed: int, of: str = "shapes") -> list[str]:
 
 @torch.no_grad()
 def sample_quickly(text_encoder, transformer, vae, scheduler, ids, noise, guidance: float, steps: int, autocast,
-                   vae_autocast) -> np.ndarray:
+                   vae_autocast, rotations=None) -> np.ndarray:
     """DDIM with guidance on prepared token ids `[B, L]` (an empty caption is </s>, pad, ...): uint8 `[B, F, H, W, 3]`.
 
-    `autocast` and `vae_autocast` make the contexts that the models run in."""
+    `autocast` and `vae_autocast` make the contexts that the models run in; `rotations` are for a transformer that rotates."""
+    more = {} if rotations is None else {"image_rotary_emb": rotations}
     empty = torch.zeros_like(ids)
     empty[:, 0] = 1
     scheduler.set_timesteps(steps, device=ids.device)
@@ -38,11 +39,12 @@ def sample_quickly(text_encoder, transformer, vae, scheduler, ids, noise, guidan
         text = text_encoder(torch.cat([empty, ids]))[0]
     for step in scheduler.timesteps:
         with autocast():
-            velocity = transformer(torch.cat([latents, latents]), text, step.expand(2 * len(ids)), return_dict=False)[0]
+            velocity = transformer(torch.cat([latents, latents]), text, step.expand(2 * len(ids)), return_dict=False, **more)[0]
         free, led = velocity.float().chunk(2)
         latents = scheduler.step(free + guidance * (led - free), step, latents, return_dict=False)[0].to(noise.dtype)
     frames = []
-    for part in (latents / vae.config.scaling_factor).permute(0, 2, 1, 3, 4).split(16):
+    at_once = max(1, 55_296 // latents[0, :, 0].numel())
+    for part in (latents / vae.config.scaling_factor).permute(0, 2, 1, 3, 4).split(at_once):
         with vae_autocast():
             frames.append(as_uint8(vae.decode(part).sample))
     return np.concatenate(frames)
@@ -62,6 +64,9 @@ def sample_with_pipeline(pipe, captions: list[str], noise: torch.Tensor, generat
     return np.stack(videos)
 
 
+JUDGED = ("shapes",)  # worlds that have a scorer
+
+
 class Judges:
     """Worker processes that score videos; start them before the first use of the GPU, since they are forked."""
 
@@ -69,7 +74,10 @@ class Judges:
         workers = workers or min(16, os.cpu_count() or 1)
         self.pool = multiprocessing.get_context("fork").Pool(workers) if workers > 1 else None
 
-    def __call__(self, videos, captions: list[str]) -> list[judge.Adherence]:
+    def __call__(self, videos, captions: list[str], of: str = "shapes") -> list[judge.Adherence]:
+        """Verdicts, one a video; none at all in a world that has no scorer."""
+        if of not in JUDGED:
+            return []
         pairs = list(zip(videos, captions))
         return self.pool.starmap(judge.score, pairs, chunksize=2) if self.pool else [
             judge.score(*pair) for pair in pairs]
@@ -80,7 +88,9 @@ class Judges:
 
 
 def shares(verdicts) -> dict[str, float]:
-    """Share of the videos that meet each part, and all of them."""
+    """Share of the videos that meet each part, and all of them; nothing of no verdicts."""
+    if not verdicts:
+        return {}
     return {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in (*judge.PARTS, "all")}
 
 
@@ -114,9 +124,10 @@ def contact_sheet(videos, captions, verdicts, path, columns: int = 6, rows: int 
             tile = Image.fromarray(videos[row, frame]).resize((width, height), Image.BILINEAR)
             sheet.paste(tile, (column * (width + 2), row * (height + 2)))
         left = columns * (width + 2) + 4
-        missed = [part for part in judge.PARTS if not getattr(verdicts[row], part)]
-        lines = [captions[row][i:i + 90] for i in range(0, len(captions[row]), 90)][:2]
-        lines += [f"seen: {verdicts[row].scene}"[:92], f"missed: {', '.join(missed)}" if missed else "as asked"]
+        missed = [part for part in judge.PARTS if not getattr(verdicts[row], part)] if verdicts else []
+        lines = [captions[row][i:i + 90] for i in range(0, len(captions[row]), 90)][:3]
+        if verdicts:
+            lines += [f"seen: {verdicts[row].scene}"[:92], f"missed: {', '.join(missed)}" if missed else "as asked"]
         draw.multiline_text((left, row * (height + 2) + 2), "\n".join(lines), fill="red" if missed else "black", spacing=1)
     sheet.save(path, optimize=True)
 

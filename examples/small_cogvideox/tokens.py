@@ -18,16 +18,16 @@ from sentencepiece import sentencepiece_model_pb2
 
 from lowbit_video.eval import world
 
-MAX_TOKENS = 32  # the longest caption of the world has 27
+MAX_TOKENS = 32  # the longest caption of the small world has 27; of the long one 50
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-()&/\"_+*%#@$="
 LETTER_SCORE = -14.0  # far below any word's, so that a known word is never spelt
 SPACE = "\u2581"
 
 
-def build_vocabulary(folder: str | Path) -> None:
-    """Write `spiece.model` and `tokenizer_config.json` into `folder`."""
+def build_vocabulary(folder: str | Path, of: world.World = world.SMALL, length: int = MAX_TOKENS) -> None:
+    """Write `spiece.model` and `tokenizer_config.json` for a world's captions of at most `length` pieces into `folder`."""
     rng = np.random.default_rng(0)
-    captions = [world.caption_of(meaning, rng) for meaning in world.draw_meanings(4000, 0)]
+    captions = [world.caption_of(meaning, rng) for meaning in world.draw_meanings(4000, 0, world=of)]
     trained = io.BytesIO()  # for its header (normaliser, special pieces); its pieces are replaced below
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*captions, LETTERS]), model_writer=trained, vocab_size=400, hard_vocab_limit=False, pad_id=0,
@@ -51,22 +51,28 @@ def build_vocabulary(folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.SerializeToString())
     config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": [], "eos_token": "</s>",
-              "unk_token": "<unk>", "pad_token": "<pad>", "model_max_length": MAX_TOKENS}
+              "unk_token": "<unk>", "pad_token": "<pad>", "model_max_length": length}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def length_of(folder: str | Path) -> int:
+    """Tokens of a caption, as the vocabulary in `folder` says."""
+    return json.loads((Path(folder) / "tokenizer_config.json").read_text())["model_max_length"]
+
+
 class Tokens:
-    """Captions to ids `[count, MAX_TOKENS]`, by bare sentencepiece: pieces, then </s>, then pad."""
+    """Captions to ids `[count, length]`, by bare sentencepiece: pieces, then </s>, then pad."""
 
     def __init__(self, folder: str | Path):
+        self.length = length_of(folder)
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder) / "spiece.model"))
 
     def __len__(self) -> int:
         return self.model.get_piece_size()
 
     def __call__(self, captions: list[str]) -> np.ndarray:
-        ids = np.zeros((len(captions), MAX_TOKENS), np.int64)
+        ids = np.zeros((len(captions), self.length), np.int64)
         for row, pieces in zip(ids, self.model.encode(captions)):
-            pieces = pieces[: MAX_TOKENS - 1] + [1]
+            pieces = pieces[: self.length - 1] + [1]
             row[: len(pieces)] = pieces
         return ids

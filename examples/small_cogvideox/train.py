@@ -5,6 +5,7 @@
 Each run keeps to its `--minutes` of wall clock and goes on from what `--state` holds, so that several short runs make one
 training. `torchrun --standalone --nproc_per_node 2 examples/small_cogvideox/train.py ...` uses two GPUs: each encodes clips of
 its own and takes `--batch` of them a step. `--tiny` runs every stage at toy sizes on a CPU, to see that it works.
+`--config long` trains the model of 49 frames of 384 x 512, in a world with textures and a camera.
 
 The stages: autoencoder.py, latents.py, words.py, diffusion.py (with curriculum.py, graphs.py, optimisers.py), evaluation.py.
 """
@@ -17,12 +18,13 @@ import traceback
 
 import torch
 from accelerate import Accelerator
-from autoencoder import train_vae
+from autoencoder import TRAIN_SEED, VAE_CLIPS, train_vae
+from clips import ClipPool
 from curriculum import curriculum
 from diffusion import train_diffusion
 from evaluation import evaluate
-from latents import clip_seed, make_latents, plan_ahead, share_of_clips
-from models import SIZES, TINY
+from latents import files_of, make_latents, plan_ahead, planned, shrinks_of
+from models import CONFIGURATIONS
 from outputs import pack, plot
 from run import Run, device_name
 from sampling import Judges
@@ -30,10 +32,17 @@ from tokens import Tokens, build_vocabulary
 from words import train_words, word_sets
 
 STAGES = ("vae", "latents", "words", "diffusion", "evaluate")
+# What the long configuration does otherwise than the small one unless told: a tenth of the clips, each of which is twelve times
+# as large; single frames first, then whole clips of a quarter and half the height.
+LONG_DEFAULTS = dict(
+    curriculum="1/4:0.06:512,{most}/4:0.3:192,{most}/2:0.3:64,{most}:0.34:8", clips=24_000, batch=8, refresh_clips=8,
+    latent_seconds=60.0, vae_batch=4, vae_lr=8e-4, words_seconds=40.0, warmup=150)
+LONG_TINY_CURRICULUM = "1/2:0.2,{most}/2:0.4,{most}:0.4"  # a quarter of a toy's height is no whole number of patches
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=list(CONFIGURATIONS), default="small", help="which model (default: %(default)s)")
     parser.add_argument("--stages", default=",".join(STAGES), help="which to run, of " + ",".join(STAGES))
     parser.add_argument("--minutes", type=float, default=9.0, help="wall clock of this run")
     parser.add_argument("--vae-minutes", type=float, default=3.0, help="of the autoencoder, over all runs")
@@ -46,11 +55,13 @@ def arguments(argv=None):
     parser.add_argument("--init-parts", default="vae,transformer", help="what to take from it, of vae, transformer, "
                         "text_encoder; the rest is trained from nothing (default: %(default)s)")
     parser.add_argument("--curriculum", help="latent frames and shares of the diffusion time, the last of them a whole clip's "
-                        "(default: 1:0.13,9:0.87)")
+                        "(default: 1:0.13,9:0.87); 9/2 are clips of half the height and width, 9/4 of a quarter; 9:0.5:64 "
+                        "takes 64 clips a step")
     parser.add_argument("--text-rate", type=float, default=0.0, help="the text encoder's learning rate beside the transformer, "
                         "as a share of --lr (0: it stays as the words stage left it)")
     parser.add_argument("--refresh-every", type=int, default=20, help="steps after which new clips are encoded (0: never)")
-    parser.add_argument("--refresh-clips", type=int, default=32, help="how many each time; four times as many single frames")
+    parser.add_argument("--refresh-clips", type=int, default=32, help="how many each time; four times as many "
+                        "single frames, and twice as many of half the size")
     parser.add_argument("--unfinished", action="store_true",
                         help="more runs follow: the learning rate falls over all of --diffusion-minutes, not this run's share")
     parser.add_argument("--words-seconds", type=float, default=14.0, help="of the text encoder alone (0: none)")
@@ -79,6 +90,8 @@ def arguments(argv=None):
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--pack", action="store_true", help="leave the results as a few files of under 16 MB")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that everything runs")
+    if parser.parse_known_args(argv)[0].config == "long":
+        parser.set_defaults(**LONG_DEFAULTS)
     args = parser.parse_args(argv)
     args.stages = args.stages.split(",")
     if unknown := set(args.stages) - set(STAGES):
@@ -88,8 +101,10 @@ def arguments(argv=None):
         parser.error(f"unknown --init-parts {sorted(unknown)}; there are vae, transformer, text_encoder")
     if args.words_seconds <= 0 and args.text_rate <= 0 and "text_encoder" not in args.init_parts:
         parser.error("--words-seconds 0 leaves the text encoder untrained: give --text-rate, say 0.1")
-    most = (TINY if args.tiny else SIZES).latent_frames
-    args.curriculum = args.curriculum or f"1:0.13,{most}:0.87"
+    if args.tiny and args.curriculum == LONG_DEFAULTS["curriculum"]:
+        args.curriculum = LONG_TINY_CURRICULUM
+    most = CONFIGURATIONS[args.config][args.tiny].latent_frames
+    args.curriculum = (args.curriculum or "1:0.13,{most}:0.87").replace("{most}", str(most))
     try:
         curriculum(args.curriculum, most)
     except ValueError as error:
@@ -104,13 +119,16 @@ def prepare(run: Run) -> None:
     args, workers = run.args, run.judges.pool
     run.tokenizer = run.state / "model" / "tokenizer"
     with run.accelerator.main_process_first():
-        build_vocabulary(run.tokenizer)
+        build_vocabulary(run.tokenizer, run.sizes.of_world, run.sizes.text_tokens)
     run.vocabulary = len(Tokens(run.tokenizer))
-    if workers and ("latents" in args.stages or "diffusion" in args.stages):
-        if args.fresh_clips or not run.own("latents.npy").exists():
-            run.ahead = workers.apply_async(plan_ahead, (run.tokenizer, share_of_clips(run), clip_seed(run)))
+    if workers and "vae" in args.stages and not (run.state / "vae.pt").exists() and (args.vae_goes_on or not args.init):
+        run.vae_pool = workers.apply_async(ClipPool, (VAE_CLIPS, TRAIN_SEED, "cpu", False, run.sizes.world))
     if workers and run.first and "words" in args.stages and not (run.state / "diffusion.pt").exists():
-        run.word_sets = workers.apply_async(word_sets, (run.tokenizer, args.word_captions))
+        run.word_sets = workers.apply_async(word_sets, (run.tokenizer, args.word_captions, run.sizes.world))
+    if workers and ("latents" in args.stages or "diffusion" in args.stages):
+        for shrink in shrinks_of(run):
+            if args.fresh_clips or not all(path.exists() for path in files_of(run, shrink)):
+                run.ahead[shrink] = [workers.apply_async(plan_ahead, task) for task in planned(run, shrink)]
 
 
 def stages(run: Run) -> None:
@@ -126,7 +144,7 @@ def stages(run: Run) -> None:
             train_words(run)
     if "diffusion" in asked:
         train_diffusion(run)
-        run.latents = run.masks = None
+        run.encoded = {}
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
     accelerator.wait_for_everyone()
@@ -158,6 +176,8 @@ def main(argv=None) -> int:
             except Exception:
                 traceback.print_exc()
                 code = code or 1
+        for writer in run.writers:
+            writer.join()
         judges.close()
     run.log.say(f"finished with {code}")
     if code == 0:

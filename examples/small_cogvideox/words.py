@@ -23,42 +23,51 @@ from tokens import Tokens
 from torch import nn
 
 from lowbit_video.eval import world
+from lowbit_video.pipelines.shared.generation import read_stored
 
 COLOURS, SIZES = tuple(world.COLOURS), tuple(world.SIZES)
-OF_A_THING = (("shape", world.SHAPES), ("colour", COLOURS), ("size", SIZES), ("motion", world.MOTIONS))
-OF_THE_GROUND = (("texture", world.TEXTURES), ("background", COLOURS))
-NAMES = ("pair", *(name for name, _ in OF_THE_GROUND), *(f"{name} {i}" for i in (1, 2) for name, _ in OF_A_THING))
-CLASSES = (2, *(len(words) for _, words in OF_THE_GROUND), *2 * tuple(len(words) for _, words in OF_A_THING))
-NO_LABEL = -100  # of a second thing that is not there
+NO_LABEL = -100  # of a second or third thing that is not there
 TRAIN_SEED, CHECK_SEED = 1002, 2000
 COLLAPSED = 0.98  # swapped_likeness above which an encoder tells hardly more than which words there are
 
 
-def labels_of(meaning: world.Meaning) -> list[int]:
-    """One class for each of NAMES."""
-    found = [len(meaning.things) - 1] + [words.index(getattr(meaning, name)) for name, words in OF_THE_GROUND]
-    for thing in (*meaning.things, None)[:2]:
-        found += [NO_LABEL if thing is None else words.index(getattr(thing, name)) for name, words in OF_A_THING]
-    return found
+class Parts:
+    """What a caption of a world says, part by part: their `names`, and of how many `classes` each is one."""
+
+    def __init__(self, of: world.World = world.SMALL):
+        self.world = of
+        self.ground = [("texture", tuple(of.textures)), ("background", COLOURS)] + [("camera", of.cameras)] * bool(of.cameras)
+        self.thing = [("shape", world.SHAPES), ("colour", COLOURS), ("size", SIZES), ("motion", of.motions)]
+        things = range(1, of.most_things + 1)
+        self.names = ("pair", *(name for name, _ in self.ground), *(f"{name} {i}" for i in things for name, _ in self.thing))
+        self.classes = (of.most_things, *(len(words) for _, words in self.ground),
+                        *of.most_things * tuple(len(words) for _, words in self.thing))
+
+    def labels(self, meaning: world.Meaning) -> list[int]:
+        """One class for each of `names`."""
+        found = [len(meaning.things) - 1] + [words.index(getattr(meaning, name)) for name, words in self.ground]
+        for thing in (*meaning.things, *self.world.most_things * (None,))[:self.world.most_things]:
+            found += [NO_LABEL if thing is None else words.index(getattr(thing, name)) for name, words in self.thing]
+        return found
 
 
-def caption_set(tokens, count: int, seed: int, held: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids `[count, L]` and labels `[count, len(NAMES)]`, int16, of captions inside or outside the hold-out."""
-    rng = np.random.default_rng(seed)
-    meanings = world.draw_meanings(count, seed, held, pair_share=0.4)
+def caption_set(tokens, count: int, seed: int, held: bool = False, of: world.World = world.SMALL):
+    """Token ids `[count, L]` and labels `[count, parts]`, int16, of captions inside or outside the hold-out."""
+    rng, parts = np.random.default_rng(seed), Parts(of)
+    meanings = world.draw_meanings(count, seed, held, pair_share=0.4, world=of)
     ids = tokens([world.caption_of(meaning, rng) for meaning in meanings])
-    return ids.astype(np.int16), np.array([labels_of(m) for m in meanings], np.int16)
+    return ids.astype(np.int16), np.array([parts.labels(m) for m in meanings], np.int16)
 
 
 class Heads(nn.Module):
     """Two linear readings of every part: from the mean over the tokens, and from tokens picked by a query of its own."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, classes: tuple[int, ...]):
         super().__init__()
-        parts, most = len(CLASSES), max(CLASSES)
+        parts, most = len(classes), max(classes)
         self.query = nn.Parameter(torch.randn(parts, width) / width**0.5)
         self.weight = nn.Parameter(torch.randn(2, parts, width, most) * 0.02)
-        self.register_buffer("absent", torch.arange(most)[None] >= torch.tensor(CLASSES)[:, None])
+        self.register_buffer("absent", torch.arange(most)[None] >= torch.tensor(classes)[:, None])
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """hidden `[B, L, D]`, ids `[B, L]` -> logits `[2, B, parts, classes]` (mean, picked)."""
@@ -71,12 +80,13 @@ class Heads(nn.Module):
         return logits.masked_fill(self.absent, -1e4)
 
 
-def teach(encoder, ids, labels, seconds: float, batch: int, autocast, lr: float = 1e-3, most_steps: int = 0, note=None):
+def teach(encoder, ids, labels, seconds: float, batch: int, autocast, lr: float = 1e-3, most_steps: int = 0, note=None,
+          classes: tuple[int, ...] = Parts().classes):
     """Train `encoder` with new heads for `seconds` (cosine to zero by the clock): the heads, the steps.
 
     `ids` `[N, L]` and `labels` `[N, parts]` lie on the encoder's device; `note(step, loss)` is called every 100 steps."""
     device = ids.device
-    heads = Heads(encoder.config.d_model).to(device)
+    heads = Heads(encoder.config.d_model, classes).to(device)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
     start, step = time.time(), 0
@@ -139,8 +149,8 @@ def swapped_likeness(encoder, tokens) -> float:
 
 
 @torch.no_grad()
-def linear_readings(encoder, tokens, captions: int = 3000) -> dict[str, float]:
-    """Share of 500 held-out captions whose parts ridge regression reads off the mean over the tokens, by NAMES."""
+def linear_readings(encoder, tokens, captions: int = 3000, of: world.World = world.SMALL) -> dict[str, float]:
+    """Share of 500 held-out captions whose parts ridge regression reads off the mean over the tokens, by name."""
     device = next(encoder.parameters()).device
 
     def features(ids):
@@ -150,12 +160,12 @@ def linear_readings(encoder, tokens, captions: int = 3000) -> dict[str, float]:
             found.append((encoder(part)[0].float() * said).sum(1) / said.sum(1))
         return torch.cat(found).double().cpu()
 
-    (ids, labels), (held_ids, wanted) = caption_set(tokens, captions, 1), caption_set(tokens, 500, 2, held=True)
+    (ids, labels), (held_ids, wanted) = caption_set(tokens, captions, 1, of=of), caption_set(tokens, 500, 2, True, of)
     known, asked = features(ids), features(held_ids)
     mean, spread = known.mean(0), known.std(0) + 1e-6
     known, asked = (F.pad((x - mean) / spread, (0, 1), value=1.0) for x in (known, asked))
     shares = {}
-    for column, (name, classes) in enumerate(zip(NAMES, CLASSES)):
+    for column, (name, classes) in enumerate(zip(Parts(of).names, Parts(of).classes)):
         rows, held = labels[:, column] != NO_LABEL, wanted[:, column] != NO_LABEL
         x, y = known[rows], F.one_hot(torch.from_numpy(labels[rows, column]).long(), classes).double()
         weight = torch.linalg.solve(x.T @ x + 3 * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
@@ -171,9 +181,9 @@ def train_words(run: Run) -> None:
     if path.exists() or (run.state / "diffusion.pt").exists() or args.words_seconds <= 0 or started:
         log.say("words are learned already, or not asked for")
         return
-    sets = run.word_sets.get() if run.word_sets else word_sets(run.tokenizer, args.word_captions)
+    sets = run.word_sets.get() if run.word_sets else word_sets(run.tokenizer, args.word_captions, run.sizes.world)
     (ids, labels), (held_ids, held_labels) = [[torch.from_numpy(part).to(run.device) for part in one] for one in sets]
-    encoder = build_text_encoder(run.sizes, run.vocabulary).to(run.device)
+    encoder, parts = build_text_encoder(run.sizes, run.vocabulary).to(run.device), Parts(run.sizes.of_world)
     start = time.time()
 
     def note(step: int, loss: float) -> None:
@@ -181,9 +191,10 @@ def train_words(run: Run) -> None:
 
     batch = 64 if run.device.type == "cpu" else args.word_batch
     heads, step = teach(
-        encoder, ids, labels, args.words_seconds, batch, run.autocast, args.words_lr, args.max_steps, note)
+        encoder, ids, labels, args.words_seconds, batch, run.autocast, args.words_lr, args.max_steps, note,
+        parts.classes)
     found = accuracy(encoder, heads, held_ids, held_labels, run.autocast)
-    worst = {kind: f"{NAMES[row.argmin()]} {100 * row.min():.1f} %" for kind, row in zip(("mean", "picked"), found)}
+    worst = {kind: f"{parts.names[row.argmin()]} {100 * row.min():.1f} %" for kind, row in zip(("mean", "picked"), found)}
     log.say(f"words: {step} steps of {batch} in {time.time() - start:.1f} s; held-out captions read right "
             f"{100 * found.mean():.2f} %, worst {worst}")
     log.row("words", step, (time.time() - start) / 60, held_out_mean=found[0].mean(), held_out_picked=found[1].mean())
@@ -199,10 +210,10 @@ def say_swapped(run: Run, encoder, step: int, minutes: float) -> None:
                 + (": IT HAS LOST THE ORDER OF WORDS" if alike > COLLAPSED else ""))
 
 
-def word_sets(tokenizer: Path, count: int):
+def word_sets(tokenizer: Path, count: int, name: str = "shapes"):
     """Captions with labels to learn from, and held-out ones to check with: a worker's task while the autoencoder trains."""
-    tokens = Tokens(tokenizer)
-    return caption_set(tokens, count, TRAIN_SEED), caption_set(tokens, 2000, CHECK_SEED, held=True)
+    tokens, of = Tokens(tokenizer), world.WORLDS[name]
+    return caption_set(tokens, count, TRAIN_SEED, of=of), caption_set(tokens, 2000, CHECK_SEED, True, of)
 
 
 def main(argv=None) -> int:
@@ -216,7 +227,8 @@ def main(argv=None) -> int:
     alike = swapped_likeness(encoder, tokens)
     verdict = " (the order of words is lost)" if alike > COLLAPSED else ""
     print(f"captions with colours exchanged are alike to {alike:.4f}{verdict}")
-    for name, share in linear_readings(encoder, tokens).items():
+    of = world.WORLDS[read_stored(args.model).get("world", "shapes")]
+    for name, share in linear_readings(encoder, tokens, of=of).items():
         print(f"{name:12} {100 * share:5.1f} % of held-out captions read right")
     return 0
 

@@ -36,12 +36,18 @@ def code(monkeypatch):
 
 
 def test_curriculum_is_read_and_refused(code):
-    assert code.curriculum.curriculum("1:0.3,3:0.3,9:0.4", 9) == [(1, pytest.approx(0.3)), (3, pytest.approx(0.6)), (9, 1.0)]
-    assert code.curriculum.curriculum("9:2", 9) == [(9, 1.0)]
-    for text in ("", "9", "1:x,9:1", "0:1,9:1", "10:1", "9:-1,9:2", "9:0.5,1:0.5"):
+    read, batch_of = code.curriculum.curriculum, code.curriculum.batch_of
+    assert read("1:0.3,3:0.3,9:0.4", 9) == [(1, pytest.approx(0.3), 1, 0), (3, pytest.approx(0.6), 1, 0), (9, 1.0, 1, 0)]
+    assert read("9:2", 9) == [(9, 1.0, 1, 0)]
+    assert read("1/2:0.1:512,9/2:0.2,9:0.7:4", 9) == [
+        (1, pytest.approx(0.1), 2, 512), (9, pytest.approx(0.3), 2, 0), (9, 1.0, 1, 4)]
+    for text in ("", "9", "1:x,9:1", "0:1,9:1", "10:1", "9:-1,9:2", "9:0.5,1:0.5", "9/2:1", "1/3:0.5,9:0.5", "1/2/2:0.5,9:0.5",
+                 "9:1:-4", "9:1:4:4"):
         with pytest.raises(ValueError, match="--curriculum"):
-            code.curriculum.curriculum(text, 9)
-    assert [code.curriculum.batch_of(128, frames, code.models.SIZES) for frames in (9, 3, 1)] == [128, 352, 512]
+            read(text, 9)
+    small, long = code.models.SIZES, code.models.LONG
+    assert [batch_of(128, phase, small) for phase in read("3:1,1:1,9:1", 9)] == [352, 512, 128]
+    assert [batch_of(8, phase, long) for phase in read("1/2:1:256,13/2:1,13:1", 13)] == [256, 24, 8]
 
 
 def test_fewer_frames_keep_the_positions_of_the_first(code):
@@ -62,6 +68,43 @@ def test_fewer_frames_keep_the_positions_of_the_first(code):
         transformer.patch_embed._get_positional_embeddings = made
         code.curriculum.first_frames(transformer, code.models.TINY.latent_frames, positions)
         torch.testing.assert_close(transformer(whole, text, times, return_dict=False)[0], wanted_whole)
+
+
+@pytest.mark.parametrize("shrink", [1, 2])
+def test_smaller_clips_turn_as_diffusers_turns_them(code, shrink):
+    from diffusers import CogVideoXPipeline
+
+    sizes = code.models.TINY_LONG
+    transformer = code.models.build_transformer(sizes)
+    pipe = SimpleNamespace(vae_scale_factor_spatial=8, transformer=transformer)
+    frames = 3
+    wanted = CogVideoXPipeline._prepare_rotary_positional_embeddings(
+        pipe, sizes.height // shrink, sizes.width // shrink, frames, torch.device("cpu"))
+    made = code.curriculum.rotations(sizes, frames, shrink, "cpu")
+    for ours, theirs in zip(made, wanted, strict=True):
+        assert ours.shape == (sizes.tokens(frames, shrink) - sizes.text_tokens, sizes.head_dim)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert code.curriculum.model_positions(transformer) is None
+    assert code.curriculum.rotations(code.models.TINY, 3, 1, "cpu") is None
+    torch.manual_seed(0)
+    model = code.models.TextToVelocity(code.models.build_text_encoder(sizes, 40), transformer.eval())
+    noisy = torch.randn(1, frames, sizes.latent_channels, sizes.height // 8 // shrink, sizes.width // 8 // shrink)
+    text, times = torch.randn(1, sizes.text_tokens, sizes.text_dim), torch.tensor([500])
+    with torch.no_grad():
+        found = code.graphs.Predict(model.transformer, made)(noisy, text, times)
+        torch.testing.assert_close(found, transformer(noisy, text, times, image_rotary_emb=wanted, return_dict=False)[0])
+        assert not torch.allclose(found, code.graphs.Predict(model.transformer)(noisy, text, times), atol=1e-3)
+
+
+def test_the_long_model_is_as_long_and_as_small_as_it_has_to_be(code):
+    sizes = code.models.LONG
+    assert sizes.tokens(sizes.latent_frames) - sizes.text_tokens == 13 * 24 * 32 == 9984
+    assert (sizes.layers, sizes.heads, sizes.head_dim) == (8, 6, 64)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in code.models.build_transformer(sizes).parameters())
+    shipped = FOLDER / "model"
+    rest = sum(path.stat().st_size for part in ("vae", "text_encoder", "tokenizer") for path in (shipped / part).iterdir())
+    assert 2 * count + rest < 60e6
 
 
 def test_the_latents_of_shapes_are_where_their_pixels_are(code):
@@ -129,8 +172,10 @@ def test_graphs_that_give_other_values_are_dropped(code, monkeypatch, factor, ke
     plain = code.graphs.Predict(lambda noisy, text, times, return_dict: (noisy * 2,))
     made = lambda *given: factor * plain(*given)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *given, **options: made)
-    inputs = torch.ones(2, 3), torch.ones(2), torch.ones(2)
+    inputs = torch.ones(2, 9, 16, 16, 24), torch.ones(2), torch.ones(2)
     assert code.graphs.graphed(run, plain, inputs) is (made if kept else plain)
+    long = torch.ones(2, 13, 1, 24, 32), torch.ones(2), torch.ones(2)
+    assert code.graphs.graphed(run, plain, long) is plain  # its launches are the smaller part
     assert len(said) == 1 and "from the plain transformer" in said[0]
 
 
@@ -189,6 +234,30 @@ def test_stages_run_from_nothing_and_go_on_from_the_folder(code, tmp_path, capfd
     again = load_file(tmp_path / "b" / "model" / "vae" / "diffusion_pytorch_model.safetensors")
     before = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_the_long_configuration_runs_every_stage_and_goes_on(code, tmp_path, capfd):
+    first = ["--config", "long", "--tiny", "--vae-minutes", "0.02", "--words-seconds", "1", "--max-steps", "4", "--clips", "32",
+             "--refresh-every", "2", "--check-seconds", "0", "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
+    assert code.train.main([*first, "--stages", "vae,latents,words,diffusion"]) == 0
+    said = capfd.readouterr().out
+    for phase in ("1 latent frames of 1/2 size from", "5 latent frames of 1/2 size from", "5 latent frames from"):
+        assert phase in said
+    assert "check failed" not in said and "no more fresh clips" not in said and "clips of 5 latent frames" in said
+    state = tmp_path / "a"
+    small, whole = np.load(state / "latents-2.npy"), np.load(state / "latents.npy")  # half as many
+    sizes = code.models.TINY_LONG
+    assert whole.shape == (16, *sizes.latent_shape) and small.shape == (32, 5, 4, 6, 8)
+    assert np.load(state / "ids-2.npy").shape == (32, code.latents.WORDINGS, 64)
+    config = json.loads((state / "model" / "transformer" / "config.json").read_text())
+    assert config["use_rotary_positional_embeddings"] and config["max_text_seq_length"] == 64
+    assert json.loads((state / "model" / "generation.json").read_text())["world"] == "scenes"
+    assert code.train.main([*first, "--stages", "vae,latents,words,diffusion,evaluate", "--guidance", "4"]) == 0
+    said = capfd.readouterr().out
+    assert said.count("encoded clips read in") == 2 and "vae is trained already" in said
+    assert "diffusion goes on from step 4" in said
+    assert json.loads((state / "model" / "training.json").read_text())["steps"] == 8
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["captions"] == 6
 
 
 def test_a_toy_training_refuses_the_shipped_autoencoder(code, tmp_path, capfd):

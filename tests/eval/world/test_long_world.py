@@ -120,7 +120,8 @@ def test_a_later_thing_lies_in_front():
 
 
 @pytest.mark.parametrize("texture", ["striped", "checkered", "cloudy"])
-@pytest.mark.parametrize("camera, way", [("pan-left", (1, 0)), ("pan-right", (-1, 0)), ("pan-up", (0, 1)), ("pan-down", (0, -1))])
+@pytest.mark.parametrize("camera, way", [
+    ("pan-left", (1, 0)), ("pan-right", (-1, 0)), ("pan-up", (0, 1)), ("pan-down", (0, -1))])
 def test_a_panning_camera_moves_the_background_the_other_way(texture, camera, way):
     frames, ground = first_frames_of(camera, texture)
     # as many frames as make every step a whole number of pixels
