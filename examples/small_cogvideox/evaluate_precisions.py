@@ -96,9 +96,9 @@ class Evaluation:
     """The videos of one folder of results: which there are, and the making of the others."""
 
     def __init__(self, args, store: Store, maker, workers: Workers, generation: dict, metrics: list[str], weights: dict,
-                 kinds: dict[str, str]):
+                 kinds: dict[str, str], of: str):
         self.args, self.store, self.maker, self.workers = args, store, maker, workers
-        self.generation, self.metrics, self.weights, self.kinds = generation, metrics, weights, kinds
+        self.generation, self.metrics, self.weights, self.kinds, self.of = generation, metrics, weights, kinds, of
         self.pending = []  # (line without its figures, the exact video's file, the answer, whether it is there)
         self.done = 0
 
@@ -130,8 +130,9 @@ class Evaluation:
             if run in todo:
                 clip = self.store.folder / f"clips/{clip_name(self.store, caption, self.args.seed, run.label)}.mp4"
                 line |= {"seconds": round(seconds, 5), "timings": {"denoise": round(seconds, 5)}}
-                job = (path, None if run.label == EXACT else reference, Context(caption, self.weights), self.metrics,
-                       clip if kept else None, self.generation["fps"])
+                context = Context(caption, self.weights, world=self.of)
+                job = (path, None if run.label == EXACT else reference, context, self.metrics, clip if kept else None,
+                       self.generation["fps"])
                 self.pending.append((line, reference, *self.workers.start(*job)))
             self.collect(WAITING)
         return True
@@ -260,7 +261,7 @@ def main(argv=None) -> int:
                       "environment": {**environment(), "device": maker.device_name},
                       "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
         kept = first_of_kinds(kinds, args.clips)
-        evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds)
+        evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds, of)
         finished = all([evaluation.caption(n, c, runs, work, c in kept, deadline) for n, c in enumerate(kinds)])
         evaluation.collect(0)
     finally:
