@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -60,6 +61,14 @@ class World:
     @property
     def most_things(self) -> int:
         return max(self.counts)
+
+    def __reduce__(self):
+        """There is one world of a name, in every process."""
+        return _world_of, (self.name,)
+
+
+def _world_of(name: str) -> World:
+    return WORLDS[name]
 
 
 CAMERAS = ("still", "pan-left", "pan-right", "pan-up", "pan-down", "zoom-in", "zoom-out")
@@ -115,6 +124,12 @@ def tones(colour: str, world: World = SMALL) -> np.ndarray:
 def contrast(first: str, second: str, world: World = SMALL) -> float:
     """RGB distance between a shape's colour and the nearest colour of a background: a tone, or in the long world, whose
     backgrounds blend, any mixture of the two."""
+    return _contrast(first, second, world.name)
+
+
+@cache
+def _contrast(first: str, second: str, name: str) -> float:
+    world = WORLDS[name]
     ends, colour = tones(second, world), np.array(COLOURS[first], np.float32)
     if world is SMALL:
         return float(np.linalg.norm(ends - colour, axis=1).min())
@@ -170,10 +185,14 @@ def draw_scene(rng: np.random.Generator, counts: dict[int, float] | None = None)
             sizes = ("",) if motion in ("grow", "shrink") else tuple(SIZES)
             things.append(Thing(names[rng.integers(len(names))], shapes[rng.integers(len(shapes))], motion,
                                 sizes[rng.integers(len(sizes))]))
-        colours = [np.array(COLOURS[t.colour], np.float32) for t in things]
         if all(contrast(t.colour, background, world) >= MIN_CONTRAST for t in things) and all(
-                np.linalg.norm(a - b) >= MIN_CONTRAST for i, a in enumerate(colours) for b in colours[:i]):
+                _apart(a.colour, b.colour) >= MIN_CONTRAST for i, a in enumerate(things) for b in things[:i]):
             return Meaning(tuple(things), texture, background, camera=camera)
+
+
+@cache
+def _apart(first: str, second: str) -> float:
+    return float(np.linalg.norm(np.array(COLOURS[first], np.float32) - np.array(COLOURS[second], np.float32)))
 
 
 def _by_share(rng: np.random.Generator, shares: dict):

@@ -14,7 +14,7 @@ from run import Run, save_state
 from sampling import percent, shares
 
 TRAIN_SEED, CHECK_SEED = 1000, 2000
-VAE_CLIPS = 8000
+VAE_CLIPS = {"shapes": 8000, "scenes": 2000}  # the long world's plans take longer
 
 
 def vae_batch(run: Run, pool: ClipPool, rng, batch: int, frames: int, whole: bool, shrink: int = 1):
@@ -154,7 +154,7 @@ def train_vae(run: Run) -> None:
         optimiser.load_state_dict(held["optimiser"])
         spent, step = held["seconds"], held["step"]
     rng = np.random.default_rng(step)
-    clips = 64 if args.tiny else VAE_CLIPS
+    clips = 64 if args.tiny else VAE_CLIPS[run.sizes.world]
     pool = run.vae_pool.get() if run.vae_pool else ClipPool(clips, TRAIN_SEED, "cpu", of=run.sizes.world)
     pool.device = run.device
     small, large = (4, 2) if args.tiny else (args.vae_batch, args.vae_batch // 4)
@@ -223,16 +223,16 @@ def train_vae(run: Run) -> None:
     with torch.no_grad():
         parts = []
         for part in np.split(np.arange(min(len(pool), 64)), 16):
+            video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
             with run.vae_autocast():
-                video, _ = pool.paint(part, 0, run.sizes.frames, run.sizes.height)
                 parts.append(vae.encode(video).latent_dist.mode().float())
         latents = torch.cat(parts)
     spread = latents.std((0, 2, 3, 4)).clamp_min(0.05)
     rescale_latents(vae, spread)
+    save_state(path, {"model": vae.state_dict(), "optimiser": {}, "finished": True, "seconds": total, "step": step,
+                      "bf16": run.vae_bf16})
     psnr, seen = reconstruct(run, vae, 4 if args.tiny else 48 if run.sizes.world == "shapes" else 24)
     log.say(f"vae done after {step} steps: held-out clips {psnr:.2f} dB, {percent(seen)}; latent spread was "
             f"{spread.min():.3f}..{spread.max():.3f}")
     log.row("vae", step, total / 60, held_out_psnr_db=psnr, **{f"held_out_{part}": share for part, share in seen.items()})
-    save_state(path, {"model": vae.state_dict(), "optimiser": {}, "finished": True, "seconds": total, "step": step,
-                      "bf16": run.vae_bf16})
     run.vae = vae

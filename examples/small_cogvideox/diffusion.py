@@ -234,6 +234,7 @@ def train_diffusion(run: Run) -> None:
                 fresh = cache.fresh if cache else 0
                 cache = None  # before the next one is made, since both can be gigabytes
                 predict = None
+                torch.cuda.empty_cache()
                 cache = Cache(run, phase, int(time.time()) % 10**7 + 10**8 * run.rank, read)
                 first_frames(model.transformer, frames, positions)
                 plain = Predict(model.transformer, rotations(sizes, frames, phase.shrink, run.device))

@@ -122,7 +122,7 @@ def prepare(run: Run) -> None:
         build_vocabulary(run.tokenizer, run.sizes.of_world, run.sizes.text_tokens)
     run.vocabulary = len(Tokens(run.tokenizer))
     if workers and "vae" in args.stages and not (run.state / "vae.pt").exists() and (args.vae_goes_on or not args.init):
-        run.vae_pool = workers.apply_async(ClipPool, (VAE_CLIPS, TRAIN_SEED, "cpu", False, run.sizes.world))
+        run.vae_pool = workers.apply_async(ClipPool, (VAE_CLIPS[run.sizes.world], TRAIN_SEED, "cpu", False, run.sizes.world))
     if workers and run.first and "words" in args.stages and not (run.state / "diffusion.pt").exists():
         run.word_sets = workers.apply_async(word_sets, (run.tokenizer, args.word_captions, run.sizes.world))
     if workers and ("latents" in args.stages or "diffusion" in args.stages):

@@ -213,7 +213,7 @@ def say_swapped(run: Run, encoder, step: int, minutes: float) -> None:
 def word_sets(tokenizer: Path, count: int, name: str = "shapes"):
     """Captions with labels to learn from, and held-out ones to check with: a worker's task while the autoencoder trains."""
     tokens, of = Tokens(tokenizer), world.WORLDS[name]
-    return caption_set(tokens, count, TRAIN_SEED, of=of), caption_set(tokens, 2000, CHECK_SEED, True, of)
+    return caption_set(tokens, count, TRAIN_SEED, of=of), caption_set(tokens, min(count, 2000), CHECK_SEED, True, of)
 
 
 def main(argv=None) -> int:

@@ -237,8 +237,8 @@ def test_stages_run_from_nothing_and_go_on_from_the_folder(code, tmp_path, capfd
 
 
 def test_the_long_configuration_runs_every_stage_and_goes_on(code, tmp_path, capfd):
-    first = ["--config", "long", "--tiny", "--vae-minutes", "0.02", "--words-seconds", "1", "--max-steps", "4", "--clips", "32",
-             "--refresh-every", "2", "--check-seconds", "0", "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
+    first = ["--config", "long", "--tiny", "--vae-minutes", "0.02", "--words-seconds", "1", "--max-steps", "3", "--clips", "16",
+             "--refresh-every", "1", "--check-seconds", "0", "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
     assert code.train.main([*first, "--stages", "vae,latents,words,diffusion"]) == 0
     said = capfd.readouterr().out
     for phase in ("1 latent frames of 1/2 size from", "5 latent frames of 1/2 size from", "5 latent frames from"):
@@ -247,16 +247,16 @@ def test_the_long_configuration_runs_every_stage_and_goes_on(code, tmp_path, cap
     state = tmp_path / "a"
     small, whole = np.load(state / "latents-2.npy"), np.load(state / "latents.npy")  # half as many
     sizes = code.models.TINY_LONG
-    assert whole.shape == (16, *sizes.latent_shape) and small.shape == (32, 5, 4, 6, 8)
-    assert np.load(state / "ids-2.npy").shape == (32, code.latents.WORDINGS, 64)
+    assert whole.shape == (8, *sizes.latent_shape) and small.shape == (16, 5, 4, 6, 8)
+    assert np.load(state / "ids-2.npy").shape == (16, code.latents.WORDINGS, 64)
     config = json.loads((state / "model" / "transformer" / "config.json").read_text())
     assert config["use_rotary_positional_embeddings"] and config["max_text_seq_length"] == 64
     assert json.loads((state / "model" / "generation.json").read_text())["world"] == "scenes"
-    assert code.train.main([*first, "--stages", "vae,latents,words,diffusion,evaluate", "--guidance", "4"]) == 0
+    assert code.train.main([*first, "--stages", "latents,diffusion,evaluate", "--guidance", "4", "--max-steps", "1"]) == 0
     said = capfd.readouterr().out
     assert said.count("encoded clips read in") == 2 and "vae is trained already" in said
-    assert "diffusion goes on from step 4" in said
-    assert json.loads((state / "model" / "training.json").read_text())["steps"] == 8
+    assert "diffusion goes on from step 3" in said
+    assert json.loads((state / "model" / "training.json").read_text())["steps"] == 4
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["captions"] == 6
 
 

@@ -4,6 +4,7 @@ from .entry import faults
 BENCH = "tests/eval/test_bench.py::"
 COMPARE = "tests/eval/compare/test_compare.py::"
 JUDGE = "tests/eval/world/test_judge.py::"
+SCENES = "tests/eval/world/test_long_world.py::"
 LAYERS = "tests/eval/compare/test_layers.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
 PAIRED = "tests/eval/metrics/test_paired.py::"
@@ -78,6 +79,26 @@ MUTANTS = [
             ("np.deg2rad(80)", "np.deg2rad(60)"), ("> 0.6 * walked", "> 0.8 * walked"), ("> 0.6 * walked", "> 0.5 * walked"),
             ("< np.deg2rad(40)", "< np.deg2rad(50)"), ('("right", "down-right", "down",', '("right", "up-right", "down",'),
             ("np.arctan2(dy, dx)", "np.arctan2(dx, dy)")),
+    *faults("eval/world/grounds.py", SCENES + "test_a_panning_camera_moves_the_background_the_other_way",
+            ('"pan-left": (-far, 0), "pan-right": (far, 0)', '"pan-left": (far, 0), "pan-right": (-far, 0)'),
+            ('"pan-up": (0, -far)', '"pan-up": (-far, 0)')),
+    *faults("eval/world/grounds.py", SCENES + "test_a_zooming_camera_keeps_the_middle",
+            ('"zoom-in": 1, "zoom-out": -1', '"zoom-in": -1, "zoom-out": 1'),
+            ("ground.x[..., None] + px / ground.zoom[..., None]", "ground.x[..., None] + px"),
+            ("steps + 0.5 - count / 2", "steps")),
+    *faults("eval/world/grounds.py", SCENES + "test_a_still_camera_shows_one_background_and_textures_blend_two_tones",
+            ("step[0] * (t - 0.5)", "(step[0] + 9) * (t - 0.5)"), ("tone[..., 1, :] - tone[..., 0, :]", "tone[..., 1, :]")),
+    *faults("eval/world/crossings.py", SCENES + "test_things_keep_inside_unless_they_cross_the_edge",
+            ('x = WIDTH - x if thing.motion.endswith("right") else x', "x = WIDTH - x"),
+            ('way = t if thing.motion.startswith("enter")', 'way = t if thing.motion.startswith("leave")'),
+            ("outside, inside = -margin - rng", "outside, inside = margin - rng"), ("high - np.maximum(step, 0)", "high")),
+    *faults("eval/world/crossings.py", SCENES + "test_some_pass_in_front_and_none_is_hidden_for_long",
+            ("hidden[back] +=", "hidden[front] +="), ("if excess == 0 and (meet or not wanted):", "if True:")),
+    *faults("eval/world/painting.py", SCENES + "test_a_later_thing_lies_in_front",
+            ("for layer in range(depth.max() + 1):", "for layer in reversed(range(depth.max() + 1)):")),
+    *faults("eval/world/captions.py", SCENES + "test_long_captions_are_read_back",
+            ('text = _CAMERA.sub("", text)', "pass"), ("{'enter' if crossing['enter']", "{'leave' if crossing['enter']"),
+            ("found[:world.most_things]", "found[:2]")),
     *faults("eval/world/judge.py", JUDGE + "test_says_no_to_one_wrong_part",
             ('holds("colour") and right_count', 'holds("colour")'), ("max(permutations(slots", "min(permutations(slots"),
             ("meaning.texture in (None, scene.texture)", "True")),

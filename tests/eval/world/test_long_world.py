@@ -1,4 +1,5 @@
 """The world of the long clips: its words, what a camera shows, and things that cross, cover each other, enter and leave."""
+import pickle
 import zlib
 from dataclasses import replace
 
@@ -162,4 +163,5 @@ def test_a_still_camera_shows_one_background_and_textures_blend_two_tones():
 
 def test_worlds_are_found_by_name():
     assert world.WORLDS == {"shapes": SMALL, "scenes": LONG}
+    assert all(pickle.loads(pickle.dumps(one)) is one for one in (SMALL, LONG))
     assert (LONG.frames, LONG.height, LONG.width) == (49, 384, 512) and SMALL.most_things == 2 and LONG.most_things == 3
