@@ -7,8 +7,9 @@ import pytest
 
 from lowbit_video.eval import world
 from lowbit_video.eval.metrics import adherence
+from lowbit_video.eval.metrics.psnr import psnr
 from lowbit_video.eval.metrics.shared.context import Context
-from lowbit_video.eval.world import LONG, ground_seeing, judge, scene_seeing
+from lowbit_video.eval.world import LONG, ground_seeing, judge, measure_judge, scene_seeing
 
 HEIGHT = 96
 PARTS = (*judge.PARTS, "camera")
@@ -224,3 +225,21 @@ def test_a_steady_turn_is_found_over_gaps(degrees, period):
     wild = np.random.default_rng(0).uniform(0, np.deg2rad(period), len(time))
     assert np.rad2deg(scene_seeing.steady_turn(wild, time, period)) == pytest.approx(60)
     assert scene_seeing.steady_turn(turn, time, None) == 0
+
+
+def test_the_softened_clip_is_as_far_as_it_says():
+    frames = true(BASE, 3)[:9].astype(np.float32)
+    made = [measure_judge.softened(frames, 0, sigma) for sigma in (0.1, 0.6)]
+    assert [psnr(video, as_uint8(frames)).mean() for video in made] == pytest.approx([30, 30], abs=0.3)
+    grain = [np.abs(np.diff(video.astype(int), axis=2)).mean() for video in made]
+    assert grain[1] < 0.85 * grain[0]  # less of it is noise
+    hard = measure_judge.softened(frames, 0, 4.0)
+    assert psnr(hard, as_uint8(frames)).mean() < 25
+
+
+def test_the_measurement_names_what_is_missed(monkeypatch, capsys):
+    found = measure_judge.judged(2, "scenes", 9, 3, HEIGHT)
+    assert found["true"] == found["soft"] == [] and found["parts"] == PARTS and len(found["seconds"]) == 2
+    monkeypatch.setattr(scene_seeing, "look", lambda frames: scene_seeing.Scene((), None, None))
+    found = measure_judge.judged(2, "scenes", 9, 3, HEIGHT)
+    assert set(found["true"]) == set(PARTS) and "soft: missed colour, shape" in capsys.readouterr().out
