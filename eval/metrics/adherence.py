@@ -1,4 +1,4 @@
-"""Prompt adherence in the small model's world: are the colour, shape, motion and background those of the caption?"""
+"""Prompt adherence in a small model's world: are colour, shape, motion, background and camera those of the caption?"""
 from __future__ import annotations
 
 from ..video import as_uint8
@@ -25,10 +25,11 @@ def measure(video, reference=None, context=None) -> dict[str, float] | None:
     from ..world import judge
 
     frames = as_uint8(video)
-    if not world.parse(context.caption).complete:
+    of = world.WORLDS[context.world]
+    if not world.parse(context.caption, of).complete:
         return None
     try:
-        verdict = judge.score(frames, context.caption)
+        verdict = judge.score(frames, context.caption, of)
     except ValueError:
         return None
-    return {**{part: float(getattr(verdict, part)) for part in judge.PARTS}, "all": float(verdict.all)}
+    return {**{part: float(getattr(verdict, part)) for part in verdict.parts}, "all": float(verdict.all)}

@@ -11,6 +11,7 @@ from ..compare.candidates import EXACT, FLOOR
 from ..compare.layer_table import FILE as LAYERS_FILE
 from ..compare.layer_table import LayerTable
 from ..compare.store import Store
+from .groups import by_group
 from .summary import Row, Summary, summarise
 
 PAGE, MARKDOWN, PICTURE = "report.html", "report.md", "report.png"
@@ -21,7 +22,8 @@ class Report:
     """Everything the page shows; `load` gathers it.
 
     videos: result lines by (prompt, seed, run). run: the latest line that says how they were made. speed: {run: figure},
-    named by `speed_label`; either seconds of this evaluation or speed-ups of a benchmark (`faster_is_higher`).
+    named by `speed_label`; either seconds of this evaluation or speed-ups of a benchmark (`faster_is_higher`). groups: the
+    summary of each group of prompts, where the lines say one.
     """
 
     summary: Summary
@@ -32,12 +34,18 @@ class Report:
     speed: dict[str, float] = field(default_factory=dict)
     speed_label: str = "seconds a video"
     faster_is_higher: bool = False
+    groups: dict[str, Summary] = field(default_factory=dict)
 
     @property
     def on_reference(self) -> bool:
         """Whether the times shown are those of the NumPy reference, which are not a speed."""
         ran = [variant for row in self.candidates() for variant in row.attention]
         return not self.faster_is_higher and any("(reference" in variant for variant in ran)
+
+    @property
+    def floor(self) -> str:
+        """What the floor run was: what the run line says of it, else what `compare` makes."""
+        return self.run.get("floor", "the exact run once more, which reads the keys in another order and splits the batch")
 
     def candidates(self) -> list[Row]:
         """The rows that are neither exact nor the floor."""
@@ -62,9 +70,11 @@ def load(folder, *, speed=None, speed_shape=None, layers=None) -> Report:
     videos, runs = store.videos(), store.runs()
     if not runs or not videos:
         raise ValueError(f"{store.path}: no finished video yet")
-    summary = summarise(videos, list(dict.fromkeys(name for run in runs for name in run["runs"])))
+    order = list(dict.fromkeys(name for run in runs for name in run["runs"]))
+    summary = summarise(videos, order)
     table = Path(layers) if layers else Path(folder) / LAYERS_FILE
-    report = Report(summary, {(v["prompt"], v["seed"], v["run"]): v for v in videos}, runs[-1], Path(folder))
+    report = Report(summary, {(v["prompt"], v["seed"], v["run"]): v for v in videos}, runs[-1], Path(folder),
+                    groups=by_group(videos, order))
     if layers or table.is_file():
         report.layers = LayerTable.load(table)
     if any("timings" in video for video in videos):

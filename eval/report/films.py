@@ -32,8 +32,8 @@ class Reel:
     thumbnail: str
 
 
-def make_reels(report: Report, say: Callable[[str], None] = print) -> dict[tuple, Reel]:
-    """The films of all finished prompts; a clip that is gone is left out, and said."""
+def make_reels(report: Report, say: Callable[[str], None] = print, tile_side: int = TILE_SIDE) -> dict[tuple, Reel]:
+    """The films of all finished prompts, tiles at most `tile_side` pixels wide; a clip that is gone is left out, and said."""
     reels = {}
     for pair in report.pairs():
         clips = {}
@@ -46,13 +46,13 @@ def make_reels(report: Report, say: Callable[[str], None] = print) -> dict[tuple
             except BadVideoError as error:
                 say(f"left out of the films: {error}")
         if len({clip.shape for clip in clips.values()}) == 1:
-            reels[pair] = make_reel(clips, report.run["settings"]["fps"])
+            reels[pair] = make_reel(clips, report.run["settings"]["fps"], tile_side)
     return reels
 
 
-def make_reel(clips: dict[str, np.ndarray], fps: float) -> Reel:
+def make_reel(clips: dict[str, np.ndarray], fps: float, tile_side: int = TILE_SIDE) -> Reel:
     """One film of clips [F, H, W, 3] of one shape."""
-    factor = -(-next(iter(clips.values())).shape[2] // TILE_SIDE)
+    factor = -(-next(iter(clips.values())).shape[2] // tile_side)
     videos = [smaller(clip, factor) for clip in clips.values()]
     frames, height, width = videos[0].shape[:3]
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ def markdown(report: Report) -> str:
     units = {f: registry.metric(f).unit for f in figures}
     head = [label_of(f) + (f" ({units[f]})" if units[f] else "") for f in figures]
     head = ["run", *head, "above the floor", report.speed_label]
-    names = {EXACT: "exact", FLOOR: "noise floor (exact, reordered)"}
+    names = {EXACT: "exact", FLOOR: "noise floor (exact, once more)"}
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in report.summary.rows:
         cells = [names.get(row.run, f"`{row.run}`")]
@@ -25,7 +25,7 @@ def markdown(report: Report) -> str:
         cells.append(plain(report.speed[row.run]) if row.run in report.speed else "")
         lines.append("| " + " | ".join(cells) + " |")
     notes = (f"{'; '.join(facts(report))}. Paired with the exact video of the same prompt and noise; brackets: 95 % bootstrap "
-             "intervals over prompts; above the floor: root mean square error in dB over that of a reordered exact run. "
+             f"intervals over prompts; above the floor: root mean square error in dB over that of the floor, {report.floor}. "
              f"The videos: [{PAGE}]({PAGE}).")
     notes += f"\n\n{NOTES['unfollowed']}" if prompts_unfollowed(report.summary) else ""
     notes += f"\n\n{NOTES['speed-up']}" if report.faster_is_higher else ""

@@ -14,7 +14,7 @@ from .charts import alone_cell, colour_of, figure_cell, floor_chart, pareto, tag
 from .data import Report
 from .films import Reel
 from .page_data import page_data
-from .summary import ABOVE, CLEARLY_ABOVE, FAILED, WITHIN, Row
+from .summary import ABOVE, CLEARLY_ABOVE, FAILED, WITHIN, Cell, Row
 from .text import NOTES, facts, interval_text, label_of, over_floor, over_floor_text, plain, prompts_unfollowed, show_value
 
 TITLE = "Does the video stay the same?"
@@ -32,7 +32,8 @@ def page(report: Report, reels: Mapping[tuple, Reel]) -> str:
     films = [tag("script", base64.b64encode(reels[pair].film).decode(), type="application/base64", id=f"reel-{i}")
              for i, pair in enumerate(report.pairs()) if pair in reels]
     data = json.dumps(page_data(report, reels), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    sections = [paired(report), viewer(reels), by_prompt(), speed(report), layers(report), alone(report), reading(report)]
+    sections = [paired(report), viewer(reels), by_prompt(), groups(report), speed(report), layers(report), alone(report),
+                reading(report)]
     source = f"{html.escape(report.folder.name)}/results.jsonl, begun {report.run['time']}"
     values = {"title": f"{TITLE} lowbit_video evaluation", "heading": TITLE, "css": part("page.css"), "js": part("page.js"),
               "lead": lead(report), "facts": "".join(tag("li", html.escape(fact)) for fact in facts(report)), "data": data,
@@ -91,7 +92,7 @@ def run_head(row: Row, under: bool = True) -> str:
     """A row's head: colour, run, and under it what it is."""
     count = f"{row.videos} video{'s' * (row.videos != 1)}"
     count = f"{row.videos - row.failed} of {count}" if row.failed else count
-    text = {EXACT: "the reference", FLOOR: "exact, reordered"}.get(row.run, count)
+    text = {EXACT: "the reference", FLOOR: "exact, once more"}.get(row.run, count)
     name = tag("span", tag("i", style=f"background:var({colour_of(row)})") + html.escape(row.run), kind="run")
     return tag("th", name + (tag("div", text, kind="interval") if under else ""), scope="row")
 
@@ -112,7 +113,35 @@ def paired(report: Report) -> str:
     body = table(["run", against, *map(figure_head, figures)], lines)
     if strip := floor_chart([row for row in rows if row.run != FLOOR], "psnr"):
         body += tag("h3", "How far above the noise floor") + tag("div", tag("div", strip, kind="wide"), kind="scroll")
-    return section("Against the exact video", body + note("paired"), "paired")
+    text = tag("p", NOTES["paired"].format(floor=html.escape(report.floor)), kind="note")
+    return section("Against the exact video", body + text, "paired")
+
+
+def groups(report: Report) -> str:
+    """Every figure that stands for a whole video, by group of prompts; "" without groups."""
+    if not report.groups:
+        return ""
+    shown = [f for f in report.summary.figures if registry.metric(f).kind == "paired" or f.endswith(".all")]
+    counts = {name: len(group.prompts) for name, group in report.groups.items()}
+    heads = ["run", *(html.escape(name) + tag("div", f"{count} prompt{'s' * (count != 1)}", kind="interval")
+                      for name, count in counts.items())]
+    body = ""
+    for figure in shown:
+        lines = []
+        for row in report.summary.rows:
+            cells = [{own.run: own for own in group.rows}[row.run].cells.get(figure) for group in report.groups.values()]
+            if any(cells):
+                lines.append(run_head(row, under=False) + "".join(tag("td", group_cell(figure, cell)) for cell in cells))
+        body += tag("h3", label_of(figure)) + table(heads, lines)
+    return section("By kind of prompt", body + note("groups"), "groups")
+
+
+def group_cell(figure: str, cell: Cell | None) -> str:
+    """A value and its interval."""
+    if cell is None:
+        return "–"
+    interval = tag("span", interval_text(figure, cell.value), kind="interval")
+    return tag("span", show_value(figure, cell.value.value), kind="value") + " " + interval
 
 
 def note(name: str) -> str:

@@ -98,7 +98,7 @@ def draw_picture(report: Report) -> bytes:
         0.018,
         f"{count} prompt{'s' * (count != 1)}, 95 % bootstrap intervals over prompts"
         + (f", {settings['steps']} steps" if settings["steps"] else "")
-        + "; paired with the exact video of the same noise. Noise floor: a second exact run in another order.",
+        + "; paired with the exact video of the same noise. Noise floor: a second exact run.",
         fontsize=8,
         color=SOFT,
     )

@@ -13,8 +13,8 @@ from .summary import Summary
 FOLLOWED = 0.25  # share of prompts that the exact run must show in all parts for adherence to mean something
 NOTES = {
     "paired": "Each video is compared, frame by frame, with the exact video of the same prompt and noise. Brackets are 95 % "
-              "bootstrap intervals over prompts. The floor is a second exact run that reads the keys in another order and "
-              "splits the batch: what any two correct implementations differ by. +20 dB are ten times its root mean square "
+              "bootstrap intervals over prompts. The floor ({floor}) is what two correct "
+              "implementations differ by. +20 dB are ten times its root mean square "
               "error. In float32 the floor lies so deep that every low-bit run is far above it: far above is not the same "
               "as visible. Look at the videos.",
     "no films": "No films are in this page; make it again where the clips are.",
@@ -29,6 +29,7 @@ NOTES = {
     "local": "Shares are of local squared errors; their way to the final latent was not measured.",
     "measured": "Shares are local squared errors, scaled to what runs with one layer, or one group of steps, at low bit left "
                 "in the final latent.",
+    "groups": "The same figures on the prompts of each kind alone; brackets are 95 % bootstrap intervals over these.",
     "alone": "The mean over prompts, and under it the mean change from the exact video of the same prompt with its 95 % "
              "interval. An interval that holds 0 shows no change; with few prompts it is wide.",
 }

@@ -1,6 +1,7 @@
 """Prompt adherence: does a video show what its caption asks for, in the small model's world?
 
-`seeing.look` says what the frames show, without knowing the caption; here that is compared with the caption's meaning.
+`look` of `seeing`, or of `scene_seeing` for the long world, says what the frames show, without knowing the caption; here that
+is compared with the caption's meaning.
 """
 from __future__ import annotations
 
@@ -9,16 +10,17 @@ from itertools import permutations
 
 import numpy as np
 
+from . import scene_seeing, seeing
 from .captions import parse
-from .scene import Meaning
-from .seeing import Scene, look
+from .scene import SMALL, Meaning, World
+from .seeing import Scene
 
 PARTS = ("colour", "shape", "motion", "background")
 
 
 @dataclass(frozen=True)
 class Adherence:
-    """Verdict per part; a part that the caption leaves open counts as met."""
+    """Verdict per part; a part that the caption leaves open counts as met, and so does the camera of a world without one."""
 
     colour: bool
     shape: bool
@@ -26,26 +28,33 @@ class Adherence:
     background: bool
     scene: Scene
     meaning: Meaning
+    camera: bool = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is judged in the caption's world."""
+        return PARTS if self.meaning.camera is None else (*PARTS, "camera")
 
     @property
     def all(self) -> bool:
-        return self.colour and self.shape and self.motion and self.background
+        return all(getattr(self, part) for part in self.parts)
 
 
-def score(frames: np.ndarray, caption: str) -> Adherence:
+def score(frames: np.ndarray, caption: str, world: World = SMALL) -> Adherence:
     """Judge a video against its caption.
 
     Args:
         frames: uint8 `[F, H, W, 3]`, RGB, at least 5 frames of at least 32 x 32.
         caption: English, as `captions.parse` reads it.
+        world: whose words and things they are.
 
     Raises:
         ValueError: frames of another shape or dtype.
     """
-    scene, meaning = look(frames), parse(caption)
+    scene, meaning = (seeing if world is SMALL else scene_seeing).look(frames), parse(caption, world)
     asked = meaning.things
     # Pair what was asked with what was seen: the order that agrees in most colours, left to right where they tie.
-    slots = list(scene.things[:3]) + [None] * max(0, len(asked) - len(scene.things))
+    slots = list(scene.things[: world.most_things + 1]) + [None] * max(0, len(asked) - len(scene.things))
     best = max(permutations(slots, len(asked)), key=lambda order: _agreement(asked, order))
     right_count = len(scene.things) == len(asked)
 
@@ -55,7 +64,8 @@ def score(frames: np.ndarray, caption: str) -> Adherence:
 
     background = (meaning.background in (None, scene.background)) and (
         meaning.background is None or meaning.texture in (None, scene.texture))
-    return Adherence(holds("colour") and right_count, holds("shape"), holds("motion"), background, scene, meaning)
+    return Adherence(holds("colour") and right_count, holds("shape"), holds("motion"), background, scene, meaning,
+                     meaning.camera in (None, scene.camera))
 
 
 def _agreement(asked, order) -> tuple:

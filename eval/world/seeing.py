@@ -45,25 +45,23 @@ class Seen:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the frames show: shapes from left to right, and the background (None where nothing fits)."""
+    """What the frames show: shapes from left to right, the background (None where nothing fits), and what the camera does
+    (of a long clip; None where it is unclear)."""
 
     things: tuple[Seen, ...]
     texture: str | None
     background: str | None
+    camera: str | None = None
 
     def __str__(self) -> str:
         things = " and ".join(f"{t.colour} {t.shape or 'something'} ({t.motion or 'motion unclear'})" for t in self.things)
         ground = f"{self.texture} {self.background} background" if self.background else "no clear background"
-        return f"{things or 'no shape'} on {ground}"
+        return f"{things or 'no shape'} on {ground}" + (f", camera {self.camera}" if self.camera else "")
 
 
 def look(frames: np.ndarray) -> Scene:
     """Describe the frames (uint8 `[F, H, W, 3]`) in the world's terms, without knowing any caption."""
-    frames = np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 [frames, height, width, 3]")
-    if frames.shape[0] < 5 or min(frames.shape[1:3]) < 32:
-        raise ValueError(f"frames are {frames.shape}: at least 5 frames of 32 x 32 are needed to judge a motion")
+    frames = check_frames(frames)
     video = np.ascontiguousarray(frames.transpose(3, 0, 1, 2), np.float32)
     texture, background, ground = _background(video)
     if background is None:
@@ -81,6 +79,16 @@ def look(frames: np.ndarray) -> Scene:
         found += _things(colour, _coverage(offset, ground, rgb, core, others, edge), core, unit)
     found.sort(key=lambda pair: pair[0])
     return Scene(tuple(seen for _, seen in found), texture, background)
+
+
+def check_frames(frames: np.ndarray) -> np.ndarray:
+    """The frames as an array. ValueError for what is no uint8 `[F, H, W, 3]`, or has too few frames or pixels to be judged."""
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 [frames, height, width, 3]")
+    if frames.shape[0] < 5 or min(frames.shape[1:3]) < 32:
+        raise ValueError(f"frames are {frames.shape}: at least 5 frames of 32 x 32 are needed to judge a motion")
+    return frames
 
 
 def _square(vectors: np.ndarray) -> np.ndarray:

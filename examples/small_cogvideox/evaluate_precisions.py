@@ -1,183 +1,277 @@
-"""What does low-bit attention cost the small model? PSNR, SSIM and adherence per precision, on an NVIDIA GPU.
+"""What does low-bit attention cost the small model, and what does it save, in the types that users run?
 
-    python examples/small_cogvideox/evaluate_precisions.py --model outputs/small_state/model --out outputs/precisions.json
+    python examples/small_cogvideox/evaluate_precisions.py --dtype bfloat16 --out outputs/precisions
+    python examples/small_cogvideox/evaluate_precisions.py --dtype bfloat16 --framework paddle --precisions int8+fp8 \
+        --beside outputs/precisions --out outputs/precisions_paddle
 
-The same start noise for every precision; held-out captions; the reference is the same model in float32 with diffusers' own
-attention, and a second column compares with the fp16 model. Every row but fp32 and fp16 runs in fp16 with
-`LowBitAttnProcessor` in all attention modules. Writes the JSON row by row and a table (.md) beside it. Several processes
-can share the work, each with its `--precisions` and both baselines of its own; `--merge a.json b.json` joins what they wrote.
+Held-out captions, the same start noise for every run of a caption and for both frameworks. The reference is the pipeline with
+its framework's own exact attention in the same type; the noise floor is this project's exact kernel against that; every
+precision goes in by `apply()`. A finished video is a line in results.jsonl, and the same command goes on where it was stopped
+(by `--minutes`, or by force). While the GPU makes the next video, worker processes measure the last. At the end it writes
+precisions.json and precisions.md (quality with intervals, adherence, seconds of denoising, speed-up over the fastest exact
+attention, and quality by kind of background) and the report
+page. Clips are kept of the first `--clips` captions of each kind
+of background.
 """
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import multiprocessing
+import os
+import shutil
+import tempfile
 import time
-import traceback
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from models import load_pipeline
-from sampling import Judges, held_out_captions, noise_of, percent, sample_with_pipeline, shares
+from makers import DTYPES, PaddleMaker, TorchMaker, hooked, runs_of
+from precision_table import is_exact, markdown, record_of
+from sampling import held_out_captions, noise_of
 
+from lowbit_video.errors import UnsupportedError
+from lowbit_video.eval import world
+from lowbit_video.eval.compare.candidates import EXACT
+from lowbit_video.eval.compare.clips import write_lossless
+from lowbit_video.eval.compare.paired import check_settings, clip_name, figures
+from lowbit_video.eval.compare.settings import Settings, environment
+from lowbit_video.eval.compare.store import Store
+from lowbit_video.eval.metrics import registry
 from lowbit_video.eval.metrics.psnr import psnr
-from lowbit_video.eval.metrics.ssim import ssim
-from lowbit_video.eval.report.bootstrap import bootstrap
-from lowbit_video.eval.world import judge
+from lowbit_video.eval.metrics.shared.context import Context
+from lowbit_video.eval.report.write import write_report
+from lowbit_video.eval.video import as_video, read_video
+from lowbit_video.files import write_json
+from lowbit_video.kernels.blas_threads import one_blas_thread
 from lowbit_video.pipelines.shared.generation import read_stored
+from lowbit_video.pipelines.shared.video_files import BadFramesError
 
-PRECISIONS = ("fp16", "int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
+PRECISIONS = ("int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
+METRICS = ("psnr", "ssim", "lpips", "adherence")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
+WARM_STEPS = 2
+WAITING = 32  # videos that lie on disk to be measured, at most
+TILE_SIDE = 256  # pixels of a video in the page, which is shipped
 
 
-def figures_of(video, caption, reference, half):
-    """One video: the scorer's verdict; PSNR (dB) and SSIM against the reference, PSNR (dB) against fp16, or None."""
-    verdict = judge.score(video, caption)
-    if reference is None:
-        return verdict, None
-    pairs = ((psnr, reference), (ssim, reference), (psnr, half))
-    return verdict, tuple(float(metric(video, other).mean()) for metric, other in pairs)
+def measured(video: Path, reference: Path | None, context: Context, metrics: list[str], clip: Path | None, fps: float) -> dict:
+    """What is to be recorded of a video that lies in a file: its figures, or why there are none. The file is removed."""
+    frames = np.load(video)
+    line = {}
+    try:
+        as_video(frames)
+        chosen = [registry.metric(name) for name in metrics]
+        with one_blas_thread():
+            line = figures(frames, None if reference is None else np.load(reference), chosen, context)
+        if clip:
+            write_lossless(clip, frames, fps)
+            line["clip"] = f"{clip.parent.name}/{clip.name}"
+    except BadFramesError as error:  # NaN is a result, and a bad one
+        line["error"] = str(error)
+    if reference is not None:
+        video.unlink()
+    return line
 
 
-def interval(values) -> dict:
-    found = bootstrap(lambda x: x.mean(-1), values)
-    return {"mean": found.value, "low": found.low, "high": found.high}
+class Workers:
+    """Processes that measure videos beside the GPU's work; made before the first use of the GPU, since they are forked."""
+
+    def __init__(self, count: int):
+        self.pool = multiprocessing.get_context("fork").Pool(count, os.nice, (10,)) if count > 1 else None
+
+    def start(self, *job):
+        """A function that gives `measured(*job)`, and one that says whether it need not wait."""
+        if self.pool is None:
+            line = measured(*job)
+            return (lambda: line), (lambda: True)
+        answer = self.pool.apply_async(measured, job)
+        return (lambda: answer.get(600)), answer.ready
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.terminate()
 
 
-def markdown(record: dict) -> str:
-    """The card's table."""
+class Evaluation:
+    """The videos of one folder of results: which there are, and the making of the others."""
 
-    def cell(figures: dict, digits: int) -> str:
-        return f"{figures['mean']:.{digits}f} ({figures['low']:.{digits}f}..{figures['high']:.{digits}f})"
+    def __init__(self, args, store: Store, maker, workers: Workers, generation: dict, metrics: list[str], weights: dict,
+                 kinds: dict[str, str], of: str):
+        self.args, self.store, self.maker, self.workers = args, store, maker, workers
+        self.generation, self.metrics, self.weights, self.kinds, self.of = generation, metrics, weights, kinds, of
+        self.pending = []  # (line without its figures, the exact video's file, the answer, whether it is there)
+        self.done = 0
 
-    lines = ["| attention | PSNR, dB | SSIM | PSNR against fp16, dB | colour | shape | motion | background |",
-             "|---|---|---|---|---|---|---|---|"]
-    for name, row in record["rows"].items():
-        if "error" in row:
-            lines.append(f"| {name} | failed: {row['error'].splitlines()[0][:80]} | | | | | | |")
-            continue
-        paired = [cell(row[key], digits) if key in row else "-"
-                  for key, digits in (("psnr_db", 1), ("ssim", 4), ("psnr_to_fp16_db", 1))]
-        parts = [f"{100 * row['adherence'][p]:.0f} %" for p in ("colour", "shape", "motion", "background")]
-        lines.append(f"| {name} | " + " | ".join(paired + parts) + " |")
-    lines += ["", f"{record['captions']} held-out captions, {record['generation']['num_inference_steps']} DDIM steps, guidance "
-              f"{record['generation']['guidance_scale']:g}, same noise; mean (95 % interval by bootstrap over captions); "
-              f"backend {record['backend']} on {record['device']}."]
-    return "\n".join(lines) + "\n"
+    def caption(self, number: int, caption: str, runs, work: Path, kept: bool, deadline: float) -> bool:
+        """Make what is missing of a caption; the exact video is needed whatever is missing. False: time is over."""
+        self.tidy(work)
+        todo = [run for run in runs if not self.store.has(caption, self.args.seed, run.label)]
+        if not todo:
+            return True
+        noise = noise_of(1, self.latent_shape(), self.args.seed + number)
+        reference = work / f"{number}-exact.npy"
+        for run in [runs[0], *[run for run in todo if run.label != EXACT]]:
+            if time.time() > deadline:
+                return False
+            line = {"kind": "video", "prompt": caption, "seed": self.args.seed, "run": run.label,
+                    "group": self.kinds[caption]}
+            try:
+                with hooked(self.maker, run, self.args.backend) as ran:
+                    self.maker.make(caption, noise, WARM_STEPS)
+                    video, seconds = self.maker.make(caption, noise)
+                    line.update(ran())
+            except UnsupportedError as error:
+                if is_exact(run.label):
+                    raise
+                self.store.append(line | {"error": str(error)})
+                continue
+            path = reference if run.label == EXACT else work / f"{number}-{run.slug}.npy"
+            np.save(path, video)
+            if run in todo:
+                clip = self.store.folder / f"clips/{clip_name(self.store, caption, self.args.seed, run.label)}.mp4"
+                line |= {"seconds": round(seconds, 5), "timings": {"denoise": round(seconds, 5)}}
+                context = Context(caption, self.weights, world=self.of)
+                job = (path, None if run.label == EXACT else reference, context, self.metrics, clip if kept else None,
+                       self.generation["fps"])
+                self.pending.append((line, reference, *self.workers.start(*job)))
+            self.collect(WAITING)
+        return True
+
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        asked = self.generation
+        return (asked["num_frames"] - 1) // 4 + 1, self.channels(), asked["height"] // 8, asked["width"] // 8
+
+    def channels(self) -> int:
+        return self.maker.pipe.transformer.config.in_channels
+
+    def collect(self, most: int) -> None:
+        """Append the lines that are measured, and wait for the oldest while more than `most` are not."""
+        left, count = [], len(self.pending)
+        for line, reference, answer, ready in self.pending:
+            if count <= most and not ready():
+                left.append((line, reference, answer, ready))
+                continue
+            count -= 1
+            line.update(answer())
+            self.store.append(line)
+            self.done += 1
+            decibels = line.get("figures", {}).get("psnr")
+            text = line.get("error") or (f"{decibels:.2f} dB" if decibels is not None else "the reference")
+            print(f"{self.done:>4} {line['run']:<26} {line['seconds']:.3f} s  {text}  {line['prompt'][:60]}", flush=True)
+        self.pending = left
+
+    def tidy(self, work: Path) -> None:
+        """Remove the exact videos that no unmeasured video needs any more."""
+        needed = {reference for _, reference, *_ in self.pending}
+        for path in set(work.glob("*-exact.npy")) - needed:
+            path.unlink()
 
 
-def merge(parts: list[dict]) -> dict:
-    """One record of several processes' records, rows in the order of PRECISIONS.
+def first_of_kinds(kinds: dict[str, str], count: int) -> set[str]:
+    """The first `count` captions of each kind, of {caption: its kind of background}."""
+    groups = {}
+    for caption, kind in kinds.items():
+        groups.setdefault(kind, []).append(caption)
+    return {caption for group in groups.values() for caption in group[:count]}
+
+
+def beside(folder: Path, other: Path) -> dict:
+    """How far the exact videos of two folders are apart, of the captions whose clips both keep: PSNR of each, in dB.
 
     Raises:
-        ValueError: they were made with other captions, settings or another reference."""
-    first = parts[0]
-    for part in parts[1:]:
-        for key in ("captions", "generation", "backend"):
-            if part[key] != first[key]:
-                raise ValueError(f"cannot merge: {key} is {first[key]} in one and {part[key]} in another; run both alike")
-    rows = {}
-    for part in parts:
-        for name, row in part["rows"].items():
-            if name not in rows or "error" in rows[name]:
-                rows[name] = row
-    order = [name for name in ("fp32", *PRECISIONS) if name in rows] + [n for n in rows if n not in ("fp32", *PRECISIONS)]
-    same = all(part["videos_crc32"] == first["videos_crc32"] for part in parts)
-    return {**first, "rows": {name: rows[name] for name in order}, "baselines_identical": same}
+        ValueError: they keep no clip of the same caption and seed."""
+    clips = []
+    for place in (folder, other):
+        lines = Store(place, write=False).videos()
+        clips.append({(v["prompt"], v["seed"]): place / v["clip"] for v in lines if v["run"] == EXACT and "clip" in v})
+    both = [pair for pair in clips[0] if pair in clips[1]]
+    if not both:
+        raise ValueError(f"{folder} and {other} keep no clip of the same caption; run both with the same --clips")
+    decibels = {pair[0]: float(psnr(*(read_video(own[pair]) for own in clips)).mean()) for pair in both}
+    return {"folder": other.name, "psnr_db": decibels}
 
 
-def write(record: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(record))
+def write_tables(args) -> None:
+    """precisions.json, precisions.md and the page, of what is finished; nothing where no caption is."""
+    store = Store(args.out, write=False)
+    try:
+        record = record_of(store)
+    except ValueError as error:
+        print(f"no table yet: {error}", flush=True)
+        return
+    if args.beside:
+        record["beside"] = beside(args.out, args.beside)
+    write_json(args.out / "precisions.json", record)
+    (args.out / "precisions.md").write_text(markdown(record))
+    print(markdown(record), flush=True)
+    if not args.no_page:
+        write_report(args.out, tile_side=TILE_SIDE)
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(Path(__file__).parent / "model"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/precisions"), help="the folder of results, gone on with")
+    parser.add_argument("--framework", choices=("torch", "paddle"), default="torch")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the whole pipeline; default: bfloat16 with PyTorch on a GPU")
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
+    parser.add_argument("--captions", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=CAPTION_SEED, help="of the captions and of the noise")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--backend", default="auto", help="of the precisions: auto, reference, triton or hopper")
+    parser.add_argument("--clips", type=int, default=1, help="captions of each kind of background whose clips are kept")
+    parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="of a metric: lpips=FOLDER")
+    parser.add_argument("--beside", type=Path, metavar="DIR", help="another folder of results: how far its exact videos are")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no video after so long; the same command goes on")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3), help="processes that measure")
+    parser.add_argument("--no-page", action="store_true", help="no report page, which takes matplotlib and ffmpeg")
+    parser.add_argument("--device", help="as the framework names it; default: its GPU if there is one")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("auto" if args.framework == "paddle" else "cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(__file__).parent / "model"))
-    parser.add_argument("--out", type=Path, default=Path("outputs/precisions.json"))
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
-    parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="only join these into --out")
-    parser.add_argument("--captions", type=int, default=50)
-    parser.add_argument("--steps", type=int, help="default: the model's own")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    if args.merge:
-        record = merge([json.loads(path.read_text()) for path in args.merge])
-        write(record, args.out)
-        print(markdown(record), flush=True)
-        return 0
-    started = time.time()
-    judges = Judges()  # forked before CUDA starts
-    from lowbit_video import LowBitAttnProcessor
-
+    args = arguments(argv)
+    deadline = time.time() + 60 * args.minutes
+    weights = dict(pair.split("=", 1) for pair in args.weights)
+    lacking = {name: reason for name in METRICS if (reason := registry.metric(name).missing(weights))}
+    metrics = [name for name in METRICS if name not in lacking]
     generation = read_stored(args.model)
     generation["num_inference_steps"] = args.steps or generation["num_inference_steps"]
-    captions = held_out_captions(args.captions, CAPTION_SEED)
-    pipe = load_pipeline(args.model, args.device, torch.float32)
-    shape = ((generation["num_frames"] - 1) // 4 + 1, pipe.transformer.config.in_channels, generation["height"] // 8,
-             generation["width"] // 8)
-    noise = noise_of(args.captions, shape, CAPTION_SEED)
-    cuda = args.device.startswith("cuda")
-    record = {"captions": args.captions, "generation": generation, "backend": args.backend, "torch": torch.__version__,
-              "device": torch.cuda.get_device_name() if cuda else "cpu", "videos_crc32": {}, "rows": {}}
-    pending = {}  # name -> (seconds of sampling, the workers' answer): scored while the GPU goes on
-
-    def sample(name: str, references=None, halves=None):
-        start = time.time()
-        videos = sample_with_pipeline(pipe, captions, noise, generation, args.batch)
-        seconds = time.time() - start
-        print(f"[{time.time() - started:5.1f} s] {name} sampled in {seconds:.1f} s", flush=True)
-        nothing = [None] * len(videos)
-        halves = nothing if references is None else videos if halves is None else halves
-        work = list(zip(videos, captions, nothing if references is None else references, halves))
-        answer = judges.pool.starmap_async(figures_of, work, chunksize=2) if judges.pool else [figures_of(*w) for w in work]
-        pending[name] = seconds, answer
-        return videos
-
-    def collect(wait: bool) -> None:
-        for name, (seconds, answer) in list(pending.items()):
-            if not isinstance(answer, list):
-                if not wait and not answer.ready():
-                    continue
-                answer = answer.get(180)
-            del pending[name]
-            row = {"adherence": shares([verdict for verdict, _ in answer]), "seconds": seconds}
-            if answer[0][1] is not None:
-                for key, values in zip(("psnr_db", "ssim", "psnr_to_fp16_db"), np.array([f for _, f in answer]).T):
-                    if (name, key) != ("fp16", "psnr_to_fp16_db"):
-                        row[key] = interval(values)
-            record["rows"][name] = row
-            print(f"[{time.time() - started:5.1f} s] {name}: {percent(row['adherence'])}  PSNR "
-                  f"{row['psnr_db']['mean'] if 'psnr_db' in row else math.nan:.2f} dB", flush=True)
-            write(record, args.out)
-
-    code = 0
-    references = sample("fp32")
-    record["videos_crc32"]["fp32"] = zlib.crc32(references.tobytes())
-    pipe = load_pipeline(args.model, args.device, torch.float16 if cuda else torch.float32)
-    halves = sample("fp16", references)
-    record["videos_crc32"]["fp16"] = zlib.crc32(halves.tobytes())
-    for name in args.precisions:
-        if name == "fp16":
-            continue  # a baseline, made already
-        try:
-            pipe.transformer.set_attn_processor(LowBitAttnProcessor(name, backend=args.backend))
-            sample(name, references, halves)
-        except Exception as error:
-            traceback.print_exc()
-            record["rows"][name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
-            code = 1
-        collect(wait=False)
-    collect(wait=True)
-    write(record, args.out)
-    judges.close()
-    print(markdown(record), flush=True)
-    return code
+    of = generation.get("world", world.SMALL.name)
+    kinds = {caption: world.parse(caption, world.WORLDS[of]).texture
+             for caption in held_out_captions(args.captions, args.seed, of)}
+    workers = Workers(args.workers)
+    maker = (TorchMaker if args.framework == "torch" else PaddleMaker)(args.model, args.dtype, args.device, generation)
+    runs, absent = runs_of(maker, args.precisions)
+    settings = Settings(args.model, generation["num_inference_steps"], generation["guidance_scale"], generation["num_frames"],
+                        generation["height"], generation["width"], generation["fps"])
+    store, work = Store(args.out), Path(tempfile.mkdtemp(prefix="precisions"))
+    try:
+        check_settings(store, settings)
+        about = {"framework": args.framework, "dtype": args.dtype, "backend": args.backend, "reference": maker.reference}
+        for known in store.runs()[:1]:
+            if differ := [f"{name} {known[name]}" for name in about if known[name] != about[name]]:
+                raise ValueError(f"{args.out} was begun with {', '.join(differ)}; give another --out")
+        store.append({"kind": "run", "settings": settings.as_dict(), "prompts": list(kinds), "seeds": [args.seed],
+                      "runs": [run.label for run in runs], "metrics": metrics, "missing": {**lacking, **absent}, **about,
+                      "floor": f"this project's own exact kernel, against {maker.reference}", "generation": generation,
+                      "environment": {**environment(), "device": maker.device_name},
+                      "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+        kept = first_of_kinds(kinds, args.clips)
+        evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds, of)
+        finished = all([evaluation.caption(n, c, runs, work, c in kept, deadline) for n, c in enumerate(kinds)])
+        evaluation.collect(0)
+    finally:
+        workers.close()
+        store.close()
+        shutil.rmtree(work, ignore_errors=True)
+    if not finished:
+        print("time is over before all videos are made: the same command goes on", flush=True)
+    write_tables(args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from sampling import (
 )
 from tokens import Tokens
 
-from lowbit_video.eval.world import judge
 from lowbit_video.pipelines.shared.generation import read_stored
 
 BATCH = 50  # captions that are sampled and judged at once
@@ -89,7 +88,7 @@ def evaluate(run: Run) -> None:
             break
     best = args.guidance[0]
     if results:
-        best = max(results, key=lambda g: (sum(results[g].get(p, 0) for p in judge.PARTS), -g))
+        best = max(results, key=lambda g: (sum(results[g][p] for p in results[g] if p != "all"), -g))
     generation["guidance_scale"] = best
     captions = held_out_captions(test, TEST_SEED, run.sizes.world)
     verdicts, videos = sample_and_judge(run, pipe, captions, noise_of(test, shape, TEST_SEED), generation, kept=24)
@@ -110,6 +109,6 @@ def evaluate(run: Run) -> None:
         "colour_pairs": colour_pairs(verdicts),
         "guidance_sweep": {str(g): r for g, r in results.items()}, "device": device_name(run.device),
         "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
-        "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in judge.PARTS if not getattr(v, p)]}
+        "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in v.parts if not getattr(v, p)]}
                    for c, v in zip(captions, verdicts) if not v.all]}
     (run.out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -64,9 +64,6 @@ def sample_with_pipeline(pipe, captions: list[str], noise: torch.Tensor, generat
     return np.stack(videos)
 
 
-JUDGED = ("shapes",)  # worlds that have a scorer
-
-
 class Judges:
     """Worker processes that score videos; start them before the first use of the GPU, since they are forked."""
 
@@ -75,12 +72,9 @@ class Judges:
         self.pool = multiprocessing.get_context("fork").Pool(workers) if workers > 1 else None
 
     def __call__(self, videos, captions: list[str], of: str = "shapes") -> list[judge.Adherence]:
-        """Verdicts, one a video; none at all in a world that has no scorer."""
-        if of not in JUDGED:
-            return []
-        pairs = list(zip(videos, captions))
-        return self.pool.starmap(judge.score, pairs, chunksize=2) if self.pool else [
-            judge.score(*pair) for pair in pairs]
+        """Verdicts, one a video, in the world of that name."""
+        work = [(video, caption, world.WORLDS[of]) for video, caption in zip(videos, captions)]
+        return self.pool.starmap(judge.score, work, chunksize=2) if self.pool else [judge.score(*job) for job in work]
 
     def close(self) -> None:
         if self.pool:
@@ -91,7 +85,7 @@ def shares(verdicts) -> dict[str, float]:
     """Share of the videos that meet each part, and all of them; nothing of no verdicts."""
     if not verdicts:
         return {}
-    return {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in (*judge.PARTS, "all")}
+    return {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in (*verdicts[0].parts, "all")}
 
 
 def colour_pairs(verdicts) -> dict[str, int]:
@@ -124,7 +118,7 @@ def contact_sheet(videos, captions, verdicts, path, columns: int = 6, rows: int 
             tile = Image.fromarray(videos[row, frame]).resize((width, height), Image.BILINEAR)
             sheet.paste(tile, (column * (width + 2), row * (height + 2)))
         left = columns * (width + 2) + 4
-        missed = [part for part in judge.PARTS if not getattr(verdicts[row], part)] if verdicts else []
+        missed = [part for part in verdicts[row].parts if not getattr(verdicts[row], part)] if verdicts else []
         lines = [captions[row][i:i + 90] for i in range(0, len(captions[row]), 90)][:3]
         if verdicts:
             lines += [f"seen: {verdicts[row].scene}"[:92], f"missed: {', '.join(missed)}" if missed else "as asked"]

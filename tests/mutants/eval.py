@@ -7,6 +7,7 @@ FLOOR = "tests/eval/compare/test_floor.py::"
 JUDGE = "tests/eval/world/test_judge.py::"
 SCENES = "tests/eval/world/test_long_world.py::"
 LAYERS = "tests/eval/compare/test_layers.py::"
+SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
 PAIRED = "tests/eval/metrics/test_paired.py::"
 SUMMARY = "tests/eval/report/test_summary.py::"
@@ -103,6 +104,33 @@ MUTANTS = [
     *faults("eval/world/judge.py", JUDGE + "test_says_no_to_one_wrong_part",
             ('holds("colour") and right_count', 'holds("colour")'), ("max(permutations(slots", "min(permutations(slots"),
             ("meaning.texture in (None, scene.texture)", "True")),
+    *faults("eval/world/judge.py", SCENE_JUDGE + "test_says_no_to_one_wrong_part",
+            ("meaning.camera in (None, scene.camera)", "True"), ("parse(caption, world)", "parse(caption)")),
+    *faults("eval/world/ground_seeing.py", SCENE_JUDGE + "test_cameras_on_either_side_of_every_limit",
+            ('"pan-left" if to_right > 0', '"pan-left" if to_right < 0'), ("PANNED, ZOOMED = 19.0", "PANNED, ZOOMED = 21.0"),
+            ("STEADY_ZOOM = 10.0, 0.09, 0.14", "STEADY_ZOOM = 10.0, 0.09, 0.17"), ("ASLANT = 0.6", "ASLANT = 0.7")),
+    *faults("eval/world/ground_seeing.py", SCENE_JUDGE + "test_every_camera_over_every_background_that_shows_it",
+            ("ONLY_ACROSS = 0.12", "ONLY_ACROSS = 0.0"), ("ONE_WAY, TWO_WAYS = 0.6", "ONE_WAY, TWO_WAYS = 0.99"),
+            ("(slope * (place @ ways))", "slope"), ("for times in (2, 4)", "for times in (2, 6)")),
+    *faults("eval/world/ground_seeing.py", SCENE_JUDGE + "test_a_background_that_shows_no_camera",
+            ("< SLANT_MISS", "< -SLANT_MISS"), ("FLAT = 0.09", "FLAT = 0.3"), ("tones(name, LONG)", "tones(name)")),
+    *faults("eval/world/scene_seeing.py", SCENE_JUDGE + "test_what_is_covered_on_its_way_is_still_read",
+            ("there & ~rim & ~touched", "there & ~rim")),
+    *faults("eval/world/scene_seeing.py", SCENE_JUDGE + "test_crossings_by_edge_share_and_way",
+            ("PART = 0.7", "PART = 0.9"), ("WAY_IN = 18.0", "WAY_IN = 15.0"), ("DRIFT = 14.0", "DRIFT = 16.0"),
+            ('("left", left, inwards), ("right", right, -inwards)', '("left", left, inwards), ("right", right, inwards)'),
+            ("not (left | right)[whole_at] and", "")),
+    *faults("eval/world/scene_seeing.py", SCENE_JUDGE + "test_a_steady_turn_is_found_over_gaps",
+            ("* 360 / period", "* 180 / period"), ("STEADY = 0.7", "STEADY = 0.1")),
+    *faults("eval/world/scene_seeing.py",
+            SCENE_JUDGE + "test_says_no_to_a_second_thing_of_the_same_colour_and_to_one_that_goes",
+            ("PRESENCE = 0.45", "PRESENCE = 0.2"), ("extra[whole].mean() >= EXTRA_PRESENCE", "False")),
+    *faults("eval/world/measure_judge.py", SCENE_JUDGE + "test_the_softened_clip_is_as_far_as_it_says",
+            ("PSNR_DB / 10", "PSNR_DB / 20"), ("max(left, 0) ** 0.5", "max(left, 0)")),
+    *faults("eval/metrics/adherence.py", SCENE_JUDGE + "test_the_metric_asks_for_the_world_of_its_captions",
+            ("world.WORLDS[context.world]", "world.SMALL"), ("for part in verdict.parts", "for part in judge.PARTS")),
+    *faults("eval/report/groups.py", SUMMARY + "test_groups_stand_on_their_own_finished_prompts",
+            ('line.get("group") == group', "True"), ("for there in made.values()", "for there in [runs]")),
     *faults("eval/metrics/psnr.py", PAIRED + "test_psnr_and_ssim_agree_with_scikit_image",
             ("-10.0 * np.log10",
     "-20.0 * np.log10")),

@@ -13,12 +13,14 @@ class Context:
 
     caption: the prompt it was made from. weights: name -> file or folder, as given with `--weights name=path`.
     cache: results of one video that several metrics use. models: loaded models, kept for the whole run.
+    world: name of the small model's world whose captions they are.
     """
 
     caption: str = ""
     weights: Mapping[str, str] = field(default_factory=dict)
     cache: dict = field(default_factory=dict)
     models: dict = field(default_factory=dict)
+    world: str = "shapes"
 
 
 def absent(packages) -> list[str]:

@@ -80,10 +80,42 @@ def test_the_films_show_what_the_clips_show(results, tmp_path):
 def test_markdown_has_every_run_with_interval_and_floor(results):
     text = results[1]["markdown"].read_text()
     rows = {line.split(" | ")[0].strip("| `"): line for line in text.splitlines() if line.startswith("| ")}
-    assert set(rows) == {"run", "exact", "noise floor (exact, reordered)", "int8+fp16", "swap", "nan"}
+    assert set(rows) == {"run", "exact", "noise floor (exact, once more)", "int8+fp16", "swap", "nan"}
     assert re.search(r"\d+\.\d \[\d+\.\d, \d+\.\d\].*\+\d+ dB \[\+\d+, \+\d+\]", rows["swap"]) and "failed" in rows["nan"]
     assert "CPU reference, not a speed" in text  # seconds of the NumPy oracle must not pass for a speed
     assert "(report.png)" in text and "2 prompts, 1 seed each" in text
+
+
+def test_groups_and_another_floor_are_said_where_lines_name_them(results, tmp_path):
+    assert "By kind of prompt" not in results[1]["html"].read_text() and not load(results[0]).groups
+    lines = [json.loads(line) for line in (results[0] / "results.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"group": "<striped>" if line["prompt"] == PROMPTS[0] else "plain"} if line["kind"] == "video" else {
+            "floor": "another kernel"}
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = load(tmp_path)
+    assert list(report.groups) == ["<striped>", "plain"]
+    page = write_report(tmp_path, films=False, say=QUIET)["html"].read_text()
+    kinds = re.search(r'id="groups".*?</section>', page, re.S).group(0)
+    assert "&lt;striped&gt;" in kinds and "<striped>" not in kinds and ">1 prompt<" in kinds
+    for group in report.groups.values():
+        assert f"{group.row('swap').cells['psnr'].value.value:.1f}" in kinds
+    assert "The floor (another kernel) is" in page and "reads the keys in another order" not in page
+    assert "reads the keys in another order" in results[1]["html"].read_text()
+    assert "that of the floor, another kernel." in markdown(report)
+
+
+def test_smaller_films_where_asked(results):
+    from lowbit_video.eval.report.films import make_reels
+
+    report = load(results[0])
+    whole, half = (next(iter(make_reels(report, QUIET, side).values())) for side in (560, report_width(report) // 2))
+    assert (half.width, half.height) == (whole.width // 2, whole.height // 2)
+
+
+def report_width(report):
+    clip = next(v["clip"] for v in report.videos.values() if "clip" in v)
+    return read_video(report.folder / clip).shape[2]
 
 
 def test_the_picture_is_a_png_with_something_in_it(results):

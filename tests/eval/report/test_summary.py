@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from lowbit_video.eval.report.bootstrap import Interval, bootstrap, draws, mean, ratio_of_means
+from lowbit_video.eval.report.groups import by_group
 from lowbit_video.eval.report.summary import ABOVE, CLEARLY_ABOVE, FAILED, UNKNOWN, WITHIN, summarise, verdict_of
 
 
@@ -103,3 +104,19 @@ def test_sets_are_compared_by_their_features():
         line["features"] = {"fvd": list(rng.standard_normal(5) + (3 if line["run"] == "x" else 0))}
     summary = summarise(data)
     assert summary.row("x").cells["fvd"].value.value > summary.row("floor").cells["fvd"].value.value > 0
+
+
+def test_groups_stand_on_their_own_finished_prompts():
+    made = lines({"exact": None, "floor": 90.0, "low": 40.0}, prompts=5)
+    for line in made:
+        number = int(line["prompt"][1:])
+        line["group"] = ("plain", "striped", "dotted")[(number > 1) + (number > 3)]
+        if line["run"] == "low" and number == 3:
+            line["figures"]["psnr"] = 1.0
+    whole = [line for line in made if not (line["run"] == "low" and line["group"] == "dotted")]  # not finished
+    groups = by_group(whole, ["exact", "floor", "low"])
+    assert list(groups) == ["plain", "striped"] and [len(g.prompts) for g in groups.values()] == [2, 2]
+    assert groups["plain"].row("low").cells["psnr"].value.value > 39
+    assert groups["striped"].row("low").cells["psnr"].value.value < 21
+    assert [row.run for row in groups["plain"].rows] == ["exact", "floor", "low"]
+    assert by_group([{k: v for k, v in line.items() if k != "group"} for line in made]) == {}

@@ -1,0 +1,146 @@
+"""One video at a time, by diffusers or by the Paddle pipeline: given noise, attention as a run asks, seconds of denoising.
+
+A run is a `Candidate` of `lowbit_video.eval.compare`. EXACT is the pipeline as it comes, the reference of all others; FLOOR is
+this project's own exact kernel, so that what both differ by is what any two exact kernels of that type differ by.
+"""
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from models import load_pipeline
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lowbit_video.eval.compare.candidates import EXACT, FLOOR, Candidate, applied, as_candidate
+from lowbit_video.eval.compare.paired import coverage_note
+from lowbit_video.eval.speed.baselines import BASELINES
+from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+
+DTYPES = ("float16", "bfloat16", "float32")
+OTHER_EXACT = "exact ({})"
+REFERENCES = {"torch": "PyTorch's FlashAttention-2", "torch, as it chooses": "PyTorch's attention, the kernel of its choice",
+              "paddle": "Paddle's scaled_dot_product_attention"}
+
+
+class OtherExactProcessor(ExactAttnProcessor):
+    """Exact attention by a kernel of a name: `call(q, k, v, scale)` takes and gives [B, N, H, D]."""
+
+    def __init__(self, name: str, call: Callable):
+        super().__init__()
+        self.name, self.call = name, call
+
+    def attend(self, q, k, v, is_causal=False, scale=None, return_lse=False):
+        """By the kernel; what it is not asked for in these models (a causal mask, an LSE) by the framework's own."""
+        if is_causal or return_lse:
+            return super().attend(q, k, v, is_causal, scale, return_lse)
+        self.note(f"exact ({self.name})")
+        return self.call(q, k, v, scale)
+
+
+def by_sdpa(backend: SDPBackend, q, k, v, scale=None):
+    """torch's attention by one of its kernels, [B, N, H, D]."""
+    with sdpa_kernel(backend):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def by_flash_4(q, k, v, scale=None):
+    """FlashAttention-4, [B, N, H, D]."""
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func(q, k, v, softmax_scale=scale)[0]
+
+
+class TorchMaker:
+    """diffusers' pipeline: `apply()` hooks its transformer; in 16 bit on a GPU its own attention is FlashAttention-2."""
+
+    framework = "torch"
+
+    def __init__(self, folder, dtype: str, device: str, generation: dict):
+        self.pipe = load_pipeline(folder, device, getattr(torch, dtype))
+        self.cuda, self.half, self.generation = device.startswith("cuda"), dtype != "float32", generation
+        self.device_name = torch.cuda.get_device_name(device) if self.cuda else "cpu"
+        self.reference = REFERENCES["torch" if self.cuda and self.half else "torch, as it chooses"]
+
+    def other_exact(self) -> tuple[list[Candidate], dict[str, str]]:
+        """Further exact kernels of 16-bit tensors on a GPU, and why the others cannot run here."""
+        calls = {"cuDNN": partial(by_sdpa, SDPBackend.CUDNN_ATTENTION), "FlashAttention-4": by_flash_4}
+        why_not = {b.name: b.why_not() or (None if self.half else "it takes no float32") for b in BASELINES if b.name in calls}
+        found = [Candidate(OTHER_EXACT.format(name), partial(OtherExactProcessor, name, call))
+                 for name, call in calls.items() if why_not[name] is None]
+        return found, {name: reason for name, reason in why_not.items() if reason}
+
+    @torch.no_grad()
+    def make(self, caption: str, noise: torch.Tensor, steps: int | None = None) -> tuple[np.ndarray | None, float]:
+        """A video float32 [F, H, W, 3] in 0..1 from noise [1, f, C, h, w], and the seconds of its denoising alone.
+
+        With `steps` only so many of them and no video, to warm up what is compiled or planned at the first call."""
+        pipe, asked = self.pipe, self.generation
+        texts = pipe.encode_prompt(caption, "", max_sequence_length=asked["max_sequence_length"], device=pipe.device)
+        pinned = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if self.cuda and self.half else contextlib.nullcontext()
+        self._wait()
+        begun = time.perf_counter()
+        with pinned:
+            latents = pipe(
+                prompt_embeds=texts[0], negative_prompt_embeds=texts[1], latents=noise.to(pipe.device, pipe.transformer.dtype),
+                guidance_scale=asked["guidance_scale"], num_inference_steps=steps or asked["num_inference_steps"],
+                num_frames=asked["num_frames"], height=asked["height"], width=asked["width"],
+                max_sequence_length=asked["max_sequence_length"], output_type="latent").frames
+        self._wait()
+        seconds = time.perf_counter() - begun
+        if steps:
+            return None, seconds
+        video = pipe.video_processor.postprocess_video(video=pipe.decode_latents(latents), output_type="np")[0]
+        return np.asarray(video, np.float32), seconds
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+class PaddleMaker:
+    """The Paddle pipeline, on whatever device Paddle has."""
+
+    framework = "paddle"
+    reference = REFERENCES["paddle"]
+
+    def __init__(self, folder, dtype: str, device: str, generation: dict):
+        from lowbit_video.pipelines import CogVideoXPipeline
+
+        self.pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype, device=device)
+        self.device_name, self.generation = self.pipe.device, generation
+
+    def other_exact(self) -> tuple[list[Candidate], dict[str, str]]:
+        """None beside Paddle's own and this project's."""
+        return [], {name: "it takes PyTorch tensors" for name in ("cuDNN", "FlashAttention-4")}
+
+    def make(self, caption: str, noise: torch.Tensor, steps: int | None = None) -> tuple[np.ndarray | None, float]:
+        """As `TorchMaker.make`."""
+        asked = self.generation
+        done = self.pipe(
+            caption, latents=noise.numpy(), guidance_scale=asked["guidance_scale"],
+            num_inference_steps=steps or asked["num_inference_steps"], num_frames=asked["num_frames"], height=asked["height"],
+            width=asked["width"], max_sequence_length=asked["max_sequence_length"], output_type="latent" if steps else "np",
+            progress=False)
+        return None if steps else np.asarray(done.frames[0], np.float32), done.timings["denoise"]
+
+
+def runs_of(maker, precisions: list[str]) -> tuple[list[Candidate], dict[str, str]]:
+    """Every run: the reference, this project's exact kernel, other exact kernels, precisions; and which kernels cannot run."""
+    others, lacking = maker.other_exact()
+    ours = Candidate(FLOOR, lambda: LowBitAttnProcessor("exact"))
+    return [Candidate(EXACT, lambda: None), ours, *others, *map(as_candidate, precisions)], lacking
+
+
+@contextlib.contextmanager
+def hooked(maker, run: Candidate, backend: str) -> Iterator[Callable[[], dict]]:
+    """The run's attention in the maker's pipeline; gives a function that says what it ran."""
+    if run.label == EXACT:
+        yield dict
+        return
+    with applied(maker.pipe, run, backend=backend):
+        yield lambda: coverage_note(maker.pipe)

@@ -1,0 +1,182 @@
+"""The evaluation by precision at toy size on a CPU: it goes on where it stopped, frameworks agree, its table is right."""
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the example is written in PyTorch")
+pytest.importorskip("diffusers", reason="the model is made of diffusers' classes")
+pytest.importorskip("transformers", reason="the text encoder is transformers' T5EncoderModel")
+pytest.importorskip("skimage", reason="SSIM is scikit-image's")
+from lowbit_video.errors import UnsupportedError  # noqa: E402
+
+FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
+pytestmark = pytest.mark.torch
+BEGUN = ["--captions", "3", "--steps", "2", "--workers", "1", "--no-page", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def code():
+    """The modules of the example by name; they are found as its scripts find them, beside each other."""
+    sys.path.insert(0, str(FOLDER))
+    before = set(sys.modules)
+    import evaluate_precisions
+    import makers
+    import models
+    import precision_table
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield SimpleNamespace(main=evaluate_precisions.main, evaluate=evaluate_precisions, makers=makers, models=models,
+                          table=precision_table)
+    torch.set_num_threads(threads)
+    sys.path.remove(str(FOLDER))
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def model(code, tmp_path_factory):
+    """A toy model of random weights."""
+    folder, models = tmp_path_factory.mktemp("toy") / "model", code.models
+    torch.manual_seed(0)
+    models.build_vocabulary(folder / "tokenizer")
+    words = models.build_text_encoder(models.TINY, len(models.Tokens(folder / "tokenizer")))
+    models.save(folder, models.build_vae(models.TINY), words, models.build_transformer(models.TINY), models.TINY,
+                models.generation_defaults(models.TINY))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(code, model, tmp_path_factory):
+    """A finished evaluation."""
+    out = tmp_path_factory.mktemp("whole")
+    assert code.main([*BEGUN, "--model", str(model), "--out", str(out), "--precisions", "int8+fp16", "int2+fp16"]) == 0
+    return out
+
+
+def lines(folder, kind="video"):
+    return [line for line in map(json.loads, (folder / "results.jsonl").read_text().splitlines()) if line["kind"] == kind]
+
+
+def test_every_run_is_measured_against_the_exact_video_of_its_noise(whole):
+    made = lines(whole)
+    assert [line["run"] for line in made] == ["exact", "floor", "int8+fp16", "int2+fp16"] * 3
+    by_run = {run: [line for line in made if line["run"] == run] for run in ("exact", "floor", "int8+fp16", "int2+fp16")}
+    psnr = {run: np.mean([line["figures"]["psnr"] for line in own]) for run, own in by_run.items() if run != "exact"}
+    assert psnr["floor"] > 110 > psnr["int8+fp16"] + 20 and psnr["int8+fp16"] > psnr["int2+fp16"] + 20 > 40
+    assert all("psnr" not in line["figures"] and "attention" not in line for line in by_run["exact"])
+    assert all(list(line["attention"]) == ["exact (reference-exact)"] for line in by_run["floor"])
+    assert all(next(iter(line["attention"])).startswith("int8+fp16 (") for line in by_run["int8+fp16"])
+    assert all(line["fallbacks"] == 0 for line in made if line["run"] != "exact")
+    assert all(0 < line["seconds"] == line["timings"]["denoise"] < 30 for line in made)
+    groups = {line["prompt"]: line["group"] for line in made}
+    assert all((group in caption) or group in ("plain", "dotted") for caption, group in groups.items())
+    clips = {line["prompt"] for line in made if "clip" in line}
+    assert {groups[caption] for caption in clips} == set(groups.values()) and len(clips) == len(set(groups.values()))
+    assert all((whole / line["clip"]).stat().st_size > 500 for line in made if "clip" in line)
+
+
+def test_the_table_says_what_the_lines_say(whole):
+    record, made = json.loads((whole / "precisions.json").read_text()), lines(whole)
+    own = [line for line in made if line["run"] == "int8+fp16"]
+    row = record["rows"]["int8+fp16"]
+    assert row["psnr"]["value"] == pytest.approx(np.mean([line["figures"]["psnr"] for line in own]))
+    assert row["psnr"]["low"] < row["psnr"]["value"] < row["psnr"]["high"]
+    median = {run: np.median([line["seconds"] for line in made if line["run"] == run]) for run in record["rows"]}
+    assert record["best_exact"] == min(("exact", "floor"), key=median.get)
+    assert row["seconds"]["value"] == pytest.approx(median["int8+fp16"])
+    assert row["speed_up"]["value"] == pytest.approx(median[record["best_exact"]] / median["int8+fp16"])
+    assert record["rows"][record["best_exact"]]["speed_up"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert sum(group["captions"] for group in record["groups"].values()) == record["captions"] == 3
+    for name, group in record["groups"].items():
+        mine = [line["figures"]["psnr"] for line in own if line["group"] == name]
+        assert group["rows"]["int8+fp16"]["psnr"]["value"] == pytest.approx(np.mean(mine))
+    error = lambda run: np.mean([10 ** (-line["figures"]["psnr"] / 20) for line in made if line["run"] == run])
+    assert row["psnr_over_floor_db"]["value"] == pytest.approx(20 * np.log10(error("int8+fp16") / error("floor")), abs=1e-6)
+    assert record["dtype"] == "float32" and {"lpips", "cuDNN", "FlashAttention-4"} <= set(record["missing"])
+    text = (whole / "precisions.md").read_text()
+    assert "is not a speed" not in text and "its seconds are not a speed" in text
+    assert text.count("| int2+fp16 |") == 1 + len(record["groups"]) and "lpips (needs --weights lpips=PATH" in text
+
+
+def test_it_goes_on_where_it_was_stopped_with_the_same_figures(code, model, whole, tmp_path, monkeypatch, capfd):
+    begun = [*BEGUN, "--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16", "int2+fp16"]
+    made, make = [], code.makers.TorchMaker.make
+
+    def killed(self, *call):
+        made.append(call)
+        if len(made) == 11:
+            raise KeyboardInterrupt
+        return make(self, *call)
+
+    monkeypatch.setattr(code.makers.TorchMaker, "make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        code.main(begun)
+    assert [line["run"] for line in lines(tmp_path)] == ["exact", "floor", "int8+fp16", "int2+fp16", "exact"]
+    assert code.main([*begun, "--minutes", "0"]) == 0 and len(lines(tmp_path)) == 5
+    assert "time is over" in capfd.readouterr().out
+    assert code.main(begun) == 0
+    assert len(made) == 11 + 2 * 8  # the exact video of the second caption is made again, as a reference
+    figures = [{(v["prompt"], v["run"]): v["figures"] for v in lines(folder)} for folder in (tmp_path, whole)]
+    assert figures[0] == figures[1]
+    count = len(made)
+    assert code.main(begun) == 0 and len(made) == count
+    with pytest.raises(ValueError, match="was begun with dtype float32"):
+        code.main([*begun, "--dtype", "bfloat16"])
+
+
+def test_paddle_makes_the_same_videos_of_the_same_noise(code, model, whole, tmp_path):
+    pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+    begun = [*BEGUN, "--model", str(model), "--out", str(tmp_path), "--framework", "paddle", "--precisions", "int2+fp16"]
+    assert code.main([*begun, "--beside", str(whole)]) == 0
+    record = json.loads((tmp_path / "precisions.json").read_text())
+    apart = record["beside"]["psnr_db"]
+    assert len(apart) == len(record["groups"]) and min(apart.values()) > 55  # of 8-bit clips
+    theirs = json.loads((whole / "precisions.json").read_text())["rows"]["int2+fp16"]["psnr"]["value"]
+    assert record["rows"]["int2+fp16"]["psnr"]["value"] == pytest.approx(theirs, abs=0.1)
+    assert record["framework"] == "paddle" and "captions are" in (tmp_path / "precisions.md").read_text()
+
+
+def test_what_a_kernel_does_not_serve_is_a_failure_in_the_table(code, model, tmp_path, monkeypatch):
+    make = code.makers.TorchMaker.make
+
+    def refuses(self, caption, noise, steps=None):
+        if any("int4" in str(p) for p in self.pipe.transformer.attn_processors.values()):
+            raise UnsupportedError("no kernel here")
+        video, seconds = make(self, caption, noise, steps)
+        if video is not None and any("int2" in str(p) for p in self.pipe.transformer.attn_processors.values()):
+            video = np.full_like(video, np.nan)
+        return video, seconds
+
+    monkeypatch.setattr(code.makers.TorchMaker, "make", refuses)
+    begun = [*BEGUN, "--captions", "2", "--model", str(model), "--out", str(tmp_path)]
+    assert code.main([*begun, "--precisions", "int4+fp16", "int2+fp16", "int8+fp16"]) == 0
+    errors = {line["run"]: line["error"] for line in lines(tmp_path) if "error" in line}
+    assert errors.keys() == {"int4+fp16", "int2+fp16"} and "NaN" in errors["int2+fp16"]
+    record = json.loads((tmp_path / "precisions.json").read_text())
+    assert [record["rows"][run]["failed"] for run in ("int4+fp16", "int2+fp16", "int8+fp16")] == [2, 2, 0]
+    assert "| int4+fp16 (failed on 2) | - |" in (tmp_path / "precisions.md").read_text()
+
+
+def test_another_exact_kernel_takes_its_tensors_in_the_order_it_is_made_for(code):
+    q, k, v = (torch.randn(2, 9, 3, 32, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    wanted = torch.einsum("bhnm,bmhd->bnhd", torch.softmax(torch.einsum("bnhd,bmhd->bhnm", q, k) * 0.3, -1), v)
+    found = code.makers.by_sdpa(torch.nn.attention.SDPBackend.MATH, q, k, v, 0.3)
+    torch.testing.assert_close(found, wanted)
+    calls = []
+    processor = code.makers.OtherExactProcessor("mine", lambda *call: calls.append(call) or "out")
+    assert processor.attend(q, k, v, scale=0.3) == "out" and calls[0][0] is q and calls[0][3] == 0.3
+    out, lse = processor.attend(q, k, v, scale=0.3, return_lse=True)
+    torch.testing.assert_close(out, wanted)
+    assert len(calls) == 1 and lse.shape == (2, 3, 9)
+
+
+@pytest.mark.parametrize("run, exact", [("exact", True), ("floor", True), ("exact (cuDNN)", True), ("int8+fp16", False),
+                                        ("my:exact", False)])
+def test_the_fastest_exact_attention_is_sought_among_exact_ones(code, run, exact):
+    assert code.table.is_exact(run) is exact
