@@ -18,6 +18,7 @@ from .hook.apply import apply, remove
 from .hook.dispatcher.register import register_diffusers, unregister_diffusers
 from .hook.frames import declare_attention
 from .hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from .hook.recipe.clock import denoising_step
 from .hook.recipe.recipe import Recipe
 from .hook.report import coverage
 from .precision import Precision
@@ -27,5 +28,5 @@ from .warming import warmup
 __version__ = "0.1.0"
 __all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "Recipe",
            "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "cp_plan",
-           "declare_attention", "dequantize", "parallelize", "prequantize", "quantize", "register_diffusers", "remove",
-           "unparallelize", "unregister_diffusers", "warmup"]
+           "declare_attention", "denoising_step", "dequantize", "parallelize", "prequantize", "quantize",
+           "register_diffusers", "remove", "unparallelize", "unregister_diffusers", "warmup"]
