@@ -15,4 +15,5 @@ packages.append("lowbit_video.eval.report.assets")  # without code, but setuptoo
 
 setup(packages=packages, package_dir={"lowbit_video": "lowbit_video", **MAPPED},
       package_data={"lowbit_video.kernels.shipped": ["manifest.json", "images.zip"],
-                    "lowbit_video.eval.report.assets": ["*"], "lowbit_video.distributed.cost": ["measured.json"]})
+                    "lowbit_video.eval.report.assets": ["*"], "lowbit_video.distributed.cost": ["measured.json"],
+                    "lowbit_video.hook.recipe": ["*.toml"]})

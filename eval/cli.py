@@ -70,7 +70,8 @@ def add_model(parser) -> None:
 def add_candidates(parser) -> None:
     """What to compare, and how it is hooked."""
     parser.add_argument("--precisions", type=names, default=names(DEFAULT_PRECISIONS), metavar="A,B",
-                        help=f"precisions, or processors as module:Class; default: {DEFAULT_PRECISIONS}")
+                        help="precisions, recipes (files that end in .toml, or safe or fast), or processors as "
+                        f"module:Class; default: {DEFAULT_PRECISIONS}")
     parser.add_argument("--backend", default="auto", help="auto, reference, triton or hopper")
     parser.add_argument("--fallback", choices=["exact"], help="exact attention where no kernel serves; default: an error")
 

@@ -18,13 +18,15 @@ from .hook.apply import apply, remove
 from .hook.dispatcher.register import register_diffusers, unregister_diffusers
 from .hook.frames import declare_attention
 from .hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from .hook.recipe.clock import denoising_step
+from .hook.recipe.recipe import Recipe
 from .hook.report import coverage
 from .precision import Precision
 from .quantized import Quantized, dequantize, quantize
 from .warming import warmup
 
 __version__ = "0.1.0"
-__all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized",
+__all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "Recipe",
            "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "cp_plan",
-           "declare_attention", "dequantize", "parallelize", "prequantize", "quantize", "register_diffusers", "remove",
-           "unparallelize", "unregister_diffusers", "warmup"]
+           "declare_attention", "denoising_step", "dequantize", "parallelize", "prequantize", "quantize",
+           "register_diffusers", "remove", "unparallelize", "unregister_diffusers", "warmup"]

@@ -1,4 +1,4 @@
-"""What an evaluation compares: a precision, or anybody's processor named as "module:Class"."""
+"""What an evaluation compares: a precision, a recipe, or anybody's processor named as "module:Class"."""
 from __future__ import annotations
 
 import importlib
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.hook.apply import apply
+from lowbit_video.hook.recipe.recipe import PRESETS, Recipe
 from lowbit_video.precision import as_precision
 
 from .floor import ReorderedExactProcessor
@@ -23,7 +24,7 @@ class Candidate:
     """One way to run a model's attention.
 
     label: how results name it. make: gives what `lowbit_video.apply` takes, fresh for every video:
-    a precision, a processor, or a dict of them by module name pattern.
+    a precision, a recipe, a processor, or a dict of them by module name pattern.
     """
 
     label: str
@@ -39,18 +40,21 @@ def as_candidate(named: Any) -> Candidate:
     """Read a candidate.
 
     Args:
-        named: a precision such as "int4+fp16"; "module:Class" (made without arguments) or "module:function"
-            (called, gives a processor); or a Candidate.
+        named: a precision such as "int4+fp16"; a recipe's file, which ends in .toml, or a preset's name; "module:Class" (made
+            without arguments) or "module:function" (called, gives a processor); or a Candidate.
 
     Raises:
-        ValueError: an unknown precision (lists what exists), the reserved names "exact" and "floor", a module or
-            attribute that is not there, or something that cannot be called.
+        ValueError: an unknown precision (lists what exists), a recipe that cannot be meant, the reserved names "exact" and
+            "floor", a module or attribute that is not there, or something that cannot be called.
     """
     if isinstance(named, Candidate):
         return named
     text = str(named)
     if text in (EXACT, FLOOR):
         raise ValueError(f"{text!r} always runs, as the reference or its twin; name low-bit precisions or module:Class")
+    if text in PRESETS or text.endswith(".toml"):
+        recipe = Recipe.load(text)
+        return Candidate(text, lambda: recipe)
     if ":" not in text:
         as_precision(text)
         return Candidate(text, lambda: text)

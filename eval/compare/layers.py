@@ -17,6 +17,7 @@ import numpy as np
 
 from lowbit_video.hook.base import slot_of
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.hook.report import attention_modules, transformer_of
 from lowbit_video.runtime.detect import runtime_of
 
@@ -115,6 +116,9 @@ class Gated:
 def by_module(candidate: Candidate, names: list[str], **hook: Any) -> dict[str, Any]:
     """The candidate's processor for each module; modules that its patterns leave alone are not in it."""
     wanted = candidate.make()
+    if isinstance(wanted, Recipe):
+        raise ValueError(f"{candidate.label} is a recipe, and layers are measured at one precision each; name precisions, or "
+                         "compare the recipe's videos: lowbit-video eval compare")
     chosen = dict.fromkeys(names, wanted)
     if isinstance(wanted, dict):
         chosen = {name: processor for pattern, processor in wanted.items() for name in names

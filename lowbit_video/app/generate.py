@@ -16,7 +16,7 @@ from typing import Any
 from lowbit_video import pipelines
 from lowbit_video.pipelines.shared.small_model import model_or_small
 
-from .. import apply, remove
+from .. import Recipe, apply, remove
 from ..files import write_json
 from .compare_twin import compare_twin
 from .job import DEFAULT_FPS, EXACT, Job, add_arguments, fill, job_of, shows_shapes
@@ -67,12 +67,14 @@ def _make(job: Job, device: str, wire: Any, say: Any) -> dict[str, Any]:
         job = replace(job, model=str(_random_model(out, wire, say)), steps=job.steps or RANDOM_STEPS)
     job = fill(job, job.model)
     dtype = resolve_dtype(job.dtype, device, job.model)
-    say(f"model {job.model}, {dtype} on {device}; attention {job.precision if job.hooked else 'exact'}"
+    say(f"model {job.model}, {dtype} on {device}; attention {job.attention if job.hooked else 'exact'}"
         + (", compiled" if job.compile else ""))
     say(f"prompt: {job.prompt}")
     pipe, load_s = load_pipeline(job, dtype, device)
     if job.hooked:
-        apply(pipe, None if job.precision in EXACT else job.precision, job.modules, fallback=job.fallback, backend=job.backend)
+        wanted = None if job.precision in EXACT else job.precision
+        apply(pipe, wanted if job.recipe is None else Recipe.load(job.recipe), job.modules, fallback=job.fallback,
+              backend=job.backend)
     parallel = None if wire is None else share(pipe, job, wire)
     run = run_pipeline(pipe, job)
     frames, height, width = run.video.shape[:3]

@@ -10,6 +10,7 @@ from lowbit_video.kernels.variants import BACKENDS
 from lowbit_video.pipelines.shared.generation import read_generation
 
 from ..distributed.exchange import EXCHANGES, OUTPUTS
+from ..hook.recipe.recipe import PRESETS, Recipe
 from ..precision import as_precision, precision_specs
 
 RANDOM_MODEL = "random"
@@ -17,6 +18,7 @@ RANDOM_MODEL = "random"
 SMALL_PROMPT = "a small red circle moves left over a blue background"
 OTHER_PROMPT = "a panda plays the guitar"
 DEFAULT_FPS = 8
+DEFAULT_PRECISION = "int8+fp16"
 DEFAULT_OUT = "outputs/cogvideo"
 EXACT = ("exact", "fp16", "bf16", "fp32")
 """Precisions under which the pipeline runs as it is, without a hook."""
@@ -27,7 +29,8 @@ class Job:
     """What to make; None leaves a setting to the model's generation.json, then to the pipeline.
 
     model: folder, hub id or RANDOM_MODEL; None takes the small trained model, which a checkout has.
-    precision: "int8+fp16", ...; "exact" runs without a hook. modules: name patterns to precisions.
+    precision: "int8+fp16", ...; "exact" runs without a hook. recipe: a recipe's file or a preset's name, in its place. modules:
+        name patterns to precisions, on top of either.
     height, width: pixels. fps: frames a second. device, dtype: "auto" or as Paddle names them.
     ulysses_degree, ring_degree, cfg_degree, vae_degree, exchange, exchange_output: of several ranks, as in `parallelize`.
     Raises ValueError when built with a value that cannot be meant.
@@ -36,7 +39,8 @@ class Job:
     model: str | None = None
     prompt: str | None = None
     negative_prompt: str | None = None
-    precision: str = "int8+fp16"
+    precision: str = DEFAULT_PRECISION
+    recipe: str | None = None
     modules: dict[str, str] = field(default_factory=dict)
     fallback: str | None = None
     backend: str = "auto"
@@ -61,6 +65,8 @@ class Job:
 
     def __post_init__(self) -> None:
         as_precision(self.precision)
+        if self.recipe is not None:
+            Recipe.load(self.recipe)
         for pattern, precision in self.modules.items():
             try:
                 as_precision(precision)
@@ -92,7 +98,12 @@ class Job:
     @property
     def hooked(self) -> bool:
         """Whether any attention module is to run through the hook."""
-        return self.precision not in EXACT or bool(self.modules)
+        return self.recipe is not None or self.precision not in EXACT or bool(self.modules)
+
+    @property
+    def attention(self) -> str:
+        """How attention runs, in words."""
+        return self.precision if self.recipe is None else f"recipe {Path(self.recipe).stem}"
 
 
 def shows_shapes(folder: str | Path) -> bool:
@@ -119,8 +130,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "one that makes noise (default: the small trained model of the checkout)")
     parser.add_argument("--prompt", help="what the video shows")
     parser.add_argument("--negative-prompt", help="what it should not show")
-    parser.add_argument("--precision", default="int8+fp16", help=f"of attention: {', '.join(precision_specs())} "
-                        "(default: %(default)s)")
+    parser.add_argument("--precision", help=f"of attention: {', '.join(precision_specs())} (default: {DEFAULT_PRECISION})")
+    parser.add_argument("--recipe", metavar="FILE", help="precisions by layer, head and step in place of one: a recipe's "
+                        f"file, or {' or '.join(PRESETS)} (docs/recipes.md)")
     parser.add_argument("--modules", action="append", default=[], metavar="PATTERN=PRECISION",
                         help="another precision for the attention modules of that name, e.g. 'transformer_blocks.0.*=exact'; "
                         "may be given several times, the last match wins")
@@ -154,6 +166,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def job_of(args: argparse.Namespace) -> Job:
     """The job that the arguments describe."""
     values = {name: getattr(args, name) for name in Job.__dataclass_fields__}
+    if args.recipe is not None and args.precision is not None:
+        raise ValueError(f"--precision {args.precision} and --recipe {args.recipe} are both given; give one of them (another "
+                         "precision for some modules: --modules PATTERN=PRECISION)")
+    values["precision"] = DEFAULT_PRECISION if args.precision is None else args.precision
     return Job(**{**values, "modules": parse_modules(args.modules)})
 
 

@@ -50,6 +50,18 @@ def module_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
         return runner_of(int(key)).run(*tensors).detach().contiguous()
 
 
+@torch.library.custom_op("lowbit_video::denoising_step", mutates_args=())
+def step_op(timestep: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The timestep, told to the clock of that key (`hook/recipe/clock.py`) when a graph reaches this."""
+    runner_of(int(key)).tell(timestep)
+    return timestep.clone()
+
+
+@step_op.register_fake
+def _(timestep, key):
+    return timestep.new_empty(timestep.shape)
+
+
 def _refuse(gradients):
     if gradients:
         raise inference_only("torch")

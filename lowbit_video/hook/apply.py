@@ -14,6 +14,10 @@ from .base import NO_CONTEXT_PARALLEL, AttnProcessor, check_processor, set_proce
 from .frames.own import checked, own_attention
 from .frames.replaced import check_replaced
 from .processors import LowBitAttnProcessor
+from .recipe.clock import StepClock, clock_of
+from .recipe.processor import RecipeAttnProcessor
+from .recipe.recipe import Recipe
+from .recipe.table import LayerPlan
 from .report import attention_modules, named_modules, transformer_of
 
 
@@ -23,6 +27,7 @@ class Applied:
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
         self._before: list[tuple[weakref.ref, Any]] = []
+        self._clock: StepClock | None = None
 
     def _set(self, module: Any, processor: Any, own: Any = None) -> None:
         self._before.append((weakref.ref(module), module.processor))
@@ -38,6 +43,9 @@ class Applied:
                 if hasattr(module, "own_processor") and not isinstance(processor, AttnProcessor):
                     del module.own_processor
         self._before.clear()
+        if self._clock is not None and self._model() is not None:
+            self._clock.uninstall(self._model())
+            self._clock = None
 
     def __deepcopy__(self, memo: dict) -> Applied:
         """What a copied model's `remove` takes back: copies of what its modules had. They have been copied before this."""
@@ -45,6 +53,7 @@ class Applied:
         if id(model) not in memo:
             return self
         twin = Applied(memo[id(model)])
+        twin._clock = copy.deepcopy(self._clock, memo)
         for reference, processor in self._before:
             module = reference()
             if id(module) in memo:
@@ -67,14 +76,15 @@ class Applied:
         self.remove()
 
 
-def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None = "int8+fp16",
+def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recipe | None = "int8+fp16",
           modules: Mapping[str, str | Precision | AttnProcessor | None] | None = None, *, fallback: str | None = None,
           backend: str = "auto", check_finite: bool | None = None) -> Applied:
     """Hook a model's attention.
 
     model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch; none whose tokens diffusers'
         `enable_parallelism` cut (UnsupportedError).
-    precision: for every attention module; None leaves those alone that no pattern names.
+    precision: for every attention module, or a Recipe, which has one for each layer, head and step; None leaves those alone
+        that no pattern names.
     modules: name patterns (`fnmatch`) to a precision, a processor, or None for "leave alone";
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
     fallback, backend, check_finite: as in LowBitAttnProcessor.
@@ -92,7 +102,8 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     if modules is not None and not isinstance(modules, Mapping):
         raise TypeError(f"modules is {shown(modules)}; give a dict of name patterns to precisions, such as "
                         "{'transformer_blocks.0.*': 'fp16'}")
-    choice: dict[str, Any] = dict.fromkeys(targets, precision)
+    recipe = precision if isinstance(precision, Recipe) else None
+    choice: dict[str, Any] = dict.fromkeys(targets, precision) if recipe is None else dict(recipe.resolve(model).layers)
     for pattern, wanted in (modules or {}).items():
         names = [name for name in targets if isinstance(pattern, str) and fnmatch.fnmatchcase(name, pattern)]
         if not names:
@@ -105,9 +116,14 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
         if callable(wanted):
             check_processor(wanted)
             return wanted
-        wanted = as_precision(wanted)
+        hook = {"fallback": fallback, "backend": backend, "check_finite": check_finite}
+        if isinstance(wanted, LayerPlan):
+            make = lambda: RecipeAttnProcessor(wanted, clock_of(model), **hook)
+        else:
+            wanted = as_precision(wanted)
+            make = lambda: LowBitAttnProcessor(wanted, **hook)
         if wanted not in made:
-            made[wanted] = LowBitAttnProcessor(wanted, fallback=fallback, backend=backend, check_finite=check_finite)
+            made[wanted] = make()
         return made[wanted]
 
     processors = {name: processor_for(wanted) for name, wanted in choice.items() if wanted is not None}
@@ -127,6 +143,10 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | None 
     handle = Applied(model)
     for name, processor in processors.items():
         handle._set(targets[name], processor, own.get(name))
+    if any(isinstance(processor, RecipeAttnProcessor) and len(processor.plan.spans) > 1 for processor in made.values()):
+        handle._clock = clock_of(model)
+        schedule = getattr(getattr(model_or_pipe, "scheduler", None), "config", None)
+        handle._clock.install(model, getattr(schedule, "num_train_timesteps", None))
     if not hasattr(model, "lowbit_applied"):
         model.lowbit_applied = []  # on the model, so that a copy has one of its own
     model.lowbit_applied.append(handle)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..precision import EXACT_SPECS
+
 
 @dataclass
 class Record:
@@ -131,6 +133,12 @@ class ModuleCoverage:
         return sum(count for _, count, _ in self.runs)
 
     @property
+    def exact_by_recipe(self) -> bool:
+        """Whether some call was exact because a recipe has it so."""
+        rung = lambda variant: variant.rpartition(": ")[2].partition(" (")[0]
+        return any(not reason and rung(variant) in EXACT_SPECS for variant, _, reason in self.runs)
+
+    @property
     def full_name(self) -> str:
         """Component and name, joined."""
         return f"{self.component}.{self.name}" if self.component else self.name
@@ -171,12 +179,15 @@ class Coverage:
         """One sentence."""
         hooked = [m for m in self.modules if m.hooked]
         ran = [m for m in hooked if m.calls]
-        whole = [m for m in ran if not any(reason for _, _, reason in m.runs)]
+        kept = [m for m in ran if not any(reason for _, _, reason in m.runs)]
+        whole = [m for m in kept if not m.exact_by_recipe]
         text = f"{len(whole)} of {len(self.modules)} attention modules ran at low bit in every call"
         if len(whole) < len(self.modules):
             parts = []
-            if len(ran) - len(whole):
-                parts.append(f"{len(ran) - len(whole)} fell back")
+            if len(kept) - len(whole):
+                parts.append(f"{len(kept) - len(whole)} exact in some calls, as the recipe says")
+            if len(ran) - len(kept):
+                parts.append(f"{len(ran) - len(kept)} fell back")
             if len(hooked) - len(ran):
                 parts.append(f"{len(hooked) - len(ran)} hooked but not called")
             if len(self.modules) - len(hooked):

@@ -7,6 +7,8 @@ from typing import Any
 import paddle
 from tqdm import tqdm
 
+from lowbit_video.hook.recipe.clock import denoising_step
+
 from .compiling import readable_failures
 from .conditions import Callback, Conditions
 
@@ -45,7 +47,7 @@ def denoise(
         for step, timestep in enumerate(map(int, scheduler.timesteps)):
             model_input = paddle.concat([latents] * 2) if conditions.guided else latents
             model_input = scheduler.scale_model_input(model_input, timestep)
-            with readable_failures():
+            with readable_failures(), denoising_step(pipe, step, len(scheduler.timesteps)):
                 timesteps = paddle.full([model_input.shape[0]], timestep, dtype="int64")
                 predicted = predict(model_input, conditions.embeds, timesteps)
             predicted = conditions.guide(pipe, predicted.astype("float32"), timestep)

@@ -54,6 +54,10 @@ def test_the_figures_of_the_model_of_cost_are_in(names):
     assert "lowbit_video/distributed/cost/measured.json" in names
 
 
+def test_the_recipes_that_need_no_calibration_are_in(names):
+    assert {f"lowbit_video/hook/recipe/{name}.toml" for name in ("safe", "fast")} <= names
+
+
 def test_the_kernels_that_are_shipped_compiled_are_in(names):
     assert {"lowbit_video/kernels/shipped/manifest.json", "lowbit_video/kernels/shipped/images.zip"} <= names
 

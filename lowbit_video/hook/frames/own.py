@@ -116,8 +116,8 @@ class _Middle:
         """Whether a low-bit kernel would take the call without its mask: else nobody need wait to read that."""
         if not self._processor.low_bit or traced_by_torch(q):
             return False
-        options = self._processor.options()
         try:
+            options = self._processor.options()
             select(request_of(q, k, v, options, None, self._attn.attention_slot.runtime), options.backend)
         except (UnsupportedError, TypeError):
             return False

@@ -17,8 +17,10 @@ sys.path.insert(0, str(HERE))
 from planted import Noise, NotANumber, SwapHeads, ZeroTail  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
+from lowbit_video import Recipe  # noqa: E402
 from lowbit_video.eval.compare import paired  # noqa: E402
-from lowbit_video.eval.compare.candidates import Candidate, as_candidate  # noqa: E402
+from lowbit_video.eval.compare.candidates import Candidate, applied, as_candidate  # noqa: E402
+from lowbit_video.eval.compare.layers import by_module  # noqa: E402
 from lowbit_video.eval.compare.paired import compare, read_prompts  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings, for_model  # noqa: E402
 from lowbit_video.eval.compare.store import Store  # noqa: E402
@@ -241,3 +243,17 @@ def test_settings_come_from_the_model_folder_unless_asked(tmp_path):
     settings = for_model(tmp_path, steps=5)
     assert (settings.steps, settings.guidance, settings.fps, settings.height) == (5, 4.0, 10, None)
     assert settings.arguments() == {"num_inference_steps": 5, "guidance_scale": 4.0}
+
+
+def test_a_recipe_is_a_candidate_by_its_file_or_its_name(pipe, tmp_path):
+    assert as_candidate("safe").make() == Recipe.load("safe") and as_candidate("fast").label == "fast"
+    Recipe([{"rung": "int8+fp16"}, {"layers": "*.0.*", "rung": "exact"}]).save(tmp_path / "mine.toml")
+    mine = as_candidate(tmp_path / "mine.toml")
+    with applied(pipe, mine, backend="reference"):
+        processors = [str(block.attn1.processor) for block in pipe.transformer.transformer_blocks]
+    assert processors == ["RecipeAttnProcessor(exact, backend=reference)"] + [
+        "RecipeAttnProcessor(int8+fp16, backend=reference)"] * 2
+    with pytest.raises(ValueError, match="no such file: .*none.toml"):
+        as_candidate(tmp_path / "none.toml")
+    with pytest.raises(ValueError, match="mine.toml is a recipe, and layers are measured at one precision each"):
+        by_module(mine, ["transformer_blocks.0.attn1"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+from lowbit_video import Recipe  # noqa: E402
 from lowbit_video.app import generate, ranks, run_pipeline  # noqa: E402
 from lowbit_video.app.job import DEFAULT_FPS, OTHER_PROMPT, SMALL_PROMPT, Job, add_arguments, fill, job_of, parse_modules  # noqa: E402
 
@@ -14,12 +15,12 @@ OTHER = dict(model="a/folder", prompt="snow", negative_prompt="rain", precision=
              backend="reference", steps=7, frames=17, height=96, width=160, fps=12.5, seed=11, guidance=2.5, device="cpu",
              dtype="float16", compile=True, compare=True, ulysses_degree=3, ring_degree=5, cfg_degree=2, vae_degree=4,
              exchange="int4", exchange_output="int8", out="elsewhere")
-"""A value of every setting but `modules`, none its default."""
+"""A value of every setting but `modules` and `recipe`, none its default."""
 
 
 def test_every_setting_comes_from_the_command_line():
     assert all(getattr(Job(), name) != value for name, value in OTHER.items())
-    assert {*OTHER, "modules"} == set(Job.__dataclass_fields__)
+    assert {*OTHER, "modules", "recipe"} == set(Job.__dataclass_fields__)
     words = []
     for name, value in OTHER.items():
         words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
@@ -28,6 +29,18 @@ def test_every_setting_comes_from_the_command_line():
     assert job_of(parser.parse_args([*words, "--modules", "a=fp16", "--modules", "b.*=exact"])) == Job(
         **OTHER, modules={"a": "fp16", "b.*": "exact"})
     assert job_of(parser.parse_args([])) == Job()
+
+
+def test_a_recipe_stands_in_the_place_of_a_precision(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    job = job_of(parser.parse_args(["--recipe", "safe", "--modules", "a=fp16"]))
+    assert job == Job(recipe="safe", modules={"a": "fp16"}) and job.hooked and job.attention == "recipe safe"
+    assert Job(recipe="safe", precision="exact").hooked and Job(precision="int8+fp8").attention == "int8+fp8"
+    with pytest.raises(ValueError, match="--precision int8\\+fp16 and --recipe safe are both given"):
+        job_of(parser.parse_args(["--recipe", "safe", "--precision", "int8+fp16"]))
+    with pytest.raises(ValueError, match="no such file: "):
+        Job(recipe=str(tmp_path / "none.toml"))
 
 
 def test_of_patterns_for_modules_the_last_one_given_stands_last():
@@ -143,6 +156,12 @@ def test_the_hook_gets_every_choice(precision, applied, tmp_path, monkeypatch):
     assert until_it_runs(job, monkeypatch)[1] == [
         (("pipe", applied, {"a": "int8+fp16"}), dict(fallback="exact", backend="reference"))]
     assert until_it_runs(Job(model=str(tmp_path), precision="exact"), monkeypatch)[1] == []
+
+
+def test_the_hook_gets_the_recipe(tmp_path, monkeypatch):
+    job = Job(**{**OTHER, "model": str(tmp_path)}, recipe="fast", modules={"a": "int8+fp16"})
+    assert until_it_runs(job, monkeypatch)[1] == [
+        (("pipe", Recipe.load("fast"), {"a": "int8+fp16"}), dict(fallback="exact", backend="reference"))]
 
 
 @pytest.mark.parametrize("given, steps", [(None, generate.RANDOM_STEPS), (3, 3)])

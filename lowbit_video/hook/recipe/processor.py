@@ -1,0 +1,141 @@
+"""`RecipeAttnProcessor`: each call runs the rung that the recipe has for its heads and its step."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...engine.codes import AttentionCodes
+from ...engine.codes_target import Target
+from ...engine.options import AttentionOptions
+from ...errors import UnsupportedError
+from ...runtime.detect import runtime_of
+from ..base import AttnProcessor
+from ..processors import LowBitAttnProcessor
+from .clock import StepClock
+from .rule import heads_text, steps_text
+from .table import LayerPlan, Span
+
+
+class RecipeAttnProcessor(AttnProcessor):
+    """Attention by a recipe; `apply(model, recipe)` makes one for layers that are alike.
+
+    plan: rungs by step and head. clock: says the step; asked only where the plan has several spans.
+    fallback, backend, check_finite: as in LowBitAttnProcessor.
+
+    Where all heads have one rung, a call is that of LowBitAttnProcessor. Else the heads of each rung are computed together and
+    put in their places: a copy of the output, and of q, k and v where a rung's heads do not lie side by side.
+    """
+
+    def __init__(self, plan: LayerPlan, clock: StepClock, *, fallback: str | None = None, backend: str = "auto",
+                 check_finite: bool | None = None) -> None:
+        super().__init__()
+        self.plan, self.clock = plan, clock
+        hook = {"fallback": fallback, "backend": backend, "check_finite": check_finite}
+        self._parts = {span: _parts_of(plan, span, hook) for span in plan.spans}
+        rungs = [part for parts in self._parts.values() for part in parts]
+        self.low_bit, self.differentiable = any(rung.low_bit for rung in rungs), fallback == "exact"
+
+    def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
+               return_lse: bool = False) -> Any:
+        """Attention with each head at its rung of this step."""
+        parts = self._now()
+        if len(parts) == 1:
+            return parts[0].attend(q, k, v, is_causal, scale, return_lse)
+        outs = [part.attend(*self._cut(part, q, k, v), is_causal, scale, return_lse) for part in parts]
+        if not return_lse:
+            return _joined(parts, outs, 2)
+        return _joined(parts, [out for out, _ in outs], 2), _joined(parts, [lse for _, lse in outs], 1)
+
+    def attend_masked(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        """The same under a mask, which each rung takes or refuses."""
+        parts = self._now()
+        if len(parts) == 1:
+            return parts[0].attend_masked(q, k, v, mask)
+        by_head = len(mask.shape) == 4 and mask.shape[1] != 1
+        return _joined(parts, [part.attend_masked(*self._cut(part, q, k, v), _take(mask, 1, part.heads) if by_head else mask)
+                               for part in parts], 2)
+
+    def options(self, is_causal: bool = False, scale: float | None = None, return_lse: bool = False) -> AttentionOptions:
+        """The choices of a call, whose heads have one rung. Raises UnsupportedError where they have several."""
+        return self._only().options(is_causal, scale, return_lse)
+
+    def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False,
+                 tokens_first: bool = True, target: Target | None = None) -> tuple[Any, Any]:
+        """As LowBitAttnProcessor's, where all heads have one rung. Raises UnsupportedError where they have several."""
+        return self._only().of_codes(codes, is_causal, return_lse, smoothed_lse, tokens_first, target)
+
+    def _now(self) -> tuple[_Rung, ...]:
+        spans = self.plan.spans
+        return self._parts[spans[0] if len(spans) == 1 else self.plan.at(self.clock.share())]
+
+    def _only(self) -> _Rung:
+        parts = self._now()
+        if len(parts) > 1:
+            raise UnsupportedError(f"the recipe gives this layer's heads several rungs ({', '.join(map(str, parts))}), and "
+                                   "heads or keys that several ranks share have one; give the layer one rung in each step, or "
+                                   "share guidance alone (cfg=2, ulysses=1, ring=1)")
+        return parts[0]
+
+    def _cut(self, part: _Rung, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        """A rung's heads. Raises UnsupportedError where the call has other heads than the plan, or shares keys across rungs."""
+        heads, kv_heads = q.shape[2], k.shape[2]
+        if heads != self.plan.heads:
+            raise UnsupportedError(f"the call has {heads} heads, and the recipe was resolved for {self.plan.heads}")
+        each = heads // kv_heads
+        kv = tuple(dict.fromkeys(head // each for head in part.heads))
+        if len(kv) * each != len(part.heads):
+            raise UnsupportedError(f"{each} query heads share each of the {kv_heads} key heads, and the recipe gives {part} to "
+                                   f"heads {heads_text(part.heads)}: give those that share keys one rung, such as heads "
+                                   f"{heads_text(head * each + i for head in kv for i in range(each))}")
+        return _take(q, 2, part.heads), _take(k, 2, kv), _take(v, 2, kv)
+
+    def __str__(self) -> str:
+        rungs = dict.fromkeys(rung for span in self.plan.spans for rung in span.rungs)
+        some = next(iter(self._parts.values()))[0]
+        more = [f"fallback={some.fallback}"] if some.fallback else []
+        if some.backend != "auto":
+            more.append(f"backend={some.backend}")
+        return f"{type(self).__name__}({', '.join((*rungs, *more))})"
+
+    __repr__ = __str__
+
+
+class _Rung(LowBitAttnProcessor):
+    """Some heads in some steps; the report says which. where: in words, ""; where they are all."""
+
+    def __init__(self, rung: str, heads: tuple[int, ...], where: str, hook: dict[str, Any]) -> None:
+        super().__init__(rung, **hook)
+        self.heads, self.where = heads, where
+
+    def note(self, variant: str, reason: str = "") -> None:
+        """Count one call, with the steps and heads that it is of."""
+        super().note(f"{self.where}{variant}", reason)
+
+    def __str__(self) -> str:
+        return str(self.precision)
+
+
+def _parts_of(plan: LayerPlan, span: Span, hook: dict[str, Any]) -> tuple[_Rung, ...]:
+    groups = span.groups()
+    parts = []
+    for rung, heads in groups.items():
+        words = ([f"steps {steps_text(span.start, span.end)}"] if len(plan.spans) > 1 else []) + \
+            ([f"heads {heads_text(heads)}"] if len(groups) > 1 else [])
+        parts.append(_Rung(rung, heads, f"{', '.join(words)}: " if words else "", hook))
+    return tuple(parts)
+
+
+def _take(t: Any, axis: int, indices: Sequence[int]) -> Any:
+    """The tensor at some indices, in ascending order, of a dimension; a view where they lie side by side."""
+    first, last = indices[0], indices[-1]
+    what = slice(first, last + 1) if last - first + 1 == len(indices) else list(indices)
+    return t[(slice(None),) * axis + (what,)]
+
+
+def _joined(parts: Sequence[_Rung], tensors: list[Any], axis: int) -> Any:
+    """What the rungs computed, head by head in the call's order."""
+    order = [head for part in parts for head in part.heads]
+    whole = runtime_of(tensors[0]).concat(tensors, axis)
+    if order == sorted(order):
+        return whole
+    return whole[(slice(None),) * axis + ([order.index(head) for head in range(len(order))],)]
