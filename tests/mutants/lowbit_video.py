@@ -7,6 +7,7 @@ ENGINE = "tests/lowbit_video/engine/test_attention.py::"
 GROUPS = "tests/lowbit_video/distributed/test_groups.py::"
 INTERPRETED = "tests/lowbit_video/runtime/interpreted.py::"
 OPTIONS = "tests/lowbit_video/engine/test_options.py::"
+DRIVER = "tests/lowbit_video/runtime/test_cuda_driver.py::"
 PLANS = "tests/lowbit_video/engine/test_replay.py::"
 PROCESSORS = "tests/lowbit_video/hook/test_processors.py::"
 RING = "tests/lowbit_video/distributed/test_ring.py::"
@@ -102,6 +103,11 @@ MUTANTS = [
             ("% ALIGNMENT for t in tensors], options, lengths)", "% ALIGNMENT for t in tensors], lengths)")),
     *faults("lowbit_video/engine/workspace.py", PLANS + "test_a_repeated_call_launches_the_same_on_its_own_tensors",
             ('Origin("workspace", offset)', 'Origin("workspace", offset + 256)')),
+    *faults("lowbit_video/runtime/cuda_driver.py", DRIVER + "test_maps_of_small_tensors_are_mended",
+            ("small = 1 + sum", "small = sum"), ("(*strides[:-1], 1))) < SMALL_MAP", "(*strides[1:], 1))) < SMALL_MAP"),
+            ("mend = read.mended and small and", "mend = small and"), ("(place + 8)", "(place)")),
+    *faults("lowbit_video/runtime/cuda_driver.py", DRIVER + "test_maps_of_drivers_that_need_no_mending_are_left_alone",
+            ("<= MAPS_MENDED", "< MAPS_MENDED")),
     *faults("lowbit_video/engine/half.py", ENGINE + "test_what_float16_holds_of_v_is_told_by_channel",
             ("largest[largest > 0] >= FP16_MIN_NORMAL", "largest >= FP16_MIN_NORMAL"),
             ("(largest <= FP16_MAX).all()", "(largest <= 2 * FP16_MAX).any()"),
