@@ -47,7 +47,7 @@ def driver_launch(compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) 
     warps, _, shared = compiled.packed_metadata
     if shared > MOST_SHARED:
         return f"it takes {shared} bytes of shared memory"
-    given, maps = [], iter(metadata.tensordesc_meta or ())
+    given, maps = [], iter(getattr(metadata, "tensordesc_meta", None) or ())
     for name, type, value in zip(compiled.src.signature, compiled.src.signature.values(), arguments):
         if type == "constexpr":
             continue

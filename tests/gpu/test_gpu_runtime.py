@@ -3,6 +3,7 @@ import importlib.util
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -38,6 +39,19 @@ def test_a_call_does_not_wait_for_the_device(gpu, spec):
     lv.attention(q, k, v, spec, tensor_layout="HND")
     assert not gpu.happened(ahead), "attention() returned after the device had caught up"
     ahead.synchronize()
+
+
+def test_a_thread_that_never_used_cuda_repeats_a_call(gpu):
+    """It has no context of the driver's until a call makes one current."""
+    first, second = (make(gpu, (1, 4, 1000, 64), seed=seed) for seed in (1, 5))
+    call = lambda qkv: lv.attention(*qkv, "int8+fp16", tensor_layout="HND", backend="triton")
+    plans.clear()
+    call(first)
+    wanted = gpu.numpy(call(second))
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(call, second).result()
+    np.testing.assert_array_equal(gpu.numpy(found), wanted)
+    assert len(plans._PLANS) == 1 and not plans.not_repeated()
 
 
 @pytest.mark.parametrize("backend,spec", [("triton", "int8+fp16"), ("triton", "int8+fp8"), ("triton", "int4+fp16"),

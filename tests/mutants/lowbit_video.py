@@ -14,6 +14,7 @@ MASKS = "tests/lowbit_video/hook/test_masks.py::"
 OPTIONS = "tests/lowbit_video/engine/test_options.py::"
 ONE_STREAM = "tests/lowbit_video/hook/test_one_stream.py::"
 PADDLEMIX = "tests/lowbit_video/hook/test_paddlemix.py::test_each_frame_computes_what_the_models_own_processors_do"
+DRIVER = "tests/lowbit_video/runtime/test_cuda_driver.py::"
 PLANS = "tests/lowbit_video/engine/test_replay.py::"
 PROCESSORS = "tests/lowbit_video/hook/test_processors.py::"
 RING = "tests/lowbit_video/distributed/test_ring.py::"
@@ -85,6 +86,18 @@ MUTANTS = [
             ("if key is not None and not copied", "if key is not None")),
     *faults("lowbit_video/engine/replay.py", PLANS + "test_misaligned_tensors_have_plans_of_their_own",
             ("*[t.data_ptr() % ALIGNMENT for t in tensors], ", "")),
+    *faults("lowbit_video/engine/replay.py",
+            PLANS + "test_launches_of_codes_are_repeated_for_tensors_that_are_aligned_alike",
+            (", *[address % ALIGNMENT for address in addresses])", ")"), ("full = (key, runtime.NAME", "full = (runtime.NAME"),
+            ("runtime.place(like), *", "*"), ("return [] if refused else found", "return []")),
+    *faults("lowbit_video/engine/replay.py", PLANS + "test_another_device_has_plans_of_its_own",
+            ("(runtime.NAME, *signatures, *", "(runtime.NAME, *[one[:3] for one in signatures], *")),
+    *faults("lowbit_video/engine/replay.py", PLANS + "test_a_copied_input_and_an_unknown_triton_make_no_plan",
+            ("_REFUSED.get(reason, 0) + 1", "1")),
+    *faults("lowbit_video/engine/replay.py", PLANS + "test_what_the_launches_depend_on_takes_the_long_way_again",
+            ("(runtime.NAME, *signatures, *", "(runtime.NAME, *[one[1:] for one in signatures], *"),
+            ("(runtime.NAME, *signatures, *", "(runtime.NAME, *[one[::2] for one in signatures], *"),
+            ("(runtime.NAME, *signatures, *", "(runtime.NAME, *[one[:2] for one in signatures], *")),
     *faults("lowbit_video/engine/replay.py", PLANS + "test_memory_that_is_aligned_less_takes_the_long_way",
             ("if any(address % ALIGNMENT for address in new)", "if False")),
     *faults("lowbit_video/engine/replay.py", PLANS + "test_other_longest_sequences_have_plans_of_their_own",
@@ -97,6 +110,11 @@ MUTANTS = [
             ("% ALIGNMENT for t in tensors], options, lengths)", "% ALIGNMENT for t in tensors], lengths)")),
     *faults("lowbit_video/engine/workspace.py", PLANS + "test_a_repeated_call_launches_the_same_on_its_own_tensors",
             ('Origin("workspace", offset)', 'Origin("workspace", offset + 256)')),
+    *faults("lowbit_video/runtime/cuda_driver.py", DRIVER + "test_maps_of_small_tensors_are_mended",
+            ("small = 1 + sum", "small = sum"), ("(*strides[:-1], 1))) < SMALL_MAP", "(*strides[1:], 1))) < SMALL_MAP"),
+            ("mend = read.mended and small and", "mend = small and"), ("(place + 8)", "(place)")),
+    *faults("lowbit_video/runtime/cuda_driver.py", DRIVER + "test_maps_of_drivers_that_need_no_mending_are_left_alone",
+            ("<= MAPS_MENDED", "< MAPS_MENDED")),
     *faults("lowbit_video/engine/half.py", ENGINE + "test_what_float16_holds_of_v_is_told_by_channel",
             ("largest[largest > 0] >= FP16_MIN_NORMAL", "largest >= FP16_MIN_NORMAL"),
             ("(largest <= FP16_MAX).all()", "(largest <= 2 * FP16_MAX).any()"),

@@ -22,6 +22,7 @@ from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning
 from lowbit_video.kernels import compiled, launch
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import LOG2_E
+from lowbit_video.kernels.operands import Operand, codes_of
 from lowbit_video.kernels.shipped.kinds import kind_of, parameters
 from lowbit_video.kernels.stand_in import TensorDescriptor as Descriptor
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
@@ -32,6 +33,7 @@ pytest.importorskip("triton", reason="the launchers need Triton")
 
 from lowbit_video.kernels.attention import portable  # noqa: E402
 from lowbit_video.kernels.attention.hopper import launch as hopper  # noqa: E402
+from lowbit_video.kernels.quant import quant_qk  # noqa: E402
 
 
 class Tensor(np.ndarray):
@@ -155,7 +157,7 @@ def device(monkeypatch):
     """A runtime that takes arrays for an H200's tensors; log: every launch, long: those that went through Triton."""
     from triton.runtime.driver import driver
 
-    from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
+    from lowbit_video.kernels.quant import quant_v, token_stats
 
     log, long, kept = Log(), [], []
     for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
@@ -287,6 +289,7 @@ def test_what_the_launches_depend_on_takes_the_long_way_again(device):
              lambda: call(device, q, k, v, "int8+fp16", return_lse=True),
              lambda: call(device, q, k, v, "int8+fp16", backend="triton"),
              lambda: call(device, *tensors(tokens=201), "int8+fp16"),
+             lambda: call(device, *(t[:, :150] for t in tensors()), "int8+fp16"),
              lambda: call(device, *tensors(dtype="bfloat16"), "int8+fp16"),
              lambda: call(device, *(t.swapaxes(1, 2) for t in tensors(tokens=2, heads=200)), "int8+fp16")]
     for one in calls:
@@ -336,6 +339,32 @@ def test_misaligned_tensors_have_plans_of_their_own(device):
     assert len(device.long) == 2 * ways
     again, *_ = call(device, *shifted(1), "int8+fp16", backend="triton")
     assert again == launches and len(device.long) == 2 * ways
+
+
+def test_launches_of_codes_are_repeated_for_tensors_that_are_aligned_alike(device):
+    """What travels between GPUs: of the same key, in other memory, on another device."""
+    x, other, memory = (drawn(1 * 200 * 2 * 64 + 64) for _ in range(3))
+
+    def once(key, x, memory):
+        given = Operand(None, (1, 2, 200, 64), (25600, 64, 128), "fp16")
+
+        def launch(x, memory):
+            quant_qk.launch_quant_qk(given._replace(buffer=x), codes_of(given._replace(buffer=x), "int8", memory.at(0, "int8"),
+                                                                        memory.at(25600, "float32"), None))
+
+        device.log.clear()
+        plans.again(key, device.runtime, (x, memory), launch)
+        (name, _, _, arguments), = device.log
+        pointers = {a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments if not isinstance(a, (str, bool, float))}
+        assert {x.data_ptr(), memory.data_ptr(), memory.data_ptr() + 25600} <= pointers
+        return len(device.long)
+
+    assert [once("rows", x, memory), once("rows", other, memory), once("rows", memory, x)] == [1, 1, 1]
+    assert [once("other rows", x, memory), once("other rows", x, memory)] == [2, 2]
+    assert [once("rows", x[4:], memory), once("rows", other[4:], memory)] == [3, 3]
+    assert [once("rows", x, memory[2:]), once("rows", other, memory[2:])] == [4, 4]
+    device.runtime.place = lambda t: "gpu:1"
+    assert [once("rows", x, memory), once("rows", other, memory)] == [5, 5]
 
 
 @pytest.mark.parametrize("precision,spoilt,backend", [
