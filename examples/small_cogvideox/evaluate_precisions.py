@@ -73,11 +73,17 @@ def measured(video: Path, reference: Path | None, context: Context, metrics: lis
     return line
 
 
+def settle() -> None:
+    """A worker steps back behind the process that makes the videos, and computes on one core."""
+    os.nice(10)
+    torch.set_num_threads(1)
+
+
 class Workers:
     """Processes that measure videos beside the GPU's work; made before the first use of the GPU, since they are forked."""
 
     def __init__(self, count: int):
-        self.pool = multiprocessing.get_context("fork").Pool(count, os.nice, (10,)) if count > 1 else None
+        self.pool = multiprocessing.get_context("fork").Pool(count, settle) if count > 1 else None
 
     def start(self, *job):
         """A function that gives `measured(*job)`, and one that says whether it need not wait."""
@@ -224,9 +230,12 @@ def arguments(argv=None):
     parser.add_argument("--beside", type=Path, metavar="DIR", help="another folder of results: how far its exact videos are")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no video after so long; the same command goes on")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3), help="processes that measure")
+    parser.add_argument("--tables", action="store_true", help="make no video: only the tables and the page of --out")
     parser.add_argument("--no-page", action="store_true", help="no report page, which takes matplotlib and ffmpeg")
     parser.add_argument("--device", help="as the framework names it; default: its GPU if there is one")
     args = parser.parse_args(argv)
+    if unclear := [pair for pair in args.weights if "=" not in pair]:
+        parser.error(f"--weights {unclear[0]}: write NAME=PATH, such as lpips=FOLDER")
     args.device = args.device or ("auto" if args.framework == "paddle" else "cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
@@ -234,6 +243,9 @@ def arguments(argv=None):
 
 def main(argv=None) -> int:
     args = arguments(argv)
+    if args.tables:
+        write_tables(args)
+        return 0
     deadline = time.time() + 60 * args.minutes
     weights = dict(pair.split("=", 1) for pair in args.weights)
     lacking = {name: reason for name in METRICS if (reason := registry.metric(name).missing(weights))}

