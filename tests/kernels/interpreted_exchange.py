@@ -89,6 +89,13 @@ def test_copies_of_rows_beside_one_piece(monkeypatch):
     np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("rows, wide", [(1, 512), (2, 2500)])
+def test_one_long_piece_is_cut_into_rows_of_the_most_columns(rows, wide):
+    (row,) = table_of([Copy(16, 32, 48, 64, 80, 96, 112, 128, rows, 10000, True)])
+    stride = [512, 512] if rows == 1 else [16, 32]
+    assert row == [4, 8, 12, stride[0], 20, 24, 28, stride[1], rows, wide, 2500 * rows, 1]
+
+
 def test_a_copy_that_does_not_go_by_words_is_our_mistake():
     for change in (dict(source=2), dict(target_row=6), dict(count=7), dict(source_head=1)):
         with pytest.raises(AssertionError):

@@ -3,6 +3,7 @@ from .entry import faults
 
 FORMATS = "tests/kernels/test_formats.py::"
 EXCHANGE = "tests/kernels/test_exchange.py::"
+EXCHANGED = "tests/kernels/interpreted_exchange.py::"
 INTERPRETED = "tests/kernels/interpreted_portable.py::"
 COMPILED = "tests/kernels/test_compiled.py::"
 PLANS = "tests/lowbit_video/engine/test_replay.py::"
@@ -235,4 +236,26 @@ MUTANTS = [
     *faults(SHIPPED + "store.py", SHIPPED_TESTS + "test_store.py",
             ("max(fits, key=", "min(fits, key="), ("len(one.kinds) == len(kinds) and", ""),
             ("all(map(does_for, one.kinds, kinds))", "any(map(does_for, one.kinds, kinds))")),
+    *faults("kernels/exchange/merge.py", EXCHANGED + "test_merge",
+            ("i_n, i_b = o_r // (B * H), o_r // H % B", "i_n, i_b = o_r // (B * H), o_r // H % H"),
+            ("i_n, i_b = o_r // H % N, o_r // (N * H)", "i_n, i_b = o_r // H % N, o_r // (N * B)"),
+            ("m_r = o_r < rows", "m_r = o_r <= rows"),
+            ("tl.exp(b_a - b_safe), tl.exp(b_p - b_safe)", "tl.exp(b_a), tl.exp(b_p)")),
+    *faults("kernels/exchange/combine_stats.py", EXCHANGED + "test_combine_stats",
+            ("if i_s < MEANS:", "if i_s <= MEANS:"), ("tl.load(weights + i_s * shares + i_r)", "tl.load(weights + i_r)"),
+            ("(ceil_div(n, BLOCK), statistics)", "(n // BLOCK, statistics)")),
+    *faults("kernels/exchange/copy_parts.py", EXCHANGED + "test_copies_of_rows",
+            ("tl.load(p_c + 4) + i_b * tl.load(p_c + 5) + i_h * tl.load(p_c + 6)",
+             "tl.load(p_c + 4) + i_h * tl.load(p_c + 5) + i_b * tl.load(p_c + 6)")),
+    *faults("kernels/exchange/copy_parts.py", EXCHANGED + "test_copies_in_one_piece",
+            ("row_blocks = max(", "row_blocks = min(")),
+    *faults("kernels/exchange/copy_parts.py", EXCHANGED + "test_copies_of_rows_beside_one_piece",
+            ("width = max(row[9]", "width = min(row[9]")),
+    *faults("kernels/exchange/copy_parts.py", EXCHANGED + "test_a_vector_never_reaches_past_the_end_of_a_row",
+            ("row[9], row[10]))", "row[9]))")),
+    *faults("kernels/exchange/copy_parts.py", EXCHANGED + "test_one_long_piece_is_cut_into_rows_of_the_most_columns",
+            ("if one.rows == 1:", "if one.rows == 0:"), ("int(one.second)", "0")),
+    *faults("kernels/exchange/dequant_rows.py", EXCHANGED + "test_dequant_rows",
+            ("i_b * scale_stride_b + i_h * scale_stride_h + o_n", "i_b * scale_stride_h + i_h * scale_stride_b + o_n"),
+            ("m_n = o_n < N", "m_n = o_n < N - 1")),
 ]

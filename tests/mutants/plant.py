@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ LIMIT_S = 240
 """Seconds after which a test counts as failed: a fault may make a loop endless."""
 FAILED = 1
 """What pytest returns where a test failed; all else but 0 says that it could not run."""
+CRASHED = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE}
+"""What a process returns that such a fault ended: a kernel that is interpreted may write anywhere."""
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["pytest", "pytest_timeout", "ml_dtypes", "paddle", "matplotlib.pyplot", "skimage.metrics"])
 
@@ -103,7 +106,7 @@ def why_survived(mutant: Mutant, folder: Path) -> str | None:
         return str(error)
     finally:
         path.write_text(source)
-    if status == FAILED:
+    if status == FAILED or status in CRASHED:
         return None
     return "survived" if status == 0 else f"the test could not run (pytest returned {status}):\n{said}"
 

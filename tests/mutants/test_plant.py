@@ -48,6 +48,13 @@ def test_what_a_test_notices_is_told_from_what_it_does_not(tree, capsys):
     assert planted(tree, capsys, ("x + x", "x * x"), test="test_of_three")[0] == 0
 
 
+def test_a_crash_is_noticed_and_an_end_by_other_means_is_not(tree, capsys):
+    status, said = planted(tree, capsys, ("x + x", "__import__('os').abort()"), ("x + x", "__import__('os').kill("
+                           "__import__('os').getpid(), 9)"), ("x + x", "__import__('os')._exit(3)"))
+    assert status == 1 and "1 of 3 planted faults were noticed" in said
+    assert "could not run (pytest returned -9)" in said and "could not run (pytest returned 3)" in said
+
+
 @pytest.mark.parametrize("test", ["test_wrong", "test_gone"])
 def test_a_test_that_fails_without_a_fault_proves_nothing(tree, capsys, test):
     status, said = planted(tree, capsys, ("x + x", "x"), test=test)
