@@ -28,6 +28,8 @@ MUTANTS = [
     *faults("lowbit_video/hook/report.py", COVERAGE + "test_one_shared_processor_counts_modules_apart",
             ("record.calls.clear()", "pass"), ("sum(count for _, count, _ in self.runs)", "len(self.runs)"),
             ("ran = [m for m in hooked if m.calls]", "ran = hooked")),
+    *faults("lowbit_video/hook/report.py", COVERAGE + "test_modules_are_named_as_the_pipeline_names_its_model",
+            ("return {name: model, **", 'return {"transformer": model, **')),
     *faults("lowbit_video/hook/report.py", COVERAGE + "test_a_pipeline_names_what_is_untouched",
             ("sum(not any(", "sum(any(")),
     *faults("lowbit_video/hook/processors.py", PROCESSORS + "test_every_choice_of_a_call_reaches_the_engine",

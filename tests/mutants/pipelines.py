@@ -54,6 +54,9 @@ MUTANTS = [
             ("self.negative, self.positive = paddle.chunk(embeds, 2)\n            elif",
              "self.positive, self.negative = paddle.chunk("
              "embeds, 2)\n            elif")),
+    *faults("pipelines/shared/conditions.py", PIPELINE + "test_what_a_callback_cannot_return",
+            ('changed.keys() - {"latents"}', 'changed.keys() - {"latents", "prompt_embeds"}'),
+            ('changed.keys() - {"latents"}', 'changed.keys() & {"latents", "prompt_embeds"}')),
     *faults("pipelines/shared/conditions.py", PIPELINE + "test_a_callback_switches_guidance_off",
             ("scale > 1, None\n        self._join()", "scale > 1, None")),
     *faults("pipelines/shared/conditions.py", PIPELINE + "test_golden[pipeline_2b-guided]",
