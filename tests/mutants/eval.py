@@ -3,6 +3,7 @@ from .entry import faults
 
 BENCH = "tests/eval/test_bench.py::"
 COMPARE = "tests/eval/compare/test_compare.py::"
+DRAWN = "tests/eval/report/test_drawn.py"
 FLOOR = "tests/eval/compare/test_floor.py::"
 JUDGE = "tests/eval/world/test_judge.py::"
 SCENES = "tests/eval/world/test_long_world.py::"
@@ -167,5 +168,23 @@ MUTANTS = [
             ("return apply(pipe, wanted, backend=backend, fallback=fallback)", "return apply(pipe, wanted, fallback=fallback)"),
             ('r"[^A-Za-z0-9+.-]+", "-"', 'r"[^A-Za-z0-9.-]+", "-"')),
     *faults("eval/compare/progress.py", "tests/eval/compare/test_progress.py",
-            ("if seconds < 90:", "if seconds <= 90:"), ("if minutes < 90 else", "if minutes <= 90 else")),
+            ("if seconds < 90:", "if seconds <= 90:"), ("if minutes < 90 else", "if minutes <= 90 else"),
+            ("spent * steps / (step + 1)", "spent * steps / max(step, 1)"), ("max(whole - spent, 0)", "whole"),
+            ("others.remove(self.run)", "pass"), ("statistics.median(known)", "statistics.mean(known)"),
+            ("now - self.said >= QUIET_S", "now - self.begun >= QUIET_S")),
+    *faults("eval/compare/clips.py", "tests/eval/compare/test_clips.py",
+            ("-(-count // columns) * height", "count // columns * height"), ('"-qp", "0"', '"-qp", "4"'),
+            ("(0, sheet.shape[1] % 2), (0, sheet.shape[2] % 2)", "(0, 0), (0, sheet.shape[2] % 2)"),
+            ("return -(-count // best), best", "return best, -(-count // best)"),
+            ("divmod(i, columns)", "divmod(i, rows)[::-1]")),
+    *faults("eval/report/charts.py", DRAWN,
+            ("(high - low) * 0.04 or 1e-6", "(high - low) * 0.04"), ("(math.log(high) - math.log(low))", "(high - low)"),
+            ("(v - low) / (high - low)", "(v - high) / (high - low)"), ("{row.place % COLOURS}", "{row.place % (COLOURS - 1)}"),
+            ("over.value > 0]", "over.value >= 0]"), ("max(ends) * 1.6", "max(ends)"),
+            ("min(0.5, min(ends)", "min(0.05, min(ends)"), ('"--faint" if row.run == FLOOR', '"--faint" if row.run == EXACT')),
+    *faults("eval/report/films.py", DRAWN,
+            ("blocks.mean(axis=(2, 4))", "blocks[:, :, 0, :, 0]"),
+            ("-(-next(iter(clips.values())).shape[2] // TILE_SIDE)",
+             "max(1, next(iter(clips.values())).shape[2] // TILE_SIDE)"),
+            ("clip.shape[1] // factor, clip.shape[2] // factor", "clip.shape[2] // factor, clip.shape[1] // factor")),
 ]

@@ -287,4 +287,10 @@ MUTANTS = [
             ("backend=job.backend)", 'backend="auto")'), ("job.modules, fallback=job.fallback,", "job.modules,"),
             ("steps=job.steps or RANDOM_STEPS", "steps=RANDOM_STEPS"),
             ("else job.precision, job.modules", "else job.precision, {}")),
+    *faults("lowbit_video/app/plan.py", "tests/lowbit_video/app/test_plan.py",
+            ("alone.step_ms / cost.step_ms", "cost.step_ms / alone.step_ms"),
+            ("not args.no_text_encoder", "args.no_text_encoder"),
+            ("task.framework, task.size, task.link)", "task.framework, task.size, measured.link)"),
+            ("if gpus > host and", "if gpus >= host and"),
+            ("row['modelled_ms'] / row['ms'] - 1", "row['ms'] / row['modelled_ms'] - 1")),
 ]

@@ -5,7 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from lowbit_video.eval.compare.clips import check_clips, write_lossless, write_reel
+from lowbit_video.eval.compare.clips import check_clips, grid, write_lossless, write_reel
 from lowbit_video.eval.compare.paired import compare
 from lowbit_video.pipelines.shared import video_files
 
@@ -34,3 +34,22 @@ def test_the_colours_of_a_reel_come_back(tmp_path):
     assert abs(inner - video[:, 4:28, 4:44]).max() <= 3
     said = subprocess.run([video_files.ffmpeg(), "-i", tmp_path / "a.mp4"], capture_output=True, text=True).stderr
     assert "(tv, bt709, progressive)" in said
+
+
+@pytest.mark.parametrize("count, height, width, wanted", [
+    (1, 10, 10, (1, 1)), (2, 32, 48, (2, 1)), (2, 48, 32, (1, 2)), (4, 10, 10, (2, 2)), (5, 10, 10, (3, 2)),
+    (7, 10, 10, (3, 3)), (6, 10, 30, (6, 1)), (6, 30, 10, (2, 3))])
+def test_tiles_make_a_picture_as_square_as_can_be(count, height, width, wanted):
+    assert grid(count, height, width) == wanted
+
+
+@pytest.mark.parametrize("height, width", [(33, 47), (33, 48), (32, 47)])
+def test_tiles_lie_in_reading_order_and_sides_are_even(tmp_path, height, width):
+    greys = [20, 120, 220]
+    rows, columns = write_reel(tmp_path / "a.mp4", [np.full((2, height, width, 3), grey, np.uint8) for grey in greys], 8)
+    got, _ = video_files.read_video(tmp_path / "a.mp4")
+    assert (rows, columns) == (2, 2) and got.shape == (2, 2 * height, 2 * width, 3)
+    middles = [got[0, row * height + height // 2, column * width + width // 2, 0] for row in (0, 1) for column in (0, 1)]
+    np.testing.assert_allclose(middles, [*greys, 0], atol=4)
+    write_reel(tmp_path / "b.mp4", [np.full((2, height, width, 3), 120, np.uint8)], 8)
+    assert video_files.read_video(tmp_path / "b.mp4")[0].shape == (2, height + height % 2, width + width % 2, 3)

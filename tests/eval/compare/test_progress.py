@@ -37,6 +37,13 @@ def test_finished_runs_foretell_by_the_median_of_each():
     assert [clock(s) for s in (89.9, 90, 89 * 60, 90 * 60)] == ["90 s", "2 min", "89 min", "1 h 30 min"]
 
 
+def test_one_run_that_was_slow_foretells_nothing():
+    job = Job("a", "a", "a", "a")
+    for seconds in (10.0, 100.0, 12.0):
+        job.finish("a", seconds)
+    assert "about 12 s left" in job.said[-1]
+
+
 def test_the_first_steps_foretell_before_anything_is_finished():
     job = Job("exact", "a", "a", "b")
     job.step(0, 24.0)  # 8 steps of 24 s each, four times, without this one

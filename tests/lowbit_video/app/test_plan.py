@@ -92,13 +92,19 @@ def test_everything_is_written_as_json(tmp_path, capsys):
 def test_measured_rows_stand_beside_what_is_modelled(tmp_path, capsys):
     path = tmp_path / "mine.json"
     row = {"what": "transformer", "model": "CogVideoX-2b", "framework": "torch", "precision": "int8+fp8", "cfg": 2, "ms": 250}
-    others = [{**row, "model": "CogVideoX-5b", "ms": 9999}, {**row, "framework": "paddle", "ms": 9999}]
+    others = [{**row, **other, "ms": 9999} for other in ({"model": "CogVideoX-5b"}, {"framework": "paddle"}, {"link": "pcie4"},
+                                                         {"precision": "int8+fp16"}, {"frames": 9})]
     path.write_text(json.dumps({"rows": [row, *others], "video": {"decode_ns": 0}}))
     more = tmp_path / "more.json"
     more.write_text(json.dumps({"rows": [{**row, "what": "layer", "cfg": 1, "ulysses": 2, "exchange": "16bit", "ms": 4.9},
                                          {**row, "what": "layer", "cfg": 1, "ulysses": 2, "output": "int8", "ms": 4.2}]}))
     text = "\n".join(lines_of(capsys, "--gpus", "2", "--framework", "torch", "--measured", str(path), str(more)))
     assert "measured: transformer on cfg 2: 250.0 ms, modelled 25" in text and "9999" not in text
+    told = re.findall(r": ([\d.]+) ms, modelled ([\d.]+) \(([+-][\d.]+)%\)", text)
+    assert len(told) > 3 and any(abs(float(off)) > 0.5 for *_, off in told)
+    for ms, modelled, off in told:
+        assert float(off) == pytest.approx(100 * (float(modelled) / float(ms) - 1), abs=1.5)
+        assert float(off) * (float(modelled) - float(ms)) >= 0
     assert "layer on ulysses 2, exchange 16bit: 4.9 ms" in text and "ulysses 2, output int8: 4.2 ms" in text
     assert "measured: transformer on one rank: 498.0 ms" in text
     assert {line["decode s"] for line in rows_of(text.splitlines())} == {"0.00"}
