@@ -24,6 +24,7 @@ from ..distributed.watch import end_process
 
 COMMANDS = {
     "generate": ("lowbit_video.app.generate", "make a video, optionally beside its full-precision twin"),
+    "calibrate": ("lowbit_video.eval.calibrate.cli", "a recipe for a model: which bit width each layer and step needs"),
     "kernels": ("lowbit_video.app.kernel_table", "the table of kernels that exist"),
     "plan": ("lowbit_video.app.plan", "what a video costs on several GPUs, by every way to share it out"),
     "doctor": ("lowbit_video.app.doctor", "what this machine can run, and why not"),

@@ -10,6 +10,8 @@ from paddle import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lowbit_video import denoising_step  # noqa: E402
+
 from toy_model import Attention  # noqa: E402
 
 HEADS, HEAD_DIM, TEXT_TOKENS = 2, 32, 6
@@ -60,7 +62,8 @@ class ToyPipeline:
         with paddle.no_grad():
             for step in range(num_inference_steps):
                 seen = paddle.to_tensor(np.repeat(latents + self.place, 2, axis=0))
-                blank, asked = self.transformer(seen, text).numpy()
+                with denoising_step(self, step, num_inference_steps):
+                    blank, asked = self.transformer(seen, text).numpy()
                 velocity = blank + guidance_scale * (asked - blank)
                 latents = latents + (np.tanh(velocity)[None] - latents) / num_inference_steps
                 if callback_on_step_end is not None:

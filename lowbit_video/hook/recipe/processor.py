@@ -125,17 +125,28 @@ def _parts_of(plan: LayerPlan, span: Span, hook: dict[str, Any]) -> tuple[_Rung,
     return tuple(parts)
 
 
+def _runs(indices: Sequence[int]) -> list[slice]:
+    """Indices as slices of neighbours."""
+    runs: list[slice] = []
+    for index in indices:
+        if runs and runs[-1].stop == index:
+            runs[-1] = slice(runs[-1].start, index + 1)
+        else:
+            runs.append(slice(index, index + 1))
+    return runs
+
+
 def _take(t: Any, axis: int, indices: Sequence[int]) -> Any:
-    """The tensor at some indices, in ascending order, of a dimension; a view where they lie side by side."""
-    first, last = indices[0], indices[-1]
-    what = slice(first, last + 1) if last - first + 1 == len(indices) else list(indices)
-    return t[(slice(None),) * axis + (what,)]
+    """The tensor at some indices of a dimension; a view where they lie side by side.
+
+    By slices: a list as an index gives wrong values of Paddle 3.3.1's tensors that are not contiguous.
+    """
+    cuts = [t[(slice(None),) * axis + (run,)] for run in _runs(indices)]
+    return cuts[0] if len(cuts) == 1 else runtime_of(t).concat(cuts, axis)
 
 
 def _joined(parts: Sequence[_Rung], tensors: list[Any], axis: int) -> Any:
     """What the rungs computed, head by head in the call's order."""
     order = [head for part in parts for head in part.heads]
     whole = runtime_of(tensors[0]).concat(tensors, axis)
-    if order == sorted(order):
-        return whole
-    return whole[(slice(None),) * axis + ([order.index(head) for head in range(len(order))],)]
+    return _take(whole, axis, [order.index(head) for head in range(len(order))])

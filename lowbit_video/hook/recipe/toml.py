@@ -61,7 +61,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
-        return repr(value)
+        return repr(float(value) if isinstance(value, float) else int(value))  # NumPy's say their type
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_value, value))}]"
     raise TypeError(f"a recipe's file holds texts, numbers, yes and no, and lists of them, not {shown(value)}")

@@ -2,6 +2,7 @@
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from lowbit_video import Recipe
@@ -76,7 +77,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 
 
 def test_a_table_of_every_kind_of_value_survives(tmp_path):
-    tables = {"a": 1, "b": {"odd key": True, "f": 1e-7, "l": []}, "c": [{"x": "y"}, {"x": "z"}], "d": [1, 2.5, "t"]}
+    tables = {"e": np.float64(0.5), "a": 1, "b": {"odd key": True, "f": 1e-7, "l": []},
+              "c": [{"x": "y"}, {"x": "z"}], "d": [1, 2.5, "t"]}
     write_toml(tmp_path / "t.toml", tables)
     assert read_toml(tmp_path / "t.toml") == tables
     with pytest.raises(TypeError, match="not None"):

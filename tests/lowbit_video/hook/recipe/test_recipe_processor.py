@@ -53,6 +53,15 @@ def test_each_head_is_computed_at_its_rung(framework, rungs, causal):
         np.testing.assert_array_equal(framework.numpy(lse[:, cut]), framework.numpy(alone[1]))
 
 
+def test_tensors_with_strides_are_cut_right(framework):
+    q, k, v = tensors(framework)
+    wanted = framework.numpy(processor(*MIXED).attend(q, k, v))
+    by_heads = [framework.tensor(framework.numpy(t).transpose(0, 2, 1, 3)) for t in (q, k, v)]
+    turned = [t.transpose([0, 2, 1, 3]) if framework.name == "paddle" else t.transpose(1, 2) for t in by_heads]
+    assert not turned[0].is_contiguous()
+    np.testing.assert_array_equal(framework.numpy(processor(*MIXED).attend(*turned)), wanted)
+
+
 def test_heads_that_share_keys(framework):
     q, k, v = tensors(framework, heads=6, kv_heads=3)
     rungs = ("int8+fp8", "int8+fp8", "int4+fp16", "int4+fp16", "int8+fp8", "int8+fp8")

@@ -1,0 +1,72 @@
+"""`lowbit-video calibrate`: a recipe for a model and a budget."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..cli import add_model, count, load, names, say
+
+DEFAULT_OUT = Path("outputs/calibrate/recipe.toml")
+HELP = "a recipe for a model: which bit width each layer and step needs"
+DESCRIPTION = ("Measure each precision's error by layer, head and range of steps on a few prompts, weigh it by what reaches "
+               "the final latent, price it by a kernel benchmark, and write the recipe that meets the budget, with a picture "
+               "beside it. A second start goes on where the first one was stopped.")
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Registers `lowbit-video calibrate`."""
+    parser = subparsers.add_parser("calibrate", help=HELP, description=DESCRIPTION)
+    add_model(parser)
+    parser.add_argument("--budget", required=True, metavar="45dB|1.1x", help="dB of the final latent at least, or times "
+                        "int8+fp8's time in attention at most")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FILE", help="the recipe, which ends in .toml "
+                        "(default: %(default)s)")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line; # begins a comment")
+    parser.add_argument("--limit", type=count, default=2, metavar="N", help="prompts that are measured (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=1, metavar="N", help="prompts after these that check the recipe "
+                        "(default: %(default)s)")
+    parser.add_argument("--rungs", type=names, metavar="A,B", help="precisions to choose from (default: exact, and all that "
+                        "may pay)")
+    parser.add_argument("--by-head", action="store_true", help="heads of a layer may differ; each rung's heads then are a call "
+                        "of their own")
+    parser.add_argument("--ranges", type=count, default=4, metavar="N", help="ranges of steps (default: %(default)s)")
+    parser.add_argument("--samples", type=count, default=1, metavar="N", help="steps of each range that are recorded (default: "
+                        "%(default)s)")
+    parser.add_argument("--rows", type=count, default=128, metavar="N", help="query rows that are compared (default: "
+                        "%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--speed", type=Path, metavar="FILE", help="JSON of `lowbit-video bench kernels` that prices the "
+                        "precisions (default: the checkout's)")
+    parser.add_argument("--backend", default="auto", help="auto, reference, triton or hopper")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`calibrate`: mistakes first, the model afterwards."""
+    from lowbit_video.pipelines.shared.small_model import model_or_small
+    from lowbit_video.pipelines.shared.video_files import check_writable
+    from lowbit_video.precision import as_precision
+
+    from ..compare.paired import read_prompts
+    from .costs import TABLE, UNIT, costs_of
+    from .run import RUNGS, Plan, calibrate
+    from .solve import Budget
+
+    budget, prompts = Budget.parse(args.budget), read_prompts(args.prompts)
+    if args.out.suffix != ".toml":
+        raise ValueError(f"--out is {args.out}; a recipe's file ends in .toml")
+    if args.held_out < 0 or len(prompts) < args.limit + args.held_out:
+        raise ValueError(f"{args.prompts} has {len(prompts)} prompts; {args.limit} are to be measured and {args.held_out} held "
+                         "out")
+    rungs = tuple(args.rungs or RUNGS)
+    for rung in rungs:
+        as_precision(rung)
+    speed = args.speed or TABLE
+    costs_of([UNIT], 1, 64, speed)
+    args.model = model_or_small(args.model)
+    check_writable(args.out)
+    pipe, settings = load(args)
+    plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head)
+    calibrate(pipe, prompts[:args.limit], budget, args.out, held_out=prompts[args.limit:args.limit + args.held_out],
+              settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, say=say)
+    return 0

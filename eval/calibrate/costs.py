@@ -1,0 +1,46 @@
+"""What a rung costs: its measured time over that of int8+fp8, at the benchmark's shape that comes nearest."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit_video.files import read_json
+
+UNIT = "int8+fp8"
+TABLE = Path(__file__).parents[1] / "speed" / "results" / "kernels.json"
+"""The benchmark of this checkout; an installed package has none."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of rungs, int8+fp8's being 1. said: which table and shape they are of. lacking: rungs that are not in it."""
+
+    of: dict[str, float]
+    said: str
+    lacking: tuple[str, ...]
+
+
+def costs_of(rungs: Sequence[str], tokens: int, head_dim: int, path: Path = TABLE) -> Costs:
+    """The costs of rungs by a file of `lowbit-video bench kernels`.
+
+    Of its shapes that has int8+fp8 which comes nearest, in head dim first, then in length; of a precision its fastest kernel.
+    Raises ValueError for no such file, or one without int8+fp8.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}; give the JSON of `lowbit-video bench kernels`: --speed FILE")
+    held = read_json(path)
+    times: dict[tuple, dict[str, float]] = {}
+    for row in held.get("rows", []):
+        if row["precision"] and row["total_ms"] and not row["causal"]:
+            shape = times.setdefault((row["head_dim"], row["tokens"], row["batch"], row["heads"]), {})
+            shape[row["precision"]] = min(row["total_ms"], shape.get(row["precision"], math.inf))
+    times = {shape: of for shape, of in times.items() if UNIT in of}
+    if not times:
+        raise ValueError(f"{path} holds no time of {UNIT}; give the JSON of `lowbit-video bench kernels`: --speed FILE")
+    far = lambda a, b: abs(math.log2(a / b))
+    shape = min(times, key=lambda shape: (far(shape[0], head_dim), far(shape[1], tokens), shape))
+    ratios = {rung: times[shape][rung] / times[shape][UNIT] for rung in rungs if rung in times[shape]}
+    said = f"{Path(path).name} of {held.get('about', {}).get('gpu', 'an unnamed GPU')}, {shape[1]} tokens, head dim {shape[0]}"
+    return Costs(ratios, said, tuple(rung for rung in rungs if rung not in ratios))

@@ -1,0 +1,203 @@
+"""`calibrate()`: a few prompts are measured, a budget is allocated, a recipe is written, and held-out prompts check it."""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit_video.files import write_whole
+from lowbit_video.hook.recipe.recipe import Recipe
+from lowbit_video.hook.recipe.rule import STEP_DIGITS, Rule, steps_text
+from lowbit_video.hook.report import attention_modules, transformer_of
+
+from ..compare.layers import StepClock, step_groups
+from ..compare.progress import Progress
+from ..compare.settings import Settings, environment
+from . import measure as measuring
+from .costs import TABLE, Costs, costs_of
+from .measure import Measured, latents_of, measure, relative_error
+from .solve import Allocation, Budget, db, solve
+
+RUNGS = ("exact", "int8+fp16", "int8+fp8")
+"""What may pay: INT4 and INT2 take longer than exact attention on the GPUs that were measured (README), and FP8 scores are no
+faster than INT8's at head dim 64."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    rungs: that may be chosen. probe: the rung that measures how far errors of a range of steps get; its error must be large
+    enough to be seen and small enough to add up. ranges: of steps, of equal length. samples: steps of each that are recorded.
+    rows: query rows that are compared. by_head: whether heads of a layer may differ.
+    """
+
+    rungs: tuple[str, ...] = RUNGS
+    probe: str = "int4+fp16"
+    ranges: int = 4
+    samples: int = 1
+    rows: int = 128
+    by_head: bool = False
+
+
+def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, held_out: Sequence[str] = (),
+              settings: Settings | None = None, plan: Plan | None = None, seed: int = 0, speed: Path = TABLE,
+              backend: str = "auto", say: Callable[[str], None] = print) -> Recipe:
+    """Writes a recipe for a budget, and a picture beside it; the same prompts and settings give the same recipe.
+
+    pipe: as in `compare`. prompts: measured; held_out: none of them; the recipe's latents are compared with exact ones there.
+    settings: steps, size and guidance; steps must be known. speed: the JSON of a kernel benchmark, which prices the rungs.
+    What is measured of a prompt is kept beside `out`, and a second start goes on from there.
+    Raises ValueError for no prompts or one that is held out too, for a budget that cannot be met, and as `costs_of`.
+    """
+    settings, plan = settings or Settings(), plan or Plan()
+    if not prompts or set(prompts) & set(held_out):
+        raise ValueError("give at least one prompt to calibrate on, and others to check on")
+    if not settings.steps:
+        raise ValueError("the number of denoising steps is not known; give --steps")
+    rungs = [rung for rung in plan.rungs if rung != "exact"]
+    measured_rungs = list(dict.fromkeys((*rungs, plan.probe)))
+    ranges = step_groups(settings.steps, plan.ranges)
+    files = {prompt: _file(out, prompt, seed, settings, plan, measured_rungs) for prompt in prompts}
+    todo = [prompt for prompt, file in files.items() if not file.is_file()]
+    if len(todo) < len(prompts):
+        say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are measured already, in {files[prompts[0]].parent}")
+    progress = Progress([*measuring.labels(ranges) * len(todo), *["check"] * 2 * len(held_out)], say)
+    for prompt in todo:
+        _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
+                                     samples=plan.samples, rows=plan.rows, backend=backend, progress=progress))
+    measured = [_load(file) for file in files.values()]
+    costs = costs_of(plan.rungs, measured[0].tokens, measured[0].head_dim, speed)
+    if costs.lacking:
+        say(f"not priced, so not chosen: {', '.join(costs.lacking)}")
+    problem = Problem.of(measured, measured_rungs, costs, ranges, settings.steps, plan.by_head)
+    allocation = problem.solve(budget)
+    names = list(attention_modules(transformer_of(pipe)))
+    cells = problem.names(allocation)
+    recipe = Recipe(rules_of(cells, names, problem.edges))
+    say(f"costs are those of {costs.said}: {', '.join(f'{rung} {cost:.3g}' for rung, cost in costs.of.items())}")
+    say(f"predicted: {db(allocation.error):.1f} dB of the final latent at {allocation.cost:.3f} times int8+fp8's time in "
+        "attention; everywhere: " + ", ".join(f"{rung} {db(error):.1f} dB at {cost:.3f}"
+                                              for rung, (cost, error) in problem.uniform().items()))
+    found = [_check(pipe, prompt, recipe, settings, seed, progress, say) for prompt in held_out]
+    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, budget, allocation, costs, found))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    recipe.save(out)
+    from .plot import plot
+
+    title = f"{Path(settings.model).name or 'model'}, budget {budget}; {costs.said}"
+    plot(out.with_suffix(".png"), allocation, problem.uniform(), problem.paid(allocation), names,
+         [steps_text(*edges) for edges in problem.edges], title)
+    say(f"{out}, {out.with_suffix('.png')}")
+    return recipe
+
+
+@dataclass(frozen=True)
+class Problem:
+    """errors [R, L, G, H or 1]: what a cell adds to the squared error, at the rungs that have a price. costs [R]. edges: of
+    each range, in shares of the denoising, rounded down so that a step begins in its range. heads: of a layer."""
+
+    rungs: list[str]
+    errors: np.ndarray
+    costs: np.ndarray
+    edges: list[tuple[float, float]]
+    heads: int
+
+    @classmethod
+    def of(cls, measured: Sequence[Measured], names: Sequence[str], costs: Costs, ranges: Sequence[range], steps: int,
+           by_head: bool) -> Problem:
+        """The mean of what prompts add; exact adds nothing."""
+        mean = np.mean([one.weighed() for one in measured], axis=0)
+        of = {**{name: mean[number] for number, name in enumerate(names)}, "exact": np.zeros_like(mean[0])}
+        rungs = list(costs.of)
+        errors = np.stack([of[rung] for rung in rungs])
+        share = lambda step: step * 10**STEP_DIGITS // steps / 10**STEP_DIGITS
+        edges = [(share(one.start), share(one.stop)) for one in ranges]
+        errors = errors if by_head else errors.sum(-1, keepdims=True)
+        return cls(rungs, errors, np.array([costs.of[rung] for rung in rungs]), edges, mean.shape[-1])
+
+    def _shares(self) -> np.ndarray:
+        """[L, G, H or 1], of all time."""
+        lengths = np.array([end - start for start, end in self.edges])
+        whole = np.broadcast_to(lengths[None, :, None], self.errors.shape[1:])
+        return whole / whole.sum()
+
+    def solve(self, budget: Budget) -> Allocation:
+        """As `solve.solve`."""
+        return solve(self.errors.reshape(len(self.rungs), -1), self.costs, self._shares().reshape(-1), budget)
+
+    def uniform(self) -> dict[str, tuple[float, float]]:
+        """(cost, squared error) of each rung everywhere."""
+        return {rung: (float(self.costs[r]), float(self.errors[r].sum())) for r, rung in enumerate(self.rungs)}
+
+    def names(self, allocation: Allocation) -> np.ndarray:
+        """[L, G, H], the rung of each head."""
+        chosen = np.array(self.rungs)[allocation.rungs].reshape(self.errors.shape[1:])
+        return np.broadcast_to(chosen, (*chosen.shape[:2], self.heads))
+
+    def paid(self, allocation: Allocation) -> np.ndarray:
+        """[L, G], mean cost."""
+        return self.costs[allocation.rungs].reshape(self.errors.shape[1:]).mean(-1)
+
+
+def rules_of(cells: np.ndarray, layers: Sequence[str], edges: Sequence[tuple[float, float]]) -> list[Rule]:
+    """Few rules that give each cell its rung. cells: [L, G, H]. edges: of each range, in shares of the denoising."""
+    base = sorted(Counter(cells.reshape(-1).tolist()).items(), key=lambda item: (-item[1], item[0]))[0][0]
+    met: dict[tuple, list[str]] = {}
+    for layer, rows in zip(layers, cells):
+        begin = 0
+        for end in range(1, len(edges) + 1):
+            if end < len(edges) and (rows[end] == rows[begin]).all():
+                continue
+            for rung in sorted(set(rows[begin].tolist()) - {base}):
+                heads = tuple(int(head) for head in np.flatnonzero(rows[begin] == rung))
+                steps = (edges[begin][0], edges[end - 1][1])
+                met.setdefault((steps, None if len(heads) == len(rows[begin]) else heads, rung), []).append(layer)
+            begin = end
+    rules = [Rule(rung, tuple(named) if len(named) < len(layers) else ("*",), heads, steps)
+             for (steps, heads, rung), named in met.items()]
+    return [Rule(base), *rules]
+
+
+def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:
+    """The error of the final latent in dB, of a prompt that was not measured."""
+    clock = StepClock(progress)
+    exact = latents_of(pipe, prompt, settings, seed, clock, None, "check", f"exact: {prompt[:60]}")
+    error = db(relative_error(latents_of(pipe, prompt, settings, seed, clock, recipe, "check", "the recipe"), exact))
+    say(f"found: {error:.1f} dB, held-out prompt: {prompt}")
+    return round(error, 2)
+
+
+def _about(prompts, seed, settings, budget, allocation, costs, found) -> dict[str, Any]:
+    where = environment()
+    return {"title": f"calibrated for {budget}", "model": settings.model, "prompts": list(prompts), "seed": seed,
+            "steps": settings.steps, "metric": "squared error of the final latent, in dB of its energy", "budget": str(budget),
+            "predicted_error_db": round(db(allocation.error), 2), "predicted_cost": round(allocation.cost, 4),
+            **({"found_error_db": found} if found else {}), "cost_table": costs.said,
+            "hardware": f"measured on {where['machine']}, {where['device']}",
+            "versions": [f"{name} {version}" for name, version in where["versions"].items()], "commit": str(where["commit"])}
+
+
+def _file(out: Path, prompt: str, seed: int, settings: Settings, plan: Plan, rungs: Sequence[str]) -> Path:
+    """Where a prompt's measurement is kept; of other settings another file."""
+    about = {**asdict(plan), "rungs": list(rungs), "by_head": None, **settings.as_dict(), "fps": None,
+             "model": Path(settings.model).name}
+    key = json.dumps([prompt, seed, about], sort_keys=True)
+    return out.parent / f"{out.stem}_measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
+
+
+def _save(file: Path, measured: Measured) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(file) as part, open(part, "wb") as opened:
+        np.savez(opened, **asdict(measured))
+
+
+def _load(file: Path) -> Measured:
+    with np.load(file, allow_pickle=False) as held:
+        return Measured(held["errors"], held["gains"], int(held["tokens"]), int(held["head_dim"]))

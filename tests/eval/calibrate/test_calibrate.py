@@ -1,0 +1,157 @@
+"""`calibrate`: what errs most gets the better rung, the same prompts give the same recipe, a second start goes on."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="PaddlePaddle is not installed")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from toy_pipeline import ToyPipeline  # noqa: E402
+
+from lowbit_video import Recipe, apply  # noqa: E402
+from lowbit_video.app.cli import build_parser, main  # noqa: E402
+from lowbit_video.eval.calibrate import run as running  # noqa: E402
+from lowbit_video.eval.calibrate.measure import Probe, latents_of, measure, relative_error  # noqa: E402
+from lowbit_video.eval.calibrate.run import Plan, calibrate  # noqa: E402
+from lowbit_video.eval.calibrate.solve import Budget, db  # noqa: E402
+from lowbit_video.eval.compare.layers import StepClock  # noqa: E402
+from lowbit_video.eval.compare.progress import Progress  # noqa: E402
+from lowbit_video.eval.compare.settings import Settings  # noqa: E402
+from lowbit_video.hook.processors import LowBitAttnProcessor  # noqa: E402
+
+SETTINGS = Settings("models/toy", steps=4)
+PLAN = Plan(rungs=("exact", "int8+fp16", "int8+fp8"), ranges=2)
+RANGES = [range(0, 2), range(2, 4)]
+
+
+def silent(labels):
+    return Progress(labels, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ToyPipeline()
+
+
+@pytest.fixture(scope="module")
+def measured(pipe):
+    return measure(pipe, "a red ball", ["int8+fp16", "int8+fp8", "int4+fp16"], "int4+fp16", RANGES, SETTINGS, seed=0, samples=2,
+                   rows=1000, backend="auto", progress=silent(["record", "probe", "probe"]))
+
+
+def test_local_errors_are_those_of_the_attention(pipe, measured):
+    assert measured.errors.shape == (3, 3, 2, 2) and (measured.tokens, measured.head_dim) == (486, 32)
+    worse = measured.errors.sum((1, 2, 3))
+    assert worse[0] < worse[1] < worse[2]
+    seen = {}
+
+    class Twice(LowBitAttnProcessor):
+        def attend(self, q, k, v, *rest):
+            exact, low = LowBitAttnProcessor("exact").attend(q, k, v).numpy(), super().attend(q, k, v, *rest).numpy()
+            seen.setdefault(id(self), []).append(np.square(low - exact).sum((0, 1, 3)) / np.square(exact).sum())
+            return LowBitAttnProcessor("exact").attend(q, k, v)
+
+    clock = StepClock(silent(["one"]))
+    latents_of(pipe, "a red ball", SETTINGS, 0, clock, {f"transformer_blocks.{i}.attn1": Twice("int8+fp8") for i in range(3)},
+               "one", "")
+    for layer, calls in enumerate(seen.values()):
+        wanted = np.stack([np.mean(calls[:2], 0), np.mean(calls[2:], 0)])  # [G, H]
+        np.testing.assert_allclose(measured.errors[1, layer], wanted, rtol=0.05)
+
+
+def test_gains_carry_the_probe_to_the_final_latent(pipe, measured):
+    latents = {}
+    for name, attention in (("exact", None), ("all", "int4+fp16")):
+        latents[name] = latents_of(pipe, "a red ball", SETTINGS, 0, StepClock(silent(["one"])), attention, "one", "")
+    whole = relative_error(latents["all"], latents["exact"])
+    assert measured.gains.shape == (2,) and (measured.gains > 0).all()
+    assert abs(db(measured.weighed()[2].sum()) - db(whole)) < 3
+
+
+def test_rows_are_a_sample_and_steps_not_sampled_are_not_measured():
+    import paddle
+
+    clock = StepClock(silent(["one"]))
+    probe = Probe([LowBitAttnProcessor("int8+fp16")], 10, clock, {1})
+    q = paddle.randn([1, 95, 2, 32])
+    probe.attend(q, q, q)
+    assert not probe.squared
+    clock.step = 1
+    out = probe.attend(q, q, q)
+    assert list(probe.squared) == [1] and probe.whole[1][0] == pytest.approx(float((out[:, 4::9] ** 2).sum()), rel=1e-5)
+    with pytest.raises(ValueError, match="not causal"):
+        probe.attend(q, q, q, is_causal=True)
+
+
+def test_a_recipe_is_written_checked_and_made_again_alike(pipe, tmp_path, monkeypatch):
+    lines = []
+    out = tmp_path / "new" / "r.toml"
+    again = dict(settings=SETTINGS, plan=PLAN, say=lines.append)
+    recipe = calibrate(pipe, ["a red ball", "b"], Budget(cost=1.03), out, held_out=["c"], **again)
+    assert Recipe.load(out) == recipe and out.with_suffix(".png").stat().st_size > 10_000
+    about = recipe.about
+    assert about["predicted_cost"] <= 1.03 and about["prompts"] == ["a red ball", "b"] and about["steps"] == 4
+    assert abs(about["found_error_db"][0] - about["predicted_error_db"]) < 12 and "kernels.json" in about["cost_table"]
+    assert len(set(recipe.resolve(pipe).shares())) > 1
+    first = out.read_text()
+    assert len(list((tmp_path / "new" / "r_measured").iterdir())) == 2
+
+    def no_more(*given, **named):
+        raise AssertionError("what was measured is measured again")
+
+    monkeypatch.setattr(running, "measure", no_more)
+    calibrate(pipe, ["a red ball", "b"], Budget(cost=1.03), out, held_out=["c"], **again)
+    assert out.read_text() == first and any("2 of 2 prompts are measured already" in line for line in lines)
+    with pytest.raises(AssertionError, match="measured again"):
+        calibrate(pipe, ["a red ball"], Budget(cost=1.03), out, **{**again, "settings": Settings("models/toy", steps=2)})
+
+
+def test_a_layer_that_errs_more_is_given_more(pipe, tmp_path):
+    planted = ToyPipeline()
+    for name in ("to_q", "to_k"):
+        weight = getattr(planted.transformer.transformer_blocks[1].attn1, name).weight
+        weight.set_value(weight * 8)
+    planted.transformer.transformer_blocks[1].attn1.norm_q = planted.transformer.transformer_blocks[1].attn1.norm_k = None
+    recipe = calibrate(planted, ["a red ball"], Budget(cost=1.05), tmp_path / "r.toml", settings=SETTINGS,
+                       plan=Plan(rungs=("exact", "int8+fp8"), ranges=2), say=lambda line: None)
+    exact = {name: sum(span.end - span.start for span in plan.spans if span.rungs[0] == "exact")
+             for name, plan in recipe.resolve(planted).layers.items()}
+    assert exact["transformer_blocks.1.attn1"] == sum(exact.values()) > 0
+
+
+def test_bad_requests_are_named_before_any_work(pipe, tmp_path, capsys):
+    for given, says in (((["a"], Budget(cost=2)), "steps is not known"), (([], Budget(cost=2)), "at least one prompt")):
+        with pytest.raises(ValueError, match=says):
+            calibrate(pipe, *given, tmp_path / "r.toml", settings=Settings("toy"))
+    with pytest.raises(ValueError, match="others to check on"):
+        calibrate(pipe, ["a"], Budget(cost=2), tmp_path / "r.toml", held_out=["a"], settings=SETTINGS)
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    command = ["calibrate", "--prompts", str(tmp_path / "p.txt"), "--model", str(tmp_path)]
+    right = ["--budget", "1x", "--out", "r.toml", "--limit", "1"]
+    for more, says in ((["--budget", "9", "--out", "r.toml"], "budget is '9'"),
+                       (["--budget", "1x", "--out", "r"], "ends in .toml"),
+                       (right[:-2], "p.txt has 2 prompts; 2 are to be measured and 1 held out"),
+                       ([*right, "--rungs", "pooled"], "unknown precision 'pooled'"),
+                       ([*right, "--speed", "none.json"], "no such file: none.json")):
+        assert main([*command, *more]) == 2 and says in capsys.readouterr().err
+    assert not apply(pipe, None).remove()
+
+
+def test_the_command_line_reaches_the_plan(monkeypatch, tmp_path):
+    from lowbit_video.eval.calibrate import cli
+
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    words = ["calibrate", "--model", str(tmp_path), "--prompts", str(tmp_path / "p.txt"), "--budget", "40dB", "--out",
+             str(tmp_path / "r.toml"), "--limit", "1", "--held-out", "2", "--rungs", "exact,int8+fp8", "--by-head", "--ranges",
+             "3", "--samples", "2", "--rows", "7", "--seed", "5", "--backend", "reference"]
+    called = []
+    monkeypatch.setattr(cli, "load", lambda args: ("pipe", "settings"))
+    monkeypatch.setattr(running, "calibrate", lambda *given, **named: called.append((given, named)))
+    args = build_parser("calibrate").parse_args(words)
+    assert args.run(args) == 0
+    (given, named), = called
+    assert given == ("pipe", ["a"], Budget(error_db=40.0), tmp_path / "r.toml")
+    assert named["plan"] == Plan(("exact", "int8+fp8"), ranges=3, samples=2, rows=7, by_head=True)
+    assert (named["held_out"], named["settings"], named["seed"], named["backend"]) == (["b", "c"], "settings", 5, "reference")
