@@ -104,6 +104,17 @@ def test_the_table_says_what_the_lines_say(whole):
     assert text.count("| int2+fp16 |") == 1 + len(record["groups"]) and "lpips (needs --weights lpips=PATH" in text
 
 
+def test_the_tables_are_made_of_a_folder_alone(code, whole, monkeypatch):
+    written = {name: (whole / name).read_bytes() for name in ("precisions.json", "precisions.md")}
+    for name in written:
+        (whole / name).unlink()
+    monkeypatch.setattr(code.evaluate, "TorchMaker", None)
+    assert code.main(["--out", str(whole), "--tables", "--no-page"]) == 0
+    assert {name: (whole / name).read_bytes() for name in written} == written
+    with pytest.raises(SystemExit):
+        code.main(["--out", str(whole), "--weights", "lpips"])
+
+
 def test_it_goes_on_where_it_was_stopped_with_the_same_figures(code, model, whole, tmp_path, monkeypatch, capfd):
     begun = [*BEGUN, "--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16", "int2+fp16"]
     made, make = [], code.makers.TorchMaker.make

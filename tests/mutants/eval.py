@@ -111,7 +111,7 @@ MUTANTS = [
             ('"pan-left" if to_right > 0', '"pan-left" if to_right < 0'), ("PANNED, ZOOMED = 19.0", "PANNED, ZOOMED = 21.0"),
             ("STEADY_ZOOM = 10.0, 0.09, 0.14", "STEADY_ZOOM = 10.0, 0.09, 0.17"), ("ASLANT = 0.6", "ASLANT = 0.7")),
     *faults("eval/world/ground_seeing.py", SCENE_JUDGE + "test_every_camera_over_every_background_that_shows_it",
-            ("ONLY_ACROSS = 0.12", "ONLY_ACROSS = 0.0"), ("ONE_WAY, TWO_WAYS = 0.6", "ONE_WAY, TWO_WAYS = 0.99"),
+            ("ONLY_ACROSS = 0.12", "ONLY_ACROSS = 0.0"), ("if one > ONE_WAY", "if one > 1"),
             ("(slope * (place @ ways))", "slope"), ("for times in (2, 4)", "for times in (2, 6)")),
     *faults("eval/world/ground_seeing.py", SCENE_JUDGE + "test_a_background_that_shows_no_camera",
             ("< SLANT_MISS", "< -SLANT_MISS"), ("FLAT = 0.09", "FLAT = 0.3"), ("tones(name, LONG)", "tones(name)")),
