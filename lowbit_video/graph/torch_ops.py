@@ -53,7 +53,7 @@ def module_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 @torch.library.custom_op("lowbit_video::denoising_step", mutates_args=())
 def step_op(timestep: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The timestep, told to the clock of that key (`hook/recipe/clock.py`) when a graph reaches this."""
-    runner_of(int(key)).tell(timestep)
+    runner_of(int(key)).tell(timestep.clone())  # of its own: the graph may write over its tensors before this one is read
     return timestep.clone()
 
 

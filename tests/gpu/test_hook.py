@@ -42,6 +42,35 @@ def test_a_gpu_kernel_runs_in_every_module_and_remove_restores(pipe, precision):
     assert psnr(video(pipe), exact).min() > 60
 
 
+def test_a_recipe_runs_each_step_at_its_rung(pipe):
+    from lowbit_video import Recipe, apply, coverage, remove
+
+    apply(pipe, Recipe([{"rung": "int8+fp8"}, {"steps": "0-0.5", "rung": "int8+fp16"}, {"heads": [0], "rung": "exact"}]))
+    video(pipe)
+    runs = [{variant.partition(" (")[0]: calls for variant, calls, _ in module.runs} for module in coverage(pipe).modules]
+    remove(pipe)
+    assert all(run == {"steps 0-0.5, heads 0: exact": 1, "steps 0-0.5, heads 1: int8+fp16": 1, "steps 0.5-1, heads 0: exact": 1,
+                       "steps 0.5-1, heads 1: int8+fp8": 1} for run in runs), runs
+
+
+@pytest.mark.parametrize("rungs", [("int8+fp8", "exact", "exact", "int8+fp8"),
+                                   ("int8+fp16", "int8+fp16", "int4+fp16", "exact")])
+def test_heads_of_several_rungs_are_those_computed_alone(gpu, rungs):
+    from lowbit_video import LowBitAttnProcessor
+    from lowbit_video.hook.recipe.clock import StepClock
+    from lowbit_video.hook.recipe.processor import RecipeAttnProcessor
+    from lowbit_video.hook.recipe.table import LayerPlan, Span
+
+    q, k, v = (gpu.tensor(a) for a in qkv(2, 4, q_len=1000, dim=64))
+    processor = RecipeAttnProcessor(LayerPlan((Span(0.0, 1.0, rungs),)), StepClock())
+    for _ in range(2):  # recorded, then replayed
+        out = gpu.numpy(processor.attend(q, k, v))
+        for head, rung in enumerate(rungs):
+            cut = slice(head, head + 1)
+            alone = gpu.numpy(LowBitAttnProcessor(rung).attend(*(gpu.tensor(gpu.numpy(t)[:, :, cut]) for t in (q, k, v))))
+            assert sqnr_db(out[:, :, cut], alone) > 60
+
+
 def test_a_compiled_transformer_equals_the_eager_one(pipe):
     from lowbit_video import apply, coverage, remove
     from lowbit_video.runtime.detect import default_paddle_device

@@ -2,6 +2,7 @@
 from .entry import faults
 
 BENCH = "tests/eval/test_bench.py::"
+CALIBRATE = "tests/eval/calibrate/test_calibrate.py::"
 COMPARE = "tests/eval/compare/test_compare.py::"
 DRAWN = "tests/eval/report/test_drawn.py"
 FLOOR = "tests/eval/compare/test_floor.py::"
@@ -11,6 +12,7 @@ LAYERS = "tests/eval/compare/test_layers.py::"
 SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
 PAIRED = "tests/eval/metrics/test_paired.py::"
+SOLVE = "tests/eval/calibrate/test_solve.py::"
 SUMMARY = "tests/eval/report/test_summary.py::"
 TEMPORAL = "tests/eval/metrics/test_temporal.py::"
 TENSOR = "tests/eval/metrics/test_tensor_metrics.py::"
@@ -187,4 +189,32 @@ MUTANTS = [
             ("-(-next(iter(clips.values())).shape[2] // TILE_SIDE)",
              "max(1, next(iter(clips.values())).shape[2] // TILE_SIDE)"),
             ("clip.shape[1] // factor, clip.shape[2] // factor", "clip.shape[2] // factor, clip.shape[1] // factor")),
+    *faults("eval/calibrate/solve.py", SOLVE + "test_every_point_of_the_curve_is_the_best_for_its_cost",
+            ("errors[rung] >= errors[kept[-1]]", "False"), ("<= slope(kept[-1], rung)", "> slope(kept[-1], rung)"),
+            ("-gained / paid", "gained / paid"),
+            ("shares[cell] * (costs[after] - costs[before])", "costs[after] - costs[before]")),
+    *faults("eval/calibrate/solve.py", SOLVE + "test_an_error_is_met_at_the_least_cost_and_a_cost_with_the_least_error",
+            ("done, at = rungs.copy(), len(curve) - 1", "done, at = rungs, len(curve) - 1"),
+            ("if done is not None and budget.error_db is not None:", "if False:"),
+            (">= budget.error_db", "> budget.error_db + 1")),
+    *faults("eval/calibrate/costs.py", SOLVE + "test_prices_are_of_the_nearest_shape_and_its_fastest_kernel",
+            ('and not row["causal"]', ""), ("min(row[", "max(row["), ("if UNIT in of}", "}"),
+            ("far(shape[0], head_dim), far(shape[1], tokens)", "far(shape[1], tokens), far(shape[0], head_dim)")),
+    *faults("eval/calibrate/run.py", SOLVE + "test_rules_give_each_cell_its_rung",
+            ("edges[end - 1][1]", "edges[begin][1]"), ("            begin = end\n", "            begin = end - 1\n"),
+            ("if len(heads) == len(rows[begin]) else heads", "if len(heads) > 1 else heads")),
+    *faults("eval/calibrate/run.py", SOLVE + "test_steps_begin_in_their_own_range_and_heads_count",
+            ("step * 10**STEP_DIGITS // steps / 10**STEP_DIGITS", "round(step / steps, STEP_DIGITS)"),
+            ("errors.sum(-1, keepdims=True)", "errors.mean(-1, keepdims=True)"),
+            ("np.mean([one.weighed()", "np.sum([one.weighed()")),
+    *faults("eval/calibrate/measure.py", SOLVE + "test_steps_begin_in_their_own_range_and_heads_count",
+            ("self.gains[None, None, :, None]", "self.gains[::-1][None, None, :, None]")),
+    *faults("eval/calibrate/measure.py", CALIBRATE + "test_local_errors_are_those_of_the_attention",
+            (".sum((0, 1, 3)) for x in low", ".mean((0, 1, 3)) for x in low"),
+            ("for some in steps], 1)", "for some in steps[::-1]], 1)")),
+    *faults("eval/calibrate/measure.py", CALIBRATE + "test_gains_carry_the_probe_to_the_final_latent",
+            ("errors[rungs.index(probe)]", "errors[0]"), (".sum((0, 2))", ".mean((0, 2))")),
+    *faults("eval/calibrate/measure.py", CALIBRATE + "test_rows_are_a_sample_and_steps_not_sampled_are_not_measured",
+            ("slice(stride // 2, None, stride)", "slice(0, None, stride)"),
+            ("if self.clock.step not in self.steps:", "if False:")),
 ]

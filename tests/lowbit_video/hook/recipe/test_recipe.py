@@ -133,7 +133,7 @@ def test_no_such_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("rules, says", [
     ([{"rung": "exact"}, {"layers": "c.*", "rung": "exact"}], "rule 2: layers 'c.\\*' names no attention module; there are: a"),
-    ([{"rung": "exact"}, {"heads": [3], "rung": "exact"}], "rule 2: heads 3 are asked of b.attn, which has 2 \\(0 to 1\\)"),
+    ([{"rung": "exact"}, {"heads": [2], "rung": "exact"}], "rule 2: heads 2 are asked of b.attn, which has 2 \\(0 to 1\\)"),
     ([{"layers": "a.*", "rung": "exact"}], "no rule says what b.attn runs with heads 0-1 in steps 0-1"),
     ([{"heads": "1", "rung": "exact"}], "no rule says what a.attn runs with heads 0,2-3 in steps 0-1"),
     ([{"steps": "0.1-1", "rung": "exact"}], "no rule says what a.attn runs with heads 0-3 in steps 0-0.1"),
