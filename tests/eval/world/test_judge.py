@@ -69,11 +69,12 @@ def clip(caption, seed=0):
 
 
 def test_every_motion_is_told_from_every_other():
-    for motion, words in captions._MOTION_WORDS.items():
+    own = {motion: captions._MOTION_WORDS[motion] for motion in world.SMALL.motions}
+    for motion, words in own.items():
         caption = f"a red star {words[0].format(v='moves')} on a blue background"
         frames = clip(caption)
         assert seeing.look(frames).things[0].motion == motion
-        for other, other_words in captions._MOTION_WORDS.items():
+        for other, other_words in own.items():
             wanted = f"a red star {other_words[0].format(v='moves')} on a blue background"
             if other != motion and other in ("left", "up-right", "still", "spin", "grow", "bounce-up-down"):
                 assert not judge.score(frames, wanted).motion, (motion, other)
