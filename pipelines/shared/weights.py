@@ -219,6 +219,12 @@ def read_header(path: str) -> dict[str, TensorEntry]:
                 f"{path} is truncated: tensor {name} ends at byte {entry.offset + entry.nbytes}, the file has {size}; "
                 f"fetch it again"
             )
+    place = 8 + header_bytes
+    for name, entry in sorted(entries.items(), key=lambda one: (one[1].offset, one[1].nbytes)):
+        if entry.offset != place:  # the format has no gaps and shares no bytes: its own reader refuses both
+            raise WeightsError(f"{path} is damaged: tensor {name} begins at byte {entry.offset} of the file, and what lies "
+                               f"before it ends at {place}; fetch it again")
+        place += entry.nbytes
     return entries
 
 

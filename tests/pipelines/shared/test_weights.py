@@ -334,6 +334,26 @@ def test_table_that_does_not_fit_its_shapes(model, tmp_path):
         Small.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("first, second, words", [
+    ((2, 6), (6, 14), r"tensor a begins at byte \d+ of the file, and what lies before it ends at \d+"),
+    ((0, 4), (2, 10), "tensor b begins"), ((0, 4), (6, 14), "tensor b begins"), ((4, 8), (0, 8), "tensor a begins"),
+])
+def test_tensors_that_share_bytes_or_leave_some_out(tmp_path, first, second, words):
+    """As the format's own reader: there each begins where the one before ends, in any order of the table."""
+    path = tmp_path / "some.safetensors"
+
+    def write(first, second):
+        header = json.dumps({name: dict(dtype="F16", shape=[(end - begin) // 2], data_offsets=[begin, end])
+                             for name, (begin, end) in (("a", first), ("b", second))}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
+        return read_header(str(path))
+
+    for whole in (((0, 4), (4, 12)), ((8, 12), (0, 8)), ((0, 0), (0, 8))):
+        assert set(write(*whole)) == {"a", "b"}
+    with pytest.raises(WeightsError, match=words):
+        write(first, second)
+
+
 def test_missing_shard(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size=60)
     shard = sorted(tmp_path.glob("*-00002-of-*.safetensors"))[0]
