@@ -79,8 +79,8 @@ class Job:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; there are: {', '.join(known)}")
         for name in ("steps", "frames", "height", "width", "fps", "ulysses_degree", "ring_degree", "cfg_degree", "vae_degree"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; it must be positive")
+            if value is not None and not 0 < value < 2**31:
+                raise ValueError(f"{name} is {value}; it must be positive and less than {2**31}")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}; it must be a finite number (1 or less leaves guidance out)")
         if not 0 <= self.seed < 2**32:

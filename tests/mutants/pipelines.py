@@ -11,9 +11,12 @@ VIDEO_FILES = "tests/pipelines/shared/test_video_files.py::"
 VAE = "tests/pipelines/cogvideox/test_vae.py::"
 
 MUTANTS = [
-    *faults("pipelines/shared/weights.py", "tests/pipelines/shared/test_weights.py::test_tensors_that_share_bytes_or_leave_some_out",
-            ("if entry.offset != place:", "if entry.offset < place:"), ("if entry.offset != place:", "if entry.offset > place:"),
-            ("(one[1].offset, one[1].nbytes)", "(one[1].offset, -one[1].nbytes)"), ("    place = 8 + header_bytes", "    place = 8")),
+    *faults("pipelines/shared/weights.py",
+            "tests/pipelines/shared/test_weights.py::test_tensors_that_share_bytes_or_leave_some_out",
+            ("if entry.offset != place:", "if entry.offset < place:"),
+            ("if entry.offset != place:", "if entry.offset > place:"),
+            ("(one[1].offset, one[1].nbytes)", "(one[1].offset, -one[1].nbytes)"),
+            ("    place = 8 + header_bytes", "    place = 8")),
     *faults("pipelines/cogvideox/vae.py", VAE + "test_default_tiles_are_those_of_diffusers",
             ("config.sample_height // 2, config.sample_width // 2)", "config.sample_width // 2, config.sample_height // 2)"),
             ("self.tile_overlap_factor_height = 1 / 6", "self.tile_overlap_factor_height = 1 / 5"),
