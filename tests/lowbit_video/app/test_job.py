@@ -50,7 +50,8 @@ def test_of_patterns_for_modules_the_last_one_given_stands_last():
 @pytest.mark.parametrize("name, right, wrong", [
     ("seed", (0, 2**32 - 1), (-1, 2**32)), ("guidance", (-1.0, 0.0, 1e30), (float("nan"), float("-inf"))),
     *((name, (1, 9, 2**31 - 1), (0, -1, 2**31, 10**400)) for name in (
-        "steps", "frames", "height", "width", "ulysses_degree", "ring_degree", "cfg_degree", "vae_degree")), ("fps", (0.5, 8), (0, -1.0, float("inf")))])
+        "steps", "frames", "height", "width", "ulysses_degree", "ring_degree", "cfg_degree", "vae_degree")),
+    ("fps", (0.5, 8), (0, -1.0, float("inf")))])
 def test_both_sides_of_every_limit(name, right, wrong):
     for value in right:
         assert getattr(Job(**{name: value}), name) == value
