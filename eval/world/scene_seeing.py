@@ -21,11 +21,12 @@ from .seeing import (
     MIN_OVERLAP,
     Scene,
     Seen,
-    _areas,
     _dilate,
     _erode,
     _square,
     check_frames,
+    largest_areas,
+    moments,
 )
 
 PRESENCE = 0.45  # share of the frames in which a thing's colour must be seen: some come late or leave early
@@ -102,17 +103,10 @@ def _thing(colour: str, alpha: np.ndarray, others: np.ndarray, unit: float) -> l
     second thing of its colour."""
     solid = alpha > 0.5
     solid &= _dilate(_erode(solid), 2)  # the edge of another thing may have this colour too, but is thin
-    labels, sizes = _areas(solid)
-    if not len(sizes):
+    areas = largest_areas(solid)
+    if areas is None:
         return []
-    frame = np.empty(len(sizes), int)
-    inside = np.nonzero(solid)
-    frame[labels[inside]] = inside[0]
-    largest = np.full(len(alpha), -1)
-    order = np.argsort(sizes, kind="stable")
-    largest[frame[order]] = order
-    main = solid & (labels == largest[:, None, None])
-    area = main.sum((1, 2))
+    main, area, second = areas
     there = area > LEAST_AREA * unit**2
     left, right = (main[:, :, edge].any((1, 2)) for edge in (slice(0, 2), slice(-2, None)))
     rim = left | right | main[:, :2].any((1, 2)) | main[:, -2:].any((1, 2))
@@ -122,20 +116,18 @@ def _thing(colour: str, alpha: np.ndarray, others: np.ndarray, unit: float) -> l
         whole = np.flatnonzero(there & ~rim)
     if there.mean() < PRESENCE or len(whole) < LEAST_FRAMES:
         return []
-    second = np.zeros(len(alpha))
-    np.maximum.at(second, frame, np.where(np.arange(len(sizes)) == largest[frame], 0, sizes))
     extra = (second > LEAST_AREA * unit**2) & (second > EXTRA_SHARE * area)
     near = _dilate(main[whole], max(3, round(EDGE_REACH * unit)))
     edges = edge_widths(np.where(near, alpha[whole], 0), main[whole])
     kept = np.where(_dilate(main[whole], 2), cut(alpha[whole]), 0)
-    x, y, spread, size = _moments(kept)
+    x, y, spread, size = moments(kept)
     shape, overlap, turn = shape_of(kept, x, y, spread, edges)
     turned = steady_turn(turn, whole / (len(alpha) - 1), SYMMETRY[shape] if shape else None)
     motion = crossing(x / unit, y / unit, area / np.median(area[whole]), left, right)
     if motion is None:
         motion = motion_of(x / unit, y / unit, np.sqrt(size), turned * np.linspace(0, 1, len(whole)))
         shown = np.flatnonzero(there & ~rim & (area > MOSTLY * np.median(area[whole])))  # partly covered: good for a long way
-        u, v, *_ = _moments(main[shown].astype(np.float32))
+        u, v, *_ = moments(main[shown].astype(np.float32))
         farther = motion_of(u / unit, v / unit, np.full(len(shown), 1.0), np.zeros(len(shown)))
         if farther in BOUNCES or (motion in (None, "still") and farther in DIRECTIONS):
             motion = farther
@@ -146,15 +138,6 @@ def _thing(colour: str, alpha: np.ndarray, others: np.ndarray, unit: float) -> l
     if extra[whole].mean() >= EXTRA_PRESENCE:
         found.append((float(x.mean()), Seen(colour, None, None, 0.0, 0.0)))
     return found
-
-
-def _moments(kept: np.ndarray):
-    """Middle x and y, radius of gyration and area of coverages `[F, H, W]`."""
-    ys, xs = np.arange(kept.shape[1], dtype=np.float32), np.arange(kept.shape[2], dtype=np.float32)
-    area = kept.sum((1, 2))
-    x, y = (kept.sum(1) @ xs) / area, (kept.sum(2) @ ys) / area
-    variance = (kept.sum(1) @ xs**2 + kept.sum(2) @ ys**2) / area - x**2 - y**2
-    return x, y, np.sqrt(np.maximum(variance, 1)), area
 
 
 def steady_turn(turn: np.ndarray, time: np.ndarray, period: int | None) -> float:

@@ -280,34 +280,46 @@ def _areas(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels.reshape(mask.shape), np.bincount(number, stop - start)
 
 
-def _things(colour: str, alpha: np.ndarray, core: np.ndarray, unit: float) -> list[tuple[float, Seen]]:
-    """Follow one colour through the frames: (mean x, Seen) of its largest connected area, and of what else has its colour."""
-    solid = alpha > 0.5
+def largest_areas(solid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The largest connected area of each frame of a mask `[F, H, W]`: a mask of these areas, their sizes and those of the next
+    largest, `[F]`, 0 where there is none; None for an empty mask."""
     labels, sizes = _areas(solid)
     if not len(sizes):
-        return []
+        return None
     frame = np.empty(len(sizes), int)
     inside = np.nonzero(solid)
     frame[labels[inside]] = inside[0]
-    largest = np.full(len(alpha), -1)
+    largest = np.full(len(solid), -1)
     order = np.argsort(sizes, kind="stable")
     largest[frame[order]] = order
-    main = solid & (labels == largest[:, None, None])
     rest = np.where(np.arange(len(sizes)) == largest[frame], 0, sizes)
-    second = np.zeros(len(alpha))
+    second = np.zeros(len(solid))
     np.maximum.at(second, frame, rest)
-    first = np.where(largest >= 0, sizes[largest], 0)
+    return solid & (labels == largest[:, None, None]), np.where(largest >= 0, sizes[largest], 0), second
+
+
+def moments(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Middle x and y, radius of gyration and area of coverages `[F, H, W]`."""
+    ys, xs = np.arange(kept.shape[1], dtype=np.float32), np.arange(kept.shape[2], dtype=np.float32)
+    area = kept.sum((1, 2))
+    x, y = (kept.sum(1) @ xs) / area, (kept.sum(2) @ ys) / area
+    variance = (kept.sum(1) @ xs**2 + kept.sum(2) @ ys**2) / area - x**2 - y**2
+    return x, y, np.sqrt(np.maximum(variance, 1)), area
+
+
+def _things(colour: str, alpha: np.ndarray, core: np.ndarray, unit: float) -> list[tuple[float, Seen]]:
+    """Follow one colour through the frames: (mean x, Seen) of its largest connected area, and of what else has its colour."""
+    areas = largest_areas(alpha > 0.5)
+    if areas is None:
+        return []
+    main, first, second = areas
     extra = (second > LEAST_AREA * unit**2) & (second > EXTRA_SHARE * first)
     present = (first > LEAST_AREA * unit**2) & (core & main).any((1, 2))
     if present.mean() < MIN_PRESENCE:
         return []
     edges = edge_widths(np.where(_dilate(main, max(3, round(EDGE_REACH * unit))), alpha, 0)[present], main[present])
     kept = np.where(_dilate(main, 2), cut(alpha), 0)[present]
-    ys, xs = np.arange(alpha.shape[1], dtype=np.float32), np.arange(alpha.shape[2], dtype=np.float32)
-    area = kept.sum((1, 2))
-    x, y = (kept.sum(1) @ xs) / area, (kept.sum(2) @ ys) / area
-    variance = (kept.sum(1) @ xs**2 + kept.sum(2) @ ys**2) / area - x**2 - y**2
-    spread = np.sqrt(np.maximum(variance, 1))
+    x, y, spread, area = moments(kept)
     shape, overlap, turn = shape_of(kept, x, y, spread, edges)
     motion = motion_of(x / unit, y / unit, np.sqrt(area), turn)
     width = float(np.median(edges))
