@@ -17,6 +17,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN and "\n" not in text else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
+def some_of(names: list[str], most: int = 6) -> str:
+    """The first names of a list as text for a message, and how many there are where that is not all."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """The value as an int. TypeError for what is no whole number, ValueError for one below `least` or above `most`."""
     try:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from ..arguments import shown
+from ..arguments import shown, some_of
 from ..errors import UnsupportedError
 from ..precision import Precision, as_precision
 from .base import NO_CONTEXT_PARALLEL, AttnProcessor, check_processor, set_processor, slot_of
@@ -107,7 +107,7 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
     for pattern, wanted in (modules or {}).items():
         names = [name for name in targets if isinstance(pattern, str) and fnmatch.fnmatchcase(name, pattern)]
         if not names:
-            raise ValueError(f"the pattern {shown(pattern)} names no attention module; there are: {_some(list(targets))}; "
+            raise ValueError(f"the pattern {shown(pattern)} names no attention module; there are: {some_of(list(targets))}; "
                              "try a pattern such as 'transformer_blocks.0.*'")
         choice.update(dict.fromkeys(names, wanted))
     made: dict[Any, AttnProcessor] = {}
@@ -186,7 +186,3 @@ def _dispatches(modules: Mapping[str, Any]) -> str:
         return ""
     return ("; this model asks diffusers' dispatcher for its attention: take a backend of that in place of apply(), "
             "docs/diffusers.md")
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

@@ -12,7 +12,7 @@ from ...runtime.detect import runtime_of
 from ..base import AttnProcessor
 from ..processors import LowBitAttnProcessor
 from .clock import StepClock
-from .rule import heads_text, steps_text
+from .rule import heads_text, runs_of, steps_text
 from .table import LayerPlan, Span
 
 
@@ -125,23 +125,12 @@ def _parts_of(plan: LayerPlan, span: Span, hook: dict[str, Any]) -> tuple[_Rung,
     return tuple(parts)
 
 
-def _runs(indices: Sequence[int]) -> list[slice]:
-    """Indices as slices of neighbours."""
-    runs: list[slice] = []
-    for index in indices:
-        if runs and runs[-1].stop == index:
-            runs[-1] = slice(runs[-1].start, index + 1)
-        else:
-            runs.append(slice(index, index + 1))
-    return runs
-
-
 def _take(t: Any, axis: int, indices: Sequence[int]) -> Any:
     """The tensor at some indices of a dimension; a view where they lie side by side.
 
     By slices: a list as an index gives wrong values of Paddle 3.3.1's tensors that are not contiguous.
     """
-    cuts = [t[(slice(None),) * axis + (run,)] for run in _runs(indices)]
+    cuts = [t[(slice(None),) * axis + (run,)] for run in runs_of(indices)]
     return cuts[0] if len(cuts) == 1 else runtime_of(t).concat(cuts, axis)
 
 

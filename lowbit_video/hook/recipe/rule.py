@@ -73,14 +73,20 @@ def as_rule(given: Rule | Mapping[str, Any]) -> Rule:
     return Rule(**given)
 
 
+def runs_of(indices: Iterable[int]) -> list[slice]:
+    """Indices in their order as slices of neighbours: (0, 1, 2, 7) is [0:3, 7:8]."""
+    runs: list[slice] = []
+    for index in indices:
+        if runs and runs[-1].stop == index:
+            runs[-1] = slice(runs[-1].start, index + 1)
+        else:
+            runs.append(slice(index, index + 1))
+    return runs
+
+
 def heads_text(heads: Iterable[int]) -> str:
     """Heads in ascending order as a text: (0, 1, 2, 7) is "0-2,7"."""
-    runs: list[list[int]] = []
-    for head in heads:
-        if runs and runs[-1][1] == head - 1:
-            runs[-1][1] = head
-        else:
-            runs.append([head, head])
+    runs = [(run.start, run.stop - 1) for run in runs_of(heads)]
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 

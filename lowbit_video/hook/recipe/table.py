@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ...arguments import some_of
 from .rule import Rule, heads_text, steps_text
 
 
@@ -87,7 +88,7 @@ def table_of(rules: Sequence[Rule], heads: Mapping[str, int], source: str) -> Ta
         met = [layer for layer in heads if rule.matches(layer)]
         if not met:
             raise ValueError(f"{name}: layers {', '.join(map(repr, rule.layers))} names no attention module; there are: "
-                             f"{_some(list(heads))}")
+                             f"{some_of(list(heads))}")
         for layer in met:
             if rule.heads is not None and rule.heads[-1] >= heads[layer]:
                 raise ValueError(f"{name}: heads {heads_text(rule.heads)} are asked of {layer}, which has {heads[layer]} (0 to "
@@ -114,7 +115,3 @@ def _plan(layer: str, heads: int, rules: Sequence[Rule], source: str) -> LayerPl
         else:
             spans.append(Span(start, end, tuple(rungs)))
     return LayerPlan(tuple(spans))
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
