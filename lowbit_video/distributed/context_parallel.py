@@ -16,9 +16,8 @@ from ..hook.frames.cogvideox import joint_attention
 from ..hook.report import attention_modules, named_modules, transformer_of
 from .exchange import check_exchange
 from .group import Group, Traffic
-from .ring import ring
+from .parallelize import shared
 from .torch_model import check_hooks
-from .ulysses import ulysses
 
 
 def cp_plan(pipe_or_model: Any, exchange: str = "auto", output: str = "16bit") -> dict[str, Any]:
@@ -70,16 +69,10 @@ def _around(config: Any, exchange: str, output: str) -> Callable[[Any], Any]:
     uneven = config.ulysses_anything or config.ring_anything
 
     def around(attend: Any) -> Any:
-        def shared(q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None, return_lse: bool = False
-                   ) -> Any:
-            own = q.shape[1]
-            inner = attend
-            if keys.size > 1:
-                inner = ring(inner, keys, exchange, None if uneven else [own * heads.size] * keys.size)
-            if heads.size > 1:
-                inner = ulysses(inner, heads, exchange, output, None if uneven else [own] * heads.size)
-            return inner(q, k, v, is_causal, scale, return_lse)
+        def run(q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None, return_lse: bool = False) -> Any:
+            shares = None if uneven else [q.shape[1]] * (keys.size * heads.size)
+            return shared(attend, keys, heads, exchange, output, shares)(q, k, v, is_causal, scale, return_lse)
 
-        return shared
+        return run
 
     return around

@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..hook.report import attention_modules, coverage, named_modules, transforme
 from ..runtime.detect import runtime_of
 from .agree import from_first, values_of
 from .exchange import check_exchange
+from .group import Group
 from .mesh import Mesh, degrees_for
 from .ring import ring
 from .split import COMPILED_WHOLE, TokenSplit
@@ -183,18 +184,21 @@ def _around(mesh: Mesh, split: TokenSplit, exchange: str, output: str) -> Callab
     if mesh.sequence.size == 1:
         return None
 
-    size, first = mesh.ulysses.size, mesh.ring.rank * mesh.ulysses.size
+    return lambda attend: shared(attend, mesh.ring, mesh.ulysses, exchange, output, split.shares)
 
-    def around(attend: Any) -> Any:
-        shares = split.shares  # of every rank of the sequence, a group of heads after the other
-        if mesh.ring.size > 1:
-            parts = [sum(shares[part * size:(part + 1) * size]) for part in range(mesh.ring.size)]
-            attend = ring(attend, mesh.ring, exchange, parts)
-        if mesh.ulysses.size > 1:
-            attend = ulysses(attend, mesh.ulysses, exchange, output, shares[first:first + size])
-        return attend
 
-    return around
+def shared(attend: Any, keys: Group, heads: Group, exchange: str, output: str, shares: Sequence[int] | None) -> Any:
+    """An attention whose keys are shared by one group of ranks and whose heads by another.
+
+    shares: tokens of every rank of the sequence, a group of heads after the other; None asks the others at every call.
+    """
+    size, first = heads.size, keys.rank * heads.size
+    if keys.size > 1:
+        parts = None if shares is None else [sum(shares[part * size:(part + 1) * size]) for part in range(keys.size)]
+        attend = ring(attend, keys, exchange, parts)
+    if heads.size > 1:
+        attend = ulysses(attend, heads, exchange, output, None if shares is None else shares[first:first + size])
+    return attend
 
 
 def _say_unequal_memory(handle: Parallel) -> None:
