@@ -11,10 +11,11 @@ import torch
 from torch._dynamo.utils import counters
 
 import lowbit_video
+from lowbit_video.hook.report import attention_modules
 
-from .. import timing
+from .. import accuracy, timing
 from .methods import EXACT, NONE, Method, methods_of, title, why_not
-from .models import HUNYUAN_TEXT, StepModel
+from .models import StepModel
 
 MODES = ("eager", "blocks", "model")
 """As it is; its repeated blocks compiled; the whole model compiled. Compiled graphs are without a break (`fullgraph=True`)."""
@@ -31,9 +32,9 @@ def measure(name: str, entry: StepModel, methods: Sequence[str], modes: Sequence
     left_out = {method: reason for method in methods if (reason := why_not(method, device))}
     names = [method for method in methods if method not in left_out]
     result: dict[str, Any] = dict(model=name, batch=entry.batch, video_tokens=tokens, dtype=str(dtype).removeprefix("torch."),
-                                  layers=_layers(model), left_out=left_out, failed={}, rows=[], ran={})
-    leading = tokens + HUNYUAN_TEXT[1] if name == "hunyuanvideo" else None
-    with methods_of(model, entry.dispatches, names, leading) as ways:
+                                  layers=len(attention_modules(model)), left_out=left_out, failed={}, rows=[], ran={})
+    leading_keys = None if entry.text is None else tokens + entry.text
+    with methods_of(model, entry.dispatches, names, leading_keys) as ways:
         steps = {method: _step(model, given, way) for method, way in ways.items()}
         wanted = next(iter(steps.values()))()
         eager: dict[str, torch.Tensor] = {}
@@ -59,10 +60,6 @@ def measure(name: str, entry: StepModel, methods: Sequence[str], modes: Sequence
     del model, given, steps
     gc.collect()
     return result
-
-
-def _layers(model: Any) -> int:
-    return sum(getattr(module, "processor", None) is not None for module in model.modules())
 
 
 def _step(model: Any, given: dict, way: Method) -> Callable[[], torch.Tensor]:
@@ -113,8 +110,7 @@ def _checked(method: str, mode: str, step: Callable, wanted: torch.Tensor, eager
 
 def sqnr_db(value: torch.Tensor, wanted: torch.Tensor) -> float:
     """Signal to noise in dB; infinite for equal tensors."""
-    noise = (value.double() - wanted.double()).square().sum().item()
-    return 10 * math.log10(wanted.double().square().sum().item() / noise) if noise else math.inf
+    return accuracy.sqnr_db(*(x.double().cpu().numpy() for x in (value, wanted)))
 
 
 def _time(rows: list[dict], steps: dict[str, Callable], device: str, budget_ms: float) -> None:

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lowbit_video
 from lowbit_video.hook.base import set_processor
 from lowbit_video.hook.dispatcher.names import backend_names
+from lowbit_video.hook.report import attention_modules
 from lowbit_video.precision import Precision
 
 from .. import baselines
@@ -62,7 +63,6 @@ class Method:
     """One way, set up for a model. context: makes what is around the step. put: gives the model's modules its processors."""
 
     name: str
-    leading_keys: int | None
     context: Callable[[], contextlib.AbstractContextManager]
     put: Callable[[], None]
 
@@ -80,7 +80,7 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
 
     leading_keys: how many keys of its joint attention a mask leaves, for exact kernels that take no mask; None: it has none.
     """
-    modules = [module for module in model.modules() if getattr(module, "processor", None) is not None]
+    modules = list(attention_modules(model).values())
     plain = {module: module.processor for module in modules}
     low = [name for name in names if name not in TITLES]
     put: dict[str, Callable[[], None]] = {}
@@ -105,7 +105,7 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
                 for processor in own.values():
                     processor._attention_backend = backend
             put[name] = lambda own=own: _set_processors(own)
-        yield {name: Method(name, leading_keys, _context(name, leading_keys), put[name]) for name in names}
+        yield {name: Method(name, _context(name, leading_keys), put[name]) for name in names}
 
 
 def _of_method(processor: Any, method: str) -> Any:

@@ -13,6 +13,8 @@ import diffusers
 import torch
 
 Inputs = dict[str, Any]
+PROMPT = 60
+"""Text tokens of a prompt, where a mask hides the others."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class StepModel:
     kind: diffusers' class. config: what differs from that class's defaults. latents: frames, height, width of what one step
     denoises (Flux and LTX: of their tokens). inputs(config, latents, batch): what forward takes, float tensors in float32.
     dispatches: its attention goes through diffusers' dispatcher, so it takes a backend of that; else it is hooked.
+    text: how many text tokens a mask leaves of those that attend together with the video's; None where no mask does.
     tiny, tiny_latents: the same for a dry run.
     """
 
@@ -33,6 +36,7 @@ class StepModel:
     config: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 1
     dispatches: bool = True
+    text: int | None = None
 
     def make(self, device: str, dtype: torch.dtype, tiny: bool = False) -> tuple[Any, Inputs]:
         """(model, what its forward takes), always the same values for a device."""
@@ -70,7 +74,7 @@ def _cogvideox(config: Any, latents: tuple[int, int, int], batch: int) -> Inputs
 def _mochi(config: Any, latents: tuple[int, int, int], batch: int) -> Inputs:
     """A prompt of 60 tokens, padded; the empty one beside it has 1."""
     tokens = config.max_sequence_length
-    kept = torch.tensor([1, min(60, tokens)])[:batch, None]
+    kept = torch.tensor([1, min(PROMPT, tokens)])[:batch, None]
     return dict(hidden_states=torch.randn(batch, config.in_channels, *latents), timestep=torch.full((batch,), 500),
                 encoder_hidden_states=torch.randn(batch, tokens, config.text_embed_dim),
                 encoder_attention_mask=(torch.arange(tokens) < kept).long())
@@ -81,15 +85,11 @@ def _wan(config: Any, latents: tuple[int, int, int], batch: int) -> Inputs:
                 encoder_hidden_states=torch.randn(batch, 512, config.text_dim))
 
 
-HUNYUAN_TEXT = (256, 60)
-"""Text tokens of HunyuanVideo, and how many of them are a prompt's; the mask hides the others."""
-
-
 def _hunyuan(config: Any, latents: tuple[int, int, int], batch: int) -> Inputs:
-    tokens, kept = HUNYUAN_TEXT
+    tokens = 256
     return dict(hidden_states=torch.randn(batch, config.in_channels, *latents), timestep=torch.full((batch,), 500),
                 encoder_hidden_states=torch.randn(batch, tokens, config.text_embed_dim),
-                encoder_attention_mask=(torch.arange(tokens) < kept).long().expand(batch, tokens),
+                encoder_attention_mask=(torch.arange(tokens) < PROMPT).long().expand(batch, tokens),
                 pooled_projections=torch.randn(batch, config.pooled_projection_dim), guidance=torch.full((batch,), 6000.0))
 
 
@@ -97,7 +97,7 @@ def _ltx(config: Any, latents: tuple[int, int, int], batch: int) -> Inputs:
     frames, height, width = latents
     return dict(hidden_states=torch.randn(batch, math.prod(latents), config.in_channels), timestep=torch.full((batch,), 500),
                 encoder_hidden_states=torch.randn(batch, 128, config.caption_channels),
-                encoder_attention_mask=(torch.arange(128) < 60).long().expand(batch, 128),
+                encoder_attention_mask=(torch.arange(128) < PROMPT).long().expand(batch, 128),
                 num_frames=frames, height=height, width=width)
 
 
@@ -131,7 +131,8 @@ MODELS: dict[str, StepModel] = {
                                  in_channels=4, text_embed_dim=16, time_embed_dim=8, max_sequence_length=8)),
     "wan2.1-1.3b": StepModel(**_WAN, config=dict(num_attention_heads=12, ffn_dim=8960, num_layers=30, cross_attn_norm=True)),
     "wan2.1-14b": StepModel(**_WAN, config=dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, cross_attn_norm=True)),
-    "hunyuanvideo": StepModel("HunyuanVideoTransformer3DModel", (16, 68, 120), _hunyuan, config=dict(guidance_embeds=True),
+    "hunyuanvideo": StepModel("HunyuanVideoTransformer3DModel", (16, 68, 120), _hunyuan, text=PROMPT,
+                              config=dict(guidance_embeds=True),
                               tiny=dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=64,
                                         num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=32,
                                         pooled_projection_dim=16, rope_axes_dim=(16, 24, 24), guidance_embeds=True)),

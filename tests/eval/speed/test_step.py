@@ -68,7 +68,7 @@ def test_a_method_replaces_the_models_whole_attention_and_only_while_it_runs(nam
     entry = models.MODELS[name]
     model, given = entry.make("cpu", torch.float32, tiny=True)
     tokens = entry.tokens(model.config, tiny=True)
-    keys = tokens + models.HUNYUAN_TEXT[1] if name == "hunyuanvideo" else None
+    keys = None if entry.text is None else tokens + entry.text
     with torch.no_grad():
         plain = model(**copy.deepcopy(given), return_dict=False)[0]
         processors = [module.processor for module in model.modules() if getattr(module, "processor", None) is not None]
@@ -79,7 +79,7 @@ def test_a_method_replaces_the_models_whole_attention_and_only_while_it_runs(nam
                     continue  # its operator needs a GPU; what it is given is looked at below
                 with way.active():
                     outs[method] = model(**copy.deepcopy(given), return_dict=False)[0]
-            seen = served(ways["fa2"], model, given)
+            seen = served(ways["fa2"], keys, model, given)
         assert torch.equal(outs["pytorch"], plain)
         assert measure.sqnr_db(outs["none"], plain) < 25 < measure.sqnr_db(outs["int8+fp8"], plain) < 150
         assert torch.equal(model(**copy.deepcopy(given), return_dict=False)[0], plain)
@@ -88,7 +88,7 @@ def test_a_method_replaces_the_models_whole_attention_and_only_while_it_runs(nam
     assert any(k == joint or name == "mochi" and k > tokens for _, k in seen), seen
 
 
-def served(way, model, given):
+def served(way, keys, model, given):
     """(queries, keys) of each call that an exact kernel would get."""
     seen = []
 
@@ -99,7 +99,7 @@ def served(way, model, given):
 
     before, methods.flash_2 = methods.flash_2, operator
     try:
-        made = methods.Method("fa2", way.leading_keys, methods._context("fa2", way.leading_keys), way.put)
+        made = methods.Method("fa2", methods._context("fa2", keys), way.put)
         with made.active():
             model(**copy.deepcopy(given), return_dict=False)
     finally:
