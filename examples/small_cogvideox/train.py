@@ -75,6 +75,8 @@ def arguments(argv=None):
     parser.add_argument("--no-muon", dest="muon", action="store_false", help="AdamW for the transformer's inner matrices too")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch every kernel by itself")
     parser.add_argument("--shape-weight", type=float, default=3.0, help="weight of the latents on shapes where noise is little")
+    parser.add_argument("--time-shift", type=float, default=1.0, help="above 1, more training steps at much noise: SD3's shift "
+                        "of the time, for large frames, whose layout shows through more noise (default: all times alike)")
     parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--average", type=float, default=0.999, help="decay of the weight average")
     parser.add_argument("--vae-goes-on", action="store_true", help="train the autoencoder of --init further, for --vae-minutes")

@@ -116,6 +116,16 @@ def test_the_latents_of_shapes_are_where_their_pixels_are(code):
     assert found.nonzero().tolist() == [[0, 0, 0, 0, 1], [0, 2, 0, 1, 2]]
 
 
+def test_times_are_drawn_alike_or_shifted_to_much_noise(code):
+    draw = code.diffusion.draw_times
+    torch.manual_seed(0)
+    plain, shifted = (draw(40_000, 1000, shift, "cpu") for shift in (1.0, 3.0))
+    for times, median, low in ((plain, 500, 250), (shifted, 750, 500)):  # t = 3 u / (1 + 2 u)
+        assert times.dtype == torch.long and times.min() >= 0 and times.max() == 999
+        assert abs(times.float().median() - median) < 12 and abs(times.float().quantile(0.25) - low) < 12
+    assert code.train.arguments([]).time_shift == 1.0
+
+
 def test_muon_takes_the_inner_matrices_only(code):
     args = code.train.arguments(["--text-rate", "0.1"])
     tiny = code.models.TINY
@@ -204,7 +214,7 @@ def test_swapped_likeness_tells_a_bag_of_words(code, tmp_path):
     assert code.words.swapped_likeness(encoder, tokens) > 0.999
 
 
-def test_stages_run_from_nothing_and_go_on_from_the_folder(code, tmp_path, capfd):
+def test_stages_run_from_nothing_and_go_on_from_the_folder(code, tmp_path, capfd, monkeypatch):
     first = ["--tiny", "--vae-minutes", "0.02", "--max-steps", "6", "--refresh-every", "2", "--check-seconds", "0", "--stages",
              "vae,latents,words,diffusion", "--curriculum", "1:0.5,2:0.25,5:0.25"]
     assert code.train.main([*first, "--state", str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
@@ -228,8 +238,12 @@ def test_stages_run_from_nothing_and_go_on_from_the_folder(code, tmp_path, capfd
     torch.testing.assert_close(kept[name], taught[name].half(), rtol=0, atol=0)
 
     more = ["--tiny", "--max-steps", "3", "--init", str(model), "--text-rate", "0.1", "--curriculum", "5:1", "--stages",
-            "latents,words,diffusion", "--state", str(tmp_path / "b"), "--out", str(tmp_path / "out")]
+            "latents,words,diffusion", "--state", str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--time-shift", "2.5"]
+    shifts = []
+    monkeypatch.setattr(code.diffusion, "draw_times", lambda count, steps, shift, device:
+                        shifts.append(shift) or torch.randint(steps, (count,), device=device))
     assert code.train.main(more) == 0
+    assert set(shifts) == {2.5}
     assert json.loads((tmp_path / "b" / "model" / "training.json").read_text())["steps"] == 9
     again = load_file(tmp_path / "b" / "model" / "vae" / "diffusion_pytorch_model.safetensors")
     before = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
