@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 KINDS = (
-    ("without an NVIDIA GPU", "`make gpu-test` on a machine with one", ("gpu",), ("NVIDIA GPU",)),
+    ("of those for NVIDIA GPUs", "`make gpu-test` with one, under each framework,", ("gpu",), ("NVIDIA GPU",)),
     ("without ppdiffusers", "`make interop`", ("interop",), ("ppdiffusers",)),
     ("without PyTorch, diffusers or transformers", "`make parity`", ("torch", "parity"),
      ("torch", "diffusers", "transformers", "accelerate", "peft")),

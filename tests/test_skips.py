@@ -21,7 +21,7 @@ def test_a_line_for_each_kind_and_for_each_other_reason():
     given += [report("Chromium and chromedriver are not installed", when="collect"), report("the moon is full")]
     given += [report("ppdiffusers is not installed (make interop)", "interop", when="collect")]
     assert skip_lines(given) == ([
-        "4 tests skipped without an NVIDIA GPU; `make gpu-test` on a machine with one runs them",
+        "4 tests skipped of those for NVIDIA GPUs; `make gpu-test` with one, under each framework, runs them",
         "2 tests skipped without PyTorch, diffusers or transformers; `make parity` runs them",
         "1 files skipped without PyTorch, diffusers or transformers; `make parity` runs them",
         "1 files skipped without a browser; `apt-get install chromium chromium-driver`, then `make test` runs them",
