@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from makers import DTYPES, PaddleMaker, TorchMaker, hooked, runs_of
+from makers import DTYPES, OTHERS, PaddleMaker, TorchMaker, hooked, runs_of
 from precision_table import is_exact, markdown, record_of
 from sampling import held_out_captions, noise_of
 
@@ -221,6 +221,7 @@ def arguments(argv=None):
     parser.add_argument("--framework", choices=("torch", "paddle"), default="torch")
     parser.add_argument("--dtype", choices=DTYPES, help="of the whole pipeline; default: bfloat16 with PyTorch on a GPU")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
+    parser.add_argument("--other-exact", nargs="*", choices=OTHERS, default=list(OTHERS), help="further exact kernels to run")
     parser.add_argument("--captions", type=int, default=50)
     parser.add_argument("--seed", type=int, default=CAPTION_SEED, help="of the captions and of the noise")
     parser.add_argument("--steps", type=int, help="default: the model's own")
@@ -257,7 +258,7 @@ def main(argv=None) -> int:
              for caption in held_out_captions(args.captions, args.seed, of)}
     workers = Workers(args.workers)
     maker = (TorchMaker if args.framework == "torch" else PaddleMaker)(args.model, args.dtype, args.device, generation)
-    runs, absent = runs_of(maker, args.precisions)
+    runs, absent = runs_of(maker, args.precisions, args.other_exact)
     settings = Settings(args.model, generation["num_inference_steps"], generation["guidance_scale"], generation["num_frames"],
                         generation["height"], generation["width"], generation["fps"])
     store, work = Store(args.out), Path(tempfile.mkdtemp(prefix="precisions"))

@@ -22,6 +22,7 @@ from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
 
 DTYPES = ("float16", "bfloat16", "float32")
 OTHER_EXACT = "exact ({})"
+OTHERS = ("cuDNN", "FlashAttention-4")
 REFERENCES = {"torch": "PyTorch's FlashAttention-2", "torch, as it chooses": "PyTorch's attention, the kernel of its choice",
               "paddle": "Paddle's scaled_dot_product_attention"}
 
@@ -68,7 +69,7 @@ class TorchMaker:
 
     def other_exact(self) -> tuple[list[Candidate], dict[str, str]]:
         """Further exact kernels of 16-bit tensors on a GPU, and why the others cannot run here."""
-        calls = {"cuDNN": partial(by_sdpa, SDPBackend.CUDNN_ATTENTION), "FlashAttention-4": by_flash_4}
+        calls = dict(zip(OTHERS, (partial(by_sdpa, SDPBackend.CUDNN_ATTENTION), by_flash_4), strict=True))
         why_not = {b.name: b.why_not() or (None if self.half else "it takes no float32") for b in BASELINES if b.name in calls}
         found = [Candidate(OTHER_EXACT.format(name), partial(OtherExactProcessor, name, call))
                  for name, call in calls.items() if why_not[name] is None]
@@ -116,7 +117,7 @@ class PaddleMaker:
 
     def other_exact(self) -> tuple[list[Candidate], dict[str, str]]:
         """None beside Paddle's own and this project's."""
-        return [], {name: "it takes PyTorch tensors" for name in ("cuDNN", "FlashAttention-4")}
+        return [], {name: "it takes PyTorch tensors" for name in OTHERS}
 
     def make(self, caption: str, noise: torch.Tensor, steps: int | None = None) -> tuple[np.ndarray | None, float]:
         """As `TorchMaker.make`."""
@@ -129,9 +130,13 @@ class PaddleMaker:
         return None if steps else np.asarray(done.frames[0], np.float32), done.timings["denoise"]
 
 
-def runs_of(maker, precisions: list[str]) -> tuple[list[Candidate], dict[str, str]]:
-    """Every run: the reference, this project's exact kernel, other exact kernels, precisions; and which kernels cannot run."""
+def runs_of(maker, precisions: list[str], others_asked=OTHERS) -> tuple[list[Candidate], dict[str, str]]:
+    """Every run: the reference, this project's exact kernel, the other exact kernels that are asked for, precisions; and which
+    of these kernels do not run, why."""
     others, lacking = maker.other_exact()
+    left_out = {name: "not asked for" for name in OTHERS if name not in others_asked}
+    others = [run for run in others if run.label not in map(OTHER_EXACT.format, left_out)]
+    lacking |= left_out
     ours = Candidate(FLOOR, lambda: LowBitAttnProcessor("exact"))
     return [Candidate(EXACT, lambda: None), ours, *others, *map(as_candidate, precisions)], lacking
 

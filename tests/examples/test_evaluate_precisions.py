@@ -187,6 +187,17 @@ def test_another_exact_kernel_takes_its_tensors_in_the_order_it_is_made_for(code
     assert len(calls) == 1 and lse.shape == (2, 3, 9)
 
 
+@pytest.mark.parametrize("asked, cudnn, flash", [
+    (("cuDNN", "FlashAttention-4"), True, None), (("cuDNN",), True, "not asked for"), (("FlashAttention-4",), False, None),
+    ((), False, "not asked for")])
+def test_other_exact_kernels_run_where_they_are_asked_for(code, asked, cudnn, flash):
+    there = [code.makers.Candidate(f"exact ({name})", object) for name in ("cuDNN",)]
+    maker = SimpleNamespace(other_exact=lambda: (list(there), {"FlashAttention-4": "no such package"}))
+    runs, lacking = code.makers.runs_of(maker, ["int8+fp8"], asked)
+    assert [run.label for run in runs] == ["exact", "floor", *["exact (cuDNN)"] * cudnn, "int8+fp8"]
+    assert lacking == ({} if cudnn else {"cuDNN": "not asked for"}) | {"FlashAttention-4": flash or "no such package"}
+
+
 @pytest.mark.parametrize("run, exact", [("exact", True), ("floor", True), ("exact (cuDNN)", True), ("int8+fp16", False),
                                         ("my:exact", False)])
 def test_the_fastest_exact_attention_is_sought_among_exact_ones(code, run, exact):
