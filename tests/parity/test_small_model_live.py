@@ -1,8 +1,9 @@
-"""The shipped small model against diffusers: one folder, the same noise, the same video.
+"""The shipped small models against diffusers: one folder, the same noise, the same video.
 
-    SMALL_MODEL_FULL=1 pytest -s -m parity tests/parity/test_small_model_live.py
+    SMALL_MODEL_FULL=1 pytest -s -m parity tests/parity/test_small_model_live.py -k small
 
-takes the model's own clip length and schedule, as its card quotes it; by default the test is short: 9 frames, 4 steps.
+takes the small model's own clip length and schedule, as its card quotes it; by default the tests are short: 9 frames, 4 steps,
+and for the long model frames of a quarter of the height and width.
 """
 import json
 import os
@@ -20,27 +21,33 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 pytest.importorskip("transformers", reason="needs transformers")
 pytestmark = pytest.mark.parity
 
-MODEL = Path(__file__).parents[2] / "examples" / "small_cogvideox" / "model"
+FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
 FULL = os.environ.get("SMALL_MODEL_FULL", "0") not in ("", "0")
-CAPTION = "a small red circle moves left over a blue background"
+CASES = {
+    "small": ("model", "a small red circle moves left over a blue background", {}),
+    "long": ("long_model", "a large red circle enters from the left and a white star spins over a striped blue background",
+             {"height": 96, "width": 128})}
 LEAST_PSNR_DB = 45.0
 
 
-def test_paddle_makes_the_video_that_diffusers_makes():
-    stored = json.loads((MODEL / "generation.json").read_text())
+@pytest.mark.parametrize("name", CASES)
+def test_paddle_makes_the_video_that_diffusers_makes(name):
+    folder, caption, smaller = CASES[name]
+    model = FOLDER / folder
+    stored = json.loads((model / "generation.json").read_text())
     call = {key: value for key, value in stored.items() if key not in ("fps", "world")}
     if not FULL:
-        call.update(num_inference_steps=4, num_frames=9)
+        call.update(num_inference_steps=4, num_frames=9, **smaller)
     frames, height, width = (call[key] for key in ("num_frames", "height", "width"))
     shape = (1, (frames - 1) // 4 + 1, 16, height // 8, width // 8)
     noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
-    theirs = diffusers.CogVideoXPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    theirs = diffusers.CogVideoXPipeline.from_pretrained(model, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    wanted = theirs(CAPTION, latents=torch.from_numpy(noise), output_type="np", **call).frames[0]
+    wanted = theirs(caption, latents=torch.from_numpy(noise), output_type="np", **call).frames[0]
     del theirs
-    ours = CogVideoXPipeline.from_pretrained(MODEL, dtype="float32", device="cpu")
-    got = ours(CAPTION, latents=noise, progress=False, output_type="np", **call).frames[0]
+    ours = CogVideoXPipeline.from_pretrained(model, dtype="float32", device="cpu")
+    got = ours(caption, latents=noise, progress=False, output_type="np", **call).frames[0]
 
     assert got.shape == wanted.shape == (frames, height, width, 3)
     assert np.asarray(wanted).std() > 0.05  # a flat video would agree with anything
