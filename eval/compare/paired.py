@@ -20,6 +20,8 @@ from lowbit_video.pipelines.shared.video_files import BadFramesError
 from ..metrics import registry
 from ..metrics.shared.context import Context
 from ..video import as_video
+from ..world.folder import world_of
+from ..world.scene import SMALL
 from .candidates import EXACT, FLOOR, Candidate, applied, as_candidate, floor_candidate
 from .clips import check_clips, write_lossless
 from .progress import Progress
@@ -181,6 +183,7 @@ def check_settings(store: Store, settings: Settings) -> None:
 def _run(pipe, store, todo, candidates, settings, metrics, weights, hook, say) -> None:
     progress = Progress([run for _, _, run in todo], say)
     models: dict = {}
+    of = world_of(settings.model) or SMALL.name
     width = max(len(run) for _, _, run in todo)
     made = {FLOOR: floor_candidate(), **{c.label: c for c in candidates}}
     for prompt, seed in dict.fromkeys((p, s) for p, s, _ in todo):
@@ -191,7 +194,7 @@ def _run(pipe, store, todo, candidates, settings, metrics, weights, hook, say) -
             progress.begin(run)
             begin = time.perf_counter()
             line = {"kind": "video", "prompt": prompt, "seed": seed, "run": run}
-            context = Context(prompt, weights, {}, models)
+            context = Context(prompt, weights, {}, models, of)
             try:
                 video, note = (reference.video, reference.note) if run == EXACT else generate(
                     pipe, prompt, seed, settings, made[run], progress.step, **(hook if run != FLOOR else {}))

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video import pipelines
+from lowbit_video.eval.world.folder import world_of
 from lowbit_video.pipelines.shared.small_model import model_or_small
 
 from .. import Recipe, apply, remove
 from ..files import write_json
 from .compare_twin import compare_twin
-from .job import DEFAULT_FPS, EXACT, Job, add_arguments, fill, job_of, shows_shapes
+from .job import DEFAULT_FPS, EXACT, Job, add_arguments, fill, job_of
 from .ranks import check_launched, connected, describe, is_first, make_once, share
 from .run_pipeline import load_pipeline, resolve_device, resolve_dtype, run_pipeline, seconds_line, timed
-from .verdict import judge_shapes
+from .verdict import judge_video
 
 RANDOM_STEPS = 10
 """Denoising steps of a random model, unless told otherwise: more do not make it better."""
@@ -99,8 +100,8 @@ def _finish(pipe: Any, job: Job, run: Any, report: dict[str, Any], out: Path, sa
     say(f"\n{run.coverage}")
     if "parallel" in report:
         say(f"\n{describe(report['parallel'])}")
-    if shows_shapes(job.model):
-        report["adherence"] = judge_shapes(run.video, job.prompt, say)
+    if of := world_of(job.model):
+        report["adherence"] = judge_video(run.video, job.prompt, of, say)
     _write_report(report, files, out)
     if job.compare:
         remove(pipe)

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lowbit_video.eval.world.folder import world_of
 from lowbit_video.kernels.variants import BACKENDS
 from lowbit_video.pipelines.shared.generation import read_generation
 
@@ -16,6 +17,9 @@ from ..precision import as_precision, precision_specs
 RANDOM_MODEL = "random"
 """The model that is made anew with random weights, unless a folder has that name."""
 SMALL_PROMPT = "a small red circle moves left over a blue background"
+LONG_PROMPT = "a large red circle enters from the left and a white star spins over a striped blue background"
+PROMPTS = {"shapes": SMALL_PROMPT, "scenes": LONG_PROMPT}
+"""A prompt of each world that a trained model here knows."""
 OTHER_PROMPT = "a panda plays the guitar"
 DEFAULT_FPS = 8
 DEFAULT_PRECISION = "int8+fp16"
@@ -106,11 +110,6 @@ class Job:
         return self.precision if self.recipe is None else f"recipe {Path(self.recipe).stem}"
 
 
-def shows_shapes(folder: str | Path) -> bool:
-    """Whether a model's videos are of the world of shapes, as its folder says: the scorer can judge them."""
-    return read_generation(folder).get("world") == "shapes"
-
-
 def fill(job: Job, folder: str | Path) -> Job:
     """The job with what it left open taken from the model's folder."""
     values = asdict(job)
@@ -120,7 +119,7 @@ def fill(job: Job, folder: str | Path) -> Job:
     if values["fps"] is None:
         values["fps"] = DEFAULT_FPS
     if values["prompt"] is None:
-        values["prompt"] = SMALL_PROMPT if shows_shapes(folder) else OTHER_PROMPT
+        values["prompt"] = PROMPTS.get(world_of(folder), OTHER_PROMPT)
     return Job(**{**values, "model": str(folder)})
 
 

@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import apply, coverage, remove  # noqa: E402
-from lowbit_video.app import generate  # noqa: E402
-from lowbit_video.app.verdict import judge_shapes  # noqa: E402
+from lowbit_video.app.verdict import judge_video  # noqa: E402
 from lowbit_video.eval.world import judge  # noqa: E402
+from lowbit_video.eval.world.folder import world_of  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline  # noqa: E402
 from lowbit_video.pipelines.shared.small_model import small_model  # noqa: E402
 
@@ -21,7 +21,7 @@ CALL = dict(num_inference_steps=2, num_frames=9, height=64, width=96, seed=0, pr
 def test_the_folder_is_small_and_is_the_default_model():
     sizes = [path.stat().st_size for path in MODEL.rglob("*") if path.is_file()]
     assert max(sizes) < LARGEST_FILE and sum(sizes) < LARGEST_FOLDER
-    assert small_model() == MODEL and generate.shows_shapes(MODEL)
+    assert small_model() == MODEL and world_of(MODEL) == "shapes"
     stored = json.loads((MODEL / "generation.json").read_text())
     config = json.loads((MODEL / "transformer" / "config.json").read_text())
     assert stored["num_frames"] == config["sample_frames"] and stored["height"] == 8 * config["sample_height"]
@@ -62,7 +62,19 @@ def test_a_low_bit_video_shows_what_was_asked(precision, prompt, size):
     ("a panda plays the guitar", 4), ("a red circle", 2), ("a small red circle moves left over a blue background", 0)])
 def test_the_verdict_judges_only_what_the_prompt_says(prompt, not_asked):
     said = []
-    verdict = judge_shapes(np.full((9, 64, 96, 3), 0.5, np.float32), prompt, said.append)
+    verdict = judge_video(np.full((9, 64, 96, 3), 0.5, np.float32), prompt, "shapes", said.append)
     assert [verdict[part] for part in ("colour", "shape", "motion", "background")].count(None) == not_asked
     assert said[0].count("not asked for") == not_asked and said[0].count(" NO") == 4 - not_asked
     assert bool(verdict["hint"]) == (not_asked > 0)
+    assert "camera" not in verdict
+
+
+def test_the_long_worlds_verdict_reads_its_words_and_judges_the_camera():
+    said = []
+    prompt = "a red circle enters from the left and a white star spins over a striped blue background, the camera tilts up"
+    verdict = judge_video(np.full((9, 64, 96, 3), 0.5, np.float32), prompt, "scenes", said.append)
+    assert verdict["hint"] is None and len(said) == 1
+    assert said[0].startswith("\nscorer: colour NO, shape NO, motion NO, background NO, camera NO; it sees: ")
+    assert [verdict[part] for part in ("colour", "shape", "motion", "background", "camera")] == [False] * 5
+    assert judge_video(np.full((9, 64, 96, 3), 0.5, np.float32), "a panda", "scenes", said.append)["hint"].startswith(
+        "this small model knows two or three shapes")

@@ -217,4 +217,12 @@ MUTANTS = [
     *faults("eval/calibrate/measure.py", CALIBRATE + "test_rows_are_a_sample_and_steps_not_sampled_are_not_measured",
             ("slice(stride // 2, None, stride)", "slice(0, None, stride)"),
             ("if self.clock.step not in self.steps:", "if False:")),
+    *faults("eval/compare/paired.py", COMPARE + "test_captions_are_read_in_the_world_of_the_models_folder",
+            ("Context(prompt, weights, {}, models, of)", "Context(prompt, weights, {}, models)"),
+            ("world_of(settings.model) or SMALL.name", "world_of(settings.model)")),
+    *faults("lowbit_video/app/verdict.py", "tests/examples/test_small_model.py::"
+            "test_the_long_worlds_verdict_reads_its_words_and_judges_the_camera",
+            ("world.hint(prompt, world.WORLDS[of])", "world.hint(prompt)"), ('"camera": meaning.camera,', '"camera": None,'),
+            ("for part in verdict.parts}", "for part in judge.PARTS}"),
+            ("prompt, world.WORLDS[of])\n    meaning", "prompt)\n    meaning")),
 ]

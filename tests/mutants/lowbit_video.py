@@ -269,7 +269,7 @@ MUTANTS = [
             ('if values["fps"] is None:', 'if values["fps"] != DEFAULT_FPS:'),
             ("if name in values and values[name] is None:", "if name in values:"), ("        pairs.pop(pattern, None)\n", ""),
             ("and not Path(RANDOM_MODEL).is_dir()", ""), ('"cfg_degree", "vae_degree"):', '"cfg_degree"):'),
-            ("SMALL_PROMPT if shows_shapes(folder) else OTHER_PROMPT", "OTHER_PROMPT")),
+            ("PROMPTS.get(world_of(folder), OTHER_PROMPT)", "OTHER_PROMPT")),
     *faults("lowbit_video/app/run_pipeline.py", JOB.removesuffix("::"),
             ('"guidance_scale": job.guidance', '"guidance_scale": None'),
             ('"negative_prompt": job.negative_prompt', '"negative_prompt": None'),

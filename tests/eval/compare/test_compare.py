@@ -257,3 +257,16 @@ def test_a_recipe_is_a_candidate_by_its_file_or_its_name(pipe, tmp_path):
         as_candidate(tmp_path / "none.toml")
     with pytest.raises(ValueError, match="mine.toml is a recipe, and layers are measured at one precision each"):
         by_module(mine, ["transformer_blocks.0.attn1"])
+
+
+@pytest.mark.parametrize("stored, wanted", [
+    ('{"world": "scenes"}', "scenes"), ('{"world": "other"}', "shapes"), (None, "shapes")])
+def test_captions_are_read_in_the_world_of_the_models_folder(pipe, tmp_path, monkeypatch, stored, wanted):
+    if stored:
+        (tmp_path / "generation.json").write_text(stored)
+    worlds, figures = [], paired.figures
+    monkeypatch.setattr(paired, "figures", lambda video, reference, metrics, context: worlds.append(context.world) or figures(
+        video, reference, metrics, context))
+    compare(pipe, PROMPTS[:1], ["int8+fp16"], tmp_path / "out", settings=Settings(str(tmp_path), steps=1), metrics=["psnr"],
+            say=lambda text: None)
+    assert worlds == [wanted] * 3

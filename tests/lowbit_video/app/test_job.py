@@ -9,7 +9,17 @@ import pytest
 pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import Recipe  # noqa: E402
 from lowbit_video.app import generate, ranks, run_pipeline  # noqa: E402
-from lowbit_video.app.job import DEFAULT_FPS, OTHER_PROMPT, SMALL_PROMPT, Job, add_arguments, fill, job_of, parse_modules  # noqa: E402
+from lowbit_video.app.job import (  # noqa: E402
+    DEFAULT_FPS,
+    LONG_PROMPT,
+    OTHER_PROMPT,
+    SMALL_PROMPT,
+    Job,
+    add_arguments,
+    fill,
+    job_of,
+    parse_modules,
+)
 
 OTHER = dict(model="a/folder", prompt="snow", negative_prompt="rain", precision="int4+fp8", fallback="exact",
              backend="reference", steps=7, frames=17, height=96, width=160, fps=12.5, seed=11, guidance=2.5, device="cpu",
@@ -85,7 +95,7 @@ def test_a_folder_fills_what_a_job_leaves_open_and_no_more(name, stored, tmp_pat
     assert fill(Job(**OTHER), tmp_path) == Job(**{**OTHER, "model": str(tmp_path)})
 
 
-@pytest.mark.parametrize("world, prompt", [("shapes", SMALL_PROMPT), ("other", OTHER_PROMPT)])
+@pytest.mark.parametrize("world, prompt", [("shapes", SMALL_PROMPT), ("scenes", LONG_PROMPT), ("other", OTHER_PROMPT)])
 def test_what_no_folder_says_has_a_default(world, prompt, tmp_path):
     (tmp_path / "generation.json").write_text(json.dumps({"world": world}))
     filled = fill(Job(), tmp_path)
