@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from .formats import get_format
+
 ENVIRONMENT = "LOWBIT_VIDEO_TUNING"
 """Environment variable that names a JSON file of tuning rows."""
 
@@ -131,6 +133,8 @@ The longer of what eval/speed/results/lengths.json (`bench tune --lengths-only`)
 --shapes sweep`) found: they differ in batch and by noise, and near the crossing nothing is lost by exact attention.
 """
 DEFAULT_FASTER_FROM = 1024
+TMA_ARCHS, TMA_BYTES = ((9, 0), (12, 0)), 16
+"""The archs on which kernels read by TMA, the second excluded, and what rows must be multiples of for it."""
 
 
 def _as_rows(entries: list[dict]) -> dict[tuple[str, tuple[int, int], int], TileConfig]:
@@ -181,6 +185,17 @@ def load_lengths(path: str) -> dict[tuple[str, str, tuple[int, int], int], int]:
     load(path)  # says what is wrong with the file
     entries = json.loads(Path(path).read_text())
     return {(e["variant"], e["pv"], tuple(e["arch"]), e["head_dim"]): e["faster_from"] for e in entries if "faster_from" in e}
+
+
+def slow_rows(k_format: str, arch: tuple[int, int], head_dim: int) -> str | None:
+    """Why keys of this head dim are slow to read on an arch that has TMA, or None.
+
+    Measured at head dim 72: 16384 tokens take longer at int8+fp8 than exactly (eval/speed/results/ppdiffusers_step.json).
+    """
+    row = head_dim // get_format(k_format).codes_per_byte
+    if TMA_ARCHS[0] <= tuple(arch) < TMA_ARCHS[1] and row % TMA_BYTES:
+        return f"a key's {k_format} codes take {row} bytes, no multiple of {TMA_BYTES}, and TMA cannot read them"
+    return None
 
 
 def faster_from(variant: str, pv: str, arch: tuple[int, int], head_dim: int) -> int:

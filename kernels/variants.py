@@ -123,8 +123,10 @@ class KernelVariant:
             if reason := NEEDS[need](request):
                 return reason
         if request.only_if_faster and request.arch is not None and not exact:
-            from .tuning import faster_from
+            from .tuning import faster_from, slow_rows
 
+            if slow := slow_rows(request.k, request.arch, request.head_dim):
+                return f"exact attention is faster at head dim {request.head_dim}, where {slow}"
             shortest = faster_from(self.name, request.pv, request.arch, request.head_dim)
             if request.kv_len < shortest:
                 return f"exact attention is faster below {shortest} tokens ({request.kv_len} given)"

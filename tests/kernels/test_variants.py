@@ -70,9 +70,24 @@ def test_every_precision_is_in_the_table():
     ("int8+fp8", dict(head_dim=68), "-"),
     ("int8+fp8", dict(kv_len=500, only_if_faster=True), "-"),
     ("int8+fp8", dict(kv_len=17776, only_if_faster=True), "hopper-int8"),
+    ("int8+fp8", dict(kv_len=17776, only_if_faster=True, head_dim=72), "-"),
+    ("int8+fp8", dict(kv_len=17776, head_dim=72), "int-fp8"),
+    ("int8+fp8", dict(kv_len=17776, only_if_faster=True, head_dim=80), "int-fp8"),
+    ("int4+fp8", dict(kv_len=17776, only_if_faster=True, head_dim=80), "-"),
+    ("int4+fp8", dict(kv_len=17776, only_if_faster=True, head_dim=96), "int-fp8"),
 ])
 def test_what_else_a_call_asks_for_on_hopper(spec, asked, wanted):
     assert chosen(request(spec, (9, 0), **asked)) == wanted
+
+
+@pytest.mark.parametrize("arch, slow", [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_rows_that_tma_cannot_read_are_slow_where_kernels_read_by_it(arch, slow):
+    asked = request("int8+fp16", arch, kv_len=17776, head_dim=72, only_if_faster=True)
+    assert chosen(asked) == ("-" if slow else "int-fp16")
+    [variant] = [one for one in VARIANTS if one.name == "triton-int-fp16"]
+    assert variant.why_not(asked) == (None if not slow else (
+        "exact attention is faster at head dim 72, where a key's int8 codes take 72 bytes, no multiple of 16, and TMA cannot "
+        "read them"))
 
 
 def test_a_cpu_takes_the_reference():

@@ -254,4 +254,9 @@ MUTANTS = [
     *faults("kernels/exchange/dequant_rows.py", EXCHANGED + "test_dequant_rows",
             ("i_b * scale_stride_b + i_h * scale_stride_h + o_n", "i_b * scale_stride_h + i_h * scale_stride_b + o_n"),
             ("m_n = o_n < N", "m_n = o_n < N - 1")),
+    *faults("kernels/tuning.py", "tests/kernels/test_variants.py",
+            ("<= tuple(arch) < TMA_ARCHS[1] and row", "< tuple(arch) < TMA_ARCHS[1] and row"),
+            ("<= tuple(arch) < TMA_ARCHS[1] and row", "<= tuple(arch) <= TMA_ARCHS[1] and row"),
+            ("head_dim // get_format(k_format).codes_per_byte", "head_dim"),
+            ("TMA_BYTES = ((9, 0), (12, 0)), 16", "TMA_BYTES = ((9, 0), (12, 0)), 8")),
 ]
