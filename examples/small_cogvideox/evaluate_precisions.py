@@ -7,11 +7,11 @@
 Held-out captions, the same start noise for every run of a caption and for both frameworks. The reference is the pipeline with
 its framework's own exact attention in the same type; the noise floor is this project's exact kernel against that; every
 precision goes in by `apply()`. A finished video is a line in results.jsonl, and the same command goes on where it was stopped
-(by `--minutes`, or by force). While the GPU makes the next video, worker processes measure the last. At the end it writes
-precisions.json and precisions.md (quality with intervals, adherence, seconds of denoising, speed-up over the fastest exact
-attention, and quality by kind of background) and the report
-page. Clips are kept of the first `--clips` captions of each kind
-of background.
+(by `--minutes`, or by force: then what the run at work has made is made again). Run after run, the videos of `--together`
+captions are made and timed, and then worker processes measure them: nothing else is at work while a video is timed.
+`--compile` compiles the transformer's blocks, anew for each run. At the end it writes precisions.json and precisions.md
+(quality with intervals, adherence, seconds of denoising, speed-up over the fastest exact attention, and quality by kind of
+background) and the report page. Clips are kept of the first `--clips` captions of each kind of background.
 """
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ PRECISIONS = ("int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
 METRICS = ("psnr", "ssim", "lpips", "adherence")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
 WARM_STEPS = 2
-WAITING = 32  # videos that lie on disk to be measured, at most
 TILE_SIDE = 256  # pixels of a video in the page, which is shipped
 
 
@@ -74,28 +73,34 @@ def measured(video: Path, reference: Path | None, context: Context, metrics: lis
 
 
 def settle() -> None:
-    """A worker steps back behind the process that makes the videos, and computes on one core."""
-    os.nice(10)
+    """A worker computes on one core."""
     torch.set_num_threads(1)
 
 
 class Workers:
-    """Processes that measure videos beside the GPU's work; made before the first use of the GPU, since they are forked."""
+    """Processes that measure videos; made before the first use of the GPU, since they are forked."""
 
     def __init__(self, count: int):
         self.pool = multiprocessing.get_context("fork").Pool(count, settle) if count > 1 else None
 
     def start(self, *job):
-        """A function that gives `measured(*job)`, and one that says whether it need not wait."""
+        """A function that gives `measured(*job)`."""
         if self.pool is None:
-            line = measured(*job)
-            return (lambda: line), (lambda: True)
+            return lambda: measured(*job)
         answer = self.pool.apply_async(measured, job)
-        return (lambda: answer.get(600)), answer.ready
+        return lambda: answer.get(600)
 
     def close(self) -> None:
         if self.pool:
             self.pool.terminate()
+
+
+def since(before: dict, now: dict) -> dict:
+    """`coverage_note` of what ran between two looks at it, less what had run before."""
+    if not now:
+        return now
+    calls = {name: count - before["attention"].get(name, 0) for name, count in now["attention"].items()}
+    return {**now, "attention": {name: count for name, count in calls.items() if count}}
 
 
 class Evaluation:
@@ -105,43 +110,71 @@ class Evaluation:
                  kinds: dict[str, str], of: str):
         self.args, self.store, self.maker, self.workers = args, store, maker, workers
         self.generation, self.metrics, self.weights, self.kinds, self.of = generation, metrics, weights, kinds, of
-        self.pending = []  # (line without its figures, the exact video's file, the answer, whether it is there)
+        self.pending = []  # (line without its figures, the caption's number, the run, whether its clip is kept)
         self.done = 0
 
-    def caption(self, number: int, caption: str, runs, work: Path, kept: bool, deadline: float) -> bool:
-        """Make what is missing of a caption; the exact video is needed whatever is missing. False: time is over."""
-        self.tidy(work)
-        todo = [run for run in runs if not self.store.has(caption, self.args.seed, run.label)]
-        if not todo:
-            return True
-        noise = noise_of(1, self.latent_shape(), self.args.seed + number)
-        reference = work / f"{number}-exact.npy"
-        for run in [runs[0], *[run for run in todo if run.label != EXACT]]:
-            if time.time() > deadline:
-                return False
-            line = {"kind": "video", "prompt": caption, "seed": self.args.seed, "run": run.label,
-                    "group": self.kinds[caption]}
-            try:
-                with hooked(self.maker, run, self.args.backend) as ran:
-                    self.maker.make(caption, noise, WARM_STEPS)
+    def make(self, captions: dict[int, str], runs, work: Path, kept: set[str], deadline: float) -> bool:
+        """Make what is missing of some captions, by number, run after run: nothing measures while videos are made and timed.
+
+        Their exact videos are needed whatever is missing. False: time is over."""
+        lacking = {run.label: [n for n, caption in captions.items() if not self.store.has(caption, self.args.seed, run.label)]
+                   for run in runs}
+        needed = sorted({n for numbers in lacking.values() for n in numbers})
+        in_time = True
+        for run in runs:
+            numbers = needed if run.label == EXACT else lacking[run.label]
+            if in_time and numbers:
+                in_time = self.make_run(run, {n: captions[n] for n in numbers}, set(lacking[run.label]), work, kept, deadline)
+        for path in work.glob("*-exact.npy"):
+            path.unlink()
+        return in_time
+
+    def make_run(self, run, captions: dict[int, str], wanted: set[int], work: Path, kept: set[str], deadline: float) -> bool:
+        """Videos of one run; a line for those that are wanted. False: time is over."""
+        warm, in_time = False, True
+        with hooked(self.maker, run, self.args.backend) as ran, self.maker.compiled(self.args.compile):
+            for number, caption in captions.items():
+                if not (in_time := time.time() <= deadline):
+                    break
+                noise = noise_of(1, self.latent_shape(), self.args.seed + number)
+                line = {"kind": "video", "prompt": caption, "seed": self.args.seed, "run": run.label,
+                        "group": self.kinds[caption]}
+                try:
+                    if not warm:
+                        self.maker.make(caption, noise, WARM_STEPS)
+                        warm = True
+                    before = ran()
                     video, seconds = self.maker.make(caption, noise)
-                    line.update(ran())
-            except UnsupportedError as error:
-                if is_exact(run.label):
-                    raise
-                self.store.append(line | {"error": str(error)})
-                continue
-            path = reference if run.label == EXACT else work / f"{number}-{run.slug}.npy"
-            np.save(path, video)
-            if run in todo:
-                clip = self.store.folder / f"clips/{clip_name(self.store, caption, self.args.seed, run.label)}.mp4"
-                line |= {"seconds": round(seconds, 5), "timings": {"denoise": round(seconds, 5)}}
-                context = Context(caption, self.weights, world=self.of)
-                job = (path, None if run.label == EXACT else reference, context, self.metrics, clip if kept else None,
-                       self.generation["fps"])
-                self.pending.append((line, reference, *self.workers.start(*job)))
-            self.collect(WAITING)
-        return True
+                except UnsupportedError as error:
+                    if is_exact(run.label):
+                        raise
+                    self.store.append(line | {"error": str(error)})
+                    continue
+                np.save(work / f"{number}-{'exact' if run.label == EXACT else run.slug}.npy", video)
+                if number in wanted:
+                    line |= {**since(before, ran()), "seconds": round(seconds, 5), "timings": {"denoise": round(seconds, 5)}}
+                    self.pending.append((line, number, run, caption in kept))
+        self.measure(work)
+        return in_time
+
+    def measure(self, work: Path) -> None:
+        """Have the workers measure what is made, and append its lines."""
+        jobs = []
+        for line, number, run, kept in self.pending:
+            clip = self.store.folder / f"clips/{clip_name(self.store, line['prompt'], self.args.seed, run.label)}.mp4"
+            exact = work / f"{number}-exact.npy"
+            video, reference = (exact, None) if run.label == EXACT else (work / f"{number}-{run.slug}.npy", exact)
+            context = Context(line["prompt"], self.weights, world=self.of)
+            jobs.append(self.workers.start(video, reference, context, self.metrics, clip if kept else None,
+                                           self.generation["fps"]))
+        for (line, *_), answer in zip(self.pending, jobs):
+            line.update(answer())
+            self.store.append(line)
+            self.done += 1
+            decibels = line.get("figures", {}).get("psnr")
+            text = line.get("error") or (f"{decibels:.2f} dB" if decibels is not None else "the reference")
+            print(f"{self.done:>4} {line['run']:<26} {line['seconds']:.3f} s  {text}  {line['prompt'][:60]}", flush=True)
+        self.pending = []
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         asked = self.generation
@@ -149,28 +182,6 @@ class Evaluation:
 
     def channels(self) -> int:
         return self.maker.pipe.transformer.config.in_channels
-
-    def collect(self, most: int) -> None:
-        """Append the lines that are measured, and wait for the oldest while more than `most` are not."""
-        left, count = [], len(self.pending)
-        for line, reference, answer, ready in self.pending:
-            if count <= most and not ready():
-                left.append((line, reference, answer, ready))
-                continue
-            count -= 1
-            line.update(answer())
-            self.store.append(line)
-            self.done += 1
-            decibels = line.get("figures", {}).get("psnr")
-            text = line.get("error") or (f"{decibels:.2f} dB" if decibels is not None else "the reference")
-            print(f"{self.done:>4} {line['run']:<26} {line['seconds']:.3f} s  {text}  {line['prompt'][:60]}", flush=True)
-        self.pending = left
-
-    def tidy(self, work: Path) -> None:
-        """Remove the exact videos that no unmeasured video needs any more."""
-        needed = {reference for _, reference, *_ in self.pending}
-        for path in set(work.glob("*-exact.npy")) - needed:
-            path.unlink()
 
 
 def first_of_kinds(kinds: dict[str, str], count: int) -> set[str]:
@@ -223,6 +234,8 @@ def arguments(argv=None):
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
     parser.add_argument("--other-exact", nargs="*", choices=OTHERS, default=list(OTHERS), help="further exact kernels to run")
     parser.add_argument("--captions", type=int, default=50)
+    parser.add_argument("--together", type=int, default=25, help="captions of which all runs are made before the next (25)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for the transformer's blocks (PyTorch only)")
     parser.add_argument("--seed", type=int, default=CAPTION_SEED, help="of the captions and of the noise")
     parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--backend", default="auto", help="of the precisions: auto, reference, triton or hopper")
@@ -264,9 +277,10 @@ def main(argv=None) -> int:
     store, work = Store(args.out), Path(tempfile.mkdtemp(prefix="precisions"))
     try:
         check_settings(store, settings)
-        about = {"framework": args.framework, "dtype": args.dtype, "backend": args.backend, "reference": maker.reference}
+        about = {"framework": args.framework, "dtype": args.dtype, "backend": args.backend, "reference": maker.reference,
+                 "compiled": args.compile}
         for known in store.runs()[:1]:
-            if differ := [f"{name} {known[name]}" for name in about if known[name] != about[name]]:
+            if differ := [f"{name} {known[name]}" for name in about if known.get(name, False) != about[name]]:
                 raise ValueError(f"{args.out} was begun with {', '.join(differ)}; give another --out")
         store.append({"kind": "run", "settings": settings.as_dict(), "prompts": list(kinds), "seeds": [args.seed],
                       "runs": [run.label for run in runs], "metrics": metrics, "missing": {**lacking, **absent}, **about,
@@ -275,8 +289,9 @@ def main(argv=None) -> int:
                       "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
         kept = first_of_kinds(kinds, args.clips)
         evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds, of)
-        finished = all([evaluation.caption(n, c, runs, work, c in kept, deadline) for n, c in enumerate(kinds)])
-        evaluation.collect(0)
+        numbered = list(enumerate(kinds))
+        parts = [dict(numbered[at:at + args.together]) for at in range(0, len(kinds), args.together)]
+        finished = all([evaluation.make(part, runs, work, kept, deadline) for part in parts])
     finally:
         workers.close()
         store.close()

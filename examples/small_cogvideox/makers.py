@@ -98,6 +98,22 @@ class TorchMaker:
         video = pipe.video_processor.postprocess_video(video=pipe.decode_latents(latents), output_type="np")[0]
         return np.asarray(video, np.float32), seconds
 
+    @contextlib.contextmanager
+    def compiled(self, wanted: bool) -> Iterator[None]:
+        """With the transformer's blocks compiled for what is hooked now, if that is wanted."""
+        if not wanted:
+            yield
+            return
+        blocks = self.pipe.transformer.transformer_blocks
+        for block in blocks:
+            block.compile(dynamic=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
+            torch.compiler.reset()
+
     def _wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
@@ -118,6 +134,13 @@ class PaddleMaker:
     def other_exact(self) -> tuple[list[Candidate], dict[str, str]]:
         """None beside Paddle's own and this project's."""
         return [], {name: "it takes PyTorch tensors" for name in OTHERS}
+
+    @contextlib.contextmanager
+    def compiled(self, wanted: bool) -> Iterator[None]:
+        """As it is: what Paddle compiles it would have to compile anew for each run, by to_static."""
+        if wanted:
+            raise ValueError("--compile compiles diffusers' blocks; leave it out with --framework paddle")
+        yield
 
     def make(self, caption: str, noise: torch.Tensor, steps: int | None = None) -> tuple[np.ndarray | None, float]:
         """As `TorchMaker.make`."""

@@ -66,6 +66,7 @@ def record_of(store: Store) -> dict:
     times, best = times_of(summary, videos)
     last = runs[-1]
     record = {name: last[name] for name in ("framework", "dtype", "backend", "reference", "floor", "missing", "environment")}
+    record["compiled"] = last.get("compiled", False)
     record |= {"model": last["settings"]["model"], "generation": last["generation"], "captions": len(summary.prompts),
                "captions_wanted": len(last["prompts"]), "best_exact": best, "by_the_reference": any(
                    "(reference" in variant for row in summary.rows for variant in row.attention)}
@@ -117,7 +118,8 @@ def markdown(record: dict) -> str:
     asked, rows = record["generation"], record["rows"]
     lines = lines_of(rows) + ["", (
         f"{record['captions']} held-out captions, {asked['num_inference_steps']} steps, guidance {asked['guidance_scale']:g}, "
-        f"{record['dtype']}, {record['framework']}, {record['environment']['device']}, commit "
+        f"{record['dtype']}, {record['framework']}{', blocks compiled' * record['compiled']}, "
+        f"{record['environment']['device']}, commit "
         f"{record['environment']['commit']}; the same noise for every run; mean (95 % interval by bootstrap over captions), "
         f"seconds: median. The reference is "
         f"{record['reference']}; the noise floor {record['floor']}. Speed-ups are of denoising as a whole, over the fastest "

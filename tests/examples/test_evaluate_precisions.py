@@ -1,4 +1,5 @@
 """The evaluation by precision at toy size on a CPU: it goes on where it stopped, frameworks agree, its table is right."""
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from lowbit_video.errors import UnsupportedError  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
 pytestmark = pytest.mark.torch
-BEGUN = ["--captions", "3", "--steps", "2", "--workers", "1", "--no-page", "--device", "cpu"]
+BEGUN = ["--captions", "3", "--together", "2", "--steps", "2", "--workers", "1", "--no-page", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,11 @@ def lines(folder, kind="video"):
     return [line for line in map(json.loads, (folder / "results.jsonl").read_text().splitlines()) if line["kind"] == kind]
 
 
-def test_every_run_is_measured_against_the_exact_video_of_its_noise(whole):
+def test_every_run_is_measured_against_the_exact_video_of_its_noise(code, whole):
     made = lines(whole)
-    assert [line["run"] for line in made] == ["exact", "floor", "int8+fp16", "int2+fp16"] * 3
+    assert [line["run"] for line in made] == [
+        run for count in (2, 1) for run in ("exact", "floor", "int8+fp16", "int2+fp16") for _ in range(count)]
+    assert {sum(line["attention"].values()) for line in made if line["run"] != "exact"} == {2 * code.models.TINY.layers}
     by_run = {run: [line for line in made if line["run"] == run] for run in ("exact", "floor", "int8+fp16", "int2+fp16")}
     psnr = {run: np.mean([line["figures"]["psnr"] for line in own]) for run, own in by_run.items() if run != "exact"}
     assert psnr["floor"] > 110 > psnr["int8+fp16"] + 20 and psnr["int8+fp16"] > psnr["int2+fp16"] + 20 > 40
@@ -100,6 +103,7 @@ def test_the_table_says_what_the_lines_say(whole):
     assert row["psnr_over_floor_db"]["value"] == pytest.approx(20 * np.log10(error("int8+fp16") / error("floor")), abs=1e-6)
     assert record["dtype"] == "float32" and {"lpips", "cuDNN", "FlashAttention-4"} <= set(record["missing"])
     text = (whole / "precisions.md").read_text()
+    assert "compiled" not in text
     assert "is not a speed" not in text and "its seconds are not a speed" in text
     assert text.count("| int2+fp16 |") == 1 + len(record["groups"]) and "lpips (needs --weights lpips=PATH" in text
 
@@ -121,18 +125,18 @@ def test_it_goes_on_where_it_was_stopped_with_the_same_figures(code, model, whol
 
     def killed(self, *call):
         made.append(call)
-        if len(made) == 11:
+        if len(made) == 9:  # of each run, first two steps of no caption, then two captions: this is int8+fp16's second
             raise KeyboardInterrupt
         return make(self, *call)
 
     monkeypatch.setattr(code.makers.TorchMaker, "make", killed)
     with pytest.raises(KeyboardInterrupt):
         code.main(begun)
-    assert [line["run"] for line in lines(tmp_path)] == ["exact", "floor", "int8+fp16", "int2+fp16", "exact"]
-    assert code.main([*begun, "--minutes", "0"]) == 0 and len(lines(tmp_path)) == 5
+    assert [line["run"] for line in lines(tmp_path)] == ["exact", "exact", "floor", "floor"]
+    assert code.main([*begun, "--minutes", "0"]) == 0 and len(lines(tmp_path)) == 4
     assert "time is over" in capfd.readouterr().out
     assert code.main(begun) == 0
-    assert len(made) == 11 + 2 * 8  # the exact video of the second caption is made again, as a reference
+    assert len(made) == 9 + 3 * 3 + 4 * 2  # the exact videos of the first two captions are made again, as references
     figures = [{(v["prompt"], v["run"]): v["figures"] for v in lines(folder)} for folder in (tmp_path, whole)]
     assert figures[0] == figures[1]
     count = len(made)
@@ -185,6 +189,30 @@ def test_another_exact_kernel_takes_its_tensors_in_the_order_it_is_made_for(code
     out, lse = processor.attend(q, k, v, scale=0.3, return_lse=True)
     torch.testing.assert_close(out, wanted)
     assert len(calls) == 1 and lse.shape == (2, 3, 9)
+
+
+def test_blocks_are_compiled_for_a_run_and_not_after_it(code):
+    blocks = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+    maker = object.__new__(code.makers.TorchMaker)
+    maker.pipe = SimpleNamespace(transformer=SimpleNamespace(transformer_blocks=blocks))
+    for wanted in (True, False):
+        with pytest.raises(KeyError), maker.compiled(wanted):
+            assert [block._compiled_call_impl is not None for block in blocks] == [wanted] * 2
+            raise KeyError  # whatever happens
+        assert all(block._compiled_call_impl is None for block in blocks)
+    with pytest.raises(ValueError, match="leave it out with --framework paddle"), code.makers.PaddleMaker.compiled(None, True):
+        pass
+
+
+def test_compiled_runs_say_so_and_are_not_mixed_with_others(code, model, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(code.makers.TorchMaker, "compiled",
+                        lambda self, wanted: asked.append(wanted) or contextlib.nullcontext())
+    begun = [*BEGUN, "--captions", "1", "--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16"]
+    assert code.main([*begun, "--compile"]) == 0 and asked == [True] * 3
+    assert ", blocks compiled, " in (tmp_path / "precisions.md").read_text()
+    with pytest.raises(ValueError, match="was begun with compiled True"):
+        code.main(begun)
 
 
 @pytest.mark.parametrize("asked, cudnn, flash", [
