@@ -12,8 +12,27 @@ SIMULATED = "tests/kernels/test_hopper_simulated.py::"
 HOPPER = "kernels/attention/hopper/"
 SHIPPED = "kernels/shipped/"
 SHIPPED_TESTS = "tests/kernels/shipped/"
+ROTATE = "tests/lowbit_video/test_rotation.py::"
+ROTATION = "tests/kernels/test_rotation.py::"
 
 MUTANTS = [
+    *faults("kernels/quant/reference.py", ROTATION + "test_scores_are_the_same_and_channels_as_large_in_q_as_in_k",
+            ("np.sqrt(k_top / q_top), heads // kv_heads, axis=1)", "np.sqrt(q_top / k_top), heads // kv_heads, axis=1)"),
+            ("np.sqrt(k_top / q_top), heads // kv_heads, axis=1)", "k_top / q_top, heads // kv_heads, axis=1)"),
+            ("q_top.reshape(batch, kv_heads, -1, dim).max(axis=2)", "q_top.reshape(batch, kv_heads, -1, dim).min(axis=2)")),
+    *faults("kernels/quant/reference.py", ROTATION + "test_what_is_largest_is_taken_without_the_mean",
+            ("np.abs(x if mean is None else x - mean[:, :, None])", "np.abs(x)")),
+    *faults("kernels/quant/reference.py", ROTATION + "test_channels_without_any_value_do_no_harm",
+            ("k_top = np.maximum(k_top, MIN_MAGNITUDE)", "pass")),
+    *faults("kernels/attention/reference.py", ROTATION + "test_outlier_channels_spoil_no_others",
+            ("k_format, block_k, k_mean, factors[1])", "k_format, block_k, k_mean, factors[0])"),
+            ("if rotate else (None, None)", "if False else (None, None)")),
+    *faults("lowbit_video/engine/options.py", ROTATE + "test_a_graph_is_told_of_it",
+            ("            rotate = precision.rotate\n", "")),
+    *faults("lowbit_video/distributed/exchange.py", ROTATE + "test_ranks_send_16_bits_and_say_why",
+            ("rotate=precision.rotate))", "))")),
+    *faults("kernels/variants.py", ROTATE + "test_other_head_dims_are_refused",
+            ("request.rotate and request.head_dim not in ROTATED", "False")),
     *faults("kernels/attention/reference.py", REFERENCE + "test_exact_equals_softmax",
             ("> last_key] = -np.inf", "> last_key + 1] = -np.inf"), ("int(last_key[-1, 0]) + 1", "int(last_key[-1, 0])"),
             ("columns.stop - 1 > last_key", "columns.stop - 2 > last_key"),
