@@ -38,13 +38,13 @@ class Request:
     heads: int = 1
     kv_heads: int = 1
     smooth_q: bool = False
-    rotate: bool = False
     causal: bool = False
     lse: bool = False
     varlen: bool = False
     only_if_faster: bool = False
     interpret: bool = False
     v_aligned: bool = True
+    rotate: bool = False
 
     def __str__(self) -> str:
         where = f"sm_{self.arch[0]}{self.arch[1]}" if self.arch else self.device
@@ -122,8 +122,8 @@ class KernelVariant:
             return f"it does not support {', '.join(missing)}"
         if request.rotate and request.head_dim not in ROTATED:
             return f"rotation needs a head dim of {' or '.join(map(str, ROTATED))}, not {request.head_dim}"
-        if request.rotate and self.min_arch is not None:
-            return "rotation runs on CPU tensors only"
+        if request.rotate and self.min_arch is not None and (reason := _compiled(request)):
+            return f"rotation: {reason}"
         for need in self.needs:
             if reason := NEEDS[need](request):
                 return reason

@@ -12,6 +12,7 @@ SIMULATED = "tests/kernels/test_hopper_simulated.py::"
 HOPPER = "kernels/attention/hopper/"
 SHIPPED = "kernels/shipped/"
 SHIPPED_TESTS = "tests/kernels/shipped/"
+ROTATED = "tests/kernels/interpreted_rotation.py::"
 ROTATE = "tests/lowbit_video/test_rotation.py::"
 ROTATION = "tests/kernels/test_rotation.py::"
 
@@ -31,6 +32,28 @@ MUTANTS = [
             ("            rotate = precision.rotate\n", "")),
     *faults("lowbit_video/distributed/exchange.py", ROTATE + "test_ranks_send_16_bits_and_say_why",
             ("rotate=precision.rotate))", "))")),
+    *faults("kernels/quant/quant_rotated.py", ROTATED + "test_codes",
+            ("b_odd ^= b_odd >> 2", "b_odd ^= b_odd >> 3"), ("b_factor = tl.sqrt(b_k / b_q)", "b_factor = tl.sqrt(b_q / b_k)"),
+            ("b_q = tl.maximum(b_q, tl.load(q_top + p_q + i_g * D))", "b_q = tl.maximum(b_q, tl.load(q_top + p_q))"),
+            ("i_hk, heads_k = i_h // GROUP, H // GROUP", "i_hk, heads_k = i_h % GROUP, H // GROUP"),
+            ("tl.dot(b_high, b_sign, tl.dot(b_low, b_sign))", "tl.dot(b_high, b_sign)"),
+            ("* (b_most * D ** -0.5)", "* (b_most / D)")),
+    *faults("kernels/quant/quant_rotated.py", ROTATED + "test_rows_past_the_end_do_not_count_in_the_last_blocks_scale",
+            ("tl.where(m_n[:, None], b_x - tl.load(mean + (i_b * H + i_h) * D + o_d)[None, :], 0.0)",
+             "b_x - tl.load(mean + (i_b * H + i_h) * D + o_d)[None, :]")),
+    *faults("kernels/quant/quant_rotated.py", ROTATED + "test_corrections_of_smoothing_are_of_what_is_not_rotated",
+            ("tl.sum(b_x * b_qm[None, :], 1)", "tl.sum(b_x + b_qm[None, :], 1)"),
+            ("bias + p_row + (i_h * GROUP + i_g)", "bias + p_row + (i_h + i_g)")),
+    *faults("kernels/quant/quant_rotated.py", ROTATED + "test_packed_sequences_have_tops_and_blocks_of_their_own",
+            ("scale_start = start // ROWS + i_b + i_t", "scale_start = start // ROWS + i_t")),
+    *faults("kernels/quant/channel_tops.py", ROTATED + "test_means_and_tops",
+            ("tl.where(m_n, b_x, float(\"inf\"))", "b_x"), ("b_mean - tl.min(b_least, 0))", "tl.min(b_least, 0))"),
+            ("* tl.num_programs(0) + i_c) * 3 * D", "* tl.num_programs(0)) * 3 * D")),
+    *faults("kernels/quant/channel_tops.py", ROTATED + "test_ranges_of_more_chunks_than_are_folded_at_once",
+            ("m_c = (o_c < chunks)[:, None]", "m_c = (o_c < FOLD)[:, None]")),
+    *faults("lowbit_video/engine/gpu.py", "tests/lowbit_video/runtime/interpreted.py::test_rotation_matches_the_reference",
+            ('for of in "qk")', 'for of in "kq")'),
+            ("tops.k, k_mean, packed and packed.k)", "tops.k, None, packed and packed.k)")),
     *faults("kernels/variants.py", ROTATE + "test_other_head_dims_are_refused",
             ("request.rotate and request.head_dim not in ROTATED", "False")),
     *faults("kernels/attention/reference.py", REFERENCE + "test_exact_equals_softmax",
