@@ -78,6 +78,9 @@ def scale_block(operand: str, granularity: str) -> int | None:
     """
     return BLOCK_K if operand == "k" and granularity == "block" else None
 
+ROTATED = (64, 128)
+"""Head dims whose channels can be rotated before they are quantised."""
+
 EXACT_FORMATS = tuple(name for name, f in FORMATS.items() if not f.scaled)
 """Formats of exact attention: those that tensors have themselves."""
 

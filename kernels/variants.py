@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .formats import EXACT_FORMATS, FORMATS
+from .formats import EXACT_FORMATS, FORMATS, ROTATED
 
 Arch = tuple[int, int]
 """Compute capability, (9, 0) for sm_90."""
@@ -44,6 +44,7 @@ class Request:
     only_if_faster: bool = False
     interpret: bool = False
     v_aligned: bool = True
+    rotate: bool = False
 
     def __str__(self) -> str:
         where = f"sm_{self.arch[0]}{self.arch[1]}" if self.arch else self.device
@@ -119,6 +120,10 @@ class KernelVariant:
         missing = [name for name, wanted in used.items() if wanted and name not in self.features]
         if missing:
             return f"it does not support {', '.join(missing)}"
+        if request.rotate and request.head_dim not in ROTATED:
+            return f"rotation needs a head dim of {' or '.join(map(str, ROTATED))}, not {request.head_dim}"
+        if request.rotate and self.min_arch is not None and (reason := _compiled(request)):
+            return f"rotation: {reason}"
         for need in self.needs:
             if reason := NEEDS[need](request):
                 return reason

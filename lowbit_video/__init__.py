@@ -17,6 +17,7 @@ from .errors import NonFiniteError, UnsupportedError
 from .hook.apply import apply, remove
 from .hook.dispatcher.register import register_diffusers, unregister_diffusers
 from .hook.frames import declare_attention
+from .hook.order import order_tokens
 from .hook.processors import ExactAttnProcessor, LowBitAttnProcessor
 from .hook.recipe.clock import denoising_step
 from .hook.recipe.recipe import Recipe
@@ -28,5 +29,5 @@ from .warming import warmup
 __version__ = "0.1.0"
 __all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "Recipe",
            "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "cp_plan",
-           "declare_attention", "denoising_step", "dequantize", "parallelize", "prequantize", "quantize",
-           "register_diffusers", "remove", "unparallelize", "unregister_diffusers", "warmup"]
+           "declare_attention", "denoising_step", "dequantize", "order_tokens", "parallelize", "prequantize",
+           "quantize", "register_diffusers", "remove", "unparallelize", "unregister_diffusers", "warmup"]

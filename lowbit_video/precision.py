@@ -9,6 +9,8 @@ from .arguments import flag, shown
 
 PV_FORMATS = ("fp16", "fp8")
 EXACT_SPECS = (*EXACT_FORMATS, "exact")
+ROTATED = " rotate"
+"""What stands behind the text of a precision whose Q and K are rotated."""
 MIXED_QK = (("int8", "int4"), ("int8", "int2"))
 GRANULARITIES = ("block", "token")
 
@@ -24,33 +26,44 @@ class Precision:
     """The number formats of one attention call, and how they are scaled and smoothed.
 
     spec: "q[/k]+pv" ("int8+fp16", "int8/int4+fp8", "int2+fp16", ...), or "fp16", "bf16", "fp32",
-        "exact" for full precision ("exact" computes in the tensors' own dtype).
+        "exact" for full precision ("exact" computes in the tensors' own dtype); "int4+fp8 rotate" is rotate=True.
     granularity: K's, "block" (one scale per 128 rows) or "token" (one per row). Q has one per row always.
         Default: "block" for int8 and fp8, "token" as soon as int4 or int2 takes part.
     smooth_k: subtract K's mean over the tokens, which softmax does not see. Default True.
     smooth_q: subtract Q's mean and add its exact product with K back. Default: Q in int4 or int2.
+    rotate: before Q and K are quantised, even out their channels and rotate them by a Hadamard matrix, so that no channel's
+        outliers spoil the others; scores stay what they are. Head dims 64 and 128. It pays where smoothing leaves channels of
+        Q or K much larger than others. Default False.
 
     "+fp16" means P and V in the tensors' own 16-bit type: bfloat16 tensors keep bfloat16's range.
 
-    Raises ValueError for a spec or granularity that does not exist, listing those that do; TypeError for a smoothing that is
-    neither True nor False.
+    Raises ValueError for a spec or granularity that does not exist, listing those that do; TypeError for a smoothing or a
+    rotation that is neither True nor False.
     Source: SageAttention (arXiv 2410.02367) for K smoothing, SageAttention2 (arXiv 2411.10958) for Q
-    smoothing; there Q's mean is per block, here per head, so its correction is one vector per head.
+    smoothing; there Q's mean is per block, here per head, so its correction is one vector per head. SmoothQuant
+    (2211.10438) and QuaRot (2404.00456) for the two halves of rotation.
     """
 
     spec: str
     granularity: str | None = None
     smooth_k: bool | None = None
     smooth_q: bool | None = None
+    rotate: bool | None = None
     q: str = field(init=False)
     k: str = field(init=False)
     pv: str = field(init=False)
     exact: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.spec, str) and self.spec.endswith(ROTATED):
+            if self.rotate is not None and not self.rotate:
+                raise ValueError(f"precision {self.spec!r} and rotate={self.rotate} contradict each other; give one of them")
+            object.__setattr__(self, "spec", self.spec.removesuffix(ROTATED))
+            object.__setattr__(self, "rotate", True)
         if not isinstance(self.spec, str) or self.spec not in precision_specs():
-            raise ValueError(f"unknown precision {shown(self.spec)}; there are: {', '.join(precision_specs())}")
-        for name in ("smooth_k", "smooth_q"):
+            raise ValueError(f"unknown precision {shown(self.spec)}; there are: {', '.join(precision_specs())}, and "
+                             f"those at low bit with {ROTATED!r} behind them")
+        for name in ("smooth_k", "smooth_q", "rotate"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, flag(name, getattr(self, name)))
         exact = self.spec in EXACT_SPECS
@@ -59,8 +72,8 @@ class Precision:
         k = k or q
         if exact:
             pv = q
-            if self.granularity is not None or self.smooth_k or self.smooth_q:
-                raise ValueError(f"precision {self.spec!r} is exact: it has no granularity and no smoothing")
+            if self.granularity is not None or self.smooth_k or self.smooth_q or self.rotate:
+                raise ValueError(f"precision {self.spec!r} is exact: it has no granularity, no smoothing and no rotation")
         coarse = {name for name in (q, k) if name in QK_FORMATS and FORMATS[name].bits < 8}
         granularity = self.granularity
         if granularity is None:
@@ -70,11 +83,11 @@ class Precision:
         smooth_k = not exact if self.smooth_k is None else self.smooth_k
         smooth_q = q in coarse if self.smooth_q is None else self.smooth_q
         for name, value in dict(q=q, k=k, pv=pv, exact=exact, granularity=granularity,
-                                smooth_k=smooth_k, smooth_q=smooth_q).items():
+                                smooth_k=smooth_k, smooth_q=smooth_q, rotate=bool(self.rotate)).items():
             object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
-        return self.spec
+        return self.spec + (ROTATED if self.rotate else "")
 
 
 def as_precision(precision: Precision | str) -> Precision:

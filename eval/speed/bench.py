@@ -113,7 +113,8 @@ def quantisation_bytes(shape: Shape, precision: Precision, dtype: str) -> int:
     """Bytes that quantisation must move: inputs once a pass (statistics need one of their own), copies once."""
     batch, heads, tokens, head_dim = shape.dims
     elements, size = batch * heads * tokens * head_dim, BYTES[dtype]
-    q_reads, k_reads, v_reads = 1 + precision.smooth_q, 1 + precision.smooth_k, 2 * (precision.pv == "fp8")
+    q_reads, k_reads = (1 + (smooth or precision.rotate) for smooth in (precision.smooth_q, precision.smooth_k))
+    v_reads = 2 * (precision.pv == "fp8")
     codes = sum(elements // get_format(name).codes_per_byte for name in (precision.q, precision.k))
     return elements * size * (q_reads + k_reads + v_reads) + codes + (elements if precision.pv == "fp8" else 0)
 

@@ -135,13 +135,14 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
 
 
 def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: str, k_format: str, pv_format: str,
-                     granularity: str = "block", smooth_k: bool = True, smooth_q: bool = False, scale: float,
-                     causal: bool = False, half: str = "fp16", block_n: int = BLOCK_K,
+                     granularity: str = "block", smooth_k: bool = True, smooth_q: bool = False, rotate: bool = False,
+                     scale: float, causal: bool = False, half: str = "fp16", block_n: int = BLOCK_K,
                      sum_rounded: bool = False, backwards: bool = False, line: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Quantise and attend, as the GPU backends do it in their separate kernels; the launcher of the CPU's variants.
 
     q: [B, Hq, Nq, D], k, v: [B, Hkv, Nkv, D] float32 holding the caller's (possibly 16-bit) values.
     q_format: an exact one ("fp16", "bf16", "fp32") quantises nothing and rounds nothing.
+    rotate: Q's and K's channels are evened out and rotated first (`quant.rotation`).
     half: "fp16" or "bf16", the 16-bit type of V and P where pv_format is "fp16".
     Returns out [B, Hq, Nq, D] float32 and LSE [B, Hq, Nq], corrected for smoothing.
     """
@@ -150,8 +151,9 @@ def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: s
     block_k = scale_block("k", granularity)
     k_mean = quant.token_mean(k) if smooth_k else None
     q_mean = quant.token_mean(q) if smooth_q else None
-    q_codes, q_scale = quant.quantize_rows(q, q_format, None, q_mean)
-    k_codes, k_scale = quant.quantize_rows(k, k_format, block_k, k_mean)
+    factors = quant.rotation(quant.channel_top(q, q_mean), quant.channel_top(k, k_mean)) if rotate else (None, None)
+    q_codes, q_scale = quant.quantize_rows(q, q_format, None, q_mean, factors[0])
+    k_codes, k_scale = quant.quantize_rows(k, k_format, block_k, k_mean, factors[1])
     v_codes, v_scale = quant.quantize_v(v) if pv_format == "fp8" else (v, None)
     bias = quant.score_bias(q_mean, k, k_mean) if smooth_q else None
     out, lse = attend_codes(q_codes, q_scale, k_codes, k_scale, v_codes, v_scale, q_format=q_format, k_format=k_format,

@@ -3,9 +3,13 @@
 All arrays are float32, contiguous HND [B, H, N, D]; codes and scales come out exactly as the GPU
 kernels store them.
 Source: SageAttention (arXiv 2410.02367) section 4 for smoothing and per-block scales; here int4 and
-int2 are mid-rise and Q's mean is taken per head.
+int2 are mid-rise and Q's mean is taken per head. SmoothQuant (2211.10438), equation 4, for scales that even
+out the channels of two operands, and QuaRot (2404.00456) for a Hadamard rotation of Q and K; here one follows
+the other, and both fall into the quantisers.
 """
 from __future__ import annotations
+
+import functools
 
 import ml_dtypes
 import numpy as np
@@ -84,13 +88,50 @@ def decode(codes: np.ndarray, format_name: str) -> np.ndarray:
     return (2 * signed + 1).astype(np.float32).reshape(*codes.shape[:-1], -1)
 
 
-def quantize_rows(x: np.ndarray, format_name: str, block: int | None, mean: np.ndarray | None = None
-                  ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of x [B, H, N, D] after `mean` [B, H, D] was subtracted; block None means per token."""
+def quantize_rows(x: np.ndarray, format_name: str, block: int | None, mean: np.ndarray | None = None,
+                  factors: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of x [B, H, N, D] after `mean` [B, H, D] was subtracted; block None means per token.
+
+    factors: [B, H, D] of `rotation`, of Q or of K, by which x is rotated then; None leaves it as it is.
+    """
     if mean is not None:
         x = x - mean[:, :, None]
+    if factors is not None:
+        x = rotate(x, factors)
     scale = row_scale(x, format_name, block)
     return encode(x, expand_scale(scale, x.shape[2], block), format_name), scale
+
+
+def channel_top(x: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
+    """The largest magnitude over the tokens after `mean` [B, H, D] was subtracted, [B, H, N, D] -> [B, H, D]."""
+    return np.abs(x if mean is None else x - mean[:, :, None]).max(axis=2)
+
+
+def rotation(q_top: np.ndarray, k_top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Q's factors [B, Hq, D], K's [B, Hkv, D]) that make each channel as large in Q as in K; their products are 1.
+
+    q_top, k_top: of `channel_top`. Heads of Q that share keys share their factors, by the largest of them.
+    """
+    heads, (batch, kv_heads, dim) = q_top.shape[1], k_top.shape
+    q_top = np.maximum(q_top.reshape(batch, kv_heads, -1, dim).max(axis=2), MIN_MAGNITUDE)
+    k_top = np.maximum(k_top, MIN_MAGNITUDE)
+    return np.repeat(np.sqrt(k_top / q_top), heads // kv_heads, axis=1), np.sqrt(q_top / k_top)
+
+
+@functools.cache
+def hadamard(dim: int) -> np.ndarray:
+    """The orthonormal Hadamard matrix [dim, dim] in float64, symmetric, its own inverse. dim: a power of two."""
+    places = np.arange(dim)
+    odd = np.array([bin(both).count("1") % 2 for both in (places[:, None] & places).ravel()]).reshape(dim, dim)
+    return (1 - 2 * odd) / np.sqrt(dim)
+
+
+def rotate(x: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """x [B, H, N, D] times its channels' factors [B, H, D], then through the Hadamard matrix: an outlier is spread over all.
+
+    Q and K rotated with the factors of one `rotation` have the scores that they had.
+    """
+    return (x * factors[:, :, None]) @ hadamard(x.shape[-1]).astype(x.dtype)
 
 
 def score_bias(q_mean: np.ndarray, k: np.ndarray, k_mean: np.ndarray | None) -> np.ndarray:

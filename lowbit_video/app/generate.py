@@ -17,7 +17,7 @@ from lowbit_video import pipelines
 from lowbit_video.eval.world.folder import world_of
 from lowbit_video.pipelines.shared.small_model import model_or_small
 
-from .. import Recipe, apply, remove
+from .. import Recipe, apply, order_tokens, remove
 from ..files import write_json
 from .compare_twin import compare_twin
 from .job import DEFAULT_FPS, EXACT, Job, add_arguments, fill, job_of
@@ -72,6 +72,7 @@ def _make(job: Job, device: str, wire: Any, say: Any) -> dict[str, Any]:
         + (", compiled" if job.compile else ""))
     say(f"prompt: {job.prompt}")
     pipe, load_s = load_pipeline(job, dtype, device)
+    order_tokens(pipe, job.order)
     if job.hooked:
         wanted = None if job.precision in EXACT else job.precision
         apply(pipe, wanted if job.recipe is None else Recipe.load(job.recipe), job.modules, fallback=job.fallback,

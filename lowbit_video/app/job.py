@@ -13,6 +13,7 @@ from lowbit_video.pipelines.shared.generation import read_generation
 from ..distributed.exchange import EXCHANGES, OUTPUTS
 from ..hook.recipe.recipe import PRESETS, Recipe
 from ..precision import as_precision, precision_specs
+from ..token_order import ORDERS, check_order
 
 RANDOM_MODEL = "random"
 """The model that is made anew with random weights, unless a folder has that name."""
@@ -35,7 +36,8 @@ class Job:
     model: folder, hub id or RANDOM_MODEL; None takes the small trained model, which a checkout has.
     precision: "int8+fp16", ...; "exact" runs without a hook. recipe: a recipe's file or a preset's name, in its place. modules:
         name patterns to precisions, on top of either.
-    height, width: pixels. fps: frames a second. device, dtype: "auto" or as Paddle names them.
+    order: of the video's tokens in attention, as `order_tokens` takes it. height, width: pixels. fps: frames a second.
+    device, dtype: "auto" or as Paddle names them.
     ulysses_degree, ring_degree, cfg_degree, vae_degree, exchange, exchange_output: of several ranks, as in `parallelize`.
     Raises ValueError when built with a value that cannot be meant.
     """
@@ -48,6 +50,7 @@ class Job:
     modules: dict[str, str] = field(default_factory=dict)
     fallback: str | None = None
     backend: str = "auto"
+    order: str = "raster"
     steps: int | None = None
     frames: int | None = None
     height: int | None = None
@@ -76,6 +79,7 @@ class Job:
                 as_precision(precision)
             except ValueError as error:
                 raise ValueError(f"--modules {pattern}={precision}: {error}") from None
+        check_order(self.order)
         if self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; there are: {', '.join(BACKENDS)}")
         for name, known in (("exchange", EXCHANGES), ("exchange_output", OUTPUTS)):
@@ -137,6 +141,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "may be given several times, the last match wins")
     parser.add_argument("--fallback", choices=["exact"], help="run exact attention where no kernel serves (default: an error)")
     parser.add_argument("--backend", default="auto", choices=BACKENDS, help="default: %(default)s")
+    parser.add_argument("--order", default="raster", choices=ORDERS, help="of the video's tokens in attention (default: "
+                        "%(default)s)")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--frames", type=int, help="frames of the video")
     parser.add_argument("--height", type=int, help="pixels")

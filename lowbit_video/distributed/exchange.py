@@ -29,4 +29,5 @@ def on_the_wire(options: AttentionOptions, exchange: str) -> AttentionOptions:
     if spec not in precision_specs():
         raise ValueError(f"exchange {exchange!r} would make {precision} attention {spec!r}, which does not exist; there are: "
                          f"{', '.join(precision_specs())}; try exchange='auto'")
-    return replace(options, precision=Precision(spec, smooth_k=precision.smooth_k, smooth_q=precision.smooth_q))
+    return replace(options, precision=Precision(spec, smooth_k=precision.smooth_k, smooth_q=precision.smooth_q,
+                                                rotate=precision.rotate))

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..hook.base import slot_of
+from ..hook.order import order_of
 from ..hook.report import attention_modules, coverage, named_modules, transformer_of
 from ..runtime.detect import runtime_of
 from .agree import from_first, values_of
@@ -145,7 +146,8 @@ def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None
     degrees = degrees_for(wire.size, max(module.heads for module in modules.values()), cfg, ulysses, ring, vae)
     mesh = Mesh(wire, degrees)
     handle = Parallel(pipe_or_model, mesh, exchange, output)
-    handle.check_same({**asdict(degrees), "exchange": exchange, "output": output, "modules": len(modules)}, "parallelize")
+    handle.check_same({**asdict(degrees), "exchange": exchange, "output": output, "modules": len(modules),
+                       "token_order": order_of(model)}, "parallelize")
     _say_unequal_memory(handle)
     split = TokenSplit(model, mesh)
     handle._set(handle, split, _around(mesh, split, exchange, output))

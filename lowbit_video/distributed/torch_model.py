@@ -37,7 +37,8 @@ class SplitByHooks:
             model.register_forward_pre_hook(self._take_half, with_kwargs=True), model.register_forward_hook(self._join_halves),
             *(block.register_forward_pre_hook(self._take_tokens if block is first else self._take_rotary, with_kwargs=True)
               for block in model.transformer_blocks),
-            model.proj_out.register_forward_hook(lambda module, given, video: split.join_tokens(video))]
+            # before what else is done to whole tokens there: they are put in raster order again (hook/order.py)
+            model.proj_out.register_forward_hook(lambda module, given, video: split.join_tokens(video), prepend=True)]
 
     def remove(self) -> None:
         """The model computes alone again."""

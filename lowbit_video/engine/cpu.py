@@ -40,7 +40,7 @@ def _attend(variant: KernelVariant, request: Request, arrays: Iterable[np.ndarra
         v, half, exponent = in_half(v)
     out, lse = variant.load()(q, k, v, q_format=request.q, k_format=request.k, pv_format=request.pv,
                               granularity=request.granularity, smooth_k=options.precision.smooth_k, smooth_q=request.smooth_q,
-                              scale=options.scale, causal=options.is_causal, half=half)
+                              rotate=request.rotate, scale=options.scale, causal=options.is_causal, half=half)
     return saturated(restored(out, exponent), request.dtype), lse
 
 

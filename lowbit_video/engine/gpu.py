@@ -4,6 +4,7 @@ The host's part of a call is one allocation beside the output's, one launch a ke
 """
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lowbit_video.kernels.buffers import Buffer, Origin, as_buffer
@@ -67,15 +68,21 @@ class Call:
         """Launches the kernels that fill the workspace: statistics, then codes. Exact variants have none."""
         if self.options.precision.exact:
             return
-        from lowbit_video.kernels.quant import quant_qk, quant_v, token_stats
+        from lowbit_video.kernels.quant import channel_tops, quant_qk, quant_rotated, quant_v, token_stats
 
         precision, part, packed = self.options.precision, self.parts.get, self.packed
         group = self.q.shape[1] // self.k.shape[1]
         k_mean, q_mean, shift = part("k_mean"), part("q_mean"), part("lse_shift")
         wanted: dict[str, Any] = {}
-        if precision.smooth_q:
+        quant_q = quant_k = quant_qk.launch_quant_qk
+        if precision.rotate:  # one reading finds the means too
+            tops = quant_rotated.Tops(part("q_top"), part("k_top"))
+            channel_tops.launch_channel_tops(self.q, part("ranges"), tops.q, q_mean, packed and packed.q)
+            channel_tops.launch_channel_tops(self.k, part("ranges"), tops.k, k_mean, packed and packed.k)
+            quant_q, quant_k = (functools.partial(quant_rotated.launch_quant_rotated, tops=tops, of=of) for of in "qk")
+        if precision.smooth_q and not precision.rotate:
             wanted.update(q=self.q, q_mean=q_mean)
-        if precision.smooth_k:
+        if precision.smooth_k and not precision.rotate:
             wanted.update(k=self.k, k_mean=k_mean)
         if precision.pv == "fp8":
             wanted.update(v=self.v, v_scale=self.v_codes.scale)
@@ -83,10 +90,9 @@ class Call:
             token_stats.launch_stats(part("partial"), **wanted, packed=packed)
         if precision.pv == "fp8":  # first, and K next: the statistics' last reads are still in the L2 cache
             quant_v.launch_quant_v(self.v, self.v_codes, packed and packed.k)
-        quant_qk.launch_quant_qk(self.k, self.k_codes, packed and packed.k, mean=k_mean, bias=part("bias"), q_mean=q_mean,
-                                 group=group)
-        quant_qk.launch_quant_qk(self.q, self.q_codes, packed and packed.q, mean=q_mean, lse_shift=shift,
-                                 k_mean=None if shift is None else k_mean, sm_scale=self.options.scale, group=group)
+        quant_k(self.k, self.k_codes, packed and packed.k, mean=k_mean, bias=part("bias"), q_mean=q_mean, group=group)
+        quant_q(self.q, self.q_codes, packed and packed.q, mean=q_mean, lse_shift=shift,
+                k_mean=None if shift is None else k_mean, sm_scale=self.options.scale, group=group)
 
     def attend(self) -> None:
         """Launches the attention kernel on what `quantise` left."""

@@ -85,12 +85,13 @@ def options_of(precision: Any, tensor_layout: str, is_causal: bool, scale: Any, 
 
 def text_of(precision, *rest) -> str:
     """The choices as text, which is all that every tracer takes for a constant; plain Python, which they all follow."""
-    spec, granularity, smooth_k, smooth_q = precision, None, None, None
+    spec, granularity, smooth_k, smooth_q, rotate = precision, None, None, None, None
     if hasattr(precision, "spec"):  # Paddle's SOT cannot ask isinstance() of a dataclass
         spec = precision.spec
         if not precision.exact:
             granularity, smooth_k, smooth_q = precision.granularity, precision.smooth_k, precision.smooth_q
-    text = f"({spec!r}, {granularity!r}, {smooth_k!r}, {smooth_q!r})"
+            rotate = precision.rotate
+    text = f"({spec!r}, {granularity!r}, {smooth_k!r}, {smooth_q!r}, {rotate!r})"
     for choice in rest:  # one by one: SOT formats no tuple, and would break the graph here
         text = f"{text}, {choice!r}"
     return text
@@ -99,5 +100,5 @@ def text_of(precision, *rest) -> str:
 @functools.lru_cache(maxsize=512)
 def of_text(text: str) -> AttentionOptions:
     """The options that `text_of` wrote down."""
-    (spec, granularity, smooth_k, smooth_q), *rest = ast.literal_eval(text)
-    return options_of(Precision(spec, granularity=granularity, smooth_k=smooth_k, smooth_q=smooth_q), *rest)
+    (spec, granularity, smooth_k, smooth_q, rotate), *rest = ast.literal_eval(text)
+    return options_of(Precision(spec, rotate=rotate, granularity=granularity, smooth_k=smooth_k, smooth_q=smooth_q), *rest)

@@ -63,6 +63,11 @@ def layout_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, in
         wanted["q_mean"] = ("float32", (batch, q_heads, head_dim))
         wanted["bias"] = ("float32", (*rows, q_heads, kv_len))
         scratch += _elements(partial_shape(q_shape, max_q))
+    if precision.rotate:
+        wanted["q_top"] = ("float32", (batch, q_heads, head_dim))
+        wanted["k_top"] = ("float32", (batch, kv_heads, head_dim))
+        longest = max(_elements(partial_shape(q_shape, max_q)), _elements(partial_shape(kv_shape, max_k)))
+        wanted["ranges"] = ("float32", (3 * longest,))
     if scratch:
         wanted["partial"] = ("float32", (scratch,))
     parts, size = {}, 0

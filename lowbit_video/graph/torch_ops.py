@@ -8,6 +8,7 @@ raised while torch traces reaches the caller as an error of the tracer.
 """
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ..engine.checks import inference_only
 from ..engine.options import of_text, text_of
 from ..engine.packing import Packing
 from ..engine.run import run
+from ..token_order import raster_order, token_order
 from .runners import runner_of
 
 
@@ -60,6 +62,23 @@ def step_op(timestep: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 @step_op.register_fake
 def _(timestep, key):
     return timestep.new_empty(timestep.shape)
+
+
+@torch.library.custom_op("lowbit_video::token_order", mutates_args=())
+def order_op(like: torch.Tensor, order: str, frames: int, height: int, width: int, back: bool) -> torch.Tensor:
+    """`token_order` of a grid where `like` is, or, to go back, `raster_order`; an operator, so that a graph serves any grid."""
+    return _places(order, frames, height, width, back, like.device).clone()
+
+
+@order_op.register_fake
+def _(like, order, frames, height, width, back):
+    return like.new_empty(frames * height * width, dtype=torch.int64)
+
+
+@functools.lru_cache(maxsize=16)
+def _places(order, frames, height, width, back, device):
+    with torch.inference_mode(False):  # it may serve a call that is trained through later
+        return torch.tensor((raster_order if back else token_order)(order, frames, height, width), device=device)
 
 
 def _refuse(gradients):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lowbit_video.arguments import flag, number, shown, whole
 from lowbit_video.distributed.cost.models import default_size
+from lowbit_video.hook.order import order_of
 
 from ..shared.conditions import CALLBACK_TENSORS, Callback, guidance
 from ..shared.denoise import denoise
@@ -194,7 +195,7 @@ class CogVideoXPipeline(Pipeline):
             prompt=prompts, negative_prompt=negatives, height=height, width=width, num_frames=num_frames,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, use_dynamic_cfg=use_dynamic_cfg,
             num_videos_per_prompt=num_videos_per_prompt, max_sequence_length=max_sequence_length,
-            latents_only=output_type == "latent")
+            latents_only=output_type == "latent", token_order=order_of(self.transformer))
         self.scheduler.set_timesteps(num_inference_steps)
         self.interrupt, self.guidance_scale, self.num_timesteps = False, guidance_scale, len(self.scheduler.timesteps)
         dynamic = lambda timestep: dynamic_guidance(guidance_scale, timestep, num_inference_steps)

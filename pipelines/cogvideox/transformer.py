@@ -18,6 +18,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from lowbit_video.hook.base import check_processor
+from lowbit_video.token_order import raster_order, token_order
 
 from ..shared.config import MAX_EPSILON, check_between, keep_config
 from ..shared.weights import Model
@@ -340,6 +341,8 @@ class CogVideoXTransformer3DModel(Model):
         values = patch_size * patch_size * (patch_size_t or 1) * (in_channels if out_channels is None else out_channels)
         self.proj_out = nn.Linear(width, values)
         self.split: Any = None  # a TokenSplit, where several ranks share the tokens or the guidance
+        self.token_order = "raster"  # one of token_order.ORDERS, in which the blocks see the video; order_tokens() sets it
+        self.places: tuple = (None, None)
 
     def rotary_tables(self, frames: int, height: int, width: int) -> tuple[paddle.Tensor, paddle.Tensor] | None:
         """Returns `image_rotary_emb` for latents of this size; None where the model has no rotary positions.
@@ -394,7 +397,14 @@ class CogVideoXTransformer3DModel(Model):
         if temb.shape[0] != hidden_states.shape[0]:
             temb = temb.expand([hidden_states.shape[0], temb.shape[1]])
 
+        patch, patch_t = config.patch_size, config.patch_size_t or 1
+        grid = (frames // patch_t, height // patch, width // patch)
         encoder_hidden_states, hidden_states = self.patch_embed(encoder_hidden_states, hidden_states)
+        if self.token_order != "raster":
+            ordered, raster = self._places(grid, hidden_states)
+            hidden_states = hidden_states.index_select(ordered, axis=1)
+            if image_rotary_emb is not None:
+                image_rotary_emb = tuple(table.index_select(ordered, axis=0) for table in image_rotary_emb)
         if self.split is not None:
             encoder_hidden_states, hidden_states, image_rotary_emb = self.split.take_tokens(
                 encoder_hidden_states, hidden_states, image_rotary_emb
@@ -402,12 +412,23 @@ class CogVideoXTransformer3DModel(Model):
         hidden_states = self.run_blocks(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
         if self.split is not None:
             hidden_states = self.split.join_halves(self.split.join_tokens(hidden_states), batch)
+        if self.token_order != "raster":
+            hidden_states = hidden_states.index_select(raster, axis=1)
 
-        patch, patch_t = config.patch_size, config.patch_size_t or 1
-        rows, columns = height // patch, width // patch
-        out = hidden_states.reshape([batch, frames // patch_t, rows, columns, -1, patch_t, patch, patch])
+        out = hidden_states.reshape([batch, *grid, -1, patch_t, patch, patch])
         out = out.transpose([0, 1, 5, 4, 2, 6, 3, 7])
         return out.reshape([batch, frames, -1, height, width])
+
+    def _places(self, grid: tuple[int, int, int], like: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """`token_order` and `raster_order` of the model's order where `like` is; kept for the next step as `_table` is."""
+        key = (self.token_order, grid, str(like.place))
+        if paddle.in_dynamic_mode() and self.places[0] == key:
+            return self.places[1]
+        found = token_order(self.token_order, *grid), raster_order(self.token_order, *grid)
+        places = tuple(paddle.to_tensor(one, place=like.place) for one in found)
+        if paddle.in_dynamic_mode():
+            object.__setattr__(self, "places", (key, places))
+        return places
 
     def run_blocks(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None):
         """Video tokens [B, N_video, C] to what is predicted of them [B, N_video, values]; what `compile` makes one graph of.

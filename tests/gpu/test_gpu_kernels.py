@@ -175,6 +175,27 @@ ROW_L1 = {"int8": 0.05, "fp8": 0.15, "int4": 0.1, "int2": 0.3}
 eighth, and in a row that looks at one or two keys a single weight counts (on an H100 up to 3 rows of a case's thousands are
 off by more than 0.05). NumPy and Triton's
 interpreter differ by 0.01 at most. A mask that is one key off moves a row by more than 0.3."""
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("tokens", [1, 63, 1000, 17776])
+@pytest.mark.parametrize("variant, spec", LOW_CASES)
+def test_rotated(gpu, variant, spec, tokens, head_dim):
+    """Channels of K and of Q that are ten times as large, in grouped heads."""
+    supported(gpu, variant, spec, "float16", head_dim=head_dim, q_len=tokens, heads=4, kv_heads=2, lse=True)
+    q, k, v = (gpu.numpy(x) for x in make(gpu, (1, 4, tokens, head_dim), kv_heads=2))
+    q, k = np.array(q) / 2, np.array(k)
+    q[..., 9] *= 10
+    k[..., 5] *= 10
+    precision = Precision(spec, rotate=True)
+    given = [gpu.tensor(x, "float16") for x in (q, k, v)]
+    got, got_lse = attend(gpu, variant, precision, *given, lse=True)
+    check(gpu, got, *given, limit(spec, L1, 0.05))
+    if tokens <= 1000:
+        wanted, wanted_lse, _ = run(*(gpu.cpu(x, "float16") for x in (q, k, v)),
+                                    AttentionOptions(precision, "HND", return_lse=True, backend="reference"))
+        assert accuracy.relative_l1(gpu.numpy(got), gpu.numpy(wanted)) < (3e-2 if variant.backend == "hopper" else 5e-3)
+        assert np.abs(gpu.numpy(got_lse) - gpu.numpy(wanted_lse)).max() < 3e-2
+
+
 MEAN_L1 = {"int8": 0.01, "fp8": 0.01, "int4": 0.02, "int2": 0.06}
 
 

@@ -1,4 +1,6 @@
 """Precision strings."""
+from dataclasses import replace
+
 import pytest
 
 from lowbit_video import Precision
@@ -36,6 +38,21 @@ def test_exact(spec):
 def test_unknown_lists_what_exists(spec):
     with pytest.raises(ValueError, match="there are: .*int8/int4"):
         Precision(spec)
+
+
+def test_rotation_is_said_by_text_or_by_argument():
+    p = Precision("int4+fp8 rotate")
+    assert p == Precision("int4+fp8", rotate=True) == as_precision("int4+fp8 rotate") != Precision("int4+fp8")
+    assert (p.spec, str(p), p.q, p.pv, p.smooth_q, p.rotate) == ("int4+fp8", "int4+fp8 rotate", "int4", "fp8", True, True)
+    assert replace(p, rotate=False) == Precision("int4+fp8") and Precision("int4+fp8").rotate is False
+    with pytest.raises(ValueError, match="'exact' is exact: it has no granularity, no smoothing and no rotation"):
+        Precision("exact rotate")
+    with pytest.raises(ValueError, match="unknown precision 'int3\\+fp8'; .* with ' rotate' behind them"):
+        Precision("int3+fp8 rotate")
+    with pytest.raises(ValueError, match="'int8\\+fp8 rotate' and rotate=False contradict each other"):
+        Precision("int8+fp8 rotate", rotate=False)
+    with pytest.raises(TypeError, match="rotate is 'no'; give True or False"):
+        Precision("int8+fp8", rotate="no")
 
 
 def test_every_listed_precision_exists():

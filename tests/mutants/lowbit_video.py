@@ -12,6 +12,8 @@ INTERPRETED = "tests/lowbit_video/runtime/interpreted.py::"
 JOB = "tests/lowbit_video/app/test_job.py::"
 MASKS = "tests/lowbit_video/hook/test_masks.py::"
 OPTIONS = "tests/lowbit_video/engine/test_options.py::"
+ORDER = "tests/lowbit_video/test_token_order.py::"
+ORDERED = "tests/pipelines/cogvideox/test_token_order.py::"
 ONE_STREAM = "tests/lowbit_video/hook/test_one_stream.py::"
 PADDLEMIX = "tests/lowbit_video/hook/test_paddlemix.py::test_each_frame_computes_what_the_models_own_processors_do"
 DRIVER = "tests/lowbit_video/runtime/test_cuda_driver.py::"
@@ -54,6 +56,19 @@ MUTANTS = [
             ("is_causal=is_causal, scale=scale)", "is_causal=is_causal)")),
     *faults("lowbit_video/hook/attend.py", PROCESSORS + "test_exact_processor_honours_masks_of_every_shape",
             ("3: [shape[0], 1, *shape[1:]]", "3: [shape[0], *shape[1:], 1]"), ("size in (1, full)", "size <= full")),
+    *faults("lowbit_video/token_order.py", ORDER + "test_small_grids",
+            ("row = np.where(frame % 2, rows - 1 - row, row)", "pass"),
+            ("(frame * rows + row) % 2", "row % 2"), ("column, row, frame])", "row, column, frame])"),
+            ("[*within[::-1], column", "[*within, column"),
+            ("(max(grid) - 1).bit_length()", "max(grid).bit_length() - 1"),
+            ("for axis in (1, 2):", "for axis in (2, 1):"), ("distance << 1 | (axis ^ turned)", "distance << 1 | (axis)")),
+    *faults("lowbit_video/token_order.py", ORDER + "test_the_curve_goes_to_a_neighbour_at_every_step_of_a_cube",
+            ("np.where(axes[2] >> bit & 1, (1 << bit) - 1, 0)", "np.where(axes[2] >> bit & 1, 1 << bit, 0)"),
+            ("low = (1 << bit) - 1", "low = 1 << bit")),
+    *faults("lowbit_video/hook/order.py", ORDERED + "test_the_order_changes_rounding_alone",
+            ("_set(self._model(), self._before)", '_set(self._model(), "tiles")'), ("model.token_order = order\n", "pass\n")),
+    *faults("lowbit_video/hook/order.py", ORDERED + "test_a_compiled_forward_has_the_order_that_it_was_compiled_with",
+            ('if "StaticFunction" in type(model.forward).__name__:', "if False:")),
     *faults("lowbit_video/hook/apply.py", PROCESSORS + "test_patterns_choose_per_module_and_the_last_one_wins",
             ("choice.update(dict.fromkeys(names, wanted))", "choice = {**dict.fromkeys(names, wanted), **choice}"),
             ("if wanted is not None}", "}")),

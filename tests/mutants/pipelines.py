@@ -1,6 +1,7 @@
 """Faults of `pipelines/`."""
 from .entry import faults
 
+ORDER = "tests/pipelines/cogvideox/test_token_order.py::"
 PIPELINE = "tests/pipelines/cogvideox/test_pipeline.py::"
 SCHEDULER = "tests/pipelines/cogvideox/test_scheduler.py::"
 T5 = "tests/pipelines/shared/test_t5.py::"
@@ -32,6 +33,17 @@ MUTANTS = [
             ("ratio * (piece - 1) + 1 if piece % 2 else", "ratio * piece if piece % 2 else")),
     *faults("pipelines/cogvideox/transformer.py", TRANSFORMER + "test_every_norm_has_the_epsilon_of_diffusers",
             ("QK_NORM_EPSILON = 1e-6", "QK_NORM_EPSILON = 1e-5"), ("norm_eps: float = 1e-5", "norm_eps: float = 1e-6")),
+    *faults("pipelines/cogvideox/transformer.py", ORDER + "test_what_blocks_see_is_in_order_and_comes_back_to_the_bit",
+            ("hidden_states = hidden_states.index_select(raster, axis=1)",
+             "hidden_states = hidden_states.index_select(ordered, axis=1)"),
+            ("(table.index_select(ordered, axis=0) for", "(table.index_select(raster, axis=0) for"),
+            ("grid = (frames // patch_t, height // patch, width // patch)",
+             "grid = (width // patch, height // patch, frames // patch_t)")),
+    *faults("pipelines/cogvideox/transformer.py", ORDER + "test_other_sizes_and_orders_follow_each_other",
+            ("key = (self.token_order, grid, str(like.place))", "key = (self.token_order, math.prod(grid), str(like.place))"),
+            ("key = (self.token_order, grid, str(like.place))", "key = (grid, str(like.place))")),
+    *faults("pipelines/cogvideox/pipeline.py", ORDER + "test_ranks_with_other_orders_are_told",
+            (", token_order=order_of(self.transformer))", ")")),
     *faults("pipelines/cogvideox/pipeline.py", PIPELINE + "test_long_prompt_is_cut_with_a_warning",
             ('size_or_none("max_sequence_length", max_sequence_length, 1) or self._part', "self._part"),
             ("if len(ids) > length", "if len(ids) > length + 99")),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...arguments import shown, whole
-from ...precision import precision_specs
+from ...precision import ROTATED, Precision, precision_specs
 
 KEYS = ("layers", "heads", "steps", "rung")
 STEP_DIGITS = 6
@@ -37,8 +37,9 @@ class Rule:
     steps: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rung, str) or self.rung not in precision_specs():
+        if not isinstance(self.rung, str) or self.rung.removesuffix(ROTATED) not in precision_specs():
             raise ValueError(f"there is no rung {shown(self.rung)}; there are: {', '.join(precision_specs())}")
+        Precision(self.rung)
         object.__setattr__(self, "layers", _layers(self.layers))
         object.__setattr__(self, "heads", None if self.heads is None else _heads(self.heads))
         object.__setattr__(self, "steps", _steps(self.steps))

@@ -22,9 +22,9 @@ from lowbit_video.app.job import (  # noqa: E402
 )
 
 OTHER = dict(model="a/folder", prompt="snow", negative_prompt="rain", precision="int4+fp8", fallback="exact",
-             backend="reference", steps=7, frames=17, height=96, width=160, fps=12.5, seed=11, guidance=2.5, device="cpu",
-             dtype="float16", compile=True, compare=True, ulysses_degree=3, ring_degree=5, cfg_degree=2, vae_degree=4,
-             exchange="int4", exchange_output="int8", out="elsewhere")
+             backend="reference", order="hilbert", steps=7, frames=17, height=96, width=160, fps=12.5, seed=11, guidance=2.5,
+             device="cpu", dtype="float16", compile=True, compare=True, ulysses_degree=3, ring_degree=5, cfg_degree=2,
+             vae_degree=4, exchange="int4", exchange_output="int8", out="elsewhere")
 """A value of every setting but `modules` and `recipe`, none its default."""
 
 
@@ -147,17 +147,19 @@ class Enough(Exception):
 
 def until_it_runs(job, monkeypatch):
     """(the job that runs, what `apply` was called with): all but the work itself."""
-    jobs, applied = [], []
+    jobs, applied, ordered = [], [], []
 
     def runs(pipe, job):
         jobs.append(job)
         raise Enough
 
     monkeypatch.setattr(generate, "load_pipeline", lambda *given: ("pipe", 1.0))
+    monkeypatch.setattr(generate, "order_tokens", lambda *given: ordered.append(given))
     monkeypatch.setattr(generate, "apply", lambda *given, **named: applied.append((given, named)))
     monkeypatch.setattr(generate, "run_pipeline", runs)
     with pytest.raises(Enough):
         generate._make(job, "cpu", None, lambda text: None)
+    assert ordered == [("pipe", job.order)]
     return jobs[0], applied
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import diffusers_models
 from diffusers import ContextParallelConfig
 from helpers import sqnr_db
-from lowbit_video import UnsupportedError, apply, coverage, cp_plan, parallelize, remove
+from lowbit_video import UnsupportedError, apply, coverage, cp_plan, order_tokens, parallelize, remove
 
 dist.init_process_group("gloo")
 torch.accelerator.device_count = lambda: 1  # diffusers takes a rank modulo this, which is 0 without a GPU
@@ -32,6 +32,7 @@ def predict(model, given):
 for name, precision, config in (
         ("ulysses", "int8+fp16", dict(ulysses_degree=2)), ("ring", "int8+fp16", dict(ring_degree=2)),
         ("ulysses exact", "exact", dict(ulysses_degree=2)), ("ring exact", "exact", dict(ring_degree=2)),
+        ("ulysses ordered", "exact", dict(ulysses_degree=2)), ("ring ordered", "exact", dict(ring_degree=2)),
         ("ulysses uneven", "exact", dict(ulysses_degree=2, ulysses_anything=True)),
         ("ring uneven", "exact", dict(ring_degree=2, ring_anything=True))):
     model, given = diffusers_models.make("cogvideox")
@@ -39,6 +40,8 @@ for name, precision, config in (
         given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :5]
     exact = predict(model, given)
     apply(model, precision)
+    if "ordered" in name:
+        order_tokens(model, "hilbert")
     alone = predict(model, given)
     model.enable_parallelism(config=ContextParallelConfig(**config), cp_plan=cp_plan(model))
     shared = predict(model, given)
@@ -72,7 +75,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("how", ["ulysses", "ring"])
 def test_two_processes_are_one(ranks, how):
     for found in ranks:
-        for name in (f"{how} exact", f"{how} uneven"):
+        for name in (f"{how} exact", f"{how} ordered", f"{how} uneven"):
             assert found[name]["exact"] > 100, name
         row = found[how]
         assert 50 < row["exact"] < 110 and abs(row["exact"] - row["alone"]) < 3 and row["same"] > 50

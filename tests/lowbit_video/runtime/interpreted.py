@@ -55,6 +55,31 @@ def test_every_choice_of_smoothing_matches_the_reference(framework, spec):
         assert np.abs(framework.numpy(got[1]) - framework.numpy(wanted[1])).max() < 2e-2
 
 
+@pytest.mark.parametrize("spec, smooth_k", [("int4+fp16 rotate", True), ("int8/int4+fp8 rotate", False)])
+def test_rotation_matches_the_reference(framework, spec, smooth_k):
+    q, k, v = qkv(batch=2, heads=4, kv_heads=2, q_len=20, kv_len=33)
+    k[..., 5] *= 10
+    q, k, v = tensors(framework, q, k, v)
+    precision = Precision(spec, smooth_k=smooth_k)
+    (got, got_lse, variant), (wanted, wanted_lse, _) = (
+        run(q, k, v, AttentionOptions(precision, return_lse=True, backend=backend)) for backend in ("triton", "reference"))
+    assert variant.backend == "triton" and precision.rotate
+    assert relative_l1(*map(framework.numpy, (got, wanted))) < 4e-3
+    assert np.abs(framework.numpy(got_lse) - framework.numpy(wanted_lse)).max() < 2e-2
+    plain = run(q, k, v, AttentionOptions(Precision(spec.removesuffix(" rotate"), smooth_k=smooth_k), backend="reference"))[0]
+    assert relative_l1(*map(framework.numpy, (got, plain))) > 0.02
+
+
+def test_rotation_of_packed_sequences(framework):
+    q, k, v = (x[0] for x in qkv(heads=2, q_len=30, kv_len=41))
+    k[..., 5] *= 10
+    cu_q, cu_k = (framework.tensor(np.array(begins, np.int32), "int32") for begins in ((0, 9, 30), (0, 22, 41)))
+    given = tensors(framework, q, k, v)
+    got, wanted = (framework.numpy(run(*given, AttentionOptions("int8+fp16 rotate", backend=backend),
+                                       Packing(cu_q, cu_k, 21, 22))[0]) for backend in ("triton", "reference"))
+    assert relative_l1(got, wanted) < 4e-3
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtypes(framework, dtype):
     q, k, v = tensors(framework, *qkv(q_len=65), dtype=dtype)
