@@ -1,4 +1,5 @@
 """Attention under paddle.jit.to_static: one operator in the graph, the same result, calls still counted."""
+import sys
 import types
 
 import numpy as np
@@ -184,6 +185,17 @@ def test_a_compiled_call_of_attention_runs_through_the_operator(monkeypatch, ful
         assert not calls
         compiled(*tensors)
     assert calls == [1]
+
+
+def test_no_trace_wraps_all_modules_that_are_loaded(monkeypatch):
+    """SOT does where traced code asks `in sys.modules`, and each wrapped module is guarded at every call afterwards."""
+    from paddle.jit.sot.opcode_translator.executor.mutable_data import MutableDictLikeData
+
+    model, _ = pair()
+    wrapped, real = [], MutableDictLikeData.get_all
+    monkeypatch.setattr(MutableDictLikeData, "get_all", lambda data: wrapped.append(data.original_data) or real(data))
+    run(paddle.jit.to_static(model, full_graph=False), toy_model.inputs())
+    assert wrapped and not any(one is sys.modules for one in wrapped)
 
 
 def packed():
