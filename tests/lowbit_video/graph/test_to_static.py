@@ -199,6 +199,12 @@ def test_no_trace_wraps_all_modules_that_are_loaded(monkeypatch):
     wrapped, real = [], MutableDictLikeData.get_all
     monkeypatch.setattr(MutableDictLikeData, "get_all", lambda data: wrapped.append(data.original_data) or real(data))
     run(paddle.jit.to_static(model, full_graph=False), toy_model.inputs())
+
+    def call(q, k, v):
+        return lv.attention(q * 1.0, k, v) + 1.0
+
+    with paddle.no_grad():
+        paddle.jit.to_static(call, full_graph=False)(*(paddle.to_tensor(a) for a in qkv(q_len=20)))
     assert wrapped and not any(one is sys.modules for one in wrapped)
 
 
