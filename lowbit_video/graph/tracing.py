@@ -5,9 +5,22 @@ import importlib
 import sys
 from typing import Any
 
+from .. import runtime
+
+_PACKAGE = sys.modules[__package__]
+
+
+def _paddle_of(q: Any) -> Any:
+    """Paddle, where its runtime is loaded and this is its tensor: a package has as attributes what is loaded of it.
+
+    To look for one module in `sys.modules`, Paddle's SOT wraps and guards all of them, which takes most of a trace.
+    """
+    loaded = getattr(runtime, "paddle_runtime", None)
+    return loaded.paddle if loaded is not None and isinstance(q, loaded.paddle.Tensor) else None
+
 
 def _is_torch(q: Any) -> bool:
-    return "torch" in sys.modules and isinstance(q, sys.modules["torch"].Tensor)
+    return _paddle_of(q) is None and "torch" in sys.modules and isinstance(q, sys.modules["torch"].Tensor)
 
 
 def traced_by_torch(q: Any) -> bool:
@@ -17,17 +30,19 @@ def traced_by_torch(q: Any) -> bool:
 
 def traced_by_paddle(q: Any) -> bool:
     """Whether to_static traces this call: its AST mode builds a program, its SOT mode simulates the bytecode."""
-    if "paddle" not in sys.modules or _is_torch(q):
-        return False
-    paddle = sys.modules["paddle"]
+    paddle = _paddle_of(q)
+    if paddle is None:
+        if "paddle" not in sys.modules or _is_torch(q):
+            return False
+        paddle = sys.modules["paddle"]
     simulated = getattr(paddle.base.dygraph.base, "in_sot_simulation_mode", None)  # not in every version
     return not paddle.in_dynamic_mode() or (simulated is not None and simulated())
 
 
 def paddle_ops() -> Any:
     """The module of Paddle's static operators."""
-    name = "lowbit_video.graph.paddle_ops"  # Paddle's tracers follow no import statement
-    return sys.modules[name] if name in sys.modules else importlib.import_module(name)
+    # Paddle's tracers follow no import statement
+    return getattr(_PACKAGE, "paddle_ops", None) or importlib.import_module("lowbit_video.graph.paddle_ops")
 
 
 def torch_ops() -> Any:

@@ -25,6 +25,8 @@ from lowbit_video.kernels.operands import Operand, codes_of  # noqa: E402
 from lowbit_video.kernels.quant import reference as quant  # noqa: E402
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk  # noqa: E402
 
+import quick_interpreter  # noqa: E402, F401
+
 
 def buffer(array, dtype=None):
     return Buffer(array.ctypes.data, dtype or array.dtype.name)

@@ -24,6 +24,7 @@ from lowbit_video.kernels.quant.quant_v import launch_quant_v  # noqa: E402
 from lowbit_video.kernels.quant.token_stats import launch_stats  # noqa: E402
 from lowbit_video.kernels.tuning import TileConfig  # noqa: E402
 
+import quick_interpreter  # noqa: E402, F401
 from helpers import EDGES_OF_TILES, drawn_to_the_diagonal  # noqa: E402
 
 TILE = TileConfig(64, 128, 4, 2)  # the oracle's own tile, so that P is rounded against the same running maxima

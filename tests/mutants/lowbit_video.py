@@ -22,9 +22,15 @@ PROCESSORS = "tests/lowbit_video/hook/test_processors.py::"
 RECIPE = "tests/lowbit_video/hook/recipe/test_recipe.py::"
 RECIPES = "tests/lowbit_video/hook/recipe/test_recipe_processor.py::"
 RING = "tests/lowbit_video/distributed/test_ring.py::"
+TO_STATIC = "tests/lowbit_video/graph/test_to_static.py::"
 ULYSSES = "tests/lowbit_video/distributed/test_ulysses.py::"
 
 MUTANTS = [
+    *faults("lowbit_video/graph/tracing.py", TO_STATIC + "test_no_trace_wraps_all_modules_that_are_loaded",
+            ('return _paddle_of(q) is None and "torch" in sys.modules', 'return "torch" in sys.modules'),
+            ("if loaded is not None and isinstance(q, loaded.paddle.Tensor) else None", "if loaded is None else None"),
+            ('getattr(_PACKAGE, "paddle_ops", None)',
+             '"lowbit_video.graph.paddle_ops" in sys.modules and getattr(_PACKAGE, "paddle_ops")')),
     *faults("lowbit_video/hook/report.py", COVERAGE + "test_a_module_that_fell_back_once_is_not_whole",
             ("if not any(reason for _, _, reason in m.runs)]", "if not all(reason for _, _, reason in m.runs)]"),
             ("if m.hooked and any(reason for", "if m.hooked and all(reason for"),

@@ -9,8 +9,15 @@ import pytest
 from lowbit_video.eval import world
 from lowbit_video.eval.world import LONG, SMALL, crossings, grounds, scene
 
-MEANINGS = world.draw_meanings(300, 5, world=LONG)
-PLAN = world.plan(MEANINGS, 6, frames=25, world=LONG, height=128)
+
+@pytest.fixture(scope="module")
+def meanings():
+    return world.draw_meanings(300, 5, world=LONG)
+
+
+@pytest.fixture(scope="module")
+def plan(meanings):
+    return world.plan(meanings, 6, frames=25, world=LONG, height=128)
 
 
 def first_frames_of(camera, texture, frames=9, seed=0):
@@ -33,9 +40,9 @@ def test_the_small_world_never_moves():
     assert [zlib.crc32(np.ascontiguousarray(a).tobytes()) for a in (plan.x, plan.radius)] == [507954980, 1866289628]
 
 
-def test_long_captions_are_read_back():
+def test_long_captions_are_read_back(meanings):
     rng = np.random.default_rng(0)
-    for meaning in MEANINGS + world.draw_meanings(100, 2, held=True, world=LONG):
+    for meaning in meanings + world.draw_meanings(100, 2, held=True, world=LONG):
         caption = world.caption_of(meaning, rng)
         assert world.parse(caption, LONG) == meaning and world.hint(caption, LONG) is None, caption
 
@@ -80,11 +87,11 @@ def test_every_kind_comes_as_often_as_it_should():
             assert all(np.linalg.norm(tone - np.array(world.COLOURS[t.colour])) >= scene.MIN_CONTRAST - 1e-3 for t in m.things)
 
 
-def test_things_keep_inside_unless_they_cross_the_edge():
-    rows = [(row, MEANINGS[clip].things[row - int(np.searchsorted(PLAN.clip, clip))].motion)
-            for row, clip in enumerate(PLAN.clip)]
+def test_things_keep_inside_unless_they_cross_the_edge(meanings, plan):
+    rows = [(row, meanings[clip].things[row - int(np.searchsorted(plan.clip, clip))].motion)
+            for row, clip in enumerate(plan.clip)]
     for row, motion in rows:
-        x, y, radius = PLAN.x[row], PLAN.y[row], PLAN.radius[row]
+        x, y, radius = plan.x[row], plan.y[row], plan.radius[row]
         assert (y >= radius).all() and (y + radius <= 128).all()
         inside = (x >= radius - 1e-3) & (x + radius <= crossings.WIDTH + 1e-3)
         outside = (x + 1.16 * radius < 0) | (x - 1.16 * radius > crossings.WIDTH)
@@ -97,11 +104,11 @@ def test_things_keep_inside_unless_they_cross_the_edge():
         assert (side < 0) == motion.endswith("left") and inside.mean() > 0.4
 
 
-def test_some_pass_in_front_and_none_is_hidden_for_long():
+def test_some_pass_in_front_and_none_is_hidden_for_long(meanings, plan):
     hidden, meet = [], []
-    for clip in range(len(MEANINGS)):
-        paths = [np.stack([a[row] for a in (PLAN.x, PLAN.y, PLAN.radius, PLAN.angle)])
-                 for row in np.flatnonzero(PLAN.clip == clip)]
+    for clip in range(len(meanings)):
+        paths = [np.stack([a[row] for a in (plan.x, plan.y, plan.radius, plan.angle)])
+                 for row in np.flatnonzero(plan.clip == clip)]
         found = crossings.overlaps(paths)
         hidden += list(found[0])
         meet.append(found[2])

@@ -19,6 +19,7 @@ from lowbit_video.kernels.exchange.layout import joins, layout_of
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
 
+import quick_interpreter  # noqa: F401
 from helpers import qkv, sqnr_db
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_exchange.py"

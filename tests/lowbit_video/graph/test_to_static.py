@@ -1,4 +1,5 @@
 """Attention under paddle.jit.to_static: one operator in the graph, the same result, calls still counted."""
+import sys
 import types
 
 import numpy as np
@@ -23,14 +24,18 @@ def as_many_graphs_as_there_are_tests(monkeypatch):
     """SOT keeps 20 graphs a function and then runs it eagerly; these tests compile `attention` again and again.
 
     What it does beside takes more than half of the time, the more so the more modules are loaded, and is left out: for a log
-    that is off it writes out the stack before every instruction, `sys.modules` with it, and it collects garbage after a trace.
+    that is off it writes out the stack before every instruction, `sys.modules` with it, it collects garbage after a trace, and
+    it goes through all built-in types to find whether a value that is no type is one of them.
     """
     from paddle.jit.sot.opcode_translator.executor import executor_cache
     from paddle.jit.sot.opcode_translator.executor.variable_stack import VariableStack
+    from paddle.jit.sot.opcode_translator.executor.variables import callable as callables
 
     executor_cache.OpcodeExecutorCache().clear()
     monkeypatch.setattr(VariableStack, "__repr__", lambda stack: "")
     monkeypatch.setattr(executor_cache, "gc", types.SimpleNamespace(collect=lambda: None))
+    real, kinds = callables.is_builtin_fn, (type, types.BuiltinFunctionType)
+    monkeypatch.setattr(callables, "is_builtin_fn", lambda value: isinstance(value, kinds) and real(value))
 
 
 def run(model, given):
@@ -184,6 +189,23 @@ def test_a_compiled_call_of_attention_runs_through_the_operator(monkeypatch, ful
         assert not calls
         compiled(*tensors)
     assert calls == [1]
+
+
+def test_no_trace_wraps_all_modules_that_are_loaded(monkeypatch):
+    """SOT does where traced code asks `in sys.modules`, and each wrapped module is guarded at every call afterwards."""
+    from paddle.jit.sot.opcode_translator.executor.mutable_data import MutableDictLikeData
+
+    model, _ = pair()
+    wrapped, real = [], MutableDictLikeData.get_all
+    monkeypatch.setattr(MutableDictLikeData, "get_all", lambda data: wrapped.append(data.original_data) or real(data))
+    run(paddle.jit.to_static(model, full_graph=False), toy_model.inputs())
+
+    def call(q, k, v):
+        return lv.attention(q * 1.0, k, v) + 1.0
+
+    with paddle.no_grad():
+        paddle.jit.to_static(call, full_graph=False)(*(paddle.to_tensor(a) for a in qkv(q_len=20)))
+    assert wrapped and not any(one is sys.modules for one in wrapped)
 
 
 def packed():

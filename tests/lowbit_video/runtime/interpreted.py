@@ -18,6 +18,7 @@ from lowbit_video.kernels.variants import VARIANTS
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
 
+import quick_interpreter  # noqa: F401
 from helpers import naive_attention, qkv, sqnr_db
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_runtime.py"
