@@ -103,7 +103,8 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
             if dispatches:
                 backend = AttentionBackendName(backends[str(Precision(name))] if name in low else "native")
                 for processor in own.values():
-                    processor._attention_backend = backend
+                    if hasattr(processor, "_attention_backend"):  # HunyuanVideo's refiner of text asks torch itself
+                        processor._attention_backend = backend
             put[name] = lambda own=own: _set_processors(own)
         yield {name: Method(name, _context(name, leading_keys), put[name]) for name in names}
 

@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 pytest.importorskip("diffusers", reason="needs diffusers")
 import torch.nn.functional as F  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 
 import dispatch_models  # noqa: E402
 from lowbit_video.app.cli import main  # noqa: E402
@@ -60,6 +61,21 @@ def test_what_is_wrong_is_told_and_not_timed(monkeypatch, tmp_path):
 def test_what_does_not_exist_is_refused(capsys, tmp_path, more, told):
     assert bench(tmp_path, *more)
     assert told in capsys.readouterr().err
+
+
+def test_a_model_is_measured_on_its_own_keys_and_counts(monkeypatch):
+    keys = []
+    monkeypatch.setattr(measure, "methods_of", lambda *given: keys.append(given[-1]) or methods.methods_of(*given))
+    monkeypatch.setattr(measure, "_compile", lambda *given: counters["graph_break"].update(new=0))
+    counters["graph_break"]["of before"] = 1
+    entry, saved = models.MODELS["hunyuanvideo"], []
+    result = measure.measure("hunyuanvideo", entry, ["pytorch", "cudnn", "int8+fp8"], ["eager"], "cpu", True, 1.0,
+                             lambda text: None, lambda result: saved.append(len(result["rows"])))
+    assert keys == [result["video_tokens"] + 60] == [48 + 60] and saved == [2]
+    assert result["left_out"] == {"cudnn": "needs an NVIDIA GPU"} and not result["failed"] and result["layers"] == 3
+    assert result["ran"] == {"int8+fp8 (reference-lowbit, leading keys)": 8}  # 2 modules, a check and 3 turns
+    assert "of before" not in counters["graph_break"]
+    assert methods.why_not("fa2", "cuda") is None
 
 
 @pytest.mark.parametrize("name", models.MODELS)
