@@ -81,9 +81,9 @@ def test_a_feature_model_with_switches_gives_features_of_what_it_is_handed(tmp_p
 
     torch.jit.script(Switches()).save(str(tmp_path / "features.pt"))
     checks = np.indices((8, 8)).sum(0) % 2  # a square that is stretched smoothly varies less than its corners
-    row = fvd.features(np.broadcast_to(checks[None, ..., None], (3, 8, 8, 3)) * 1.0,
+    row = fvd.features(np.broadcast_to(checks[None, ..., None], (4, 8, 8, 3)) * 1.0,
                        Context(weights={"fvd": str(tmp_path / "features.pt")}))
-    assert row[:8].tolist() == [0, 0, 1, 1, 3, 3, 224, 224] and np.allclose(row[8:11], 0, atol=1e-5) and 0.3 < row[11] < 0.8
+    assert row[:8].tolist() == [0, 0, 1, 1, 3, 4, 224, 224] and np.allclose(row[8:11], 0, atol=1e-5) and 0.3 < row[11] < 0.8
 
 
 @pytest.mark.torch
