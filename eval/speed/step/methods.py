@@ -90,7 +90,6 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
             from diffusers.models.attention_dispatch import AttentionBackendName
 
             undo.callback(lowbit_video.unregister_diffusers)
-            undo.callback(lowbit_video.unregister_diffusers, model)
             lowbit_video.register_diffusers(model)
             backends = {spec: backend for backend, (spec, fallback) in backend_names().items() if fallback}
         for name in names:
