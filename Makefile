@@ -17,7 +17,7 @@ FUZZ_TIMEOUT ?= 1800
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-parallel test mutants mutants-some fuzz gpu-test parity parity-newest interop lint wheel release-check eval-demo \
+.PHONY: demo demo-parallel test mutants mutants-some mutants-parity mutants-parity-some fuzz gpu-test parity parity-newest interop lint wheel release-check eval-demo \
 	triton-matrix triton-newest shipped clean
 .DEFAULT_GOAL := demo
 
@@ -59,6 +59,12 @@ mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a tim
 
 mutants-some: override ARGS += --some
 mutants-some: mutants  ## a tenth of them, another one every day
+
+mutants-parity: $(PARITY_VENV)/.done  ## the same for what only runs beside PyTorch and diffusers
+	PYTHONPATH=tests $(PARITY_VENV)/bin/python -m mutants.plant --beside-torch $(ARGS)
+
+mutants-parity-some: override ARGS += --some --parts 20
+mutants-parity-some: mutants-parity  ## a twentieth of these
 
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(PARITY_VENV)/.done  ## look for calls that go wrong, at random, on both frameworks: make fuzz MINUTES=30

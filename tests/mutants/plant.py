@@ -1,7 +1,8 @@
 """Plants the faults that are listed beside this file, one at a time, and fails where the named test does not notice.
 
-    make mutants                          # all of them
-    make mutants-some                     # a tenth, another one every day
+    make mutants                          # all whose tests need no PyTorch
+    make mutants-parity                   # the others, in the environment of `make parity`
+    make mutants-some                     # a tenth, another one every day; mutants-parity-some: a twentieth of the others
     make mutants ARGS='--match portable'  # those of whose file, texts or test this is a part
 
 Each worker has a copy of the tree, so the working tree is never touched, and each fault a process, so nothing of an earlier one
@@ -26,10 +27,10 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from .entry import ROOT, Mutant
-from .listed import MUTANTS
+from .listed import BESIDE_TORCH, MUTANTS
 
 PARTS = 10
-"""`--some` takes one of so many parts."""
+"""`--some` takes one of so many parts, unless it is told of how many."""
 LIMIT_S = 240
 """Seconds after which a test counts as failed: a fault may make a loop endless."""
 FAILED = 1
@@ -37,7 +38,9 @@ FAILED = 1
 CRASHED = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE}
 """What a process returns that such a fault ended: a kernel that is interpreted may write anywhere."""
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["pytest", "pytest_timeout", "ml_dtypes", "paddle", "matplotlib.pyplot", "skimage.metrics"])
+FRESH.set_forkserver_preload([  # what an environment lacks is left out
+    "pytest", "pytest_timeout", "ml_dtypes", "paddle", "matplotlib.pyplot", "skimage.metrics", "torch._dynamo",
+    "diffusers.models.transformers.transformer_wan"])
 
 
 def copied(root: Path, folder: Path) -> Path:
@@ -111,10 +114,10 @@ def why_survived(mutant: Mutant, folder: Path) -> str | None:
     return "survived" if status == 0 else f"the test could not run (pytest returned {status}):\n{said}"
 
 
-def chosen(mutants: Sequence[Mutant], match: str, some: bool, day: int) -> list[Mutant]:
-    """Those to plant: not equivalent, matching, and of a tenth of the list where `some` is set, by the day's number."""
+def chosen(mutants: Sequence[Mutant], match: str, some: bool, day: int, parts: int = PARTS) -> list[Mutant]:
+    """Those to plant: not equivalent, matching, and of one part of the list where `some` is set, by the day's number."""
     wanted = [mutant for mutant in mutants if not mutant.equivalent and re.search(match, f"{mutant} {mutant.test}")]
-    return [mutant for number, mutant in enumerate(wanted) if number % PARTS == day % PARTS] if some else wanted
+    return [mutant for number, mutant in enumerate(wanted) if number % parts == day % parts] if some else wanted
 
 
 def plant(mutants: Sequence[Mutant], folders: Sequence[Path]) -> dict[Mutant, str]:
@@ -136,14 +139,18 @@ def plant(mutants: Sequence[Mutant], folders: Sequence[Path]) -> dict[Mutant, st
         return {mutant: reason for mutant, reason in zip(mutants, pool.map(one, mutants)) if reason is not None}
 
 
-def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT) -> int:
+def main(arguments: Sequence[str] | None = None, mutants: Sequence[Mutant] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--some", action="store_true", help="a tenth of them, another one every day")
+    parser.add_argument("--beside-torch", action="store_true", help="those whose tests need PyTorch and diffusers")
+    parser.add_argument("--some", action="store_true", help="a part of them, another one every day")
+    parser.add_argument("--parts", type=int, default=PARTS, help=f"how many parts there are (default: {PARTS})")
     parser.add_argument("--day", type=int, default=datetime.date.today().toordinal(), help="the day's number, for --some")
     parser.add_argument("--match", default="", help="a regular expression for a mutant's file, texts or test")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     given = parser.parse_args(arguments)
-    picked = chosen(mutants, given.match, given.some, given.day)
+    if mutants is None:
+        mutants = BESIDE_TORCH if given.beside_torch else MUTANTS
+    picked = chosen(mutants, given.match, given.some, given.day, given.parts)
     if not picked:
         parser.error(f"no mutant matches {given.match!r}; there are {len(mutants)}")
     with tempfile.TemporaryDirectory() as scratch:

@@ -5,12 +5,14 @@ import pytest
 
 from mutants import plant
 from mutants.entry import ROOT, Mutant, faults
-from mutants.listed import MUTANTS
+from mutants.listed import BESIDE_TORCH, MUTANTS
+
+ALL = MUTANTS + BESIDE_TORCH
 
 
-@pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS}))
+@pytest.mark.parametrize("file", sorted({mutant.file for mutant in ALL}))
 def test_every_fault_can_be_planted_and_names_a_test(file):
-    for mutant in MUTANTS:
+    for mutant in ALL:
         if mutant.file == file:
             mutant.planted((ROOT / file).read_text())
             where, _, name = mutant.test.partition("::")
@@ -18,7 +20,7 @@ def test_every_fault_can_be_planted_and_names_a_test(file):
 
 
 def test_no_fault_is_listed_twice():
-    assert len({mutant[:3] for mutant in MUTANTS}) == len(MUTANTS)
+    assert len({mutant[:3] for mutant in ALL}) == len(ALL)
 
 
 @pytest.fixture
@@ -69,12 +71,21 @@ def test_a_fault_that_is_none_is_refused(old, new, word):
 
 def test_every_fault_has_its_day():
     listed = [Mutant("f", str(number), "", "t") for number in range(23)]
-    days = [plant.chosen(listed, "", True, day) for day in range(100, 110)]
-    assert sorted(one for day in days for one in day) == sorted(listed)
-    assert max(map(len, days)) - min(map(len, days)) <= 1
+    for parts, given in ((10, ()), (7, (7,))):
+        days = [plant.chosen(listed, "", True, day, *given) for day in range(100, 100 + parts)]
+        assert sorted(one for day in days for one in day) == sorted(listed)
+        assert max(map(len, days)) - min(map(len, days)) <= 1
     assert plant.chosen(listed, "f: '2'", False, 0) == [listed[2]]
 
 
 def test_a_name_that_nothing_has_is_an_error(tree, capsys):
     with pytest.raises(SystemExit):
         planted(tree, capsys, ("x + x", "x"), arguments=("--match", "kernels"))
+
+
+@pytest.mark.parametrize("arguments, listed", [((), MUTANTS), (("--beside-torch",), BESIDE_TORCH)], ids=["without", "torch"])
+def test_faults_are_of_the_environment_that_is_asked_for(capsys, arguments, listed):
+    with pytest.raises(SystemExit):
+        plant.main([*arguments, "--match", "nothing has this"])
+    assert f"there are {len(listed)}" in capsys.readouterr().err
+    assert not {mutant[:3] for mutant in MUTANTS} & {mutant[:3] for mutant in BESIDE_TORCH}

@@ -90,7 +90,6 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
             from diffusers.models.attention_dispatch import AttentionBackendName
 
             undo.callback(lowbit_video.unregister_diffusers)
-            undo.callback(lowbit_video.unregister_diffusers, model)
             lowbit_video.register_diffusers(model)
             backends = {spec: backend for backend, (spec, fallback) in backend_names().items() if fallback}
         for name in names:
@@ -103,7 +102,8 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
             if dispatches:
                 backend = AttentionBackendName(backends[str(Precision(name))] if name in low else "native")
                 for processor in own.values():
-                    processor._attention_backend = backend
+                    if hasattr(processor, "_attention_backend"):  # HunyuanVideo's refiner of text asks torch itself
+                        processor._attention_backend = backend
             put[name] = lambda own=own: _set_processors(own)
         yield {name: Method(name, _context(name, leading_keys), put[name]) for name in names}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowbit_video.eval.metrics import adherence, clip_temporal, clipsim, fvd, registry, vqa
+from lowbit_video.eval.metrics.shared.clip_model import text_features
 from lowbit_video.eval.metrics.shared.context import Context
 from lowbit_video.eval.video import BadVideoError
 
@@ -67,6 +68,31 @@ def test_features_come_from_the_named_torchscript(tmp_path):
     assert np.allclose(row, 2 * VIDEO.mean((0, 1, 2)) - 1, atol=0.02)
 
 
+@pytest.mark.torch
+def test_a_feature_model_with_switches_gives_features_of_what_it_is_handed(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+    class Switches(torch.nn.Module):
+        def forward(self, video: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+            one, channels, frames, height, width = video.shape
+            means = video.mean([0, 2, 3, 4])
+            told = torch.tensor([int(rescale), int(resize), int(return_features), one, channels, frames, height, width])
+            return torch.cat([told.to(means.dtype), means, video[0, 0, 0].std()[None]])
+
+    torch.jit.script(Switches()).save(str(tmp_path / "features.pt"))
+    checks = np.indices((8, 8)).sum(0) % 2  # a square that is stretched smoothly varies less than its corners
+    row = fvd.features(np.broadcast_to(checks[None, ..., None], (4, 8, 8, 3)) * 1.0,
+                       Context(weights={"fvd": str(tmp_path / "features.pt")}))
+    assert row[:8].tolist() == [0, 0, 1, 1, 3, 4, 224, 224] and np.allclose(row[8:11], 0, atol=1e-5) and 0.3 < row[11] < 0.8
+
+
+@pytest.mark.torch
+def test_a_caption_that_is_longer_than_the_model_reads_is_cut(clip_folder):
+    long = " ".join(["red"] * 100)
+    rows = [text_features(text, Context(text, {"clip": str(clip_folder)})) for text in (long, long + " ball")]
+    assert np.array_equal(*rows) and np.linalg.norm(rows[0]) == pytest.approx(1)
+
+
 def test_vqa_asks_about_frames_with_the_named_folder(tmp_path, monkeypatch):
     calls = []
 
@@ -87,6 +113,12 @@ def test_vqa_asks_about_frames_with_the_named_folder(tmp_path, monkeypatch):
     assert registry.metric("vqa").missing(weights) is None
     assert vqa.measure(VIDEO, None, Context("a red ball", weights)) == pytest.approx(VIDEO.mean(), abs=0.01)
     assert calls == [("clip-flant5-xl", str(tmp_path))]
+    darker = np.linspace(1, 0, 29)[:, None, None, None] * np.ones((1, 8, 8, 3))
+    seen = []
+    monkeypatch.setattr(VQAScore, "__call__", lambda self, images, texts: seen.append(images) or np.zeros((1, 1)))
+    vqa.measure(darker, None, Context("a red ball", {"vqa": str(tmp_path)}))
+    assert [int(image[-8:-4]) for (image,) in seen] == [0, 4, 8, 12, 16, 20, 24, 28]  # eight, from the first to the last
+    assert calls[1:] == [("clip-flant5-xxl", str(tmp_path))]
 
 
 def test_adherence_speaks_of_each_part_and_of_nothing_outside_the_world():

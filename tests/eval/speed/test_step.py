@@ -1,16 +1,20 @@
 """The steps of models by attention, dry, on small models: checked, timed, written, and model and diffusers as before."""
 import copy
 import json
+import time
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 pytest.importorskip("diffusers", reason="needs diffusers")
 import torch.nn.functional as F  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 
 import dispatch_models  # noqa: E402
+import lowbit_video  # noqa: E402
 from lowbit_video.app.cli import main  # noqa: E402
 from lowbit_video.eval.speed.step import measure, methods, models, table  # noqa: E402
+from lowbit_video.hook.report import attention_modules  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -62,12 +66,156 @@ def test_what_does_not_exist_is_refused(capsys, tmp_path, more, told):
     assert told in capsys.readouterr().err
 
 
+def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, tmp_path):
+    asked = {}
+
+    def measured(name, entry, names, modes, device, tiny, budget_ms, say, save):
+        asked[name] = entry, names, modes, device, tiny, budget_ms
+        result = dict(model=name, video_tokens=1, batch=1, dtype="float32", left_out={}, rows=[],
+                      failed={"pytorch, eager": "why"} if name == "ltx" else {})
+        save(result)
+        return result
+
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(table, "plot", lambda *given: None)
+    assert bench(tmp_path, "--models", "all", "--methods", "pytorch", "--modes", "eager", "--budget-ms", "7") == 1
+    assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0) for name, entry in models.MODELS.items()}
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert [result["model"] for result in written["models"]] == list(models.MODELS)
+    assert bench(tmp_path, "--models", "flux", "--methods", "pytorch") == 0
+    asked.clear()
+    assert main(["bench", "step", "--out", str(tmp_path)]) and not asked  # published sizes need a GPU
+
+
+def test_a_model_is_measured_on_its_own_keys_and_counts(monkeypatch):
+    keys = []
+    monkeypatch.setattr(measure, "methods_of", lambda *given: keys.append(given[-1]) or methods.methods_of(*given))
+    monkeypatch.setattr(measure, "_compile", lambda *given: counters["graph_break"].update(new=0))
+    counters["graph_break"]["of before"] = 1
+    entry, saved = models.MODELS["hunyuanvideo"], []
+    result = measure.measure("hunyuanvideo", entry, ["pytorch", "cudnn", "int8+fp8"], ["eager"], "cpu", True, 1.0,
+                             lambda text: None, lambda result: saved.append(len(result["rows"])))
+    assert keys == [result["video_tokens"] + 60] == [48 + 60] and saved == [2]
+    assert result["left_out"] == {"cudnn": "needs an NVIDIA GPU"} and not result["failed"] and result["layers"] == 3
+    assert result["ran"] == {"int8+fp8 (reference-lowbit, leading keys)": 8}  # 2 modules, a check and 3 turns
+    assert "of before" not in counters["graph_break"]
+    entry = models.MODELS["cogvideox-2b"]
+    result = measure.measure("cogvideox-2b", entry, ["int8+fp8", "pytorch"], ["eager"], "cpu", True, 1.0, lambda text: None,
+                             lambda result: None)
+    assert result["ran"] == {"int8+fp8 (reference-lowbit)": 10}  # as what is wanted, too; the last processors are PyTorch's
+    assert methods.why_not("fa2", "cuda") is None
+
+
+def noisy(wanted, db):
+    """The tensor with noise of so many dB below it."""
+    noise = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    return wanted + noise * (wanted.square().mean() / noise.square().mean() / 10 ** (db / 10)).sqrt()
+
+
+def test_a_step_is_held_against_pytorchs_and_against_itself_in_eager_mode():
+    counters.clear()
+    wanted = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+
+    def checked(method, db, mode="eager", eager=None):
+        def step():
+            counters["stats"]["unique_graphs"] += 2
+            return noisy(wanted, db)
+
+        return measure._checked(method, mode, step, wanted, {} if eager is None else eager, "cpu")
+
+    eager = {}
+    assert checked("int8+fp8", 15, eager=eager)["sqnr_db"] == pytest.approx(15, abs=0.1) and list(eager) == ["int8+fp8"]
+    assert checked("none", -5)["graphs"] == 2
+    for method, db, floor in (("int8+fp8", 8, 10), ("fa2", 15, 25)):
+        with pytest.raises(AssertionError, match=f"{db}.. dB beside PyTorch's own attention, wanted {floor}"):
+            checked(method, db)
+    with pytest.raises(AssertionError, match="not finite"):
+        measure._checked("none", "eager", lambda: wanted / 0, wanted, {}, "cpu")
+    assert checked("fa2", 30, "blocks", {"fa2": noisy(wanted, 30)})["sqnr_to_eager_db"] == float("inf")
+    with pytest.raises(AssertionError, match="beside itself in eager mode"):
+        checked("int8+fp8", 15, "blocks", {"int8+fp8": -wanted})
+    counters["graph_break"]["why"] = 1
+    with pytest.raises(AssertionError, match="broken by {'why': 1}"):
+        checked("int8+fp8", 15, "model")
+    counters.clear()
+
+
+def test_times_are_milliseconds_and_compared_with_the_fastest_exact_method():
+    rows = [dict(method="pytorch", mode="eager")]
+    measure._time(rows, {"pytorch": lambda: time.sleep(0.004)}, "cpu", 1.0)
+    assert 4 <= rows[0]["median_ms"] < 400 and rows[0]["runs"] == 3
+    rows = [dict(method=method, mode="eager", median_ms=ms)
+            for method, ms in (("pytorch", 300.0), ("fa2", 250.0), ("int8+fp8", 200.0), ("none", 100.0))]
+    measure._compare(rows, lambda text: None)
+    assert [round(row["speedup_over_exact"], 3) for row in rows] == [0.833, 1, 1.25, 2.5]
+    assert [round(row["attention_share"], 3) for row in rows] == [0.667, 0.6, 0.5, 0]
+
+
+def test_what_is_compiled_is_whole_and_what_was_compiled_is_not_any_more(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append((type(self).__name__, how)))
+    model = torch.nn.Sequential()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+    how = dict(fullgraph=True, backend="eager")
+    for mode, compiled in (("eager", []), ("blocks", [("Linear", how)] * 2), ("model", [("Sequential", how)])):
+        asked.clear()
+        model.blocks[0]._compiled_call_impl = model._compiled_call_impl = print
+        measure._compile(model, mode, "eager")
+        assert asked == compiled and model._compiled_call_impl is model.blocks[0]._compiled_call_impl is None
+
+
+def test_an_exact_kernel_gets_what_it_computes_alike_and_pytorch_the_rest(monkeypatch):
+    q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+    mask, given = torch.arange(9)[None] < 7, []
+
+    def operator(*call):
+        given.append(call)
+        return call[0]
+
+    monkeypatch.setattr(methods, "flash_2", operator)
+
+    def served(keys, *call, **named):
+        """Whether the kernel got the call: then with what, else what PyTorch made of it."""
+        given.clear()
+        with methods._context("fa2", keys)():
+            out = F.scaled_dot_product_attention(*call, **named)
+        return given[0] if given else out
+
+    for length in (9, 7):  # of all keys, or of as many as the mask leaves
+        x = q[:, :, :length]
+        _, key, value, scale = served(7, x, x, x + 1, mask[:, :length])
+        assert torch.equal(key, q[:, :, :7]) and torch.equal(value, q[:, :, :7] + 1) and scale == 0.25
+    assert served(None, q, q, q, scale=0.3)[3] == 0.3
+    for keys, call, named in (
+            (7, (q[:, :, :6],) * 3, dict(attn_mask=mask[:, :6])), (7, (q[:, :, :5], q, q), dict(attn_mask=mask)),
+            (None, (q, q, q), dict(attn_mask=mask, scale=0.3)), (None, (q, q, q), dict(is_causal=True)),
+            (None, (q, k, k), dict(enable_gqa=True))):
+        assert torch.equal(served(keys, *call, **named), F.scaled_dot_product_attention(*call, **named))
+    with methods._context("none", None)():
+        assert torch.equal(F.scaled_dot_product_attention(q, q, q, mask), q)
+
+
+def test_operators_tell_the_truth_of_their_memory():
+    x = torch.randn(1, 5, 2, 16)
+    for q in (x.transpose(1, 2), x.transpose(1, 2).contiguous()):
+        torch.library.opcheck(methods.nothing, (q, q, q, 1.0))
+
+
+@pytest.mark.parametrize("name, kept", [("mochi", [1, 8]), ("hunyuanvideo", [60]), ("ltx", [60, 60]), ("wan2.1-1.3b", None)])
+def test_a_model_and_what_it_takes_are_the_same_every_time(name, kept):
+    (model, given), (again, same) = (models.MODELS[name].make("cpu", torch.bfloat16, tiny=True) for _ in range(2))
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(model.parameters(), again.parameters()))
+    assert all(torch.equal(a, same[key]) for key, a in given.items() if isinstance(a, torch.Tensor))
+    assert given["hidden_states"].dtype == torch.bfloat16 and given["timestep"].dtype == torch.int64
+    assert kept is None or given["encoder_attention_mask"].sum(-1).tolist() == kept
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_method_replaces_the_models_whole_attention_and_only_while_it_runs(name):
     """Without attention the prediction is another one; exact kernels get every call that has no mask, text by its length."""
     entry = models.MODELS[name]
     model, given = entry.make("cpu", torch.float32, tiny=True)
-    tokens = entry.tokens(model.config, tiny=True)
+    tokens, before = entry.tokens(model.config, tiny=True), dispatch_models.state()
     keys = None if entry.text is None else tokens + entry.text
     with torch.no_grad():
         plain = model(**copy.deepcopy(given), return_dict=False)[0]
@@ -79,11 +227,18 @@ def test_a_method_replaces_the_models_whole_attention_and_only_while_it_runs(nam
                     continue  # its operator needs a GPU; what it is given is looked at below
                 with way.active():
                     outs[method] = model(**copy.deepcopy(given), return_dict=False)[0]
+                    now = [type(module.processor) for module in attention_modules(model).values()]
+                    assert len({id(kind) for kind in now}) == len({kind.__name__ for kind in now})  # alike blocks share a graph
+                    assert all(kind.__name__.endswith(f"_{method}") for kind in now) or method == "int8+fp8"
+                    assert {getattr(module.processor, "fallback", "exact") for module in model.modules()
+                            if hasattr(module, "processor")} == {"exact"}
             seen = served(ways["fa2"], keys, model, given)
         assert torch.equal(outs["pytorch"], plain)
         assert measure.sqnr_db(outs["none"], plain) < 25 < measure.sqnr_db(outs["int8+fp8"], plain) < 150
         assert torch.equal(model(**copy.deepcopy(given), return_dict=False)[0], plain)
     assert [module.processor for module in model.modules() if getattr(module, "processor", None) is not None] == processors
+    assert dispatch_models.state() == before and not lowbit_video.remove(model)
+    assert not any(hasattr(module, "attention_calls") for module in model.modules())
     joint = tokens + {"cogvideox": 6, "flux": 512, "hunyuanvideo": 60}.get(name.split("-")[0], 0)
     assert any(k == joint or name == "mochi" and k > tokens for _, k in seen), seen
 
@@ -130,3 +285,18 @@ def test_the_table_tells_best_shares_and_what_is_missing():
     assert "| PyTorch | 300.0 (0.80x) | 67% | 12.3 | itself |" in page
     assert "| int8+fp8 | 200.0 (1.20x) | 50% | 12.3 | 40.0 |" in page
     assert "| no attention | 100.0 |  | 12.3 |  |" in page and "Left out: fa4, absent." in page
+
+
+def test_shares_and_bars_are_of_the_last_mode_and_noise_of_eager_steps(monkeypatch, tmp_path):
+    axes = pytest.importorskip("matplotlib.axes", reason="matplotlib is not installed")
+    row = dict(low_ms=1.0, high_ms=1.0, runs=3, speedup_over_exact=1.0)
+    rows = [row | dict(mode=mode, method=method, title=method, median_ms=factor * ms, attention_share=factor / 4,
+                       sqnr_db=10 * factor, peak_gib=float(factor))
+            for factor, mode in ((1, "eager"), (2, "blocks")) for method, ms in (("int8+fp8", 30.0), ("none", 10.0))]
+    result = dict(model="m", video_tokens=7, batch=2, dtype="bfloat16", rows=rows, left_out={}, failed={})
+    about = dict(gpu="G", versions={}, commit="c")
+    assert "| int8+fp8 | 30.0 (1.00x) | 60.0 (1.00x) | 50% | 2.0 | 10.0 |" in table.markdown(about, [result])
+    bars = []
+    monkeypatch.setattr(axes.Axes, "barh", lambda self, names, widths, left=0, **how: bars.append((names, widths, left)))
+    table.plot(about, [result], tmp_path / "step.png")
+    assert bars == [(["int8+fp8"], [20.0], 0), (["int8+fp8"], [40.0], 20.0)]

@@ -1,9 +1,17 @@
 """diffusers' enable_parallelism on a hooked CogVideoX by `cp_plan`, two processes over gloo, against one."""
+import types
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+import torch.distributed as dist  # noqa: E402
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput  # noqa: E402
+
 import lowbit_video as lv  # noqa: E402
+from lowbit_video.distributed import context_parallel, torch_wire  # noqa: E402
+from lowbit_video.hook.frames.own import own_attention  # noqa: E402
+from lowbit_video.hook.report import attention_modules  # noqa: E402
 from ranks import launch_torch  # noqa: E402
 
 import diffusers_models  # noqa: E402
@@ -97,8 +105,48 @@ def test_a_plan_is_only_of_hooked_cogvideox():
     with lv.apply(model, "int8+fp16"):
         with pytest.raises(ValueError, match="exchange"):
             lv.cp_plan(model, exchange="15bit")
-        assert set(lv.cp_plan(model)) == {"transformer_blocks.0", "transformer_blocks.*", "proj_out"}
+        tokens, angles = ContextParallelInput(1, 3), ContextParallelInput(0, 2)
+        assert lv.cp_plan(model) == {
+            "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+            "transformer_blocks.*": {"image_rotary_emb": [angles, angles]}, "proj_out": ContextParallelOutput(1, 3)}
+        slot = model.transformer_blocks[1].attn1.attention_slot
+        for part, said in (("around", "is parallel already"), ("frame", "is not CogVideoX's joint attention")):
+            before = getattr(slot, part)
+            setattr(slot, part, own_attention)
+            with pytest.raises(lv.UnsupportedError, match=said):
+                lv.cp_plan(model)
+            setattr(slot, part, before)
     other, _ = diffusers_models.make("sd3")
     lv.apply(other, "int8+fp16")
     with pytest.raises(lv.UnsupportedError, match="SD3Transformer2DModel cannot share its tokens"):
         lv.cp_plan(other)
+
+
+@pytest.mark.parametrize("uneven", [{}, {"ulysses_anything": True}, {"ring_anything": True}], ids=str)
+def test_what_is_wrapped_around_every_attention_follows_the_config(monkeypatch, uneven):
+    """Keys are shared in the ring's group and heads in Ulysses'; lengths that may differ are asked for, not assumed."""
+    asked = []
+
+    def shared(*around):
+        return lambda *call: asked.append((around, call)) or "out"
+
+    mesh = lambda *ranks: types.SimpleNamespace(get_group=lambda: ranks)
+    monkeypatch.setattr(dist, "get_process_group_ranks", list)
+    monkeypatch.setattr(torch_wire, "TorchWire", lambda: types.SimpleNamespace(rank=1, size=6))
+    monkeypatch.setattr(context_parallel, "shared", shared)
+    config = dict(_ring_mesh=mesh(1, 3, 5), _ulysses_mesh=mesh(0, 1), ulysses_anything=False, ring_anything=False) | uneven
+    config = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(**config))
+    model, _ = diffusers_models.make("cogvideox")
+    lv.apply(model, "int8+fp16")
+    lv.cp_plan(model, exchange="16bit", output="int8")
+    slots = [module.attention_slot for module in attention_modules(model).values()]
+    made = []
+    for _ in slots:  # diffusers says it to the processor of each
+        model.transformer_blocks[0].attn1.processor._parallel_config = config
+        made.append([slot.around for slot in slots])
+    assert None not in made[0] and made[0] == made[1]
+    q = torch.zeros(2, 7, 4, 32)
+    assert made[0][0]("attend")(q, "k", "v", True, 0.3, True) == "out"
+    (((attend, keys, heads, *how), call),) = asked
+    assert (attend, keys.size, heads.size) == ("attend", 3, 2) and call == (q, "k", "v", True, 0.3, True)
+    assert how == ["16bit", "int8", None if uneven else [7] * 6]

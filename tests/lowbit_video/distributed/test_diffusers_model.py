@@ -34,7 +34,7 @@ def predict(model, batch, positional=False, **more):
         angle = torch.randn(tokens, 16, generator=generator).repeat_interleave(2, dim=1)
         more["image_rotary_emb"] = (angle.cos(), angle.sin())
     with torch.no_grad():
-        return (model(*given.values(), **more) if positional else model(**given, **more))[0].numpy()
+        return (model(*given.values(), **more)[0] if positional else model(**given, **more).sample).numpy()
 
 
 @pytest.mark.parametrize("kind, size, degrees, batch", [

@@ -6,8 +6,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import lowbit_video as lv  # noqa: E402
-import lowbit_video.graph.torch_ops  # noqa: E402, F401 - registers the operators
 from lowbit_video.engine.options import text_of  # noqa: E402
+from lowbit_video.graph import runners, torch_ops  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -24,7 +24,7 @@ def inputs(layout="NHD"):
 @pytest.mark.parametrize("precision", ["int8+fp8", Precision("int4+fp16", smooth_q=False), "exact"], ids=str)
 def test_no_graph_break_and_the_same_result(backend, layout, precision):
     def block(q, k, v):
-        out, lse = lv.attention(q * 1, k, v, precision, tensor_layout=layout, return_lse=True, is_causal=True)
+        out, lse = lv.attention(q * 1, k, v, precision, tensor_layout=layout, return_lse=True, is_causal=True, scale=0.2)
         return out * 2, lse + 1
 
     torch._dynamo.reset()
@@ -86,10 +86,10 @@ def test_the_graph_holds_one_attention_of_packed_sequences():
     assert sum("lowbit_video.attention_varlen" in name for name in names) == 1, names
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_varlen"])
-def test_the_operators_pass_torchs_own_checks(name):
+@pytest.mark.parametrize("name, layout", [("attention", "NHD"), ("attention", "HND"), ("attention_varlen", "NHD")])
+def test_the_operators_pass_torchs_own_checks(name, layout):
     if name == "attention":
-        given = (*inputs(), None, text_of("int8+fp16", "NHD", False, None, True, "auto", None))
+        given = (*inputs(layout), None, text_of("int8+fp16", layout, False, None, True, "auto", None))
     else:
         given = (*packed(), 17, 21, None, text_of("int8+fp16", "NHD", False, None, True, "auto", None))
     torch.library.opcheck(getattr(torch.ops.lowbit_video, name), given)
@@ -110,6 +110,40 @@ def test_asking_for_the_arch_breaks_no_graph(monkeypatch, arch, spec):
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: compat.lowbit_fa(q, k, v) * 1, fullgraph=True, backend="eager")
     assert torch.equal(compiled(q, k, v), wanted)
+
+
+def test_a_slots_key_is_a_tensor_of_the_cpu_that_any_mode_takes():
+    with torch.inference_mode(), torch.device("meta"):
+        key = torch_ops.key_of(3)
+    assert key.device.type == "cpu" and not key.is_inference() and int(key) == 3
+
+
+def test_a_timestep_that_is_told_is_kept_as_it_was():
+    class Clock:
+        tell = lambda self, timestep: told.append(timestep)
+
+    told, clock, timestep = [], Clock(), torch.tensor([7])
+    out = torch_ops.step_op(timestep, torch_ops.key_of(runners.register(clock)))
+    timestep.zero_()  # a graph may use its memory again
+    assert told[0].tolist() == out.tolist() == [7]
+
+
+def test_a_compilation_does_the_work_of_all_modules_once(monkeypatch):
+    done = []
+
+    def function(x):
+        torch_ops.once_a_compilation(done_once)
+        torch_ops.once_a_compilation(done_once)
+        return x + 1
+
+    def done_once():
+        done.append(1)
+
+    monkeypatch.setattr(torch_ops, "_compilation", [])
+    for times in (1, 2):
+        torch._dynamo.reset()
+        torch.compile(function, fullgraph=True, backend="eager")(torch.ones(2))
+        assert len(done) == times
 
 
 def test_an_error_inside_is_the_callers_own_error():

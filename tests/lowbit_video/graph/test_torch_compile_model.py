@@ -1,5 +1,6 @@
 """A hooked diffusers transformer under torch.compile: one graph without a break, bit-equal to eager, calls counted."""
 import copy
+import types
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 from torch._dynamo.utils import counters  # noqa: E402
 
 import lowbit_video as lv  # noqa: E402
+from lowbit_video.hook.base import _run_module  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -142,6 +144,11 @@ def test_blocks_compiled_one_by_one_share_a_graph_and_keep_their_own_counts():
     for block in model.transformer_blocks:
         block._compiled_call_impl = None
     assert torch.equal(got, predict(model))
+
+
+def test_a_graph_of_our_processor_does_not_run_anothers():
+    with pytest.raises(TypeError, match="compiled with a lowbit_video processor and cannot run int; compile the model again"):
+        _run_module(types.SimpleNamespace(processor=3))
 
 
 def test_a_copy_counts_for_itself():

@@ -1,5 +1,6 @@
 """diffusers' models that pass its attention dispatcher by: hooked, each is its untouched self but for the attention."""
 import copy
+import importlib
 import threading
 
 import pytest
@@ -10,7 +11,9 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed"
 import torch.nn.functional as F  # noqa: E402
 
 import lowbit_video as lv  # noqa: E402
+from lowbit_video.hook import frames  # noqa: E402
 from lowbit_video.hook.frames import own_masks  # noqa: E402
+from lowbit_video.hook.frames.cogvideox import joint_attention  # noqa: E402
 from lowbit_video.hook.report import attention_modules  # noqa: E402
 
 import diffusers_models  # noqa: E402
@@ -45,6 +48,7 @@ def test_a_model_is_hooked_reported_and_given_back(name):
     lv.apply(model, lv.ExactAttnProcessor())
     exact = outputs(model, given)
     assert torch.equal(exact, plain) if name not in RETOLD else (exact - plain).abs().max() <= 1e-5
+    assert {module.attention_slot.frame is joint_attention for module in targets.values()} == {name in RETOLD}
     assert sum(module.calls for module in lv.coverage(model).modules) > 0
     lv.remove(model)
 
@@ -119,6 +123,26 @@ def test_a_model_s_mask_is_read_once_for_all_its_blocks_and_again_when_it_was_wr
     assert len(read) == 4
 
 
+def test_what_was_read_of_a_model_s_mask_is_for_one_kind_of_mask_made_of_it():
+    given = hidden(2, 3, tokens=4)
+    mask = given.bool()[:, None, None]
+    for kind, made, lengths in ((int, mask, (2, 3)), (str, ~mask, None), (int, mask.float() * -1e4, None),
+                                (int, mask[..., :1], (1, 1))):  # another kind of processor, another dtype, another shape
+        assert own_masks.Source(given, kind).lengths(made) == lengths
+
+
+def test_a_mask_under_torch_compile_is_served_exactly_with_the_reason():
+    model, _ = diffusers_models.make("pixart")
+    attn = model.transformer_blocks[0].attn2
+    given = torch.randn(2, 5, 64), torch.randn(2, 6, 64), (1 - hidden(4, 5, tokens=6)[:, None].float()) * -10000
+    with torch.no_grad():
+        plain = attn(*given)
+        lv.apply(model, None, {"transformer_blocks.0.attn2": "int8+fp16"}, fallback="exact")
+        assert torch.equal(torch.compile(attn, backend="eager", fullgraph=True)(*given), plain)
+    (module,) = lv.coverage(model).fallbacks
+    assert "no low-bit kernel takes a mask" in module.runs[0][2]
+
+
 def test_a_mask_is_not_read_where_no_kernel_would_take_the_call(monkeypatch):
     monkeypatch.setattr(own_masks, "leading_keys", None)
     model, given = diffusers_models.make("pixart")
@@ -146,6 +170,13 @@ def test_leading_keys(mask, lengths):
     assert own_masks.leading_keys(mask) == lengths
 
 
+def test_every_block_of_diffusers_that_is_declared_exists():
+    declared = [name.rpartition(".") for name in frames._declared if isinstance(name, str) and name.startswith("diffusers.")]
+    assert len(declared) == 16
+    for module, _, block in declared:
+        assert issubclass(getattr(importlib.import_module(module), block), torch.nn.Module)
+
+
 class Odd:
     """Stands for another library's processor: calls what it is given in place of attention."""
 
@@ -167,7 +198,8 @@ def odd_model(middle=lambda q, k: F.scaled_dot_product_attention(q, k, k)):
     (lambda q, k: (q @ k.mT).softmax(-1) @ k, "Odd computes its attention without torch's scaled_dot_product_attention"),
     (lambda q, k: F.scaled_dot_product_attention(q, k, k, dropout_p=0.1), "dropout_p=0.1"),
     (lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True), "is_causal=True with 4 queries, 6 keys and no"),
-], ids=["no sdpa", "dropout", "causal"])
+    (lambda q, k: F.scaled_dot_product_attention(q, q, q, torch.ones(4) == 1, is_causal=True), "4 queries, 4 keys and a mask"),
+], ids=["no sdpa", "dropout", "causal", "causal and a mask"])
 def test_what_a_processor_asks_for_and_nobody_serves_is_refused(middle, said):
     _, attn = odd_model(middle)
     with pytest.raises(lv.UnsupportedError, match=said):
@@ -176,17 +208,26 @@ def test_what_a_processor_asks_for_and_nobody_serves_is_refused(middle, said):
     assert out.shape == (1, 1, 2, 8)
 
 
-@pytest.mark.parametrize("asked", [{"scale": 0.5}, {"scale": 0.5, "attn_mask": torch.tensor([[True] * 4 + [False] * 2])},
+@pytest.mark.parametrize("asked", [{"scale": 0.5}, {"scale": 0.24},
+                                   {"scale": 0.5, "attn_mask": torch.tensor([[True] * 4 + [False] * 2])},
+                                   {"scale": 0.5, "attn_mask": hidden(2, 5, tokens=6).bool()[:, None, None]},
                                    {"scale": 0.5, "attn_mask": torch.tensor([[False, True] * 3])}],
-                         ids=["scale", "leading", "holes"])
+                         ids=["scale", "a little more", "leading", "leading by sample", "holes"])
 def test_a_scale_is_honoured_with_and_without_a_mask(asked):
     torch.manual_seed(1)
-    q, k, v = torch.randn(1, 2, 4, 32), torch.randn(1, 2, 6, 32), torch.randn(1, 2, 6, 32)
+    q, k, v = torch.randn(2, 2, 4, 32), torch.randn(2, 2, 6, 32), torch.randn(2, 2, 6, 32)
     _, attn = odd_model(lambda *_: F.scaled_dot_product_attention(q, k, v, **asked))
     hidden_states = torch.ones(1, 4, 64)
     expected = F.scaled_dot_product_attention(q, k, v, **asked)
     assert sqnr_db(attn(hidden_states), expected) > 30
     assert sqnr_db(F.scaled_dot_product_attention(q, k, v, attn_mask=asked.get("attn_mask")), expected) < 30
+
+
+def test_causal_attention_of_as_many_queries_as_keys_is_honoured():
+    q, k, v = torch.randn(3, 1, 2, 40, 32, generator=torch.Generator().manual_seed(1))
+    _, attn = odd_model(lambda *_: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert 30 < sqnr_db(attn(torch.ones(1, 4, 64)), wanted) < 100
 
 
 def test_arguments_that_the_own_processor_does_not_take_are_named():
@@ -219,10 +260,18 @@ def test_a_processor_with_weights_is_refused_and_nothing_is_changed():
     adapter = torch.nn.Linear(1, 1)
     model.transformer_blocks[1].attn.set_processor(adapter)
     before = list(model.attn_processors.values())
-    with pytest.raises(lv.UnsupportedError, match="transformer_blocks.1.attn .*Linear, has weights.*unload_ip_adapter"):
+    with pytest.raises(lv.UnsupportedError, match="transformer_blocks.1.attn .*Linear, has weights.*unload_ip_ad") as refused:
         lv.apply(model, "int8+fp16")
-    assert list(model.attn_processors.values()) == before
+    assert list(model.attn_processors.values()) == before and "dispatcher" not in str(refused.value)
     lv.apply(model, "int8+fp16", {"transformer_blocks.1.attn": None})
+
+
+def test_a_processor_of_whoever_takes_the_place_of_one_that_is_a_module():
+    model, _ = diffusers_models.make("sd3")
+    attn = model.transformer_blocks[1].attn
+    attn.set_processor(torch.nn.Linear(1, 1))
+    lv.apply(model, None, {"transformer_blocks.1.attn": Odd(None)})
+    assert type(attn.processor) is Odd and "processor" not in dict(attn.named_children())
 
 
 def test_applies_on_top_of_each_other_keep_the_own_processor():

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad  # noqa: E402
 from lowbit_video import UnsupportedError, attention, register_diffusers  # noqa: E402
 from lowbit_video.errors import NonFiniteError  # noqa: E402
 from lowbit_video.hook import read_once  # noqa: E402
+from lowbit_video.hook.dispatcher import attention as dispatched  # noqa: E402
 from lowbit_video.hook.dispatcher import masks  # noqa: E402
 
 from helpers import naive_attention, qkv, sqnr_db  # noqa: E402
@@ -59,8 +60,8 @@ def test_grouped_heads_are_served_where_they_are_announced():
         call(q, k, v)
 
 
-@pytest.mark.parametrize("argument, value", [("dropout_p", 0.1), ("window_size", (64, 64)), ("softcap", 30.0),
-                                             ("return_attn_probs", True)])
+@pytest.mark.parametrize("argument, value", [("dropout_p", 0.1), ("window_size", (64, 64)), ("window_size", (0, 0)),
+                                             ("softcap", 30.0), ("softcap", 1.0), ("return_attn_probs", True)])
 def test_what_no_kernel_serves_is_refused_by_name(argument, value):
     with pytest.raises(UnsupportedError, match=f"{argument}=.* is not supported by low-bit attention; pass {argument}="):
         call(*tensors(), **{argument: value})
@@ -117,6 +118,7 @@ def holes():
 
 OTHER_MASKS = {
     "a hole": (holes(), "the keys that the mask leaves do not lead in every sample"),
+    "a hole in the last sample": (holes().flip(0), "the keys that the mask leaves do not lead in every sample"),
     "the last keys": (~leading(40, 30), "do not lead in every sample"),
     "floats": (torch.zeros(2, 1, 1, 90).masked_fill(~leading(40, 50)[:, None, None, :], -1e4), "the mask is torch.float32"),
     "pairs": (torch.ones(2, 1, 70, 90, dtype=torch.bool).tril(10), r"the mask has shape \[2, 1, 70, 90\]"),
@@ -148,6 +150,41 @@ def test_causal_with_unequal_lengths_is_torchs():
     assert torch.equal(call(q, k, v, is_causal=True), wanted)
     with pytest.raises(UnsupportedError, match="is_causal with 70 queries and 90 keys"):
         call(q, k, v, STRICT, is_causal=True)
+
+
+@pytest.mark.parametrize("samples, keys", [(2, 90), (3, 91), (3, 89)])
+def test_a_mask_of_other_samples_or_keys_is_never_taken_for_lengths(samples, keys):
+    q, k, v = tensors(batch=3)
+    mask = leading(*[40] * samples, keys=keys)[:, None, None, :]
+    with pytest.raises(UnsupportedError, match=rf"the mask has shape \[{samples}, 1, 1, {keys}\]"):
+        call(q, k, v, STRICT, attn_mask=mask)
+
+
+def test_exact_attention_shares_heads_that_are_announced():
+    q, k, v = tensors(heads=4, kv_heads=2, q_len=90, dim=20)
+    with attention_backend("native"):
+        wanted = dispatch_attention_fn(q, k, v, enable_gqa=True)
+    assert torch.equal(call(q, k, v, enable_gqa=True), wanted)
+
+
+def test_exact_attention_has_an_lse_where_its_causal_mask_is_torchs(monkeypatch):
+    def refuse(*given):
+        raise UnsupportedError("exact attention is faster")
+
+    monkeypatch.setattr(dispatched, "run", refuse)
+    q, k, v = tensors(kv_len=70)
+    wanted, wanted_lse = naive_attention(*(x.numpy() for x in (q, k, v)), scale=0.3, causal=True)
+    out, lse = call(q, k, v, return_lse=True, is_causal=True, scale=0.3)
+    np.testing.assert_allclose(out.numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(lse.numpy(), wanted_lse.transpose(0, 2, 1), atol=1e-5)
+    with pytest.raises(UnsupportedError, match=f"{INT8}: return_lse is not served with this mask"):
+        call(*tensors(), return_lse=True, is_causal=True)
+
+
+def test_a_mask_is_not_read_where_no_kernel_would_take_the_call(monkeypatch):
+    monkeypatch.setattr(masks, "read_lengths", None)
+    q, k, v = tensors(batch=2, dim=20)
+    assert torch.equal(call(q, k, v, attn_mask=leading(40, 50)), exact(q, k, v, leading(40, 50)))
 
 
 def test_what_no_kernel_takes_is_exact_or_refused():

@@ -70,6 +70,28 @@ def test_a_graph_decides_by_the_masks_values():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_every_choice_of_a_call_reaches_its_operator_and_a_mask_has_one_of_its_own():
+    register_diffusers()
+    q, k, v = torch.randn(3, 2, 70, 2, 64)
+    names = []
+
+    def keep(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def attend(mask, **choices):
+        own = {"return_lse": choices.pop("return_lse", False)}
+        return dispatch_attention_fn(q, k, v, mask, attention_kwargs=own, backend=AttentionBackendName(INT8), **choices)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=keep)
+    for choices in ({"is_causal": True, "scale": 0.3, "return_lse": True}, {"scale": 0.3}):
+        for got, wanted in zip(compiled(None, **choices), attend(None, **choices)):
+            assert torch.equal(got, wanted)
+    assert not any("key_lengths" in name for name in names)
+    compiled(torch.arange(70) < torch.tensor([[40], [70]]))
+    assert sum("lowbit_video.key_lengths" in name for name in names) == 1  # read by an operator, which a graph may share
+
+
 def test_operators_tell_the_truth_of_their_shapes():
     from torch.library import opcheck
 
@@ -79,8 +101,12 @@ def test_operators_tell_the_truth_of_their_shapes():
     mask = (torch.arange(90) < torch.tensor([[40], [90]]))[:, None, None]
     opcheck(key_lengths_op, (mask,))
     for more in ((None, None, None, False, 0.2, True, INT8), (mask, key_lengths_op(mask), None, False, None, False, INT8),
-                 (mask.float(), None, None, False, None, False, INT8)):
+                 (mask[:, 0].float(), None, None, False, None, False, INT8)):  # torch gives [B, H, N, D] under such a mask
         opcheck(dispatched_op, (q, k, k + 1, *more))
+    opcheck(dispatched_op, (q.half(), k.half(), k.half(), None, None, None, False, None, True, INT8))
+    told = torch.tensor([10, 20])  # the lengths that a graph has read are the ones that count
+    out, _ = dispatched_op(q, k, k + 1, mask, told, None, False, None, False, INT8)
+    assert torch.equal(out[1:], dispatched_op(q[1:], k[1:, :20], k[1:, :20] + 1, None, None, None, False, None, False, INT8)[0])
     out, _ = dispatched_op(q.requires_grad_(), k, k, None, None, None, False, None, False, INT8)
     with pytest.raises(UnsupportedError, match="low-bit attention has no gradients: run under torch.no_grad"):
         out.sum().backward()

@@ -2,18 +2,21 @@
 import copy
 import dataclasses
 import re
+import threading
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend  # noqa: E402
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend  # noqa: E402
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry  # noqa: E402
 
 from dispatch_models import MODELS, attention_names, cogvideox, make, predict, state  # noqa: E402
 from lowbit_video import UnsupportedError, apply, coverage, register_diffusers, remove, unregister_diffusers  # noqa: E402
 from lowbit_video.engine.checks import request_of  # noqa: E402
 from lowbit_video.engine.select import select  # noqa: E402
 from lowbit_video.hook.dispatcher import attention as dispatched  # noqa: E402
+from lowbit_video.hook.dispatcher import watch  # noqa: E402
 from lowbit_video.runtime import torch_runtime  # noqa: E402
 
 from helpers import sqnr_db  # noqa: E402
@@ -36,6 +39,7 @@ def test_a_model_is_near_exact_reported_whole_and_as_before_afterwards(name):
     model, inputs = make(name)
     exact = predict(model, inputs)
     register_diffusers(model)
+    register_diffusers(model)  # twice is once
     assert torch.equal(predict(model, inputs), exact)  # watched, and nothing else
     assert coverage(model).summary().endswith(f"({len(attention_names(model))} exact)")
     model.set_attention_backend(INT8)
@@ -99,7 +103,7 @@ def test_the_backend_of_before_comes_back():
     other, inputs = make("wan")
     exact = predict(other, inputs)
     model.set_attention_backend("_native_math")
-    _AttentionBackendRegistry.set_active_backend(diffusers.models.attention_dispatch.AttentionBackendName.NATIVE)
+    Registry.set_active_backend(AttentionBackendName.NATIVE)
     register_diffusers(model)
     model.set_attention_backend(INT8)
     assert not torch.equal(predict(other, inputs), exact)  # the other model has no backend of its own
@@ -108,6 +112,70 @@ def test_the_backend_of_before_comes_back():
     unregister_diffusers(model)
     assert torch.equal(predict(other, inputs), exact)
     assert {m.processor._attention_backend.value for m in model.modules() if hasattr(m, "processor")} == {"_native_math"}
+
+
+def test_a_backend_that_was_chosen_since_stays():
+    model, _ = make("wan")
+    register_diffusers(model)
+    model.set_attention_backend(INT8)
+    Registry.set_active_backend(AttentionBackendName.NATIVE)
+    assert f"backend {INT8}" in coverage(model).modules[0].processor  # its own comes before the process's
+    model.set_attention_backend("_native_math")
+    unregister_diffusers(model)
+    assert {m.processor._attention_backend.value for m in model.modules() if hasattr(m, "processor")} == {"_native_math"}
+    unregister_diffusers()
+    assert Registry._active_backend.value == "_native_math"
+    Registry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+@pytest.mark.parametrize("before", ["_native_math", "native"])  # one after the other: what was before is remembered anew
+def test_the_process_has_its_own_backend_back_when_the_last_model_is_given_back(before):
+    (one, inputs), (other, _) = make("wan"), make("wan")
+    Registry.set_active_backend(AttentionBackendName(before))
+    try:
+        register_diffusers(one, other)
+        one.set_attention_backend(INT8)
+        unregister_diffusers(one)
+        assert Registry._active_backend.value == INT8
+        predict(other, inputs)
+        assert [m.calls for m in coverage(other).modules] == [1] * 4  # which is counted still
+        unregister_diffusers(other)
+        assert Registry._active_backend.value == before
+        unregister_diffusers()
+    finally:
+        Registry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def test_another_threads_calls_are_not_the_modules():
+    model, inputs = make("wan")
+    register_diffusers(model)
+    seen = []
+
+    def look(*what):
+        thread = threading.Thread(target=lambda: seen.append(watch.calling()))
+        thread.start()
+        thread.join()
+        seen.append(watch.calling())
+
+    hook = model.blocks[0].attn1.to_q.register_forward_hook(look)
+    predict(model, inputs)
+    hook.remove()
+    assert seen[0] is None and watch.record_of(seen[1]).name == "blocks.0.attn1"
+
+
+def test_a_model_with_a_backend_of_diffusers_is_reported_as_that():
+    model, _ = make("wan")
+    assert {m.reason for m in coverage(model).modules} == {"not hooked: it has a backend of diffusers"}
+
+
+def test_a_module_that_dispatches_is_reported_whatever_its_projections_are_called():
+    class Fused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_qkv, self.processor = torch.nn.Linear(2, 6), type("Processor", (), {"_attention_backend": None})()
+
+    (row,) = coverage(torch.nn.Sequential(Fused())).modules
+    assert row.name == "0" and row.processor == "Processor, backend native"
 
 
 def test_the_names_stay_while_a_model_outside_uses_them():
@@ -119,6 +187,10 @@ def test_the_names_stay_while_a_model_outside_uses_them():
     predict(model, inputs)
     model.reset_attention_backend()
     unregister_diffusers()
+    register_diffusers(model)
+    model.set_attention_backend(INT8)
+    unregister_diffusers()  # what is watched is given back with the names
+    assert {m.processor._attention_backend for m in model.modules() if hasattr(m, "processor")} == {None}
 
 
 def test_a_model_that_bypasses_the_dispatcher_is_refused_and_reported():
@@ -135,6 +207,8 @@ def test_a_model_that_bypasses_the_dispatcher_is_refused_and_reported():
     apply(model, "int8+fp8")
     assert coverage(model).modules[0].hooked
     remove(model)
+    with pytest.raises(UnsupportedError, match="this model asks diffusers' dispatcher for its attention: .*docs/diffusers.md"):
+        apply(make("wan")[0], "int8+fp8")
 
 
 def test_a_pipeline_means_its_transformers():

@@ -6,6 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+from lowbit_video import UnsupportedError, attention  # noqa: E402
+from lowbit_video.hook.dispatcher import backend  # noqa: E402
 from lowbit_video.hook.dispatcher.backend import _of_own_heads  # noqa: E402
 from ranks import launch_torch  # noqa: E402
 
@@ -91,6 +93,57 @@ def test_a_mask_of_all_heads_is_cut_to_a_ranks_own():
     assert _of_own_heads(mask, 2, place).tolist() == [[[[4, 5]], [[6, 7]]]]
     for whole in (None, mask, mask[:, :1], mask[:, 0, 0]):
         assert _of_own_heads(whole, 4, place) is whole
+
+
+def config(rank=0, ring_degree=1):
+    """What our backends read of diffusers' ParallelConfig."""
+    degrees = types.SimpleNamespace(_ulysses_local_rank=rank, ring_degree=ring_degree)
+    return types.SimpleNamespace(context_parallel_config=degrees)
+
+
+@pytest.fixture
+def template(monkeypatch):
+    """What diffusers' template is handed, in place of its work."""
+    handed = []
+    monkeypatch.setattr(backend, "_templated_context_parallel_attention",
+                        lambda *given, **named: handed.append((given, named)) or "shared")
+    return handed
+
+
+def test_diffusers_template_gets_the_call_as_it_was(template):
+    q, k, v = torch.randn(3, 1, 64, 2, 64)
+    place, mask = config(), torch.ones(1, 64, dtype=torch.bool)
+    function = backend.backend_function("lowbit_int8_fp16")
+    assert function(q, k, v, mask, 0.0, False, 0.3, True, True, _parallel_config=place) == "shared"
+    assert function(q, k, v, None, 0.0, True, _parallel_config=config(ring_degree=2)) == "shared"
+    (first, named), (second, _) = template
+    assert all(got is given for got, given in zip(first, (q, k, v, mask))) and first[4:] == (0.0, False, 0.3, True, True)
+    assert named["_parallel_config"] is place and named["backward_op"] is None
+    assert second[3:] == (None, 0.0, True, None, False, False)
+
+
+def test_what_a_rank_computes_is_attention_of_its_own_heads(template):
+    q, k, v = torch.randn(3, 1, 64, 2, 64)
+    function = backend.backend_function("lowbit_int8_fp16")
+    function(q, k, v, _parallel_config=config())
+    forward = template[0][1]["forward_op"]
+    out, lse = forward(None, q, k, v, None, 0.0, True, 0.3, False, True, _parallel_config=config())
+    wanted, wanted_lse = attention(q, k, v, "int8+fp16", is_causal=True, scale=0.3, return_lse=True)
+    assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse.permute(0, 2, 1)) and lse.is_contiguous()
+    mask = torch.randn(1, 4, 1, 64)
+    out = forward(None, q, k, v, mask, 0.0, False, 0.3, False, False, _parallel_config=config(rank=1))
+    wanted = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask[:, 2:], scale=0.3)
+    assert torch.equal(out, wanted.transpose(1, 2))
+
+
+def test_masks_in_a_ring_and_gradients_are_refused_before_any_work(template):
+    q, k, v = torch.randn(3, 1, 64, 2, 64)
+    function = backend.backend_function("lowbit_int8_fp16")
+    with pytest.raises(UnsupportedError, match=r"attn_mask of shape \[1, 64\] in a ring"):
+        function(q, k, v, torch.ones(1, 64, dtype=torch.bool), _parallel_config=config(ring_degree=2))
+    with pytest.raises(UnsupportedError, match="gradients are recorded"):
+        function(q, k, v.requires_grad_(), _parallel_config=config())
+    assert not template
 
 
 def test_gradients_are_refused_by_name(ranks):

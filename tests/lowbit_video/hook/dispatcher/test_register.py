@@ -148,6 +148,10 @@ def test_the_environment_variable_is_followed_where_it_names_ours(named, active,
     monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", named)
     register_diffusers()
     assert Registry._active_backend.value == active
+    Registry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
+    register_diffusers()
+    assert Registry._active_backend.value == "native"  # followed once, not against who chose another since
+    Registry.set_active_backend(dispatch.AttentionBackendName(active))
     unregister_diffusers()
     assert Registry._active_backend.value == "native"
 

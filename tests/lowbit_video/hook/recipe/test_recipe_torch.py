@@ -8,6 +8,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 from torch._dynamo.utils import counters  # noqa: E402
 
 import lowbit_video as lv  # noqa: E402
+from lowbit_video.hook.recipe import clock  # noqa: E402
 from lowbit_video.hook.recipe.clock import COUNT_DOWN  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -53,6 +54,17 @@ def test_one_graph_serves_all_steps_as_eager_calls_do(backend, by_name):
         assert torch.equal(predict(compiled, timestep, by_name), predict(twin, timestep, by_name))
     assert runs(model) == runs(twin) and runs(model)[0] == {FIRST: 3, LAST: 3}
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_a_graph_is_given_stays_whole_around_the_timestep(monkeypatch, by_name):
+    model = make()
+    lv.apply(model, RECIPE)
+    monkeypatch.setattr(clock, "traced_by_torch", lambda timestep: True)
+    named = {"timestep": torch.tensor([7])} if by_name else {}
+    given = ("video", "text") if by_name else ("video", "text", torch.tensor([7]), "cond", "ofs")
+    assert clock.clock_of(model)._begin(model, given, {"rotary": 1, **named}) == (given, {"rotary": 1, **named})
+    assert clock.clock_of(model).share() == 1 - 7 / 1000
 
 
 def test_the_step_that_is_told_counts_in_a_graph_too():
