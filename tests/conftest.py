@@ -34,6 +34,7 @@ LONGEST = (
     "hook/test_own_frame.py", "hook/test_beside_accelerate.py", "examples/test_cogvideo.py", "world/test_judge.py",
     "kernels/test_exchange.py", "distributed/test_parallelize.py", "runtime/test_runtime.py",
     "distributed/test_ring.py", "distributed/test_ulysses.py", "compare/test_layers.py", "kernels/test_hopper_simulated.py",
+    "world/test_scene_judge.py", "compare/test_compare.py", "kernels/test_hopper.py", "kernels/test_rotation_kernels.py",
 )
 """Files that take a minute or so come first, so that processes that share the tests end at about the same time."""
 
