@@ -161,7 +161,7 @@ class Built(NamedTuple):
 
 def lists(head_dim: int) -> Listed:
     """Lists of key tiles, and what those that are not listed came to."""
-    return Listed(buffer("int32"), buffer("int32"), buffer("float32"), buffer("float32"), query_tile(head_dim))
+    return Listed(buffer("int32"), buffer("int32"), buffer("float32"), buffer("float32"), query_tile(head_dim), 2)
 
 
 def sm(arch: tuple[int, int]) -> str:

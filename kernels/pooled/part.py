@@ -30,7 +30,11 @@ def pooled_part_kernel(q, keys, values, bias, out, part_lse, stride_b, stride_h,
     p_q = q + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
     b_q = tl.load(p_q + o_m.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=m_m[:, None] & m_d, other=0.0)
     o_kv = (i_b.to(tl.int64) * (Hq // GROUP) + i_h // GROUP) * tiles * D
-    p_bias = bias + (i_bh * tl.cdiv(Nq, QUERY_TILE) + i_m * ROWS // QUERY_TILE) * tiles
+    # rows of one query tile, or of two that follow each other
+    i_first, i_last = i_m * ROWS // QUERY_TILE, (tl.minimum(i_m * ROWS + ROWS, Nq) - 1) // QUERY_TILE
+    TWO: tl.constexpr = QUERY_TILE % ROWS != 0
+    m_first = (o_m // QUERY_TILE == i_first)[:, None]
+    p_bias = bias + (i_bh * tl.cdiv(Nq, QUERY_TILE) + i_first) * tiles
     b_m = tl.full([ROWS], NEVER, tl.float32)
     b_l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PAD_D], tl.float32)
@@ -44,7 +48,11 @@ def pooled_part_kernel(q, keys, values, bias, out, part_lse, stride_b, stride_h,
             b_s = tl.dot(b_q.to(tl.float32), tl.trans(b_k).to(tl.float32))
         else:
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
-        b_s = b_s * factor + b_bias[None, :]
+        if TWO:
+            b_next = tl.load(p_bias + (i_last - i_first) * tiles + o_k, mask=o_k < tiles, other=float("-inf"))
+            b_s = b_s * factor + tl.where(m_first, b_bias[None, :], b_next[None, :])
+        else:
+            b_s = b_s * factor + b_bias[None, :]
         b_new = tl.maximum(b_m, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
         b_alpha = tl.exp2(b_m - b_new)

@@ -11,7 +11,7 @@ from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format, scale_bloc
 from lowbit_video.kernels.launch import recorded
 from lowbit_video.kernels.operands import Listed, Operand, codes_of, v_codes_of
 from lowbit_video.kernels.pooled.tiles import query_tile
-from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
+from lowbit_video.kernels.quant.shapes import ceil_div, code_shape, partial_shape, scale_shape, v_code_shape
 from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..runtime.protocol import Runtime
@@ -126,8 +126,10 @@ class Call:
         if not self.options.precision.exact:
             q, k, v = self.q_codes, self.k_codes, self.v_codes
             if self.options.pools:
-                more.update(listed=Listed(self.parts["listed"], self.parts["listed_count"], self.parts.get("listed_scale"),
-                                          self.parts["pooled_lse"], query_tile(q.shape[3])))
+                part, rows = self.parts.get, query_tile(q.shape[3])
+                heavy = min(ceil_div(self.options.pools.always, rows), ceil_div(q.shape[2], rows))
+                more.update(listed=Listed(part("listed"), part("listed_count"), part("listed_scale"), part("pooled_lse"), rows,
+                                          heavy))
             more.update(bias=self.parts.get("bias"), lse_shift=self.parts.get("lse_shift"), pv_dtype=self._pv_dtype())
         lse = None if self.lse is None else Buffer(self.lse.data_ptr(), "float32", Origin("lse"))
         self.variant.load()(q, k, v, self.out_operand, sm_scale=self.options.scale, is_causal=self.options.is_causal,

@@ -212,8 +212,7 @@ def parts_of(case: Case, keep: float) -> dict[str, Callable[[], Any]]:
 
     methods = {"quantise": call.quantise, "key tiles": call._key_tiles, "query tiles": query, "scores": score, "lists": lists,
                "pooled part": part, "attend": call.attend, "dense quantise": dense.quantise, "dense attend": dense.attend}
-    rows = query_tile(case.shape[3])
-    methods |= {f"part {name}": (lambda how=how: part(how)) for how, name in PARTS if rows % how[0] == 0}
+    methods |= {f"part {name}": (lambda how=how: part(how)) for how, name in PARTS}
     kept = [memory, call, dense]
     return {name: (lambda method=method, kept=kept: case.guarded(method)()) for name, method in methods.items()}
 

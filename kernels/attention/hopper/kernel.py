@@ -41,12 +41,24 @@ FP8_ONE = gl.constexpr(0x38)  # the bits of 1.0 in e4m3
 
 
 @gluon.jit
-def _work_item(i_work, heads_q, heads_kv, q_len, kv_len, build: gl.constexpr):
-    """Block of query rows, batch, head, kv head and number of kv tiles of one work item; causal: heavy blocks first."""
+def _work_item(i_work, heads_q, heads_kv, q_len, kv_len, n_work, n_heavy, build: gl.constexpr):
+    """Block of query rows, batch, head, kv head and number of kv tiles of one work item; causal: heavy blocks first.
+
+    n_heavy (None: not known): so many blocks at the beginning of each head take longer; those of all heads come first.
+    """
     BM: gl.constexpr = ROWS * build.consumers
     n_m = gl.cdiv(q_len, BM)
     i_bh = i_work // n_m
     i_m = i_work % n_m
+    if n_heavy is not None:
+        n_first = n_work // n_m * n_heavy
+        if i_work < n_first:
+            i_bh = i_work // gl.maximum(n_heavy, 1)
+            i_m = i_work % gl.maximum(n_heavy, 1)
+        else:
+            n_light = gl.maximum(n_m - n_heavy, 1)
+            i_bh = (i_work - n_first) // n_light
+            i_m = n_heavy + (i_work - n_first) % n_light
     n_kv = gl.cdiv(kv_len, build.block_n)
     if build.causal:
         i_m = n_m - 1 - i_m
@@ -192,7 +204,7 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, lists, build: g
     q_full, q_empty, full, empty, turns = barriers
     p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale = pointers
     sm_scale, heads_q, heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on = sizes
-    p_list, p_count, p_part_sum = lists
+    p_list, p_count, p_part_sum, n_heavy = lists
     LISTED: gl.constexpr = p_list is not None
     BN: gl.constexpr = build.block_n
     D: gl.constexpr = build.head_dim
@@ -218,7 +230,7 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, lists, build: g
     q_phase = 0
     turn = 0
     for i_work in range(gl.program_id(0), n_work, gl.num_programs(0)):
-        i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, build)
+        i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, n_work, n_heavy, build)
         o_row = i_m * BM + W * ROWS
         o_q = o_row + gl.arange(0, ROWS, layout=S_ROWS)
         q_scale = gl.load(p_q_scale + i_bh.to(gl.int64) * q_len + o_q, mask=o_q < q_len, other=0.0) * sm_scale
@@ -302,7 +314,7 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build: gl.c
     q_s, k_s, v_s, ones_s = tiles
     q_full, q_empty, full, empty, turns = barriers
     sm_scale, heads_q, heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on = sizes
-    p_list, p_count, p_part_sum = lists
+    p_list, p_count, p_part_sum, n_heavy = lists
     LISTED: gl.constexpr = p_list is not None
     BN: gl.constexpr = build.block_n
     D: gl.constexpr = build.head_dim
@@ -315,7 +327,7 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build: gl.c
     phase = 1
     q_phase = 1
     for i_work in range(gl.program_id(0), n_work, gl.num_programs(0)):
-        i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, build)
+        i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, n_work, n_heavy, build)
         i_kvh = i_h // (heads_q // heads_kv)
         if LISTED:
             i_list = i_bh.to(gl.int64) * gl.cdiv(q_len, BM) + i_m
@@ -355,9 +367,9 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build: gl.c
             stage, phase = _next_stage(stage, phase, build)
 
 
-@gluon.jit(do_not_specialize=["heads_q", "heads_kv", "q_len", "kv_len", "n_work"])
+@gluon.jit(do_not_specialize=["heads_q", "heads_kv", "q_len", "kv_len", "n_work", "n_heavy"])
 def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale, sm_scale, heads_q, heads_kv,
-                    q_len, kv_len, n_work, stride_ob, stride_oh, stride_on, p_list, p_count, p_part_sum,
+                    q_len, kv_len, n_work, stride_ob, stride_oh, stride_on, p_list, p_count, p_part_sum, n_heavy,
                     build: gl.constexpr, V_LAYOUT: gl.constexpr, ONES_LAYOUT: gl.constexpr):
     """Memory and barriers of a program, and who does what in it; `launch` says what the arguments are."""
     BN: gl.constexpr = build.block_n
@@ -397,7 +409,7 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
     barriers = (q_full, q_empty, full, empty, turns)
     pointers = (p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale)
     sizes = (sm_scale, heads_q, heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on)
-    lists = (p_list, p_count, p_part_sum)
+    lists = (p_list, p_count, p_part_sum, n_heavy)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consumer, (0, tiles, barriers, pointers, sizes, lists, build)),

@@ -66,9 +66,9 @@ def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scal
     n_work = ceil_div(q_len, ROWS.value * config.consumers) * batch * q_heads
     build = Build(**vars(config), head_dim=head_dim, causal=bool(is_causal), lse=lse is not None,
                   lse_shift=lse is not None and lse_shift is not None)
-    lists, k_scale = (None,) * 3, k.scale
+    lists, k_scale = (None,) * 4, k.scale
     if listed is not None:
-        lists, k_scale = (listed.tiles, listed.count, listed.part_lse), listed.scale
+        lists, k_scale = (listed.tiles, listed.count, listed.part_lse, listed.heavy), listed.scale
     launch(attn_fwd_kernel, (n_work,), q_desc, k_desc, v_desc, out.buffer, lse or q.scale, lse_shift or q.scale, q.scale,
            k_scale, v.scale or q.scale, float(sm_scale * LOG2_E), q_heads, kv_heads, q_len, kv_len, n_work, *out.strides,
            *lists, build=build, V_LAYOUT=v_layout, ONES_LAYOUT=ones_layout, num_warps=4)

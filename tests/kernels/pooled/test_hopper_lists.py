@@ -23,10 +23,10 @@ from gluon_in_numpy import Memory  # noqa: E402
 BUILDS = [(64, "fp8"), (128, "float16")]
 
 
-def attend(monkeypatch, q, k, v, chosen, pv="fp8", shifted=True, lse_wanted=True, lists=True):
+def attend(monkeypatch, q, k, v, chosen, pv="fp8", shifted=True, lse_wanted=True, lists=True, heavy=0):
     """(out, lse) by the simulated kernel, and by the oracle, for tiles that are chosen; the part of the others is NumPy's.
 
-    lists: False launches the kernel as it is without any.
+    lists: False launches the kernel as it is without any. heavy: so many query tiles of each head come first.
     """
     memory, kept = Memory(), []
 
@@ -48,7 +48,7 @@ def attend(monkeypatch, q, k, v, chosen, pv="fp8", shifted=True, lse_wanted=True
         tiles[i_b, i_h, i_m, :len(listed)] = listed
         scales[i_b, i_h, i_m, :len(listed)] = k_scale[i_b, i_h // group, listed]
     listed = Listed(buffer(tiles), buffer(chosen.sum(-1).astype(np.int32)), buffer(scales),
-                    buffer(part_lse / np.float32(np.log(2))), query_tile(q.shape[-1]))
+                    buffer(part_lse / np.float32(np.log(2))), query_tile(q.shape[-1]), heavy)
     if pv == "fp8":
         v_codes, v_scale = quant.quantize_v(v)
         v_operand, values = v_codes_of(shape(v), buffer(v_codes), buffer(v_scale)), v_codes
@@ -108,6 +108,13 @@ def test_all_tiles_listed_are_the_kernel_without_lists(monkeypatch):
     listed, all_keys = (attend(monkeypatch, q, k, v, chosen_of(q, k, 2.0), lists=lists)[0] for lists in (True, False))
     for one, other in zip(listed, all_keys):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("heavy", [1, 2], ids=str)
+def test_heavy_tiles_of_all_heads_come_first(heavy, monkeypatch):
+    """Every query tile is done once, whichever comes first."""
+    q, k, v = smooth_qkv((2, 1, 193, 64), kv_len=200)
+    assert_close(*attend(monkeypatch, q, k, v, chosen_of(q, k, 0.5), heavy=heavy))
 
 
 def test_without_an_lse(monkeypatch):

@@ -77,7 +77,7 @@ def test_the_choice_is_the_largest_scores_and_what_is_forced(keep, always):
         assert sorted(order[:count]) == np.flatnonzero(chosen[b, h, m]).tolist()
 
 
-@pytest.mark.parametrize("keep, count, kept", [(0.0, 10, 0), (0.1, 10, 1), (0.1, 30, 3), (0.3, 10, 3), (0.31, 10, 4),
+@pytest.mark.parametrize("keep, count, kept", [(0.0, 10, 0), (0.1, 10, 1), (0.07, 100, 7), (0.3, 10, 3), (0.31, 10, 4),
                                                (1.0, 7, 7), (1e-3, 10, 1), (0.7, 10, 7), (1 / 3, 3, 1), (0.999999, 1, 1)])
 def test_shares_are_rounded_up_to_whole_tiles(keep, count, kept):
     assert tiles.kept_tiles(keep, count) == kept
