@@ -10,11 +10,10 @@ from ..quant.shapes import ceil_div
 from .tiles import KEY_TILE, query_tile
 
 NEVER = tl.constexpr(MIN_SCORE)
-ROWS = 64
-"""Query rows of a program."""
-KEYS = 64
-"""Pooled keys that are read at once."""
-WARPS, STAGES = 4, 2
+BUILD = (64, 64, 4, 2)
+"""Query rows of a program, pooled keys that are read at once, warps, stages."""
+ROW_BYTES = 256
+"""Of a row up to which BUILD fits 99 KiB of shared memory; tiles of longer ones are smaller by as much."""
 
 
 @triton.jit(do_not_specialize=["Hq", "Nq", "tiles"])
@@ -79,8 +78,12 @@ def launch_pooled_part(q: Operand, out: Operand, *, keys: Buffer, values: Buffer
     give zeros and -inf. part_lse is of keys as they are given: smoothed. how: rows, keys, warps, stages in place of the best.
     """
     batch, heads, tokens, head_dim = q.shape
-    rows, step, warps, stages = how or (ROWS, KEYS, WARPS, STAGES)
+    pad_d = max(16, triton.next_power_of_2(head_dim))
+    rows, step, warps, stages = how or BUILD
+    if how is None:
+        less = max(1, pad_d * q.buffer.dtype.itemsize // ROW_BYTES)
+        rows, step = rows // less, step // less
     launch(pooled_part_kernel, (ceil_div(tokens, rows), heads, batch), q.buffer, keys, values, bias, out.buffer, part_lse,
            *q.strides, *out.strides, float(sm_scale * LOG2_E), heads, tokens, ceil_div(kv_shape[2], KEY_TILE),
-           GROUP=heads // kv_shape[1], D=head_dim, PAD_D=max(16, triton.next_power_of_2(head_dim)), ROWS=rows, KEYS=step,
+           GROUP=heads // kv_shape[1], D=head_dim, PAD_D=pad_d, ROWS=rows, KEYS=step,
            QUERY_TILE=query_tile(head_dim), STAGES=stages, INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=warps)

@@ -34,9 +34,9 @@ from lowbit_video.kernels.tuning import TileConfig  # noqa: E402
 from pooled_inputs import smooth_qkv  # noqa: E402
 
 TILE = TileConfig(64, 128, 4, 2)
-SHAPES = [((2, 2, 200, 64), 1, np.float16), ((1, 2, 129, 128), 2, np.float32), ((1, 1, 270, 72), 1, np.float16),
-          ((1, 1, 256, 64), 1, np.float32)]
-"""[B, Hq, N, D], heads of keys and dtype: ragged ends, several query tiles, groups, an odd head dim, whole tiles."""
+SHAPES = [((1, 2, 200, 64), 1, 400, 0, np.float16), ((2, 2, 140, 128), 2, 300, 3, np.float32),
+          ((1, 1, 130, 72), 1, 270, 0, np.float16), ((1, 1, 100, 64), 1, 256, 0, np.float32)]
+"""[B, Hq, N, D], heads of keys, their number, `always` and dtype: ragged ends, several query tiles, groups, an odd head dim."""
 
 
 def of_tiles(q, k, *more, dtype=np.float32):
@@ -84,11 +84,11 @@ def float32(*arrays):
     return [x.astype(np.float32) for x in arrays]
 
 
-@pytest.mark.parametrize("shape, kv_heads, dtype", SHAPES, ids=str)
-def test_every_part(shape, kv_heads, dtype):
-    q, k, v = smooth_qkv(shape, kv_heads, dtype=dtype, layout="NHD")
-    keep = [0.34] * (shape[1] - 1) + [0.6]
-    run = Run(q, k, v, keep, always=3 if shape[2] > 200 else 0, how=(128, 64, 8, 2) if dtype == np.float16 else None)
+@pytest.mark.parametrize("shape, kv_heads, kv_len, always, dtype", SHAPES, ids=str)
+def test_every_part(shape, kv_heads, kv_len, always, dtype):
+    q, k, v = smooth_qkv(shape, kv_heads, kv_len, dtype=dtype, layout="NHD")
+    keep = [0.25] * (shape[1] - 1) + [0.5]
+    run = Run(q, k, v, keep, always=always, how=(128, 64, 8, 2) if dtype == np.float16 else None)
     q32, k32, v32 = float32(q, k, v)
     np.testing.assert_allclose(run.k_mean, quant.token_mean(k32), atol=2e-6)
     np.testing.assert_array_equal(run.v_scale, quant.v_scale(v32))
@@ -100,7 +100,6 @@ def test_every_part(shape, kv_heads, dtype):
     np.testing.assert_allclose(run.v_spread, stats.v_spread, rtol=1e-4)
     scores = reference.error_scores(q32, stats, run.scale)
     np.testing.assert_allclose(run.error_scores, scores, atol=5e-3)
-    always = 3 if shape[2] > 200 else 0
     chosen = reference.choose(run.error_scores, keep, always, shape[-1])
     assert_lists(run, chosen, shape[1] // kv_heads)
     part, lse = reference.pooled_part(q32, stats, chosen, run.scale)
