@@ -15,7 +15,7 @@ from .tiles import KEY_TILE, query_tile
 
 FP8_MAX = tl.constexpr(get_format("fp8").max_code)
 TINY = tl.constexpr(MIN_MAGNITUDE)
-FOLD = 16
+FOLD = 64
 """Tiles that the second pass reads at once."""
 QUERY_ROWS = 64
 """Rows of a query tile that are read at once."""
@@ -116,7 +116,7 @@ def launch_key_tiles(k: Operand, v: Operand, *, means: Buffer, keys: Buffer, k_v
            *v.strides, heads, tokens, D=head_dim, PAD_D=pad_d, ROWS=KEY_TILE, ABSMAX=absmax,
            num_warps=4 if head_dim <= 64 else 8)
     launch(fold_tiles_kernel, (batch * heads,), means, v_absmax, k_mean, v_scale, keys, tokens, tiles, D=head_dim, PAD_D=pad_d,
-           ROWS=KEY_TILE, FOLD=FOLD, SMOOTH=k_mean is not None, ABSMAX=absmax, num_warps=4)
+           ROWS=KEY_TILE, FOLD=FOLD, SMOOTH=k_mean is not None, ABSMAX=absmax, num_warps=8)
 
 
 def launch_query_tiles(q: Operand, *, means: Buffer, squares: Buffer) -> None:

@@ -109,6 +109,20 @@ def test_every_part(shape, kv_heads, kv_len, always, dtype):
     np.testing.assert_allclose(run.out[seen], part[seen], atol=4e-3, rtol=4e-3)
 
 
+def test_more_tiles_than_are_folded_at_once():
+    """Of 65 tiles the last one has the largest values, and fewer of them."""
+    q, k, v = smooth_qkv((1, 1, 1, 32), kv_len=64 * 128 + 9)
+    k[:, :, -9:] += 50
+    v[:, :, -1] *= 20
+    means, k_var, absmax, keys, values = of_tiles(q, k, *[("k", True)] * 5)
+    (spread,), mean, scale = of_tiles(q, k, ("k", False)), poisoned((1, 1, 32)), poisoned((1, 1, 32))
+    launch_key_tiles(operand(k), operand(v), means=buffer(means), keys=buffer(keys), k_var=buffer(k_var), values=buffer(values),
+                     v_spread=buffer(spread), k_mean=buffer(mean), v_absmax=buffer(absmax), v_scale=buffer(scale))
+    np.testing.assert_allclose(mean, quant.token_mean(k), atol=1e-5)
+    np.testing.assert_array_equal(scale, quant.v_scale(v))
+    np.testing.assert_allclose(keys, reference.tile_stats(k, v, quant.token_mean(k)).keys, atol=1e-4)
+
+
 def assert_lists(run, chosen, group):
     """The lists are the chosen tiles in ascending order, their scales beside them; nothing else is written."""
     bias = np.log2(np.minimum(128, run.k.shape[2] - 128 * np.arange(chosen.shape[-1])))
