@@ -34,7 +34,7 @@ from lowbit_video.kernels.tuning import TileConfig  # noqa: E402
 from pooled_inputs import smooth_qkv  # noqa: E402
 
 TILE = TileConfig(64, 128, 4, 2)
-SHAPES = [((1, 2, 200, 64), 1, 400, 0, np.float16), ((2, 2, 140, 128), 2, 300, 3, np.float32),
+SHAPES = [((1, 2, 200, 64), 1, 400, 0, np.float16), ((2, 1, 140, 128), 1, 300, 3, np.float32),
           ((1, 1, 130, 72), 1, 270, 0, np.float16), ((1, 1, 100, 64), 1, 256, 0, np.float32)]
 """[B, Hq, N, D], heads of keys, their number, `always` and dtype: ragged ends, several query tiles, groups, an odd head dim."""
 
@@ -186,9 +186,8 @@ def assert_close(got, wanted, limit=3e-3, row_limit=0.05, lse_limit=1e-2):
 
 
 TMA, POINTERS = (9, 0), (8, 9)
-EVERY = [("int8", "int8", "fp16", TMA), ("int8", "int8", "fp8", POINTERS), ("fp8", "fp8", "fp16", POINTERS),
-         ("fp8", "fp8", "fp8", TMA), ("int4", "int4", "fp16", TMA), ("int2", "int2", "fp8", POINTERS),
-         ("int8", "int4", "fp8", TMA)]
+EVERY = [("int8", "int8", "fp16", TMA), ("fp8", "fp8", "fp8", POINTERS), ("int4", "int4", "fp16", POINTERS),
+         ("int8", "int2", "fp8", TMA)]
 """Of what each format brings to the kernel's code every piece, once."""
 
 
@@ -203,7 +202,7 @@ def test_every_precision_walks_lists(case):
 
 
 @pytest.mark.parametrize("head_dim, kv_len, tile", [
-    (64, 320, TileConfig(128, 64, 4, 2)), (128, 384, TileConfig(128, 64, 4, 2)), (64, 65, TileConfig(64, 32, 4, 1)),
+    (64, 320, TileConfig(128, 64, 4, 2)), (64, 65, TileConfig(64, 32, 4, 1)),
     (128, 300, TileConfig(64, 128, 4, 2, sum_mma=True))], ids=str)
 def test_tiles_and_ends_of_the_sequence(head_dim, kv_len, tile):
     """A listed tile is walked in parts; of a ragged last one the whole, or a part, may lie behind the end."""
