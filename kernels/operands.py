@@ -43,6 +43,24 @@ class Packed(NamedTuple):
     k: Sequences
 
 
+class Listed(NamedTuple):
+    """The key tiles that each query tile takes exactly (`kernels.pooled`); what the others came to is in the output already.
+
+    tiles: int32 [B, Hq, query tiles, key tiles], of each row the first `count`, ascending; the last key tile is among them.
+    count: int32 [B, Hq, query tiles], at least 1. scale: float32, K's scale of each tile that is listed, where it lies in
+    `tiles`; None where every key has one. part_lse: float32 [B, Hq, Nq], the log-sum-exp to base 2 of the others' scores, as
+    the attention kernel has them: of smoothed keys; -inf where the output is not to be read. query_tile: rows. heavy: query
+    tiles at the beginning of each head that take all key tiles, which had better not come last.
+    """
+
+    tiles: Buffer
+    count: Buffer
+    scale: Buffer | None
+    part_lse: Buffer
+    query_tile: int
+    heavy: int = 0
+
+
 def codes_of(x: Operand, format: str, buffer: Buffer, scale: Buffer, block: int | None, packed: bool = False) -> Operand:
     """The operand that x's quantised rows make: contiguous codes of `format`, packed along the head dim."""
     _, heads, tokens, head_dim = x.shape

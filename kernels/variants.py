@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .formats import EXACT_FORMATS, FORMATS, ROTATED
+from .pooled.tiles import POOLED_FROM
 
 Arch = tuple[int, int]
 """Compute capability, (9, 0) for sm_90."""
@@ -22,7 +23,7 @@ class Request:
     device: "cpu" or "cuda". arch: compute capability, None on a CPU. q, k, pv: format names.
     dtype: of the tensors ("float16", "bfloat16", "float32"). only_if_faster: also refuse where exact
     attention is measured to be faster. interpret: Triton's CPU interpreter is on. v_aligned: V begins at, and its
-    dimensions step by, multiples of 16 bytes, as a kernel that reads V itself by TMA needs.
+    dimensions step by, multiples of 16 bytes, as a kernel that reads V itself by TMA needs. pooled: some keys are pooled.
     """
 
     device: str
@@ -45,6 +46,7 @@ class Request:
     interpret: bool = False
     v_aligned: bool = True
     rotate: bool = False
+    pooled: bool = False
 
     def __str__(self) -> str:
         where = f"sm_{self.arch[0]}{self.arch[1]}" if self.arch else self.device
@@ -124,6 +126,8 @@ class KernelVariant:
             return f"rotation needs a head dim of {' or '.join(map(str, ROTATED))}, not {request.head_dim}"
         if request.rotate and self.min_arch is not None and (reason := _compiled(request)):
             return f"rotation: {reason}"
+        if request.pooled and (reason := _why_not_pooled(request)):
+            return reason
         for need in self.needs:
             if reason := NEEDS[need](request):
                 return reason
@@ -150,12 +154,24 @@ class KernelVariant:
         return None
 
 
+def _why_not_pooled(request: Request) -> str | None:
+    if request.q in EXACT_FORMATS:
+        return "keys are pooled beside low-bit ones only, not beside exact ones"
+    together = [name for name, wanted in (("is_causal", request.causal), ("packed sequences", request.varlen),
+                                              ("rotation", request.rotate)) if wanted]
+    if together:
+        return f"pooled keys are not supported with {' or '.join(together)}"
+    if request.only_if_faster and request.kv_len < POOLED_FROM:
+        return f"choosing what to pool costs more than it saves below {POOLED_FROM} tokens ({request.kv_len} given)"
+    return None
+
+
 def _hopper_code(request: Request) -> str | None:
     from .attention.gluon_shim import why_not_gluon
     from .shipped.choice import chosen, why_not_shipped
 
     who = chosen()
-    if who.shipped:
+    if who.shipped and not request.pooled:  # of those that pool keys none is shipped
         reason = why_not_shipped(arch=request.arch, lse=request.lse, group=request.heads // max(request.kv_heads, 1))
         if reason is None or not who.compiled:
             return reason and f"{reason}, and nothing is compiled: {who.why}"

@@ -22,12 +22,13 @@ from .hook.processors import ExactAttnProcessor, LowBitAttnProcessor
 from .hook.recipe.clock import denoising_step
 from .hook.recipe.recipe import Recipe
 from .hook.report import coverage
+from .pooled import Pooled
 from .precision import Precision
 from .quantized import Quantized, dequantize, quantize
 from .warming import warmup
 
 __version__ = "0.1.0"
-__all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Precision", "Quantized", "Recipe",
-           "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "cp_plan",
-           "declare_attention", "denoising_step", "dequantize", "order_tokens", "parallelize", "prequantize",
-           "quantize", "register_diffusers", "remove", "unparallelize", "unregister_diffusers", "warmup"]
+__all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Pooled", "Precision", "Quantized",
+           "Recipe", "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "cp_plan",
+           "declare_attention", "denoising_step", "dequantize", "order_tokens", "parallelize", "prequantize", "quantize",
+           "register_diffusers", "remove", "unparallelize", "unregister_diffusers", "warmup"]

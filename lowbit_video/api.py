@@ -11,12 +11,13 @@ from .engine.options import options_of
 from .engine.packing import Packing
 from .engine.run import run
 from .graph.tracing import paddle_ops, traced_by_paddle, traced_by_torch
+from .pooled import Pooled
 from .precision import Precision
 
 
 def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", tensor_layout: str = "NHD",
               is_causal: bool = False, scale: float | None = None, return_lse: bool = False, backend: str = "auto",
-              check_finite: bool | None = None) -> Any:
+              check_finite: bool | None = None, pooled: Pooled | None = None) -> Any:
     """softmax(scale * Q.K^T) V with Q.K^T and P.V at low bit.
 
     q: [B, Nq, Hq, D], k, v: [B, Nkv, Hkv, D] Paddle or torch tensors, float16, bfloat16 or float32, in the
@@ -32,6 +33,7 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
         (any NVIDIA GPU from sm_80 on) or "hopper" (sm_90) take that one or say why not.
     check_finite: look for NaN, infinity and magnitudes beyond the softmax's range in q, k and v first. Default: on a CPU
         only, because on a GPU the look would wait for the device.
+    pooled: keep a share of the keys as they are and pool the rest; see `Pooled`. Not with is_causal.
     Returns out in q's layout and dtype, or (out, lse).
     Warns (SlowerThanExactWarning) where a GPU's exact attention is measured to be faster: short sequences.
     Raises UnsupportedError with every variant's reason, NonFiniteError naming tensor and count,
@@ -39,7 +41,7 @@ def attention(q: Any, k: Any, v: Any, precision: str | Precision = "int8+fp16", 
         only: UnsupportedError where gradients are asked for.
     Source: SageAttention2 (arXiv 2411.10958); accumulation and packing differ, see kernels/.
     """
-    choices = (precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite)
+    choices = (precision, tensor_layout, is_causal, scale, return_lse, backend, check_finite, False, pooled)
     if traced_by_torch(q):
         from .graph import torch_ops
 

@@ -24,7 +24,11 @@ from lowbit_video.kernels.exchange.dequant_rows import launch_dequant_rows
 from lowbit_video.kernels.exchange.layout import Copy
 from lowbit_video.kernels.exchange.merge import launch_merge
 from lowbit_video.kernels.formats import BLOCK_K, FORMAT_OF_DTYPE, QK_FORMATS, scale_block
-from lowbit_video.kernels.operands import Operand, Packed, Sequences, codes_of, v_codes_of
+from lowbit_video.kernels.operands import Listed, Operand, Packed, Sequences, codes_of, v_codes_of
+from lowbit_video.kernels.pooled.choose import launch_lists, launch_scores
+from lowbit_video.kernels.pooled.part import launch_pooled_part
+from lowbit_video.kernels.pooled.tile_stats import launch_key_tiles, launch_query_tiles
+from lowbit_video.kernels.pooled.tiles import query_tile
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 from lowbit_video.kernels.quant.quant_v import launch_quant_v
 from lowbit_video.kernels.quant.token_stats import launch_stats
@@ -83,12 +87,13 @@ class Attention(NamedTuple):
     smooth_q: bool = False
     full: bool = False
     tokens: int = 17776
+    listed: bool = False
 
     def __str__(self) -> str:
         formats = f"{self.q if self.q == self.k else f'{self.q}/{self.k}'}+{self.pv}"
         if self.q in EXACT:
             formats = self.q
-        return f"{sm(self.arch)} {formats} D{self.head_dim} {self.dtype}{' full' if self.full else ''}"
+        return f"{sm(self.arch)} {formats} D{self.head_dim} {self.dtype}{' full' if self.full else ''}{' listed' * self.listed}"
 
 
 class Quantisers(NamedTuple):
@@ -113,6 +118,18 @@ class Exchange(NamedTuple):
         return f"{sm(self.arch)} exchange D{self.head_dim} {self.dtype}"
 
 
+class Pooling(NamedTuple):
+    """The builds of the kernels of pooled attention beside attention itself, for tensors of one head dim."""
+
+    arch: tuple[int, int]
+    head_dim: int = 64
+    dtype: str = "float16"
+    tokens: int = 17776
+
+    def __str__(self) -> str:
+        return f"{sm(self.arch)} pooling D{self.head_dim} {self.dtype}"
+
+
 class Hopper(NamedTuple):
     """One build of the Hopper kernel; lse: none, "lse", or "shifted" by what K smoothing took."""
 
@@ -123,9 +140,11 @@ class Hopper(NamedTuple):
     dtype: str = "float16"
     qk: str = "int8"
     arch: tuple[int, int] = (9, 0)
+    listed: bool = False
 
     def __str__(self) -> str:
-        return f"hopper {self.qk}+{self.pv} D{self.head_dim} {self.dtype}{' causal' * self.causal}{f' {self.lse}'.rstrip()}"
+        return (f"hopper {self.qk}+{self.pv} D{self.head_dim} {self.dtype}{' causal' * self.causal}{f' {self.lse}'.rstrip()}"
+                f"{' listed' * self.listed}")
 
 
 class Built(NamedTuple):
@@ -138,6 +157,11 @@ class Built(NamedTuple):
     mma: tuple[str, ...]
     wide_loads: bool
     ptx: str
+
+
+def lists(head_dim: int) -> Listed:
+    """Lists of key tiles, and what those that are not listed came to."""
+    return Listed(buffer("int32"), buffer("int32"), buffer("float32"), buffer("float32"), query_tile(head_dim), 2)
 
 
 def sm(arch: tuple[int, int]) -> str:
@@ -169,7 +193,7 @@ def _launch_attention(case: Attention) -> None:
     portable.launch_attn_fwd(
         q, k, v, out, bias=given(case.smooth_q), sm_scale=0.1, arch=case.arch, is_causal=full, lse=given(full),
         lse_shift=given(full), pv_dtype="bfloat16" if case.dtype == "float32" and not exact else None,
-        packed=packed() if full else None)
+        packed=packed() if full else None, listed=lists(case.head_dim) if case.listed else None)
 
 
 def _launch_quantisers(case: Quantisers) -> None:
@@ -206,10 +230,25 @@ def _launch_hopper(case: Hopper) -> None:
     codes = codes_of(x, case.qk, buffer("int8"), float32, None), codes_of(x, case.qk, buffer("int8"), float32, BLOCK_K)
     hopper.launch_attn_fwd(
         *codes, v_codes_of(x, buffer("int8"), float32) if case.pv == "fp8" else x, x, sm_scale=0.1, is_causal=case.causal,
-        lse=float32 if case.lse else None, lse_shift=float32 if case.lse == "shifted" else None)
+        lse=float32 if case.lse else None, lse_shift=float32 if case.lse == "shifted" else None,
+        listed=lists(case.head_dim) if case.listed else None)
 
 
-LAUNCH = {Attention: _launch_attention, Quantisers: _launch_quantisers, Exchange: _launch_exchange, Hopper: _launch_hopper}
+def _launch_pooling(case: Pooling) -> None:
+    x, float32, int32 = operand((2, 4, case.tokens, case.head_dim), case.dtype), buffer("float32"), buffer("int32")
+    shapes = dict(q_shape=x.shape, kv_shape=x.shape)
+    launch_key_tiles(x, x, means=float32, keys=x.buffer, k_var=float32, values=x.buffer, v_spread=float32, k_mean=float32,
+                     v_absmax=float32, v_scale=float32)
+    launch_query_tiles(x, means=float32, squares=float32)
+    launch_scores(q_means=float32, q_squares=float32, keys=x.buffer, k_var=float32, v_spread=float32, scores=float32, **shapes,
+                  sm_scale=0.1)
+    launch_lists(scores=float32, k_scale=float32, tiles=int32, scale=float32, count=int32, **shapes, keep=[0.3] * 4, always=226)
+    launch_pooled_part(x, x, keys=x.buffer, values=x.buffer, bias=float32, part_lse=float32, kv_shape=x.shape,
+                       sm_scale=0.1)
+
+
+LAUNCH = {Attention: _launch_attention, Quantisers: _launch_quantisers, Exchange: _launch_exchange, Hopper: _launch_hopper,
+          Pooling: _launch_pooling}
 """How a case is launched."""
 
 

@@ -9,6 +9,10 @@ two-level accumulation; here P's scale is a constant 2**8 and V's keys are permu
 """
 from __future__ import annotations
 
+from dataclasses import replace
+from math import gcd
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -17,7 +21,7 @@ from ..buffers import Buffer
 from ..formats import BLOCK_K, EXACT_FORMATS, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, get_format
 from ..fp8 import to_fp8
 from ..launch import launch
-from ..operands import Operand, Packed
+from ..operands import Listed, Operand, Packed
 from ..quant.shapes import ceil_div, row_strides, scale_count, v_tokens
 from ..tuning import TileConfig, family, lookup
 
@@ -210,18 +214,44 @@ def _attn_tile(b_q, acc, b_m, b_l, i_n, n, o_last, k, v, p_k, p_v, i_b, i_h, sta
     return acc, b_m_new, b_l
 
 
+@triton.jit
+def _tile_of(i_n, p_list, BN: tl.constexpr, QUERY_TILE: tl.constexpr):
+    """The tile of BN keys that comes as number i_n."""
+    if QUERY_TILE:
+        i_listed = i_n * BN // SCALE_KEYS
+        i_n += (tl.load(p_list + i_listed) - i_listed) * (SCALE_KEYS // BN)
+    return i_n
+
+
+@triton.jit
+def _join_part(b_out, b_log, p_part, p_part_lse, m_m, m_d):
+    """b_out and its log-sum-exp (base 2), joined with those of the key tiles that are not listed, if there are any."""
+    b_part_log = tl.load(p_part_lse, mask=m_m, other=float("-inf"))
+    m_part = b_part_log > float("-inf")
+    b_top = tl.maximum(b_log, b_part_log)
+    b_weight, b_part_weight = tl.exp2(b_log - b_top), tl.exp2(b_part_log - b_top)
+    b_total = b_weight + b_part_weight
+    b_part = tl.load(p_part, mask=m_part[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    b_out = b_out * (b_weight / b_total)[:, None] + b_part * (b_part_weight / b_total)[:, None]
+    return b_out, b_top + tl.log2(b_total)
+
+
 @triton.jit(do_not_specialize=["Hq", "Nq", "Nk", "qs_stride_b", "qs_stride_h", "ks_stride_b", "ks_stride_h",
                                "bias_stride_b", "bias_stride_h", "lse_stride_b", "lse_stride_h"])
 def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shift, cu_q, cu_k,
                     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
                     out_stride_b, out_stride_h, out_stride_n, qs_stride_b, qs_stride_h, ks_stride_b, ks_stride_h,
                     bias_stride_b, lse_stride_b, bias_stride_h, lse_stride_h,
-                    sm_factor, bias_factor, Hq, Nq, Nk, GROUP: tl.constexpr, D: tl.constexpr, PAD_D: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, Q_FORMAT: tl.constexpr, K_FORMAT: tl.constexpr, PV_FP8: tl.constexpr,
-                    P_DTYPE: tl.constexpr, PER_TOKEN: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-                    LSE: tl.constexpr, SHIFTED: tl.constexpr, VARLEN: tl.constexpr, K_TMA: tl.constexpr, V_TMA: tl.constexpr,
-                    SUM_MMA: tl.constexpr, INTERPRET: tl.constexpr):
-    """One tile of BM query rows of one head against all its keys. k and v are descriptors where K_TMA and V_TMA say so."""
+                    sm_factor, bias_factor, Hq, Nq, Nk, listed, count, part_lse, GROUP: tl.constexpr, D: tl.constexpr,
+                    PAD_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, Q_FORMAT: tl.constexpr, K_FORMAT: tl.constexpr,
+                    PV_FP8: tl.constexpr, P_DTYPE: tl.constexpr, PER_TOKEN: tl.constexpr, BIAS: tl.constexpr,
+                    CAUSAL: tl.constexpr, LSE: tl.constexpr, SHIFTED: tl.constexpr, VARLEN: tl.constexpr,
+                    K_TMA: tl.constexpr, V_TMA: tl.constexpr, SUM_MMA: tl.constexpr, INTERPRET: tl.constexpr,
+                    QUERY_TILE: tl.constexpr):
+    """One tile of BM query rows of one head against all its keys. k and v are descriptors where K_TMA and V_TMA say so.
+
+    QUERY_TILE (0: none): rows that share a list of key tiles, of SCALE_KEYS keys each, ascending; the last is among them.
+    """
     EXACT: tl.constexpr = K_FORMAT == "exact"
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if CAUSAL:
@@ -278,16 +308,26 @@ def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shif
         # the first row of the tile sees keys up to i_m * BM + nk - nq, its last row the most
         full = tl.minimum(full, tl.maximum(i_m * BM + nk - nq + 1, 0) // BN)
         tiles = tl.minimum(tiles, tl.cdiv(tl.maximum(i_m * BM + BM + nk - nq, 0), BN))
+    p_list = listed
+    if QUERY_TILE:
+        i_list = (i_b64 * Hq + i_h64) * tl.cdiv(Nq, QUERY_TILE) + i_m * BM // QUERY_TILE
+        p_list += i_list * tl.cdiv(Nk, SCALE_KEYS)
+        tiles = tl.load(count + i_list) * (SCALE_KEYS // BN)
+        full = tiles
+        if Nk % SCALE_KEYS:
+            full = tiles - SCALE_KEYS // BN
     b_m = tl.full([BM], NEVER, tl.float32)
     # row sums: one partial sum per lane that holds a part of the row, or equal columns of a product with ones
     b_l = tl.zeros([BM, SUM_COLUMNS if SUM_MMA else 4], tl.float32)
     acc = tl.zeros([BM, PAD_D], tl.float32)
     for i_n in tl.range(0, full):
-        acc, b_m, b_l = _attn_tile(b_q, acc, b_m, b_l, i_n, nk, o_last, k, v, p_k, p_v, i_bd, i_hk, k_start, v_start,
+        i_t = _tile_of(i_n, p_list, BN, QUERY_TILE)
+        acc, b_m, b_l = _attn_tile(b_q, acc, b_m, b_l, i_t, nk, o_last, k, v, p_k, p_v, i_bd, i_hk, k_start, v_start,
                                    p_ks, p_bias, b_qs, bias_factor, k_stride_n, v_stride_n, D, PAD_D, BM, BN, K_FORMAT, PV_FP8,
                                    P_DTYPE, PER_TOKEN, BIAS, CAUSAL, VARLEN, K_TMA, V_TMA, False, SUM_MMA, INTERPRET)
     for i_n in tl.range(full, tiles, num_stages=1):
-        acc, b_m, b_l = _attn_tile(b_q, acc, b_m, b_l, i_n, nk, o_last, k, v, p_k, p_v, i_bd, i_hk, k_start, v_start,
+        i_t = _tile_of(i_n, p_list, BN, QUERY_TILE)
+        acc, b_m, b_l = _attn_tile(b_q, acc, b_m, b_l, i_t, nk, o_last, k, v, p_k, p_v, i_bd, i_hk, k_start, v_start,
                                    p_ks, p_bias, b_qs, bias_factor, k_stride_n, v_stride_n, D, PAD_D, BM, BN, K_FORMAT, PV_FP8,
                                    P_DTYPE, PER_TOKEN, BIAS, CAUSAL, VARLEN, K_TMA, V_TMA, True, SUM_MMA, INTERPRET)
 
@@ -303,9 +343,14 @@ def attn_fwd_kernel(q, k, v, out, lse, q_scale, k_scale, v_scale, bias, lse_shif
         i_vs = i_b * (Hq // GROUP) + i_hk
         b_out *= tl.load(v_scale + i_vs.to(tl.int64) * D + o_d, mask=m_d, other=0.0)[None, :]
     p_out = out + i_b64 * out_stride_b + i_h64 * out_stride_h + o_row[:, None] * out_stride_n + o_d[None, :]
+    if QUERY_TILE:
+        b_out, b_log = _join_part(b_out, b_m + tl.log2(b_sum), p_out, part_lse + (i_b64 * Hq + i_h64) * Nq + o_m, m_m, m_d)
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
     if LSE:
-        b_lse = tl.where(b_sum > 0.0, (b_m + tl.log2(b_sum)) * LN2, float("-inf"))
+        if QUERY_TILE:
+            b_lse = b_log * LN2
+        else:
+            b_lse = tl.where(b_sum > 0.0, (b_m + tl.log2(b_sum)) * LN2, float("-inf"))
         p_row = i_b64 * lse_stride_b + i_h64 * lse_stride_h + o_row
         if SHIFTED:
             b_lse += tl.load(lse_shift + p_row, mask=m_m, other=0.0)
@@ -325,7 +370,7 @@ def _descriptor(x: Operand, shape: tuple[int, ...], block: tuple[int, int]) -> T
 def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scale: float, is_causal: bool = False,
                     packed: Packed | None = None, bias: Buffer | None = None, lse: Buffer | None = None,
                     lse_shift: Buffer | None = None, pv_dtype: str | None = None, arch: tuple[int, int] = (9, 0),
-                    config: TileConfig | None = None) -> None:
+                    config: TileConfig | None = None, listed: Listed | None = None) -> None:
     """out = softmax(q k^T sm_scale) v, from codes and scales as the quantisers left them, or exact.
 
     q, k: codes of `operands.codes_of`; for exact attention ("fp16", "bf16", "fp32") any view. v: any 16-bit (or fp32) view, or
@@ -335,7 +380,8 @@ def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scal
     out: any dtype. lse [B, Hq, Nq] float32, natural log, plus lse_shift if that is given.
     bias [B, Hq, Nkv]: Q smoothing's correction. is_causal: key j is visible to query i if j <= i + Nkv - Nq; a row without
     a key gives 0 and -inf. packed: of operands of shape (S, H, T, D). arch decides on TMA and the tile; config overrides
-    the tuning table.
+    the tuning table. listed: the key tiles that each tile of queries takes, not causal, not packed; out then holds attention
+    over the others, and is joined with it.
     """
     batch, q_heads, q_len, head_dim = q.shape
     _, kv_heads, kv_len, _ = k.shape
@@ -344,6 +390,12 @@ def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scal
     per_token = k.block is None and not exact
     if config is None:
         config = lookup(family(q.format, k.format, v.format), arch, head_dim)
+    lists: tuple[Any, ...] = (None,) * 3
+    if listed is not None:
+        if is_causal or packed is not None:
+            raise ValueError("lists of key tiles are not supported with is_causal or packed sequences")
+        config = replace(config, block_m=gcd(config.block_m, listed.query_tile))
+        lists = (listed.tiles, listed.count, listed.part_lse)
     pad_d = max(64, triton.next_power_of_2(head_dim))
     rows = batch if packed is None else 1  # size of the batch dimension in memory
     pack = 1 if exact else get_format(k.format).codes_per_byte
@@ -368,9 +420,10 @@ def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scal
         *row_strides(kv_heads, scale_count(kv_len, k.block, batch if packed else None), packed is not None),
         0 if packed else q_heads * kv_len, 0 if packed else q_heads * q_len, kv_len, q_len,
         sm_factor if exact else sm_factor * (DECODE_FACTOR[q.format] * DECODE_FACTOR[k.format]), sm_factor, q_heads, q_len,
-        kv_len, GROUP=q_heads // kv_heads, D=head_dim, PAD_D=pad_d, BM=config.block_m, BN=config.block_n,
+        kv_len, *lists, GROUP=q_heads // kv_heads, D=head_dim, PAD_D=pad_d, BM=config.block_m, BN=config.block_n,
         Q_FORMAT="exact" if exact else q.format, K_FORMAT="exact" if exact else k.format, PV_FP8=pv_fp8,
         P_DTYPE=P_DTYPES[p_dtype], PER_TOKEN=per_token, BIAS=bias is not None, CAUSAL=is_causal, LSE=lse is not None,
         SHIFTED=lse_shift is not None, VARLEN=packed is not None, K_TMA=k_desc is not None, V_TMA=v_desc is not None,
-        SUM_MMA=config.sum_mma, INTERPRET=bool(triton.knobs.runtime.interpret), num_warps=config.num_warps,
-        num_stages=config.num_stages, maxnreg=config.max_registers)
+        SUM_MMA=config.sum_mma, INTERPRET=bool(triton.knobs.runtime.interpret),
+        QUERY_TILE=0 if listed is None else listed.query_tile, num_warps=config.num_warps, num_stages=config.num_stages,
+        maxnreg=config.max_registers)

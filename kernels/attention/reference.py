@@ -7,12 +7,16 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1; SageAttention2 (arXiv 
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..blas_threads import one_blas_thread
+from ..exchange.reference import merge
 from ..formats import BLOCK_K, EXACT_FORMATS, LINE_SHIFT, LN_2, LOG2_E, MIN_SCORE, P_SHIFT, scale_block
+from ..pooled import reference as pooled
+from ..pooled.tiles import KEY_TILE, query_tile
 from ..quant import reference as quant
 
 TILE_Q = 512
@@ -51,8 +55,8 @@ def line_probabilities(x: np.ndarray) -> np.ndarray:
 @one_blas_thread()
 def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_scale: np.ndarray | None = None,
              k_scale: np.ndarray | None = None, v_scale: np.ndarray | None = None, bias: np.ndarray | None = None,
-             p_format: str = "fp32", causal: bool = False, block_n: int = BLOCK_K,
-             sum_rounded: bool = False, backwards: bool = False, line: int = 0) -> tuple[np.ndarray, np.ndarray]:
+             p_format: str = "fp32", causal: bool = False, block_n: int = BLOCK_K, sum_rounded: bool = False,
+             backwards: bool = False, line: int = 0, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """softmax(q k^T) v over decoded codes.
 
     q: [B, Hq, Nq, D] float32, k, v: [B, Hkv, Nkv, D] float32: values of the codes without their scales.
@@ -63,7 +67,8 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
     block_n: keys per tile. sum_rounded: row sums of the rounded P, as kernels that sum by MMA do. backwards: tiles from the
     last to the first, as the Hopper kernel takes them; FP8 P is rounded on the grid of the maximum so far. line (fp8): so many
     of eight registers of P come from `line_probabilities`, as in that kernel: of every 64 keys, two registers to 16 of them,
-    one for the first 8 and one for the last 8 of 16 query rows.
+    one for the first 8 and one for the last 8 of 16 query rows. chosen: bool [B, Hq, query tiles, key tiles], of pooled
+    attention: the keys that each query tile sees.
     Returns out [B, Hq, Nq, D] float32 and the natural-log LSE [B, Hq, Nq] of the scores given (not corrected
     for K smoothing). A row that sees no key gives zeros and -inf.
     """
@@ -74,13 +79,14 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
     shift = np.float32(P_SHIFT if p_format == "fp8" else 0.0)
     rounding = ROUNDING.get(p_format)
     factor = np.float32(scale * LOG2_E)
+    step = TILE_Q if chosen is None else query_tile(dim)
     for i_b in range(batch):
         for i_h in range(heads):
             i_hk = i_h * kv_heads // heads
             keys = np.ascontiguousarray(k[i_b, i_hk].T)  # [D, Nkv]
             values = v[i_b, i_hk]
-            for start in range(0, q_len, TILE_Q):
-                rows = slice(start, min(start + TILE_Q, q_len))
+            for start in range(0, q_len, step):
+                rows = slice(start, min(start + step, q_len))
                 count = rows.stop - start
                 queries = q[i_b, i_h, rows]
                 row_scale = np.full((count, 1), factor, np.float32)
@@ -93,6 +99,8 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
                 end = max(0, min(kv_len, int(last_key[-1, 0]) + 1)) if causal else kv_len
                 tiles = range(0, end, block_n)
                 for first in reversed(tiles) if backwards else tiles:
+                    if chosen is not None and not chosen[i_b, i_h, start // step, first // KEY_TILE]:
+                        continue
                     columns = slice(first, min(first + block_n, kv_len))
                     s = queries @ keys[:, columns]  # [rows, tile]
                     if k_scale is not None:
@@ -137,13 +145,16 @@ def attn_fwd(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, q_sca
 def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: str, k_format: str, pv_format: str,
                      granularity: str = "block", smooth_k: bool = True, smooth_q: bool = False, rotate: bool = False,
                      scale: float, causal: bool = False, half: str = "fp16", block_n: int = BLOCK_K,
-                     sum_rounded: bool = False, backwards: bool = False, line: int = 0) -> tuple[np.ndarray, np.ndarray]:
+                     sum_rounded: bool = False, backwards: bool = False, line: int = 0, keep: Sequence[float] | None = None,
+                     always: int = 0, pool_format: str = "fp32") -> tuple[np.ndarray, np.ndarray]:
     """Quantise and attend, as the GPU backends do it in their separate kernels; the launcher of the CPU's variants.
 
     q: [B, Hq, Nq, D], k, v: [B, Hkv, Nkv, D] float32 holding the caller's (possibly 16-bit) values.
     q_format: an exact one ("fp16", "bf16", "fp32") quantises nothing and rounds nothing.
     rotate: Q's and K's channels are evened out and rotated first (`quant.rotation`).
     half: "fp16" or "bf16", the 16-bit type of V and P where pv_format is "fp16".
+    keep: a share for each query head makes it pooled attention; always: see `pooled.reference.choose`. pool_format: the
+    tensors' format, which pooled keys and values are kept in.
     Returns out [B, Hq, Nq, D] float32 and LSE [B, Hq, Nq], corrected for smoothing.
     """
     if q_format in EXACT_FORMATS:
@@ -156,9 +167,16 @@ def lowbit_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, q_format: s
     k_codes, k_scale = quant.quantize_rows(k, k_format, block_k, k_mean, factors[1])
     v_codes, v_scale = quant.quantize_v(v) if pv_format == "fp8" else (v, None)
     bias = quant.score_bias(q_mean, k, k_mean) if smooth_q else None
+    chosen = None
+    if keep is not None:
+        stats = pooled.tile_stats(k, v, k_mean, pool_format)
+        chosen = pooled.choose(pooled.error_scores(q, stats, scale), keep, always, q.shape[-1])
     out, lse = attend_codes(q_codes, q_scale, k_codes, k_scale, v_codes, v_scale, q_format=q_format, k_format=k_format,
                             pv_format=pv_format, block_k=block_k, bias=bias, half=half, scale=scale, causal=causal,
-                            block_n=block_n, sum_rounded=sum_rounded, backwards=backwards, line=line)
+                            block_n=block_n, sum_rounded=sum_rounded, backwards=backwards, line=line, chosen=chosen)
+    if chosen is not None:
+        part, part_lse = pooled.pooled_part(q, stats, chosen, scale)
+        out, lse = merge((out, part), (lse, part_lse))
     if smooth_k:
         lse += lse_correction(q, k_mean, scale)
     return out, lse

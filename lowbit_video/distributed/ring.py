@@ -52,6 +52,9 @@ class Ring:
                  ) -> Any:
         if self.group.size == 1:
             return self.attend(q, k, v, is_causal, scale, return_lse)
+        if self.pools:
+            raise UnsupportedError("which keys are pooled is chosen among all of them, and a ring has a share at a time\n"
+                                   "share heads instead (ulysses), or attend without pooled keys")
         runtime = runtime_of(q)
         refuse_gradients(runtime, q, k, v)
         counts = self._counts(runtime.shape(q)[1], runtime.shape(k)[1], q, runtime)
@@ -73,6 +76,11 @@ class Ring:
 
         out, lse = self._round(keys, quantise_q, counts, is_causal, return_lse, False, runtime)
         return (out, lse) if return_lse else out
+
+    @property
+    def pools(self) -> bool:
+        """Whether the attention within pools keys."""
+        return getattr(self.inner, "pools", False)
 
     def options(self, is_causal: bool, scale: float | None, return_lse: bool) -> AttentionOptions:
         """The choices of a call, of the attention within."""

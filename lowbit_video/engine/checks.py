@@ -54,13 +54,16 @@ def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packi
     formats = (precision.q, precision.k, precision.pv)
     if precision.exact:
         formats = (FORMAT_OF_DTYPE[dtype] if precision.spec == "exact" else precision.q,) * 3
+    pools = options.pools
+    if pools is not None:
+        pools.of_heads(q_shape[heads])
     return Request(
         "cpu" if cpu else "cuda", runtime.arch(q), *formats, granularity=precision.granularity, dtype=dtype,
         head_dim=q_shape[3], q_len=int(packing.max_q) if packing else q_shape[tokens],
         kv_len=int(packing.max_k) if packing else k_shape[tokens], heads=q_shape[heads], kv_heads=k_shape[heads],
-        smooth_q=precision.smooth_q, rotate=precision.rotate, causal=options.is_causal,
-        lse=options.return_lse, varlen=packing is not None,
-        only_if_faster=options.only_if_faster, interpret=cpu and os.environ.get("TRITON_INTERPRET") == "1",
+        smooth_q=precision.smooth_q, rotate=precision.rotate, pooled=pools is not None, causal=options.is_causal,
+        lse=options.return_lse, varlen=packing is not None, only_if_faster=options.only_if_faster,
+        interpret=cpu and os.environ.get("TRITON_INTERPRET") == "1",
         v_aligned=cpu or _aligned(v, runtime, 4 if dtype == "float32" else 2))
 
 

@@ -74,6 +74,8 @@ def why_no_codes(q: Any, k: Any, v: Any, options: AttentionOptions, runtime: Run
         return "exact attention has no codes"
     if options.precision.rotate:
         return "codes that are rotated need the largest of each channel of all tokens, which is not exchanged"
+    if options.pools is not None:
+        return "what to pool is chosen by tensors, not by codes"
     request = request_of(q, k, v, options, None, runtime)
     select(replace(request, q_len=q_len or request.q_len, kv_len=kv_len or request.kv_len), options.backend)
     if request.heads != request.kv_heads:

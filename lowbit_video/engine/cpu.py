@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..runtime.protocol import Runtime
@@ -38,9 +39,12 @@ def _attend(variant: KernelVariant, request: Request, arrays: Iterable[np.ndarra
     half, exponent = "bf16" if request.dtype == "bfloat16" else "fp16", None
     if request.dtype == "float32" and request.pv == "fp16" and not options.precision.exact:
         v, half, exponent = in_half(v)
+    pools, more = options.pools, {}
+    if pools is not None:
+        more = dict(keep=pools.of_heads(q.shape[1]), always=pools.always, pool_format=FORMAT_OF_DTYPE[request.dtype])
     out, lse = variant.load()(q, k, v, q_format=request.q, k_format=request.k, pv_format=request.pv,
                               granularity=request.granularity, smooth_k=options.precision.smooth_k, smooth_q=request.smooth_q,
-                              rotate=request.rotate, scale=options.scale, causal=options.is_causal, half=half)
+                              rotate=request.rotate, scale=options.scale, causal=options.is_causal, half=half, **more)
     return saturated(restored(out, exponent), request.dtype), lse
 
 

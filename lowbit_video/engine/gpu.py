@@ -10,8 +10,9 @@ from typing import Any
 from lowbit_video.kernels.buffers import Buffer, Origin, as_buffer
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format, scale_block
 from lowbit_video.kernels.launch import recorded
-from lowbit_video.kernels.operands import Operand, codes_of, v_codes_of
-from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
+from lowbit_video.kernels.operands import Listed, Operand, codes_of, v_codes_of
+from lowbit_video.kernels.pooled.tiles import query_tile
+from lowbit_video.kernels.quant.shapes import ceil_div, code_shape, partial_shape, scale_shape, v_code_shape
 from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..runtime.protocol import Runtime
@@ -50,9 +51,9 @@ class Call:
         self.lse = runtime.empty(rows, "float32", q) if options.return_lse else None
         self.workspace, self.parts = None, {}
         if not options.precision.exact:
-            lengths = () if packing is None else (packing.max_q, packing.max_k)
+            lengths = (None, None) if packing is None else (packing.max_q, packing.max_k)
             layout = layout_workspace(self.q.shape, self.k.shape, options.precision, options.return_lse, packing is not None,
-                                      *lengths)
+                                      *lengths, str(self.q.buffer.dtype) if options.pools else None)
             self.workspace = runtime.empty((layout.size,), "uint8", q)
             self.parts = layout.buffers(self.workspace.data_ptr())
             self.q_codes, self.k_codes, self.v_codes = self._codes()
@@ -61,6 +62,7 @@ class Call:
         """Launches everything; returns out, or (out, lse)."""
         with self.runtime.launch_guard(self.tensors[0]):
             self.quantise()
+            self.choose()
             self.attend()
         return self.out if self.lse is None else (self.out, self.lse)
 
@@ -82,9 +84,11 @@ class Call:
             quant_q, quant_k = (functools.partial(quant_rotated.launch_quant_rotated, tops=tops, of=of) for of in "qk")
         if precision.smooth_q and not precision.rotate:
             wanted.update(q=self.q, q_mean=q_mean)
-        if precision.smooth_k and not precision.rotate:
+        if self.options.pools:
+            self._key_tiles()
+        elif precision.smooth_k and not precision.rotate:
             wanted.update(k=self.k, k_mean=k_mean)
-        if precision.pv == "fp8":
+        if precision.pv == "fp8" and not self.options.pools:
             wanted.update(v=self.v, v_scale=self.v_codes.scale)
         if wanted:
             token_stats.launch_stats(part("partial"), **wanted, packed=packed)
@@ -94,12 +98,44 @@ class Call:
         quant_q(self.q, self.q_codes, packed and packed.q, mean=q_mean, lse_shift=shift,
                 k_mean=None if shift is None else k_mean, sm_scale=self.options.scale, group=group)
 
+    def _key_tiles(self) -> None:
+        """Launches the statistics of K and V, tile by tile and over all tokens."""
+        from lowbit_video.kernels.pooled.tile_stats import launch_key_tiles
+
+        part = self.parts.get
+        launch_key_tiles(self.k, self.v, means=part("key_means"), keys=part("pooled_keys"), k_var=part("key_spreads"),
+                         values=part("pooled_values"), v_spread=part("value_spreads"), k_mean=part("k_mean"),
+                         v_absmax=part("value_absmax"), v_scale=part("v_scale"))
+
+    def choose(self) -> None:
+        """Launches what lists the key tiles to keep, and attention over the pooled others into the output; after `quantise`."""
+        if not self.options.pools:
+            return
+        from lowbit_video.kernels.pooled import choose, part, tile_stats
+
+        found, shapes = self.parts.get, dict(q_shape=self.q.shape, kv_shape=self.k.shape)
+        tile_stats.launch_query_tiles(self.q, means=found("query_means"), squares=found("query_squares"))
+        choose.launch_scores(q_means=found("query_means"), q_squares=found("query_squares"), keys=found("pooled_keys"),
+                             k_var=found("key_spreads"), v_spread=found("value_spreads"), scores=found("scores"), **shapes,
+                             sm_scale=self.options.scale)
+        choose.launch_lists(scores=found("scores"), k_scale=found("k_scale"), tiles=found("listed"),
+                            scale=found("listed_scale"), count=found("listed_count"), **shapes,
+                            keep=self.options.pools.of_heads(self.q.shape[1]), always=self.options.pools.always)
+        part.launch_pooled_part(self.q, self.out_operand, keys=found("pooled_keys"), values=found("pooled_values"),
+                                bias=found("scores"), part_lse=found("pooled_lse"), kv_shape=self.k.shape,
+                                sm_scale=self.options.scale)
+
     def attend(self) -> None:
-        """Launches the attention kernel on what `quantise` left."""
+        """Launches the attention kernel on what `quantise`, and `choose`, left."""
         more: dict[str, Any] = {} if self.config is None else {"config": self.config}
         q, k, v = self.q, self.k, self.v
         if not self.options.precision.exact:
             q, k, v = self.q_codes, self.k_codes, self.v_codes
+            if self.options.pools:
+                part, rows = self.parts.get, query_tile(q.shape[3])
+                heavy = min(ceil_div(self.options.pools.always, rows), ceil_div(q.shape[2], rows))
+                more.update(listed=Listed(part("listed"), part("listed_count"), part("listed_scale"), part("pooled_lse"), rows,
+                                          heavy))
             more.update(bias=self.parts.get("bias"), lse_shift=self.parts.get("lse_shift"), pv_dtype=self._pv_dtype())
         lse = None if self.lse is None else Buffer(self.lse.data_ptr(), "float32", Origin("lse"))
         self.variant.load()(q, k, v, self.out_operand, sm_scale=self.options.scale, is_causal=self.options.is_causal,
@@ -156,6 +192,7 @@ def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, An
     call = Call(variant, options, *tensors, runtime=runtime, packing=given)
     with runtime.launch_guard(call.tensors[0]), recorded() as launches:
         call.quantise()
+        call.choose()
         call.attend()
     copied = given is not packing or any(used is not one for used, one in zip(call.tensors, tensors))
     if key is not None and not copied:

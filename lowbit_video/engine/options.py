@@ -13,6 +13,7 @@ from lowbit_video.kernels.formats import FORMATS, LOG2_E
 from lowbit_video.kernels.variants import BACKENDS
 
 from ..arguments import flag, number, shown
+from ..pooled import Pooled, as_pooled
 from ..precision import Precision, as_precision
 
 LAYOUTS = ("NHD", "HND")
@@ -27,7 +28,7 @@ class AttentionOptions:
     scale: None, a number, or a tensor of one element, which makes a call without a plan. only_if_faster: refuse
     (UnsupportedError) where exact attention is measured to be faster.
     Raises ValueError for a layout, backend or precision that does not exist, listing those that do, and for a scale beyond
-    float32; TypeError for what is no scale, or neither True nor False.
+    float32; TypeError for what is no scale, no Pooled, or neither True nor False.
     """
 
     precision: Precision
@@ -38,9 +39,11 @@ class AttentionOptions:
     backend: str = "auto"
     check_finite: bool | None = None
     only_if_faster: bool = False
+    pooled: Pooled | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", as_precision(self.precision))
+        object.__setattr__(self, "pooled", as_pooled(self.pooled))
         for name in ("is_causal", "return_lse", "check_finite", "only_if_faster"):
             if name != "check_finite" or self.check_finite is not None:
                 object.__setattr__(self, name, flag(name, getattr(self, name)))
@@ -58,6 +61,11 @@ class AttentionOptions:
 
     def __hash__(self) -> int:  # asked for at every call
         return self._hash
+
+    @property
+    def pools(self) -> Pooled | None:
+        """How keys are pooled, None where all are kept as well."""
+        return None if self.pooled is None or self.pooled.all_kept else self.pooled
 
     def scaled(self, head_dim: int) -> AttentionOptions:
         """The same with the scale as a number: head_dim ** -0.5 where none was chosen."""
@@ -93,7 +101,10 @@ def text_of(precision, *rest) -> str:
             rotate = precision.rotate
     text = f"({spec!r}, {granularity!r}, {smooth_k!r}, {smooth_q!r}, {rotate!r})"
     for choice in rest:  # one by one: SOT formats no tuple, and would break the graph here
-        text = f"{text}, {choice!r}"
+        if hasattr(choice, "keep"):
+            text = f"{text}, {choice.text}"
+        else:
+            text = f"{text}, {choice!r}"
     return text
 
 
@@ -101,4 +112,5 @@ def text_of(precision, *rest) -> str:
 def of_text(text: str) -> AttentionOptions:
     """The options that `text_of` wrote down."""
     (spec, granularity, smooth_k, smooth_q, rotate), *rest = ast.literal_eval(text)
+    rest = [Pooled(*choice) if isinstance(choice, tuple) else choice for choice in rest]
     return options_of(Precision(spec, rotate=rotate, granularity=granularity, smooth_k=smooth_k, smooth_q=smooth_q), *rest)

@@ -7,9 +7,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from lowbit_video.kernels.buffers import Buffer, Origin
+from lowbit_video.kernels.buffers import Buffer, DType, Origin
 from lowbit_video.kernels.formats import get_format, scale_block
-from lowbit_video.kernels.quant.shapes import code_shape, partial_shape, scale_shape, v_code_shape
+from lowbit_video.kernels.pooled.tiles import KEY_TILE, query_tile
+from lowbit_video.kernels.quant.shapes import ceil_div, code_shape, partial_shape, scale_shape, v_code_shape
 
 from ..precision import Precision
 
@@ -38,8 +39,12 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def layout_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, int, int, int], precision: Precision, lse: bool,
-                     varlen: bool = False, max_q: int | None = None, max_k: int | None = None) -> Workspace:
-    """The workspace of low-bit attention over q [B, Hq, Nq, D] and k, v [B, Hkv, Nkv, D] (varlen: [S, H, T, D])."""
+                     varlen: bool = False, max_q: int | None = None, max_k: int | None = None, pooled: str | None = None
+                     ) -> Workspace:
+    """The workspace of low-bit attention over q [B, Hq, Nq, D] and k, v [B, Hkv, Nkv, D] (varlen: [S, H, T, D]).
+
+    pooled: the tensors' dtype, where some keys are pooled.
+    """
     batch, q_heads, q_len, head_dim = q_shape
     kv_heads, kv_len = kv_shape[1], kv_shape[2]
     rows = () if varlen else (batch,)
@@ -53,10 +58,10 @@ def layout_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, in
     if precision.pv == "fp8":
         wanted["v_codes"] = ("float8_e4m3fn", v_code_shape(kv_shape, varlen))
         wanted["v_scale"] = ("float32", (batch, kv_heads, head_dim))
-        scratch += _elements(partial_shape(kv_shape, max_k))
+        scratch += 0 if pooled else _elements(partial_shape(kv_shape, max_k))
     if precision.smooth_k:
         wanted["k_mean"] = ("float32", (batch, kv_heads, head_dim))
-        scratch += _elements(partial_shape(kv_shape, max_k))
+        scratch += 0 if pooled else _elements(partial_shape(kv_shape, max_k))
         if lse:
             wanted["lse_shift"] = ("float32", (*rows, q_heads, q_len))
     if precision.smooth_q:
@@ -70,9 +75,30 @@ def layout_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, in
         wanted["ranges"] = ("float32", (3 * longest,))
     if scratch:
         wanted["partial"] = ("float32", (scratch,))
+    if pooled:
+        wanted.update(_pooled_parts(q_shape, kv_shape, precision, pooled))
     parts, size = {}, 0
-    sizes = {"float32": 4}
     for name, (dtype, shape) in wanted.items():
         parts[name] = (size, dtype, shape)
-        size += -(-_elements(shape) * sizes.get(dtype, 1) // ALIGNMENT) * ALIGNMENT
+        size += -(-_elements(shape) * DType(dtype).itemsize // ALIGNMENT) * ALIGNMENT
     return Workspace(parts, max(size, ALIGNMENT))
+
+
+def _pooled_parts(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, int, int, int], precision: Precision, dtype: str
+                  ) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What pooled attention needs beside: means and spreads of tiles, scores, lists, and the pooled keys' log-sum-exp."""
+    batch, heads, q_len, head_dim = q_shape
+    key_tiles = (*kv_shape[:2], ceil_div(kv_shape[2], KEY_TILE))
+    query_tiles = (batch, heads, ceil_div(q_len, query_tile(head_dim)))
+    pairs = (*query_tiles, key_tiles[2])
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        "key_means": ("float32", (*key_tiles, head_dim)), "pooled_keys": (dtype, (*key_tiles, head_dim)),
+        "key_spreads": ("float32", (*key_tiles, head_dim)), "pooled_values": (dtype, (*key_tiles, head_dim)),
+        "value_spreads": ("float32", key_tiles), "query_means": ("float32", (*query_tiles, head_dim)),
+        "query_squares": ("float32", (*query_tiles, head_dim)), "scores": ("float32", pairs), "listed": ("int32", pairs),
+        "listed_count": ("int32", query_tiles), "pooled_lse": ("float32", (batch, heads, q_len))}
+    if precision.pv == "fp8":
+        parts["value_absmax"] = ("float32", (*key_tiles, head_dim))
+    if precision.granularity == "block":
+        parts["listed_scale"] = ("float32", pairs)
+    return parts

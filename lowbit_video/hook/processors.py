@@ -12,6 +12,7 @@ from ..engine.packing import Packing
 from ..engine.run import run
 from ..errors import UnsupportedError
 from ..graph.tracing import traced_by_torch
+from ..pooled import Pooled, as_pooled
 from ..precision import Precision, as_precision
 from ..runtime.detect import runtime_of
 from .attend import exact_attend, exact_attend_masked
@@ -46,20 +47,21 @@ class LowBitAttnProcessor(AttnProcessor):
         attention is measured to be faster.
     backend: "auto", "reference", "triton" or "hopper"; see `lowbit_video.attention`.
     check_finite: look for NaN and infinity in q, k, v first; None means on CPU tensors only.
-    Raises ValueError or TypeError for a precision, fallback, backend or check_finite that does not exist.
+    pooled: a `Pooled`, which keeps a share of the keys and pools the rest; a ring of ranks refuses it.
+    Raises ValueError or TypeError for a precision, fallback, backend, check_finite or pooled that does not exist.
     """
 
     low_bit = True
 
     def __init__(self, precision: str | Precision = "int8+fp16", *, fallback: str | None = None, backend: str = "auto",
-                 check_finite: bool | None = None) -> None:
+                 check_finite: bool | None = None, pooled: Pooled | None = None) -> None:
         super().__init__()
-        self.precision = as_precision(precision)
+        self.precision, self.pooled = as_precision(precision), as_pooled(pooled)
         if fallback is not None and not (isinstance(fallback, str) and fallback == "exact"):
             raise ValueError(f"unknown fallback {shown(fallback)}; there are: None (an error says why) and 'exact'")
         self.fallback, self.backend, self.check_finite = fallback, backend, check_finite
         self.low_bit, self.differentiable = not self.precision.exact, fallback == "exact"
-        self.options()  # raises for a backend or a check_finite that does not exist
+        self.pools = self.options().pools is not None  # raises for a backend or a check_finite that does not exist
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False) -> Any:
@@ -82,13 +84,16 @@ class LowBitAttnProcessor(AttnProcessor):
                 raise
             self.note("exact", reason_of(error))
             return None
-        self.note(f"{self.precision} ({variant.name})")
+        self.note(f"{self._what()} ({variant.name})")
         return out, lse
+
+    def _what(self) -> str:
+        return f"{self.precision} {self.pooled}" if self.pools else str(self.precision)
 
     def options(self, is_causal: bool = False, scale: float | None = None, return_lse: bool = False) -> AttentionOptions:
         """The choices of a call of this processor."""
         return options_of(self.precision, "NHD", is_causal, scale, return_lse, self.backend, self.check_finite,
-                          self.fallback == "exact")
+                          self.fallback == "exact", self.pooled)
 
     def of_codes(self, codes: AttentionCodes, is_causal: bool = False, return_lse: bool = False, smoothed_lse: bool = False,
                  tokens_first: bool = True, target: Target | None = None) -> tuple[Any, Any]:
@@ -120,7 +125,7 @@ class LowBitAttnProcessor(AttnProcessor):
         return exact_attend_masked(q, k, v, mask)
 
     def __str__(self) -> str:
-        options = [str(self.precision)]
+        options = [self._what()]
         if self.fallback:
             options.append(f"fallback={self.fallback}")
         if self.backend != "auto":

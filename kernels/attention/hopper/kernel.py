@@ -41,12 +41,24 @@ FP8_ONE = gl.constexpr(0x38)  # the bits of 1.0 in e4m3
 
 
 @gluon.jit
-def _work_item(i_work, heads_q, heads_kv, q_len, kv_len, build: gl.constexpr):
-    """Block of query rows, batch, head, kv head and number of kv tiles of one work item; causal: heavy blocks first."""
+def _work_item(i_work, heads_q, heads_kv, q_len, kv_len, n_work, n_heavy, build: gl.constexpr):
+    """Block of query rows, batch, head, kv head and number of kv tiles of one work item; causal: heavy blocks first.
+
+    n_heavy (None: not known): so many blocks at the beginning of each head take longer; those of all heads come first.
+    """
     BM: gl.constexpr = ROWS * build.consumers
     n_m = gl.cdiv(q_len, BM)
     i_bh = i_work // n_m
     i_m = i_work % n_m
+    if n_heavy is not None:
+        n_first = n_work // n_m * n_heavy
+        if i_work < n_first:
+            i_bh = i_work // gl.maximum(n_heavy, 1)
+            i_m = i_work % gl.maximum(n_heavy, 1)
+        else:
+            n_light = gl.maximum(n_m - n_heavy, 1)
+            i_bh = (i_work - n_first) // n_light
+            i_m = n_heavy + (i_work - n_first) % n_light
     n_kv = gl.cdiv(kv_len, build.block_n)
     if build.causal:
         i_m = n_m - 1 - i_m
@@ -117,8 +129,9 @@ def _accumulate(acc, row_sums, pv, sums, alpha_old, alpha, FP8_PV: gl.constexpr,
 
 @gluon.jit
 def _step(i_n, state, W: gl.constexpr, tiles, barriers, where, zeros, build: gl.constexpr, FIRST: gl.constexpr,
-          MASK: gl.constexpr):
-    """The softmax of tile i_n, with PV of the tile before it in flight; QK^T of this one is issued with it, and waited for.
+          MASK: gl.constexpr, LISTED: gl.constexpr):
+    """The softmax of tile i_n (LISTED: of a list), with PV of the tile before it in flight; QK^T of this one is issued with it,
+    and waited for.
 
     state: what one tile hands to the next, in the order in which the loop carries it, of which the PTX depends: where the
     ring and the turns stand, the softmax so far, the scale of K, and the last tile's scores, P and factor. FIRST: there is
@@ -127,7 +140,7 @@ def _step(i_n, state, W: gl.constexpr, tiles, barriers, where, zeros, build: gl.
     stage, phase, turn, row_max, acc, row_sums, k_scale, s, p, alpha = state
     q_t, k_s, v_s, ones_t = tiles
     full, empty, turns = barriers
-    q_scale, p_k_scale, o_row, q_len, kv_len = where
+    q_scale, p_k_scale, o_row, q_len, kv_len, i_masked = where
     V_TYPE: gl.constexpr = v_s.dtype
     FP8_PV: gl.constexpr = V_TYPE == gl.float8e4nv
     scale = q_scale * k_scale
@@ -139,7 +152,10 @@ def _step(i_n, state, W: gl.constexpr, tiles, barriers, where, zeros, build: gl.
         s = warpgroup_mma_wait(2 if build.sum_mma else 1, deps=(s_next,))
     x = s
     if MASK:
-        x = mask(s, scale, i_n, o_row, q_len, kv_len, build)
+        i_tile = i_n
+        if LISTED:
+            i_tile = i_masked
+        x = mask(s, scale, i_tile, o_row, q_len, kv_len, build)
         scale = 1.0
     alpha_old = alpha
     mine = turns.index(W)
@@ -170,12 +186,26 @@ def _step(i_n, state, W: gl.constexpr, tiles, barriers, where, zeros, build: gl.
 
 
 @gluon.jit
-def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, build: gl.constexpr):
+def _join_part(o, log_sum, p_part, p_part_sum, m_rows):
+    """o and its log-sum-exp (base 2), joined with those of the tiles that are not listed; where there are none, as they are."""
+    part_sum = gl.load(p_part_sum, mask=m_rows, other=float("-inf"))
+    m_part = part_sum > float("-inf")
+    top = gl.maximum(log_sum, part_sum)
+    weight, part_weight = gl.exp2(log_sum - top), gl.exp2(part_sum - top)
+    total = weight + part_weight
+    part = gl.load(p_part, mask=m_part[:, None], other=0.0).to(gl.float32)
+    return o * (weight / total)[:, None] + part * (part_weight / total)[:, None], top + gl.log2(total)
+
+
+@gluon.jit
+def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, lists, build: gl.constexpr):
     """Warpgroup W: its ROWS rows of every work item, against all tiles."""
     q_s, k_s, v_s, ones_s = tiles
     q_full, q_empty, full, empty, turns = barriers
     p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale = pointers
     sm_scale, heads_q, heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on = sizes
+    p_list, p_count, p_part_sum, n_heavy = lists
+    LISTED: gl.constexpr = p_list is not None
     BN: gl.constexpr = build.block_n
     D: gl.constexpr = build.head_dim
     BM: gl.constexpr = ROWS * build.consumers
@@ -200,17 +230,24 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, build: gl.const
     q_phase = 0
     turn = 0
     for i_work in range(gl.program_id(0), n_work, gl.num_programs(0)):
-        i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, build)
+        i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, n_work, n_heavy, build)
         o_row = i_m * BM + W * ROWS
         o_q = o_row + gl.arange(0, ROWS, layout=S_ROWS)
         q_scale = gl.load(p_q_scale + i_bh.to(gl.int64) * q_len + o_q, mask=o_q < q_len, other=0.0) * sm_scale
         p_ks = p_k_scale + i_kv * gl.cdiv(kv_len, BLOCK_K)
+        i_masked = n_kv
+        if LISTED:
+            i_list = i_bh.to(gl.int64) * gl.cdiv(q_len, BM) + i_m
+            n_kv = gl.load(p_count + i_list)
+            p_ks = p_k_scale + i_list * gl.cdiv(kv_len, BN)
+            # the last tile of all, but ptxas would keep what the mask derives of that in registers that the loop needs
+            i_masked = gl.load(p_list + i_list * gl.cdiv(kv_len, BN) + (n_kv - 1))
         n_full = kv_len // BN  # tiles that need no mask
         if build.causal:
             n_full = gl.minimum(n_full, gl.maximum(o_row + kv_len - q_len + 1, 0) // BN)
         row_max = gl.full([ROWS], MIN_SCORE, gl.float32, layout=S_ROWS)
         acc = zero_acc
-        where = (q_scale, p_ks, o_row, q_len, kv_len)
+        where = (q_scale, p_ks, o_row, q_len, kv_len, i_masked)
         if build.sum_mma:
             row_sums = one_column(zero_sums)
         else:
@@ -224,13 +261,13 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, build: gl.const
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = _next_stage(stage, phase, build)
         state = (stage, phase, turn, row_max, acc, row_sums, k_scale, s, None, row_max)
-        state = _step(n_kv - 1, state, W, step_tiles, step_barriers, where, zeros, build, True, True)
+        state = _step(n_kv - 1, state, W, step_tiles, step_barriers, where, zeros, build, True, True, LISTED)
         n_full = gl.minimum(n_full, n_kv - 1)
         if build.causal:
             for j in range(n_kv - 1 - n_full):
-                state = _step(n_kv - 2 - j, state, W, step_tiles, step_barriers, where, zeros, build, False, True)
+                state = _step(n_kv - 2 - j, state, W, step_tiles, step_barriers, where, zeros, build, False, True, LISTED)
         for j in range(n_full):
-            state = _step(n_full - 1 - j, state, W, step_tiles, step_barriers, where, zeros, build, False, False)
+            state = _step(n_full - 1 - j, state, W, step_tiles, step_barriers, where, zeros, build, False, False, LISTED)
         stage, phase, turn, row_max, acc, row_sums, k_scale, s, p, alpha = state
         mbarrier.arrive(q_empty, count=1)
         mbarrier.wait(full.index(stage), phase)
@@ -255,21 +292,30 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, build: gl.const
             o = o * gl.load(p_v_scale + i_kv * D + o_d)[None, :]
         o_m = o_row + gl.arange(0, ROWS, layout=O_ROWS)
         p_row = p_o + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh + o_m.to(gl.int64) * stride_on
+        if LISTED:
+            log_sum = gl.convert_layout(row_max, O_ROWS) + gl.log2(row_sum)
+            p_sum = p_part_sum + i_bh.to(gl.int64) * q_len + o_m
+            o, log_sum = _join_part(o, log_sum, p_row[:, None] + o_d[None, :], p_sum, o_m < q_len)
         gl.store(p_row[:, None] + o_d[None, :], o.to(p_o.dtype.element_ty), mask=(o_m < q_len)[:, None])
         if build.lse:
             o_lse = i_bh.to(gl.int64) * q_len + o_m
-            lse = (gl.convert_layout(row_max, O_ROWS) + gl.log2(row_sum)) * LN_2
+            if LISTED:
+                lse = log_sum * LN_2
+            else:
+                lse = (gl.convert_layout(row_max, O_ROWS) + gl.log2(row_sum)) * LN_2
             if build.lse_shift:
                 lse += gl.load(p_shift + o_lse, mask=o_m < q_len, other=0.0)
             gl.store(p_lse + o_lse, gl.where(m_seen, lse, float("-inf")), mask=o_m < q_len)
 
 
 @gluon.jit
-def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, build: gl.constexpr):
+def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build: gl.constexpr):
     """The warp that loads: Q of every work item, and per tile K of it and V of the tile before."""
     q_s, k_s, v_s, ones_s = tiles
     q_full, q_empty, full, empty, turns = barriers
     sm_scale, heads_q, heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on = sizes
+    p_list, p_count, p_part_sum, n_heavy = lists
+    LISTED: gl.constexpr = p_list is not None
     BN: gl.constexpr = build.block_n
     D: gl.constexpr = build.head_dim
     CONSUMERS: gl.constexpr = build.consumers
@@ -281,8 +327,13 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, build: gl.constexp
     phase = 1
     q_phase = 1
     for i_work in range(gl.program_id(0), n_work, gl.num_programs(0)):
-        i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, build)
+        i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, n_work, n_heavy, build)
         i_kvh = i_h // (heads_q // heads_kv)
+        if LISTED:
+            i_list = i_bh.to(gl.int64) * gl.cdiv(q_len, BM) + i_m
+            n_kv = gl.load(p_count + i_list)
+            p_tiles = p_list + i_list * gl.cdiv(kv_len, BN)
+            i_before = 0
         mbarrier.wait(q_empty, q_phase)
         q_phase ^= 1
         mbarrier.expect(q_full, BM * D)
@@ -291,6 +342,10 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, build: gl.constexp
         o_k = i_kv * kv_len
         for j in range(n_kv + 1):
             i_n = n_kv - 1 - j
+            if LISTED:
+                i_n = gl.load(p_tiles + gl.maximum(i_n, 0))
+            else:
+                i_before = i_n + 1
             mbarrier.wait(empty.index(stage), phase)
             if j < n_kv:
                 if j >= 1:
@@ -302,18 +357,20 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, build: gl.constexp
                 mbarrier.expect(full.index(stage), V_BYTES)
             if j >= 1:
                 if FP8_PV:
-                    async_load(v_desc, [i_kv * D, (i_n + 1) * BN], full.index(stage), v_s.index(stage))
+                    async_load(v_desc, [i_kv * D, i_before * BN], full.index(stage), v_s.index(stage))
                 else:
                     V4: gl.constexpr = v_desc.layout
                     v_tile = reinterpret(v_s.index(stage), v_s.dtype, [1, 1, BN, D], V4)
-                    async_load(v_desc, [i_b, i_kvh, (i_n + 1) * BN, 0], full.index(stage), v_tile)
+                    async_load(v_desc, [i_b, i_kvh, i_before * BN, 0], full.index(stage), v_tile)
+            if LISTED:
+                i_before = i_n
             stage, phase = _next_stage(stage, phase, build)
 
 
-@gluon.jit(do_not_specialize=["heads_q", "heads_kv", "q_len", "kv_len", "n_work"])
+@gluon.jit(do_not_specialize=["heads_q", "heads_kv", "q_len", "kv_len", "n_work", "n_heavy"])
 def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale, sm_scale, heads_q, heads_kv,
-                    q_len, kv_len, n_work, stride_ob, stride_oh, stride_on, build: gl.constexpr, V_LAYOUT: gl.constexpr,
-                    ONES_LAYOUT: gl.constexpr):
+                    q_len, kv_len, n_work, stride_ob, stride_oh, stride_on, p_list, p_count, p_part_sum, n_heavy,
+                    build: gl.constexpr, V_LAYOUT: gl.constexpr, ONES_LAYOUT: gl.constexpr):
     """Memory and barriers of a program, and who does what in it; `launch` says what the arguments are."""
     BN: gl.constexpr = build.block_n
     D: gl.constexpr = build.head_dim
@@ -352,16 +409,17 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
     barriers = (q_full, q_empty, full, empty, turns)
     pointers = (p_o, p_lse, p_shift, p_q_scale, p_k_scale, p_v_scale)
     sizes = (sm_scale, heads_q, heads_kv, q_len, kv_len, n_work, stride_ob, stride_oh, stride_on)
+    lists = (p_list, p_count, p_part_sum, n_heavy)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (0, tiles, barriers, pointers, sizes, build)),
-            (_consumer, (1, tiles, barriers, pointers, sizes, build)),
-            (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, build)),
+            (_consumer, (0, tiles, barriers, pointers, sizes, lists, build)),
+            (_consumer, (1, tiles, barriers, pointers, sizes, lists, build)),
+            (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_consumer, (0, tiles, barriers, pointers, sizes, build)),
-            (_consumer, (1, tiles, barriers, pointers, sizes, build)),
-            (_consumer, (2, tiles, barriers, pointers, sizes, build)),
-            (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, build)),
+            (_consumer, (0, tiles, barriers, pointers, sizes, lists, build)),
+            (_consumer, (1, tiles, barriers, pointers, sizes, lists, build)),
+            (_consumer, (2, tiles, barriers, pointers, sizes, lists, build)),
+            (_producer, (q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])

@@ -4,7 +4,7 @@ from __future__ import annotations
 from ...buffers import Buffer
 from ...formats import BLOCK_K, LOG2_E
 from ...launch import launch
-from ...operands import Operand, Packed
+from ...operands import Listed, Operand, Packed
 from ...quant.shapes import ceil_div, v_tokens
 from ..gluon_shim import TensorDescriptor, gl
 from .build import CONFIGS, Build, HopperConfig
@@ -35,13 +35,15 @@ def _v_descriptor(v: Operand, block_n: int) -> TensorDescriptor:
 def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scale: float, is_causal: bool = False,
                     packed: Packed | None = None, bias: Buffer | None = None, lse: Buffer | None = None,
                     lse_shift: Buffer | None = None, pv_dtype: str | None = None, arch: tuple[int, int] = (9, 0),
-                    config: HopperConfig | None = None) -> None:
+                    config: HopperConfig | None = None, listed: Listed | None = None) -> None:
     """out = softmax(q k^T sm_scale) v on sm_90, from codes and scales as the quantisers left them.
 
     The arguments are those of the portable `launch_attn_fwd`. q, k: codes of `operands.codes_of`, both "int8" or both "fp8",
     head dim 64 or 128, K's scales per 128 rows. v: the caller's float16 or bfloat16 view, or the codes of
     `operands.v_codes_of`. out: any float dtype. lse [B, Hq, Nq] float32, natural log, plus lse_shift if that is given.
     is_causal: key j is visible to query i if j <= i + Nkv - Nq; a row without a key gives 0 and -inf.
+    listed: the key tiles that each tile of 64 rows a consumer takes, with their scales; not with is_causal. out then holds
+    attention over the others, and is joined with it.
     sm_scale: not negative (the row maximum is taken before it is multiplied).
     Raises ValueError for what the kernel does not cover.
     """
@@ -51,6 +53,8 @@ def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scal
     fp8_pv = v.format == "fp8"
     config = config or CONFIGS[head_dim, fp8_pv]
     block_n = config.block_n
+    if listed is not None:
+        refuse_lists(listed, config, is_causal)
     q_desc = _codes_descriptor(q, batch * q_heads * q_len, head_dim, (ROWS.value, head_dim))
     k_desc = _codes_descriptor(k, batch * kv_heads * kv_len, head_dim, (block_n, head_dim))
     if fp8_pv:
@@ -62,9 +66,12 @@ def launch_attn_fwd(q: Operand, k: Operand, v: Operand, out: Operand, *, sm_scal
     n_work = ceil_div(q_len, ROWS.value * config.consumers) * batch * q_heads
     build = Build(**vars(config), head_dim=head_dim, causal=bool(is_causal), lse=lse is not None,
                   lse_shift=lse is not None and lse_shift is not None)
+    lists, k_scale = (None,) * 4, k.scale
+    if listed is not None:
+        lists, k_scale = (listed.tiles, listed.count, listed.part_lse, listed.heavy), listed.scale
     launch(attn_fwd_kernel, (n_work,), q_desc, k_desc, v_desc, out.buffer, lse or q.scale, lse_shift or q.scale, q.scale,
-           k.scale, v.scale or q.scale, float(sm_scale * LOG2_E), q_heads, kv_heads, q_len, kv_len, n_work, *out.strides,
-           build=build, V_LAYOUT=v_layout, ONES_LAYOUT=ones_layout, num_warps=4)
+           k_scale, v.scale or q.scale, float(sm_scale * LOG2_E), q_heads, kv_heads, q_len, kv_len, n_work, *out.strides,
+           *lists, build=build, V_LAYOUT=v_layout, ONES_LAYOUT=ones_layout, num_warps=4)
 
 
 def refuse(q: Operand, k: Operand, v: Operand, *, sm_scale: float, packed: Packed | None, bias: Buffer | None,
@@ -83,3 +90,14 @@ def refuse(q: Operand, k: Operand, v: Operand, *, sm_scale: float, packed: Packe
         raise ValueError("packed sequences are not supported by the Hopper kernel; use backend='triton'")
     if sm_scale < 0:
         raise ValueError(f"sm_scale {sm_scale} is negative; negate q and the scale")
+
+
+def refuse_lists(listed: Listed, config: HopperConfig, is_causal: bool) -> None:
+    """Raises ValueError for lists that the kernel cannot walk as it is built."""
+    rows = ROWS.value * config.consumers
+    if is_causal:
+        raise ValueError("lists of key tiles are not supported with is_causal")
+    if listed.scale is None or (listed.query_tile, BLOCK_K) != (rows, config.block_n):
+        without = "" if listed.scale else ", without scales"
+        raise ValueError(f"lists of {listed.query_tile} query rows and {BLOCK_K} keys{without} are not supported by the Hopper "
+                         f"kernel (built for {rows} and {config.block_n}, with scales); use backend='triton'")

@@ -12,7 +12,7 @@ from ...runtime.detect import runtime_of
 from ..base import AttnProcessor
 from ..processors import LowBitAttnProcessor
 from .clock import StepClock
-from .rule import heads_text, runs_of, steps_text
+from .rule import heads_text, parts_of_rung, runs_of, steps_text
 from .table import LayerPlan, Span
 
 
@@ -34,6 +34,7 @@ class RecipeAttnProcessor(AttnProcessor):
         self._parts = {span: _parts_of(plan, span, hook) for span in plan.spans}
         rungs = [part for parts in self._parts.values() for part in parts]
         self.low_bit, self.differentiable = any(rung.low_bit for rung in rungs), fallback == "exact"
+        self.pools = any(rung.pools for rung in rungs)
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False) -> Any:
@@ -104,7 +105,8 @@ class _Rung(LowBitAttnProcessor):
     """Some heads in some steps; the report says which. where: in words, ""; where they are all."""
 
     def __init__(self, rung: str, heads: tuple[int, ...], where: str, hook: dict[str, Any]) -> None:
-        super().__init__(rung, **hook)
+        precision, pooled = parts_of_rung(rung)
+        super().__init__(precision, pooled=pooled, **hook)
         self.heads, self.where = heads, where
 
     def note(self, variant: str, reason: str = "") -> None:
@@ -112,7 +114,7 @@ class _Rung(LowBitAttnProcessor):
         super().note(f"{self.where}{variant}", reason)
 
     def __str__(self) -> str:
-        return str(self.precision)
+        return self._what()
 
 
 def _parts_of(plan: LayerPlan, span: Span, hook: dict[str, Any]) -> tuple[_Rung, ...]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...arguments import shown, whole
-from ...precision import ROTATED, Precision, precision_specs
+from ...pooled import Pooled
+from ...precision import EXACT_SPECS, ROTATED, Precision, precision_specs
 
 KEYS = ("layers", "heads", "steps", "rung")
 STEP_DIGITS = 6
 """Decimals of a share of the denoising, in memory as in a file."""
 _STEPS = re.compile(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*")
+_RUNG = re.compile(rf"(\S+(?:{ROTATED})?)(?: pooled (\d*\.?\d+)(?: always (\d{{1,9}}))?)?")
 _HEADS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 
 
@@ -21,7 +23,8 @@ _HEADS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 class Rule:
     """Which part of a model's attention gets a rung.
 
-    rung: what `Precision` takes, such as "int8+fp8" or "exact".
+    rung: what `Precision` takes, such as "int8+fp8" or "exact"; or a low-bit one with a share of the keys that is kept while
+        the rest is pooled (`Pooled`), "int8+fp8 pooled 0.3", and the tokens that always are, "int8+fp8 pooled 0.3 always 226".
     layers: patterns (`fnmatch`) of attention modules' names; a layer is meant if one of them fits. Default: all.
     heads: numbers of query heads, or a text such as "0-5" or "0-2,7". Default: all.
     steps: (from, to), shares of the denoising between 0, its first step, and 1; or a text such as "0.0-0.2". A step that begins
@@ -37,9 +40,7 @@ class Rule:
     steps: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rung, str) or self.rung.removesuffix(ROTATED) not in precision_specs():
-            raise ValueError(f"there is no rung {shown(self.rung)}; there are: {', '.join(precision_specs())}")
-        Precision(self.rung)
+        parts_of_rung(self.rung)
         object.__setattr__(self, "layers", _layers(self.layers))
         object.__setattr__(self, "heads", None if self.heads is None else _heads(self.heads))
         object.__setattr__(self, "steps", _steps(self.steps))
@@ -58,6 +59,19 @@ class Rule:
         if self.steps != (0.0, 1.0):
             values["steps"] = steps_text(*self.steps)
         return {**values, "rung": self.rung}
+
+
+def parts_of_rung(rung: Any) -> tuple[str, Pooled | None]:
+    """The precision of a rung, and how its keys are pooled. Raises ValueError for a rung that does not exist."""
+    found = _RUNG.fullmatch(rung) if isinstance(rung, str) else None
+    plain = found and found[1].removesuffix(ROTATED)
+    if found is None or plain not in precision_specs() or (found[2] and plain in EXACT_SPECS):
+        raise ValueError(f"there is no rung {shown(rung)}; there are: {', '.join(precision_specs())}; and low-bit ones with "
+                         "pooled keys, such as 'int8+fp8 pooled 0.3' or 'int8+fp8 pooled 0.3 always 226'")
+    if found[2] and found[1] != plain:
+        raise ValueError(f"there is no rung {shown(rung)}: keys that are rotated are not pooled; leave out one of both")
+    Precision(found[1])  # raises for exact attention that is rotated
+    return found[1], Pooled(float(found[2]), int(found[3] or 0)) if found[2] else None
 
 
 def as_rule(given: Rule | Mapping[str, Any]) -> Rule:

@@ -23,7 +23,7 @@ def test_text_holds_every_choice(choices):
     assert options_of(*choices) is options and hash(AttentionOptions(*choices)) == hash(options)
     for name, other in dict(precision="int2+fp8", tensor_layout="HND" if options.tensor_layout == "NHD" else "NHD",
                             is_causal=not options.is_causal, scale=0.7, return_lse=not options.return_lse, backend="hopper",
-                            check_finite=not options.check_finite, only_if_faster=True).items():
+                            check_finite=not options.check_finite, only_if_faster=True, pooled=lv.Pooled(0.3)).items():
         assert dataclasses.replace(options, **{name: other}) != options, name
         assert hash(dataclasses.replace(options, **{name: other})) != hash(options), name
 
@@ -31,9 +31,11 @@ def test_text_holds_every_choice(choices):
 def test_every_field_is_in_the_text():
     """A field that the text leaves out would silently be its default in every compiled graph."""
     changed = [field.name for field in dataclasses.fields(AttentionOptions)]
-    text = text_of("int4+fp8", "HND", True, 0.5, True, "triton", False, True)
-    assert dataclasses.astuple(of_text(text))[1:] == ("HND", True, 0.5, True, "triton", False, True)
-    assert len(changed) == 8
+    pooled = lv.Pooled((0.25, 1 / 3), 226)
+    text = text_of("int4+fp8", "HND", True, 0.5, True, "triton", False, True, pooled)
+    options = of_text(text)
+    assert tuple(getattr(options, name) for name in changed[1:]) == ("HND", True, 0.5, True, "triton", False, True, pooled)
+    assert len(changed) == 9
 
 
 def test_the_scale_becomes_a_number():

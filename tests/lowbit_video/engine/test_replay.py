@@ -26,6 +26,7 @@ from lowbit_video.kernels.operands import Operand, codes_of
 from lowbit_video.kernels.shipped.kinds import kind_of, parameters
 from lowbit_video.kernels.stand_in import TensorDescriptor as Descriptor
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
+from lowbit_video.pooled import Pooled
 from lowbit_video.precision import Precision
 from lowbit_video.runtime import detect
 
@@ -157,11 +158,14 @@ def device(monkeypatch):
     """A runtime that takes arrays for an H200's tensors; log: every launch, long: those that went through Triton."""
     from triton.runtime.driver import driver
 
+    from lowbit_video.kernels.pooled import choose, part, tile_stats
     from lowbit_video.kernels.quant import quant_v, token_stats
 
     log, long, kept = Log(), [], []
     for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
-                         (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel")):
+                         (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel"),
+                         *((tile_stats, f"{name}_tiles_kernel") for name in ("key", "fold", "query")), (choose, "score_kernel"),
+                         (choose, "list_kernel"), (part, "pooled_part_kernel")):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
     monkeypatch.setattr(plans, "cuda_driver", Driver)
     monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_device=lambda: 0), raising=False)
@@ -223,6 +227,22 @@ def test_a_repeated_call_launches_the_same_on_its_own_tensors(device, precision,
     assert again == first and len(device.long) == ways, "the second call went through Triton"
     assert same is variant and out_2.shape == out.shape and out_2.dtype == out.dtype and out_2.data_ptr() != out.data_ptr()
     assert (lse_2 is not None) == lse
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_a_repeated_call_chooses_anew_what_it_pools(device, backend):
+    """All of the choice is launched again, into the call's own workspace and output; heads that keep alike are one launch."""
+    options = dict(backend=backend, return_lse=True, pooled=Pooled((0.3, 0.3, 0.5), 10))
+    first, variant, _, _ = call(device, *tensors(400, 3), "int8+fp8", **options)
+    names = ["key_tiles", "fold_tiles", "quant_v", "quant_qk", "quant_qk", "query_tiles", "score", "list", "list",
+             "pooled_part", "attn_fwd"]
+    assert [name.rpartition(".")[2] for name, *_ in first] == [f"{name}_kernel" for name in names]
+    assert variant.backend == backend
+    ways = len(device.long)
+    again, *_ = call(device, *tensors(400, 3), "int8+fp8", **options)
+    assert again == first and len(device.long) == ways
+    call(device, *tensors(400, 3), "int8+fp8", **options | dict(pooled=Pooled((0.3, 0.3, 0.4), 10)))
+    assert len(device.long) > ways
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])

@@ -87,6 +87,10 @@ def test_a_table_of_every_kind_of_value_survives(tmp_path):
 
 @pytest.mark.parametrize("rule, says", [
     ('rung = "pooled"', "there is no rung 'pooled'; there are: fp16, .*int8\\+fp8"),
+    ('rung = "int8+fp8 pooled"', "there is no rung"), ('rung = "int8+fp8 pooled 1.5"', "keep is 1.5"),
+    ('rung = "exact pooled 0.3"', "there is no rung 'exact pooled 0.3'; .* low-bit ones with pooled keys"),
+    ('rung = "int8+fp8 pooled 0.3 x"', "there is no rung"),
+    ('rung = "int8+fp8 rotate pooled 0.3"', "there is no rung .* keys that are rotated are not pooled"),
     ('rung = 8', "there is no rung 8"),
     ('layers = "a.*"', "it has no rung"),
     ('rung = "exact"\nhead = [0]', "unknown key 'head'; there are: layers, heads, steps, rung"),

@@ -5,8 +5,20 @@ import numpy as np
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
-from lowbit_video import LowBitAttnProcessor, Recipe, UnsupportedError, apply, coverage, denoising_step, remove  # noqa: E402
+from lowbit_video import (  # noqa: E402
+    LowBitAttnProcessor,
+    Pooled,
+    Recipe,
+    UnsupportedError,
+    apply,
+    attention,
+    coverage,
+    denoising_step,
+    remove,
+)
+from lowbit_video.distributed.group import Group  # noqa: E402
 from lowbit_video.distributed.mesh import Degrees, Mesh  # noqa: E402
+from lowbit_video.distributed.ring import ring  # noqa: E402
 from lowbit_video.distributed.ulysses import ulysses  # noqa: E402
 from lowbit_video.hook.attend import coded  # noqa: E402
 from lowbit_video.hook.recipe.clock import StepClock, clock_of  # noqa: E402
@@ -287,3 +299,41 @@ def test_ranks_share_heads_of_one_rung_and_refuse_several(framework):
     for refusal in run_threads(2, lambda wire: share(wire, MIXED)):
         assert "several rungs (int8+fp8, int4+fp16), and heads or keys" in refusal
     assert coded(processor("exact").attend) is not None
+
+
+POOLS = "int8+fp8 pooled 0.5 always 3"
+
+
+def test_a_rung_with_pooled_keys(framework):
+    """Its heads are those of the call that pools, beside others that do not."""
+    q, k, v = tensors(framework, tokens=300)
+    mixed = processor(POOLS, "int8+fp8", "int8+fp8", POOLS)
+    out = framework.numpy(mixed.attend(q, k, v))
+    for head in range(4):
+        cut, pooled = slice(head, head + 1), Pooled(0.5, 3) if head in (0, 3) else None
+        alone = attention(q[:, :, cut], k[:, :, cut], v[:, :, cut], "int8+fp8", pooled=pooled)
+        np.testing.assert_array_equal(framework.numpy(alone), out[:, :, cut])
+    assert mixed.pools and not processor("int8+fp8").pools and str(processor(POOLS)) == f"RecipeAttnProcessor({POOLS})"
+
+
+def test_the_report_says_the_share_that_is_kept():
+    model = toy_model.model()
+    apply(model, Recipe([{"rung": "int8+fp8"}, {"rung": "int8+fp8 pooled 0.5", "heads": "0"}]))
+    outputs(model)
+    assert list(runs(model)[0]) == ["heads 0: int8+fp8 pooled 0.5 (reference-lowbit)", "heads 1: int8+fp8 (reference-lowbit)"]
+
+
+def test_ranks_share_heads_that_pool_and_a_ring_refuses_them(framework):
+    """Of heads a rank has all keys, of a ring a share at a time."""
+    q, k, v = tensors(framework, tokens=256)
+    alone = framework.numpy(processor(*[POOLS] * 4).attend(q, k, v))
+
+    def share(wire):
+        degrees = Mesh(wire, Degrees(ulysses=2)).ulysses
+        cut = slice(128 * degrees.rank, 128 * degrees.rank + 128)
+        given = q[:, cut], k[:, cut], v[:, cut]
+        with pytest.raises(UnsupportedError, match="a ring has a share at a time"):
+            ring(processor(*[POOLS] * 4).attend, Group(wire, range(2)))(*given)
+        return framework.numpy(ulysses(processor(*[POOLS] * 4).attend, degrees)(*given))
+
+    np.testing.assert_allclose(np.concatenate(run_threads(2, share), 1), alone, atol=1e-3)

@@ -1,0 +1,44 @@
+"""The tiles of pooled attention: rows that choose together, keys that are pooled together, and how many are kept.
+
+The same for every backend, so that all of them keep the same keys.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..formats import BLOCK_K
+from ..quant.shapes import ceil_div
+
+KEY_TILE = BLOCK_K
+"""Keys that are pooled together; at block granularity also those that share a scale."""
+POOLED_FROM = 8192
+"""Keys from which pooling is offered where only what is faster is wanted; a guess, not measured."""
+SLACK = 1e-6
+"""Of a tile: a share that is a whole number of tiles but for its rounding is that number."""
+
+
+def query_tile(head_dim: int) -> int:
+    """Query rows that choose together: those that a program of the Hopper kernel has, 192 up to head dim 64, else 128."""
+    return 192 if head_dim <= 64 else 128
+
+
+def kept_tiles(keep: float, tiles: int) -> int:
+    """How many key tiles a share of all of them is, rounded up."""
+    return min(tiles, max(0, math.ceil(keep * tiles - SLACK)))
+
+
+def always_tiles(always: int, tiles: int) -> int:
+    """Key tiles at the beginning that hold any of the first `always` keys."""
+    return min(tiles, ceil_div(always, KEY_TILE))
+
+
+def runs_of_heads(keep: Sequence[float]) -> list[tuple[int, int, float]]:
+    """(first head, heads, share) of neighbours with the same share; keep: one for each head."""
+    runs: list[tuple[int, int, float]] = []
+    for head, share in enumerate(keep):
+        if runs and runs[-1][2] == share:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, share)
+        else:
+            runs.append((head, 1, share))
+    return runs
