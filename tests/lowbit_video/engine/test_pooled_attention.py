@@ -83,7 +83,7 @@ def gpu_request(**changes):
 
 
 def test_which_variants_serve():
-    pytest.importorskip("triton", reason="of the others no variant serves a GPU")
+    pytest.importorskip("triton", reason="Triton is not installed: no other variant serves a GPU")
     assert select(gpu_request()).name == "hopper-int8" and select(gpu_request(q="fp8", k="fp8")).name == "hopper-fp8"
     assert select(gpu_request(arch=(8, 9))).name == "triton-int-fp8"
     reasons = {variant.name: variant.why_not(gpu_request(causal=True)) for variant in VARIANTS}
@@ -91,7 +91,7 @@ def test_which_variants_serve():
 
 
 def test_short_sequences_are_refused_where_only_what_is_faster_is_wanted():
-    pytest.importorskip("triton", reason="of the others no variant serves a GPU")
+    pytest.importorskip("triton", reason="Triton is not installed: no other variant serves a GPU")
     short = gpu_request(kv_len=5000, only_if_faster=True)
     assert all("choosing what to pool costs more" in variant.why_not(short) for variant in VARIANTS
                if variant.name in ("hopper-int8", "triton-int-fp8"))
