@@ -18,7 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..distributed.watch import end_process
 
@@ -38,7 +38,15 @@ GROUPS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser, also of commands, that says how a value is given that begins with a hyphen."""
+    """A parser, also of commands, that says how a value is given that begins with a hyphen, and takes "--" as one."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """argparse before Python 3.13 takes the value of "--prompt=--" for the end of the options and gives an empty list."""
+        if not action.option_strings or arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")
+        self._check_value(action, value)
+        return value if action.nargs in (None, argparse.OPTIONAL) else [value]
 
     def error(self, message: str) -> NoReturn:
         """Ends with the message."""

@@ -371,4 +371,7 @@ MUTANTS = [
             ('f"{self.precision} {self.pooled}" if', "str(self.precision) if")),
     *faults("lowbit_video/distributed/ring.py", "tests/lowbit_video/hook/recipe/test_recipe_processor.py",
             ("        if self.pools:\n", "        if False:\n")),
+    *faults("lowbit_video/app/cli.py", "tests/lowbit_video/app/test_cli.py",
+            ('arg_strings != ["--"]', 'arg_strings == ["--"]'), ("        self._check_value(action, value)\n", ""),
+            ("action.nargs in (None, argparse.OPTIONAL)", "action.nargs is None")),
 ]

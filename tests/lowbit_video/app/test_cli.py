@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, what it imports."""
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -61,6 +62,25 @@ def test_a_value_that_begins_with_a_hyphen_is_told_its_equals_sign(argv, name, c
     with pytest.raises(SystemExit):
         cli.main(argv)
     assert f"begins with a hyphen needs an equals sign: {name}=-...)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nargs, wanted", [(None, "--"), ("?", "--"), ("*", ["--"]), ("+", ["--"]), (1, ["--"])])
+def test_two_hyphens_behind_an_equals_sign_are_a_value(nargs, wanted):
+    parser = cli.Parser()
+    parser.add_argument("--prompt", nargs=nargs)
+    parser.add_argument("rest", nargs="*")
+    assert vars(parser.parse_args(["--prompt=--"])) == {"prompt": wanted, "rest": []}
+    assert vars(parser.parse_args(["--prompt=-x", "--", "-a"])) == {
+        "prompt": ["-x"] if isinstance(wanted, list) else "-x", "rest": ["-a"]}
+
+
+def test_two_hyphens_are_checked_as_any_value(capsys):
+    args = cli.build_parser("generate").parse_args(["generate", "--prompt=--", "--out=--"])
+    assert (args.prompt, args.out) == ("--", "--")
+    for option, words in (("--steps", "invalid .* value: '--'"), ("--backend", "invalid choice: '--'")):
+        with pytest.raises(SystemExit) as end:
+            cli.build_parser("generate").parse_args(["generate", f"{option}=--"])
+        assert end.value.code == 2 and re.search(f"argument {option}: {words}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("argv", [["nonsense"], ["kernels", "--nope"], ["kernels", "--json", "--markdown"], ["bench"]])
