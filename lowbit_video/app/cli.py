@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], chosen: str | None) -> int:
+    for word in argv:  # no shell can send it, but a program that calls main() can
+        if "\0" in word:
+            raise ValueError(f"{word!r} holds a NUL character, which no file's name and no prompt may have; leave it out")
     parser = build_parser(chosen)
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):

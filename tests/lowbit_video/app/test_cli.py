@@ -83,6 +83,13 @@ def test_two_hyphens_are_checked_as_any_value(capsys):
         assert end.value.code == 2 and re.search(f"argument {option}: {words}", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("argv", [["kernels", "--check", "a\0b"], ["kernels", "--check=\0"], ["eval", "report", "\0"]])
+def test_a_nul_character_is_named(argv, capsys):
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "\\x00" in error and "holds a NUL character" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("argv", [["nonsense"], ["kernels", "--nope"], ["kernels", "--json", "--markdown"], ["bench"]])
 def test_wrong_arguments_end_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
