@@ -90,6 +90,15 @@ def test_rows_that_tma_cannot_read_are_slow_where_kernels_read_by_it(arch, slow)
         "read them"))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_pooling_is_offered_from_the_length_on_from_which_it_pays(head_dim):
+    [hopper] = [one for one in VARIANTS if one.name == "hopper-int8"]
+    asked = [request("int8+fp8", (9, 0), kv_len=tokens, head_dim=head_dim, pooled=True, only_if_faster=True)
+             for tokens in (4095, 4096)]
+    assert "choosing what to pool costs more than it saves below 4096 tokens (4095 given)" in hopper.why_not(asked[0])
+    assert chosen(asked[1]) == "hopper-int8"
+
+
 def test_a_cpu_takes_the_reference():
     for spec, _ in CHOSEN:
         assert chosen(request(spec, None, device="cpu")) == ("reference-lowbit" if "+" in spec else "reference-exact"), spec

@@ -354,6 +354,8 @@ MUTANTS = [
             ("mask=m_part[:, None], other=0.0", "mask=m_rows[:, None], other=0.0"), ("lse = log_sum * LN_2", "lse = log_sum"),
             ("part * (part_weight / total)", "part * (weight / total)"), ("+ (n_kv - 1))\n", "+ n_kv)\n"),
             ("i_m = n_heavy + (i_work - n_first) % n_light", "i_m = (i_work - n_first) % n_light")),
+    *faults("kernels/variants.py", "tests/kernels/test_variants.py",
+            ("request.kv_len < POOLED_FROM", "request.kv_len <= POOLED_FROM")),
     *faults("kernels/variants.py", "tests/lowbit_video/engine/test_pooled_attention.py",
             ("request.kv_len < POOLED_FROM", "request.kv_len > POOLED_FROM"),
             ('("packed sequences", request.varlen)', '("packed", False)'),
