@@ -1,6 +1,7 @@
 """The stage `evaluate`, and the quick look in the middle of the training."""
 from __future__ import annotations
 
+import itertools
 import json
 import time
 
@@ -68,7 +69,7 @@ def sample_and_judge(run: Run, pipe, captions: list[str], noise: torch.Tensor, g
 
 
 def evaluate(run: Run) -> None:
-    """The saved folder through diffusers' pipeline in fp32: sweep the guidance on other held-out captions, then 200."""
+    """The saved folder through diffusers' pipeline in fp32: sweep guidance and steps on other held-out captions, then 200."""
     args, log = run.args, run.log
     folder = run.state / "model"
     dtype = torch.float32 if run.sizes.world == "shapes" or run.device.type == "cpu" else torch.bfloat16
@@ -80,22 +81,24 @@ def evaluate(run: Run) -> None:
     shape = run.sizes.latent_shape
     started = time.time()
     captions, noise, results = held_out_captions(sweep, SWEEP_SEED, run.sizes.world), noise_of(sweep, shape, SWEEP_SEED), {}
-    for guidance in args.guidance if len(args.guidance) > 1 else ():
-        verdicts, _ = sample_and_judge(run, pipe, captions, noise, {**generation, "guidance_scale": guidance})
-        results[guidance] = shares(verdicts)
-        log.say(f"guidance {guidance:g}, {sweep} captions: {percent(results[guidance])}")
+    choices = list(itertools.product(args.sampling_steps or [generation["num_inference_steps"]], args.guidance))
+    for steps, guidance in choices if len(choices) > 1 else ():
+        asked = {**generation, "guidance_scale": guidance, "num_inference_steps": steps}
+        verdicts, _ = sample_and_judge(run, pipe, captions, noise, asked)
+        results[steps, guidance] = shares(verdicts)
+        log.say(f"{steps} steps, guidance {guidance:g}, {sweep} captions: {percent(results[steps, guidance])}")
         if run.ranks == 1 and run.left() < 40 and len(results) > 1:
             break
-    best = args.guidance[0]
-    if results:
-        best = max(results, key=lambda g: (sum(results[g][p] for p in results[g] if p != "all"), -g))
-    generation["guidance_scale"] = best
+    best = choices[0]
+    if results:  # of equals the one with fewer steps and less guidance
+        best = max(results, key=lambda c: (sum(results[c][p] for p in results[c] if p != "all"), -c[0], -c[1]))
+    generation["num_inference_steps"], generation["guidance_scale"] = best
     captions = held_out_captions(test, TEST_SEED, run.sizes.world)
     verdicts, videos = sample_and_judge(run, pipe, captions, noise_of(test, shape, TEST_SEED), generation, kept=24)
     if not run.first:
         return
     figures = shares(verdicts)
-    log.say(f"TEST, {test} held-out captions, {generation['num_inference_steps']} steps, guidance {best:g}: {percent(figures)}")
+    log.say(f"TEST, {test} held-out captions, {best[0]} steps, guidance {best[1]:g}: {percent(figures)}")
     log.say(f"of one shape: {colour_pairs(verdicts)}")
     psnr, seen = reconstruct(run, pipe.vae.float(), 4 if args.tiny else 96 if run.sizes.world == "shapes" else 24)
     log.say(f"vae as saved: {psnr:.2f} dB on held-out clips, {percent(seen)}; evaluation took {time.time() - started:.0f} s")
@@ -107,7 +110,8 @@ def evaluate(run: Run) -> None:
     record = {
         "captions": test, "generation": generation, "adherence": figures, "vae_psnr_db": psnr, "vae_adherence": seen,
         "colour_pairs": colour_pairs(verdicts),
-        "guidance_sweep": {str(g): r for g, r in results.items()}, "device": device_name(run.device),
+        "sweep": [{"num_inference_steps": s, "guidance_scale": g, **found} for (s, g), found in results.items()],
+        "device": device_name(run.device),
         "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch."),
         "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in v.parts if not getattr(v, p)]}
                    for c, v in zip(captions, verdicts) if not v.all]}

@@ -86,6 +86,8 @@ def arguments(argv=None):
     parser.add_argument("--check-seconds", type=float, default=140.0)
     parser.add_argument("--save-seconds", type=float, default=180.0)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2.5, 4.0, 6.0])
+    parser.add_argument("--sampling-steps", type=int, nargs="+", help="of the evaluation; several are swept with the guidance "
+                        "(default: the model's own)")
     parser.add_argument("--sweep-captions", type=int, default=64)
     parser.add_argument("--test-captions", type=int, default=200)
     parser.add_argument("--max-steps", type=int, default=0, help="of each training stage in this run (0: time decides)")

@@ -291,7 +291,8 @@ def test_arguments_that_cannot_be_meant_are_refused(code, wrong, capsys):
 def test_two_processes_train_one_model(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(FOLDER / "train.py"),
                "--tiny", "--vae-minutes", "0.02", "--max-steps", "21", "--refresh-every", "4",
-               "--guidance", "2", "4", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
+               "--guidance", "2", "4", "--sampling-steps", "1", "3",
+               "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -299,6 +300,8 @@ def test_two_processes_train_one_model(tmp_path):
     record = json.loads((tmp_path / "state" / "model" / "training.json").read_text())
     assert record["batch"] == 2 * 8 and record["steps"] in (21, 30)  # they agree on the time every ten steps
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert evaluation["captions"] == 6 and set(evaluation["guidance_sweep"]) == {"2.0", "4.0"}
+    tried = [(found["num_inference_steps"], found["guidance_scale"]) for found in evaluation["sweep"]]
+    assert evaluation["captions"] == 6 and tried == [(1, 2.0), (1, 4.0), (3, 2.0), (3, 4.0)]
+    assert (evaluation["generation"]["num_inference_steps"], evaluation["generation"]["guidance_scale"]) in tried
     own, other = (np.load(tmp_path / "state" / name) for name in ("ids.npy", "1-ids.npy"))
     assert not np.array_equal(own, other)  # each has clips of its own
