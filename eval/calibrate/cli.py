@@ -17,8 +17,10 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Registers `lowbit-video calibrate`."""
     parser = subparsers.add_parser("calibrate", help=HELP, description=DESCRIPTION)
     add_model(parser)
-    parser.add_argument("--budget", required=True, metavar="45dB|1.1x", help="dB of the final latent at least, or times "
-                        "int8+fp8's time in attention at most")
+    parser.add_argument("--budget", metavar="45dB|1.1x|6bit", help="dB of the final latent at least, or times int8+fp8's time "
+                        "in attention at most, or bits of Q and K in the mean at most")
+    parser.add_argument("--scheme", choices=("measured", "seed"), default="measured", help="what chooses: measured errors, or "
+                        "the sizes of Q, K and V (with a budget of bits, or none) (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FILE", help="the recipe, which ends in .toml "
                         "(default: %(default)s)")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line; # begins a comment")
@@ -48,25 +50,29 @@ def run(args: argparse.Namespace) -> int:
     from lowbit_video.precision import as_precision
 
     from ..compare.paired import read_prompts
+    from . import scales
     from .costs import TABLE, UNIT, costs_of
-    from .run import RUNGS, Plan, calibrate
+    from .run import RUNGS, Plan, calibrate, check_budget
     from .solve import Budget
 
-    budget, prompts = Budget.parse(args.budget), read_prompts(args.prompts)
+    budget = None if args.budget is None else Budget.parse(args.budget)
+    check_budget(budget, args.scheme)
+    prompts, by_bits = read_prompts(args.prompts), args.scheme == "seed" or budget.bits is not None
     if args.out.suffix != ".toml":
         raise ValueError(f"--out is {args.out}; a recipe's file ends in .toml")
     if args.held_out < 0 or len(prompts) < args.limit + args.held_out:
         raise ValueError(f"{args.prompts} has {len(prompts)} prompts; {args.limit} are to be measured and {args.held_out} held "
                          "out")
-    rungs = tuple(args.rungs or RUNGS)
+    rungs = tuple(args.rungs or (scales.RUNGS if by_bits else RUNGS))
     for rung in rungs:
         as_precision(rung)
     speed = args.speed or TABLE
-    costs_of([UNIT], 1, 64, speed)
+    if not by_bits:
+        costs_of([UNIT], 1, 64, speed)
+    plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head, scheme=args.scheme)
     args.model = model_or_small(args.model)
     check_writable(args.out)
     pipe, settings = load(args)
-    plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head)
     calibrate(pipe, prompts[:args.limit], budget, args.out, held_out=prompts[args.limit:args.limit + args.held_out],
               settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, say=say)
     return 0

@@ -1,4 +1,4 @@
-"""What a rung costs: its measured time over that of int8+fp8, at the benchmark's shape that comes nearest."""
+"""What a rung costs: its measured time over that of int8+fp8, at the benchmark's shape that comes nearest; or its bits."""
 from __future__ import annotations
 
 import math
@@ -7,19 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit_video.files import read_json
+from lowbit_video.kernels.formats import FORMATS
+from lowbit_video.precision import as_precision
 
 UNIT = "int8+fp8"
 TABLE = Path(__file__).parents[1] / "speed" / "results" / "kernels.json"
 """The benchmark of this checkout; an installed package has none."""
+EXACT_BITS = 16
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of rungs, int8+fp8's being 1. said: which table and shape they are of. lacking: rungs that are not in it."""
+    """Costs of rungs. said: which table and shape they are of. lacking: rungs that are not in it. unit: what 1 is."""
 
     of: dict[str, float]
     said: str
     lacking: tuple[str, ...]
+    unit: str = "times int8+fp8's time in attention"
+
+
+def bits_of(rungs: Sequence[str]) -> Costs:
+    """What rungs cost where bits of Q and K are counted, the mean of both; exact ones have 16, as on a GPU."""
+    precisions = {rung: as_precision(rung) for rung in rungs}
+    return Costs({rung: EXACT_BITS if of.exact else (FORMATS[of.q].bits + FORMATS[of.k].bits) / 2
+                  for rung, of in precisions.items()}, "bits of Q and K", (), "bits")
 
 
 def costs_of(rungs: Sequence[str], tokens: int, head_dim: int, path: Path = TABLE) -> Costs:

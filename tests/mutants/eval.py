@@ -12,6 +12,7 @@ LAYERS = "tests/eval/compare/test_layers.py::"
 SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
 PAIRED = "tests/eval/metrics/test_paired.py::"
+SCALES = "tests/eval/calibrate/test_scales.py::"
 SOLVE = "tests/eval/calibrate/test_solve.py::"
 SUMMARY = "tests/eval/report/test_summary.py::"
 TEMPORAL = "tests/eval/metrics/test_temporal.py::"
@@ -197,6 +198,14 @@ MUTANTS = [
             ("done, at = rungs.copy(), len(curve) - 1", "done, at = rungs, len(curve) - 1"),
             ("if done is not None and budget.error_db is not None:", "if False:"),
             (">= budget.error_db", "> budget.error_db + 1")),
+    *faults("eval/calibrate/scales.py", SCALES + "test_thresholds_are_those_of_the_source",
+            ("(scales <= threshold", "(scales < threshold"), ("peaks.mean(-1)", "peaks.max(-1)")),
+    *faults("eval/calibrate/scales.py", SCALES + "test_a_budget_of_bits_is_met_as_nearly_as_thresholds_can",
+            ("(0.0, *factors)", "factors[1:]"), ("factor * (1 + SLACK)", "factor * (1 - SLACK)"),
+            ("<= most * (1 + SLACK)", "< most")),
+    *faults("eval/calibrate/run.py", SCALES + "test_the_rules_cells_are_paid_and_err_by_the_measurement",
+            ("None if budget is None else budget.bits)", "None)"), ("[rungs, np.arange(len(rungs))].sum())",
+                                                                   "[rungs[::-1], np.arange(len(rungs))].sum())")),
     *faults("eval/calibrate/costs.py", SOLVE + "test_prices_are_of_the_nearest_shape_and_its_fastest_kernel",
             ('and not row["causal"]', ""), ("min(row[", "max(row["), ("if UNIT in of}", "}"),
             ("far(shape[0], head_dim), far(shape[1], tokens)", "far(shape[1], tokens), far(shape[0], head_dim)")),
@@ -206,7 +215,9 @@ MUTANTS = [
     *faults("eval/calibrate/run.py", SOLVE + "test_steps_begin_in_their_own_range_and_heads_count",
             ("step * 10**STEP_DIGITS // steps / 10**STEP_DIGITS", "round(step / steps, STEP_DIGITS)"),
             ("errors.sum(-1, keepdims=True)", "errors.mean(-1, keepdims=True)"),
-            ("np.mean([one.weighed()", "np.sum([one.weighed()")),
+            ("np.mean([one.weighed()", "np.sum([one.weighed()"), ("for one in measured], axis=0)\n        peaks = peaks",
+                                                                  "for one in measured[1:]], axis=0)\n        peaks = peaks"),
+            ("else peaks.max(2, keepdims=True)", "else peaks.min(2, keepdims=True)")),
     *faults("eval/calibrate/measure.py", SOLVE + "test_steps_begin_in_their_own_range_and_heads_count",
             ("self.gains[None, None, :, None]", "self.gains[::-1][None, None, :, None]")),
     *faults("eval/calibrate/measure.py", CALIBRATE + "test_local_errors_are_those_of_the_attention",

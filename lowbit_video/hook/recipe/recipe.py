@@ -32,7 +32,7 @@ FORMAT = 1
 KEYS = ("format", "about", "rules")
 ABOUT = ("title", "model", "prompts", "seed", "steps", "metric", "budget", "predicted_error_db", "predicted_cost",
          "found_error_db", "cost_table", "hardware", "versions", "commit", "date", "command")
-"""What a recipe may say of where it comes from; costs are shares of int8+fp8's time."""
+"""What a recipe may say of where it comes from; costs are shares of int8+fp8's time, or bits of Q and K, as cost_table says."""
 PRESETS = ("safe", "fast")
 """Recipes of this package that need no calibration."""
 
