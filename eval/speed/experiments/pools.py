@@ -193,7 +193,7 @@ def unlike_reference(capture: Capture, keep: float = 0.3) -> float:
 
 def summary(rows: Sequence[tuple[dict[str, Any], dict[Any, float]]]) -> dict[str, Any]:
     """Of many query tiles: errors by method and kept share (mean: over heads of captures, of all its outputs; worst: of query
-    tiles), shares of tiles that are skipped, and which kept share other methods need for the error of plain pools."""
+    tiles) and shares of tiles that are skipped."""
     groups: dict[Any, list[int]] = {}
     for number, (where, _) in enumerate(rows):
         groups.setdefault((where["capture"], where["head"]), []).append(number)
@@ -202,15 +202,29 @@ def summary(rows: Sequence[tuple[dict[str, Any], dict[Any, float]]]) -> dict[str
     mean = lambda key: float(np.mean([np.average(of(key)[some], weights=size[some]) for some in groups.values()]))
     table = {method: {keep: dict(mean=round(mean((method, keep)), 5), worst=round(float(of((method, keep)).max()), 4))
                       for keep in KEEPS} for method in METHODS}
-    curve = lambda method: np.log([table[method][keep]["mean"] for keep in KEEPS])
-    need = lambda method, i: round(float(np.interp(-curve("pools")[i], -curve(method), KEEPS)), 3)
-    needs = {method: {keep: need(method, i) for i, keep in enumerate(KEEPS) if curve("pools")[i] <= curve(method)[0]}
-             for method in METHODS[2:]}
     skipping = {name: {bits: dict(share=round(float(of(("skipped", name, bits)).mean()), 4),
                                   error=round(mean(("skip error", name, bits)), 6)) for bits in THRESHOLDS}
                 for name in dict.fromkeys(name for name, _ in skips(0))}
     return dict(query_tiles=len(rows), kept={keep: round(float(of(("kept", keep)).mean()), 4) for keep in KEEPS}, errors=table,
-                kept_for_the_error_of_pools=needs, skipped=skipping)
+                skipped=skipping)
+
+
+def over_pools(errors: Sequence[dict[str, dict[float, float]]]) -> dict[str, dict[float, dict[str, float]]]:
+    """How other methods stand to plain pools at a kept share. errors: of each capture, by method and kept share.
+
+    error: theirs over that of plain pools, the geometric mean over captures; least, most: of captures. kept: the share at which
+    they err as plain pools do, by straight lines between logarithms of errors, the mean over captures.
+    """
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    for method in METHODS[2:]:
+        for i, keep in enumerate(KEEPS[1:], 1):
+            logs = [[np.log([of[name][share] for share in KEEPS]) for name in ("pools", method)] for of in errors]
+            ratios = np.array([other[i] - plain[i] for plain, other in logs])
+            kept = [np.interp(-plain[i], -other, KEEPS) for plain, other in logs]
+            found.setdefault(method, {})[keep] = dict(
+                error=round(float(np.exp(ratios.mean())), 3), least=round(float(np.exp(ratios.min())), 3),
+                most=round(float(np.exp(ratios.max())), 3), kept=round(float(np.mean(kept)), 3))
+    return found
 
 
 def main() -> int:
@@ -243,7 +257,8 @@ def main() -> int:
                                                      for method, by in some["errors"].items()},
                                              skipped={bits: at["share"] for bits, at in some["skipped"]["consumer"].items()}))
             print(json.dumps(report["by_capture"][-1]), f"{time.perf_counter() - begin:.0f} s", flush=True)
-        report["orders"][order] = summary(rows)
+        of_order = [some["errors"] for some in report["by_capture"] if some["order"] == order]
+        report["orders"][order] = {**summary(rows), "over_pools": over_pools(of_order)}
         print(order, json.dumps(report["orders"][order], indent=1), flush=True)
     report["unlike_reference"] = off
     if args.out:

@@ -36,6 +36,7 @@ def test_a_capture_is_what_the_attention_is_called_with(tmp_path, monkeypatch):
         return forward(self, hidden_states, text, timestep, **more)
 
     def kept(pipe, *given):
+        pipe.vae.register_to_config(scaling_factor=0.5)  # the small model's is 1, which would not show
         latents, text = latents_of(pipe, *given)
         seen.update(pipe=pipe, clean=latents)
         return latents, text
@@ -54,7 +55,7 @@ def test_a_capture_is_what_the_attention_is_called_with(tmp_path, monkeypatch):
     assert seen["timestep"] == 1000 - STEP * 40 - 1  # 25 steps of 1000, from the last one
     signal = scheduler.alphas_cumprod[seen["timestep"]]
     noise = (seen["hidden"] - signal.sqrt() * clean) / (1 - signal).sqrt()
-    assert abs(float(noise.std()) - 1) < 0.02 and abs(float(noise.mean())) < 0.02 and 0.5 < float(clean.std()) < 2
+    assert abs(float(noise.std()) - 1) < 0.02 and abs(float(noise.mean())) < 0.02 and 0.25 < float(clean.std()) < 1
     there = world.draw_meanings(1, 7, True)
     with torch.no_grad():
         first = seen["pipe"].vae.decode(clean[:, :1].permute(0, 2, 1, 3, 4) / seen["pipe"].vae.config.scaling_factor).sample

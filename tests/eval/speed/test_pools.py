@@ -109,6 +109,15 @@ def test_skipping_is_counted_and_errs_as_far_as_it_leaves_out(capture):
     assert found["skip error", "consumer, best", 8] > 1e-6
 
 
+def test_methods_stand_to_plain_pools_capture_by_capture():
+    falling = {keep: 0.4 * 2**-i for i, keep in enumerate(pools.KEEPS)}
+    half, quarter = ({keep: error * part for keep, error in falling.items()} for part in (0.5, 0.25))
+    errors = [{method: other for method in pools.METHODS} | {"pools": falling} for other in (half, quarter)]
+    found = pools.over_pools(errors)["centred"]
+    assert found[0.2] == dict(error=0.354, least=0.25, most=0.5, kept=0.1)
+    assert found[0.3]["kept"] == pytest.approx((0.2 + 0.1) / 2) and found[0.5]["kept"] == pytest.approx((0.3 + 0.2) / 2)
+
+
 def test_the_whole_program(capture, tmp_path, monkeypatch):
     files = [tmp_path / name for name in ("a", "b")]
     monkeypatch.setattr(pools, "captures", lambda *given: files)
@@ -123,7 +132,7 @@ def test_the_whole_program(capture, tmp_path, monkeypatch):
     assert all(errors["centred"][i] < errors["pools"][i] < errors["dropped"][i] for i in range(4))
     assert all(by == sorted(by, reverse=True) for by in errors.values())
     assert found["kept"] == {"0.1": 0.25, "0.2": 0.25, "0.3": 0.375, "0.5": 0.5}
-    assert all(0.1 <= keep < float(like) for like, keep in found["kept_for_the_error_of_pools"]["centred"].items())
+    assert all(0.1 <= at["kept"] < float(keep) and at["error"] < 1 for keep, at in found["over_pools"]["centred"].items())
     plain = pools.Tiles.plain
     monkeypatch.setattr(pools.Tiles, "plain", lambda self, q, pooled, starts: plain(self, q * 1.01, pooled, starts))
     assert pools.main() == 1
