@@ -50,7 +50,7 @@ PRECISIONS = ("int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
 METRICS = ("psnr", "ssim", "lpips", "adherence")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
 WARM_STEPS = 2
-TILE_SIDE = 256  # pixels of a video in the page, which is shipped
+TILE_SIDE = 256
 
 
 def measured(video: Path, reference: Path | None, context: Context, metrics: list[str], clip: Path | None, fps: float) -> dict:
@@ -222,7 +222,7 @@ def write_tables(args) -> None:
     (args.out / "precisions.md").write_text(markdown(record))
     print(markdown(record), flush=True)
     if not args.no_page:
-        write_report(args.out, tile_side=TILE_SIDE)
+        write_report(args.out, tile_side=args.tile_side)
 
 
 def arguments(argv=None):
@@ -245,6 +245,7 @@ def arguments(argv=None):
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no video after so long; the same command goes on")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3), help="processes that measure")
     parser.add_argument("--tables", action="store_true", help="make no video: only the tables and the page of --out")
+    parser.add_argument("--tile-side", type=int, default=TILE_SIDE, help="widest a video is in the page (%(default)s pixels)")
     parser.add_argument("--no-page", action="store_true", help="no report page, which takes matplotlib and ffmpeg")
     parser.add_argument("--device", help="as the framework names it; default: its GPU if there is one")
     args = parser.parse_args(argv)
