@@ -8,11 +8,12 @@ from ...engine.codes import AttentionCodes
 from ...engine.codes_target import Target
 from ...engine.options import AttentionOptions
 from ...errors import UnsupportedError
+from ...rung import parts_of_rung
 from ...runtime.detect import runtime_of
 from ..base import AttnProcessor
 from ..processors import LowBitAttnProcessor
 from .clock import StepClock
-from .rule import heads_text, parts_of_rung, runs_of, steps_text
+from .rule import heads_text, runs_of, steps_text
 from .table import LayerPlan, Span
 
 
