@@ -364,7 +364,7 @@ MUTANTS = [
             ("self._clock.uninstall(self._model())", "pass")),
     *faults("lowbit_video/hook/apply.py", RECIPES + "test_a_schedule_of_other_timesteps_is_asked",
             ('getattr(schedule, "num_train_timesteps", None)', "None")),
-    *faults("lowbit_video/hook/recipe/rule.py", "tests/lowbit_video/hook/recipe/test_recipe_processor.py",
+    *faults("lowbit_video/rung.py", "tests/lowbit_video/hook/recipe/test_recipe_processor.py",
             ("int(found[3] or 0)", "0"), ("float(found[2])", "0.3")),
     *faults("lowbit_video/hook/processors.py", "tests/lowbit_video/hook/recipe/test_recipe_processor.py",
             ('self.fallback == "exact", self.pooled)', 'self.fallback == "exact")'),
