@@ -6,7 +6,7 @@ from typing import Any
 
 from .arguments import shown
 from .pooled import Pooled
-from .precision import EXACT_SPECS, ROTATED, Precision, precision_specs
+from .precision import EXACT_SPECS, ROTATED, Precision, as_precision, precision_specs
 
 _RUNG = re.compile(rf"(\S+(?:{ROTATED})?)(?: pooled (\d*\.?\d+)(?: always (\d{{1,9}}))?)?")
 
@@ -22,3 +22,14 @@ def parts_of_rung(rung: Any) -> tuple[str, Pooled | None]:
         raise ValueError(f"there is no rung {shown(rung)}: keys that are rotated are not pooled; leave out one of both")
     Precision(found[1])  # raises for exact attention that is rotated
     return found[1], Pooled(float(found[2]), int(found[3] or 0)) if found[2] else None
+
+
+def as_rung(given: Precision | str) -> tuple[Precision, Pooled | None]:
+    """The same of a Precision, or of a text as Precision takes it or with pooled keys.
+
+    Raises ValueError for a text that is neither, TypeError for anything else.
+    """
+    if isinstance(given, str) and " pooled" in given:
+        precision, pooled = parts_of_rung(given)
+        return Precision(precision), pooled
+    return as_precision(given), None

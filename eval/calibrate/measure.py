@@ -18,7 +18,6 @@ from lowbit_video.hook.apply import apply
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
 from lowbit_video.hook.report import attention_modules, transformer_of
 from lowbit_video.kernels.pooled.tiles import query_tile
-from lowbit_video.rung import parts_of_rung
 from lowbit_video.runtime.detect import runtime_of
 
 from ..compare.layers import Gated, StepClock
@@ -111,7 +110,7 @@ def measure(pipe: Any, prompt: str, rungs: Sequence[str], probe: str, ranges: Se
     clock = StepClock(progress)
     names = list(attention_modules(transformer_of(pipe)))
     steps = [sampled(one, samples) for one in ranges]
-    made = [LowBitAttnProcessor(precision, backend=backend, pooled=pooled) for precision, pooled in map(parts_of_rung, rungs)]
+    made = [LowBitAttnProcessor(rung, backend=backend) for rung in rungs]
     recorders = {name: Probe(made, rows, clock, set().union(*steps)) for name in names}
     exact = latents_of(pipe, prompt, settings, seed, clock, recorders, "record", f"recorded: {prompt[:60]}")
     errors = np.stack([np.stack([recorders[name].error(some) for some in steps], 1) for name in names], 1)
