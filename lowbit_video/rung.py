@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from .arguments import shown
-from .pooled import Pooled
+from .pooled import Pooled, as_pooled
 from .precision import EXACT_SPECS, ROTATED, Precision, as_precision, precision_specs
 
 _RUNG = re.compile(rf"(\S+(?:{ROTATED})?)(?: pooled (\d*\.?\d+)(?: always (\d{{1,9}}))?)?")
@@ -24,12 +24,14 @@ def parts_of_rung(rung: Any) -> tuple[str, Pooled | None]:
     return found[1], Pooled(float(found[2]), int(found[3] or 0)) if found[2] else None
 
 
-def as_rung(given: Precision | str) -> tuple[Precision, Pooled | None]:
-    """The same of a Precision, or of a text as Precision takes it or with pooled keys.
+def as_rung(given: Precision | str, pooled: Pooled | None = None) -> tuple[Precision, Pooled | None]:
+    """The same of a Precision, or of a text as Precision takes it or with pooled keys; pooled: if the text does not say it.
 
-    Raises ValueError for a text that is neither, TypeError for anything else.
+    Raises ValueError for a text that is neither, or where both say how keys are pooled; TypeError for anything else.
     """
-    if isinstance(given, str) and " pooled" in given:
-        precision, pooled = parts_of_rung(given)
-        return Precision(precision), pooled
-    return as_precision(given), None
+    if not isinstance(given, str) or " pooled" not in given:
+        return as_precision(given), as_pooled(pooled)
+    if pooled is not None:
+        raise ValueError(f"precision {given!r} says how keys are pooled, and pooled={pooled} does too; give one of them")
+    precision, pooled = parts_of_rung(given)
+    return Precision(precision), pooled

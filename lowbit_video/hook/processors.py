@@ -12,7 +12,7 @@ from ..engine.packing import Packing
 from ..engine.run import run
 from ..errors import UnsupportedError
 from ..graph.tracing import traced_by_torch
-from ..pooled import Pooled, as_pooled
+from ..pooled import Pooled
 from ..precision import Precision
 from ..rung import as_rung
 from ..runtime.detect import runtime_of
@@ -57,11 +57,7 @@ class LowBitAttnProcessor(AttnProcessor):
     def __init__(self, precision: str | Precision = "int8+fp16", *, fallback: str | None = None, backend: str = "auto",
                  check_finite: bool | None = None, pooled: Pooled | None = None) -> None:
         super().__init__()
-        self.precision, self.pooled = as_rung(precision)
-        if pooled is not None:
-            if self.pooled is not None:
-                raise ValueError(f"precision {precision!r} says how keys are pooled, and pooled={pooled} does too; give one")
-            self.pooled = as_pooled(pooled)
+        self.precision, self.pooled = as_rung(precision, pooled)
         if fallback is not None and not (isinstance(fallback, str) and fallback == "exact"):
             raise ValueError(f"unknown fallback {shown(fallback)}; there are: None (an error says why) and 'exact'")
         self.fallback, self.backend, self.check_finite = fallback, backend, check_finite

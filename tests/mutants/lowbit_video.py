@@ -169,7 +169,7 @@ MUTANTS = [
             ("        temporary.unlink(missing_ok=True)", "        pass"), ('encoding="utf-8-sig"', 'encoding="utf-8"')),
     *faults("lowbit_video/warming.py", "tests/lowbit_video/test_warmup.py",
             ("max(lengths), max(lengths))", "min(lengths), max(lengths))"), ("first - second)", "second - first)"),
-            ("kv_heads or heads", "heads")),
+            ("kv_heads or heads", "heads"), ("backend, None, False, pooled)", "backend, None, False)")),
     *faults("lowbit_video/distributed/shares.py", GROUPS.removesuffix("::"),
             ("rank < count % size", "rank <= count % size"), ("shares[-1] -= blocks", "shares[0] -= blocks"),
             ("if blocks < size", "if blocks <= size"), ("if min(video) < 1:\n        video", "if False:\n        video")),
