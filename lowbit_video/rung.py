@@ -24,6 +24,11 @@ def parts_of_rung(rung: Any) -> tuple[str, Pooled | None]:
     return found[1], Pooled(float(found[2]), int(found[3] or 0)) if found[2] else None
 
 
+def pooled_rung(precision: str, keep: float, always: int = 0) -> str:
+    """The text of a precision with a share of the keys kept, and its first `always` tokens."""
+    return f"{precision} pooled {keep:g}" + (f" always {always}" if always else "")
+
+
 def as_rung(given: Precision | str, pooled: Pooled | None = None) -> tuple[Precision, Pooled | None]:
     """The same of a Precision, or of a text as Precision takes it or with pooled keys; pooled: if the text does not say it.
 

@@ -8,6 +8,7 @@ from typing import Any
 from lowbit_video.hook.frames.cogvideox import joint_attention
 from lowbit_video.hook.processors import ExactAttnProcessor
 from lowbit_video.kernels.pooled.tiles import POOLED_FROM
+from lowbit_video.rung import pooled_rung
 
 BESIDE = "int8+fp8"
 """The precision whose keys are pooled: the fastest that there is."""
@@ -26,8 +27,7 @@ class PooledPlan:
 
     def rungs(self, tokens: int, text: int) -> tuple[str, ...]:
         """The rungs of a model's attention over so many tokens, of which the first `text` are always kept."""
-        always = f" always {text}" if text else ""
-        return () if self.why_not(tokens) else tuple(f"{BESIDE} pooled {share:g}{always}" for share in self.shares)
+        return () if self.why_not(tokens) else tuple(pooled_rung(BESIDE, share, text) for share in self.shares)
 
     def why_not(self, tokens: int) -> str:
         """Why there are no pooled rungs, or nothing."""

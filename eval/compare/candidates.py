@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.hook.apply import apply
-from lowbit_video.hook.recipe.recipe import PRESETS, Recipe
+from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
 from lowbit_video.rung import as_rung
 
 from .floor import ReorderedExactProcessor
@@ -53,7 +53,7 @@ def as_candidate(named: Any) -> Candidate:
     text = str(named)
     if text in (EXACT, FLOOR):
         raise ValueError(f"{text!r} always runs, as the reference or its twin; name low-bit precisions or module:Class")
-    if text in PRESETS or text.endswith(".toml"):
+    if names_recipe(text):
         recipe = Recipe.load(text)
         return Candidate(text, lambda: recipe)
     if ":" not in text:

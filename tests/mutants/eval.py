@@ -209,7 +209,7 @@ MUTANTS = [
             ("errors.sum(-1, keepdims=True)", "errors.mean(-1, keepdims=True)"),
             ("np.mean([one.weighed()", "np.sum([one.weighed()")),
     *faults("eval/calibrate/pooled.py", POOLED + "test_rungs_keep_the_models_text_and_short_sequences_have_none",
-            ("tokens < self.least", "tokens <= self.least"), ('f" always {text}" if text else ""', '""')),
+            ("tokens < self.least", "tokens <= self.least"), ("share, text)", "share)")),
     *faults("eval/calibrate/pooled.py", POOLED + "test_a_models_text_is_seen",
             ("int(encoder_hidden_states.shape[1])", "int(hidden_states.shape[1])"), ("int(q.shape[1])", "int(q.shape[2])")),
     *faults("eval/calibrate/pooled.py", POOLED + "test_rows_are_whole_tiles_after_those_with_text",

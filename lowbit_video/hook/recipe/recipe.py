@@ -38,6 +38,11 @@ PRESETS = ("safe", "fast")
 """Recipes of this package that need no calibration."""
 
 
+def names_recipe(text: str) -> bool:
+    """Whether a text that may be a precision is a recipe: a file that ends in .toml, or a preset's name."""
+    return text in PRESETS or text.endswith(".toml")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Bit widths by layer, head and step of the denoising.
