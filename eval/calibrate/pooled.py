@@ -40,11 +40,11 @@ class PooledPlan:
 
 
 class Look(ExactAttnProcessor):
-    """Exact attention that remembers its latest call. tokens; text: how many of them are text and stand at the beginning."""
+    """Exact attention that remembers its latest call. tokens, head_dim; text: how many tokens are text and come first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens = self.text = 0
+        self.tokens = self.text = self.head_dim = 0
 
     @functools.wraps(ExactAttnProcessor.__call__)  # diffusers passes what it finds in the signature
     def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, *given: Any, **named: Any) -> Any:
@@ -55,7 +55,7 @@ class Look(ExactAttnProcessor):
 
     def attend(self, q: Any, *given: Any, **named: Any) -> Any:
         """Exact attention."""
-        self.tokens = int(q.shape[1])
+        self.tokens, self.head_dim = int(q.shape[1]), int(q.shape[3])
         return super().attend(q, *given, **named)
 
 
