@@ -4,6 +4,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lowbit_video.token_order import ORDERS
+
 from ..cli import add_model, count, load, names, say
 
 DEFAULT_OUT = Path("outputs/calibrate/recipe.toml")
@@ -27,6 +29,12 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
                         "(default: %(default)s)")
     parser.add_argument("--rungs", type=names, metavar="A,B", help="precisions to choose from (default: exact, and all that "
                         "may pay)")
+    parser.add_argument("--pooled", type=shares, metavar="A,B", help="shares of the keys that further rungs keep at int8+fp8 "
+                        "while the rest is pooled, or none (default: 0.2,0.3,0.5,0.7)")
+    parser.add_argument("--pooled-from", type=count, metavar="N", help="tokens from which there are such rungs (default: where "
+                        "pooling is taken to pay)")
+    parser.add_argument("--order", choices=ORDERS, default="raster", help="of the video's tokens in attention; pooled rungs "
+                        "gain by another (default: %(default)s)")
     parser.add_argument("--by-head", action="store_true", help="heads of a layer may differ; each rung's heads then are a call "
                         "of their own")
     parser.add_argument("--ranges", type=count, default=4, metavar="N", help="ranges of steps (default: %(default)s)")
@@ -41,14 +49,29 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """Shares between 0 and 1, such as "0.2,0.5", or "none"."""
+    if text == "none":
+        return ()
+    try:
+        found = tuple(float(part) for part in names(text))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share < 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of shares between 0 and 1, such as 0.2,0.5; or none")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """`calibrate`: mistakes first, the model afterwards."""
+    from lowbit_video.hook.order import order_tokens
     from lowbit_video.pipelines.shared.small_model import model_or_small
     from lowbit_video.pipelines.shared.video_files import check_writable
-    from lowbit_video.precision import as_precision
+    from lowbit_video.rung import parts_of_rung
 
     from ..compare.paired import read_prompts
     from .costs import TABLE, UNIT, costs_of
+    from .pooled import PooledPlan
     from .run import RUNGS, Plan, calibrate
     from .solve import Budget
 
@@ -60,13 +83,17 @@ def run(args: argparse.Namespace) -> int:
                          "out")
     rungs = tuple(args.rungs or RUNGS)
     for rung in rungs:
-        as_precision(rung)
+        parts_of_rung(rung)
     speed = args.speed or TABLE
     costs_of([UNIT], 1, 64, speed)
     args.model = model_or_small(args.model)
     check_writable(args.out)
     pipe, settings = load(args)
-    plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head)
+    if args.order != "raster":  # which every model has, also one that takes no other
+        order_tokens(pipe, args.order)
+    pooled = {"shares": args.pooled, "least": args.pooled_from}
+    plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head,
+                pooled=PooledPlan(**{name: value for name, value in pooled.items() if value is not None}))
     calibrate(pipe, prompts[:args.limit], budget, args.out, held_out=prompts[args.limit:args.limit + args.held_out],
               settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, say=say)
     return 0

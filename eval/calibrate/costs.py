@@ -1,4 +1,7 @@
-"""What a rung costs: its measured time over that of int8+fp8, at the benchmark's shape that comes nearest."""
+"""What a rung costs: its measured time over that of int8+fp8, at the benchmark's shape that comes nearest.
+
+Of a rung with pooled keys: the share of the tiles that are kept, of what its precision costs, and what pooling itself does.
+"""
 from __future__ import annotations
 
 import math
@@ -7,8 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit_video.files import read_json
+from lowbit_video.kernels.pooled.tiles import counted_tiles
+from lowbit_video.rung import parts_of_rung
 
 UNIT = "int8+fp8"
+POOLING = 0.107
+"""Of int8+fp8's time: means, choice and attention to pooled keys, however many are kept. An estimate until the kernels are
+timed on a GPU (`eval/speed/experiments/pooled.py`): 0.8 ms beside 7.5 of a prototype on an H100, (2, 30, 17776, 64)."""
 TABLE = Path(__file__).parents[1] / "speed" / "results" / "kernels.json"
 """The benchmark of this checkout; an installed package has none."""
 
@@ -26,6 +34,7 @@ def costs_of(rungs: Sequence[str], tokens: int, head_dim: int, path: Path = TABL
     """The costs of rungs by a file of `lowbit-video bench kernels`.
 
     Of its shapes that has int8+fp8 which comes nearest, in head dim first, then in length; of a precision its fastest kernel.
+    tokens, head_dim: of the attention; the tiles that a pooled rung keeps are counted of these.
     Raises ValueError for no such file, or one without int8+fp8.
     """
     if not Path(path).is_file():
@@ -41,6 +50,13 @@ def costs_of(rungs: Sequence[str], tokens: int, head_dim: int, path: Path = TABL
         raise ValueError(f"{path} holds no time of {UNIT}; give the JSON of `lowbit-video bench kernels`: --speed FILE")
     far = lambda a, b: abs(math.log2(a / b))
     shape = min(times, key=lambda shape: (far(shape[0], head_dim), far(shape[1], tokens), shape))
-    ratios = {rung: times[shape][rung] / times[shape][UNIT] for rung in rungs if rung in times[shape]}
+    ratios = {}
+    for rung in rungs:
+        precision, pooled = parts_of_rung(rung)
+        if precision in times[shape]:
+            ratios[rung] = times[shape][precision] / times[shape][UNIT]
+            if pooled is not None and not pooled.all_kept:
+                kept, left = counted_tiles(pooled.keep, pooled.always, tokens, tokens, head_dim)
+                ratios[rung] = ratios[rung] * kept / (kept + left) + POOLING
     said = f"{Path(path).name} of {held.get('about', {}).get('gpu', 'an unnamed GPU')}, {shape[1]} tokens, head dim {shape[0]}"
     return Costs(ratios, said, tuple(rung for rung in rungs if rung not in ratios))

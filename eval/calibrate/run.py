@@ -5,13 +5,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lowbit_video.files import write_whole
+from lowbit_video.hook.order import order_of
 from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.hook.recipe.rule import STEP_DIGITS, Rule, steps_text
 from lowbit_video.hook.report import attention_modules, transformer_of
@@ -21,7 +22,8 @@ from ..compare.progress import Progress
 from ..compare.settings import Settings, environment
 from . import measure as measuring
 from .costs import TABLE, Costs, costs_of
-from .measure import Measured, latents_of, measure, relative_error
+from .measure import Measured, latents_of, look, measure, relative_error
+from .pooled import PooledPlan
 from .solve import Allocation, Budget, db, solve
 
 RUNGS = ("exact", "int8+fp16", "int8+fp8")
@@ -35,7 +37,8 @@ class Plan:
 
     rungs: that may be chosen. probe: the rung that measures how far errors of a range of steps get; its error must be large
     enough to be seen and small enough to add up. ranges: of steps, of equal length. samples: steps of each that are recorded.
-    rows: query rows that are compared. by_head: whether heads of a layer may differ.
+    rows: query rows that are compared. by_head: whether heads of a layer may differ. pooled: rungs with pooled keys beside
+    these, where sequences are long enough.
     """
 
     rungs: tuple[str, ...] = RUNGS
@@ -44,6 +47,7 @@ class Plan:
     samples: int = 1
     rows: int = 128
     by_head: bool = False
+    pooled: PooledPlan = field(default_factory=PooledPlan)
 
 
 def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, held_out: Sequence[str] = (),
@@ -61,10 +65,14 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
         raise ValueError("give at least one prompt to calibrate on, and others to check on")
     if not settings.steps:
         raise ValueError("the number of denoising steps is not known; give --steps")
-    rungs = [rung for rung in plan.rungs if rung != "exact"]
-    measured_rungs = list(dict.fromkeys((*rungs, plan.probe)))
     ranges = step_groups(settings.steps, plan.ranges)
-    files = {prompt: _file(out, prompt, seed, settings, plan, measured_rungs) for prompt in prompts}
+    tokens, text = look(pipe, prompts[0], settings, seed, Progress(["look"], say)) if plan.pooled.shares else (0, 0)
+    rungs, why_not = list(dict.fromkeys((*plan.rungs, *plan.pooled.rungs(tokens, text)))), plan.pooled.why_not(tokens)
+    if why_not:
+        say(why_not)
+    measured_rungs = [rung for rung in dict.fromkeys((*rungs, plan.probe)) if rung != "exact"]
+    order = order_of(pipe)
+    files = {prompt: _file(out, prompt, seed, settings, plan, measured_rungs, order) for prompt in prompts}
     todo = [prompt for prompt, file in files.items() if not file.is_file()]
     if len(todo) < len(prompts):
         say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are measured already, in {files[prompts[0]].parent}")
@@ -73,9 +81,10 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
         _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
                                      samples=plan.samples, rows=plan.rows, backend=backend, progress=progress))
     measured = [_load(file) for file in files.values()]
-    costs = costs_of(plan.rungs, measured[0].tokens, measured[0].head_dim, speed)
-    if costs.lacking:
-        say(f"not priced, so not chosen: {', '.join(costs.lacking)}")
+    costs = costs_of(rungs, measured[0].tokens, measured[0].head_dim, speed)
+    left_out = [*[why_not] * bool(why_not), *(f"not priced, so not chosen: {rung}" for rung in costs.lacking)]
+    for reason in left_out[bool(why_not):]:
+        say(reason)
     problem = Problem.of(measured, measured_rungs, costs, ranges, settings.steps, plan.by_head)
     allocation = problem.solve(budget)
     names = list(attention_modules(transformer_of(pipe)))
@@ -86,7 +95,7 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
         "attention; everywhere: " + ", ".join(f"{rung} {db(error):.1f} dB at {cost:.3f}"
                                               for rung, (cost, error) in problem.uniform().items()))
     found = [_check(pipe, prompt, recipe, settings, seed, progress, say) for prompt in held_out]
-    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, budget, allocation, costs, found))
+    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, order, budget, allocation, costs, left_out, found))
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe.save(out)
     from .plot import plot
@@ -174,20 +183,22 @@ def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:
     return round(error, 2)
 
 
-def _about(prompts, seed, settings, budget, allocation, costs, found) -> dict[str, Any]:
+def _about(prompts, seed, settings, order, budget, allocation, costs, left_out, found) -> dict[str, Any]:
     where = environment()
     return {"title": f"calibrated for {budget}", "model": settings.model, "prompts": list(prompts), "seed": seed,
-            "steps": settings.steps, "metric": "squared error of the final latent, in dB of its energy", "budget": str(budget),
+            "steps": settings.steps, "order": order,
+            "metric": "squared error of the final latent, in dB of its energy", "budget": str(budget),
             "predicted_error_db": round(db(allocation.error), 2), "predicted_cost": round(allocation.cost, 4),
             **({"found_error_db": found} if found else {}), "cost_table": costs.said,
+            "rungs": [f"{rung}: {cost:.3g}" for rung, cost in costs.of.items()], **({"left_out": left_out} if left_out else {}),
             "hardware": f"measured on {where['machine']}, {where['device']}",
             "versions": [f"{name} {version}" for name, version in where["versions"].items()], "commit": str(where["commit"])}
 
 
-def _file(out: Path, prompt: str, seed: int, settings: Settings, plan: Plan, rungs: Sequence[str]) -> Path:
+def _file(out: Path, prompt: str, seed: int, settings: Settings, plan: Plan, rungs: Sequence[str], order: str) -> Path:
     """Where a prompt's measurement is kept; of other settings another file."""
-    about = {**asdict(plan), "rungs": list(rungs), "by_head": None, **settings.as_dict(), "fps": None,
-             "model": Path(settings.model).name}
+    about = {**asdict(plan), "rungs": list(rungs), "by_head": None, "pooled": None, "order": order, **settings.as_dict(),
+             "fps": None, "model": Path(settings.model).name}
     key = json.dumps([prompt, seed, about], sort_keys=True)
     return out.parent / f"{out.stem}_measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
 

@@ -34,6 +34,15 @@ def always_tiles(always: int, tiles: int) -> int:
     return min(tiles, ceil_div(always, KEY_TILE))
 
 
+def counted_tiles(keep: float, always: int, q_len: int, kv_len: int, head_dim: int) -> tuple[int, int]:
+    """How many pairs of a query tile and a key tile of one head are kept, and how many pooled, whatever the tensors hold."""
+    rows, tiles = ceil_div(q_len, query_tile(head_dim)), ceil_div(kv_len, KEY_TILE)
+    with_text = min(rows, ceil_div(always, query_tile(head_dim)))  # these see every key
+    others = max(kept_tiles(keep, tiles), min(tiles, always_tiles(always, tiles) + 1))
+    kept = with_text * tiles + (rows - with_text) * others
+    return kept, rows * tiles - kept
+
+
 def runs_of_heads(keep: Sequence[float]) -> list[tuple[int, int, float]]:
     """(first head, heads, share) of neighbours with the same share; keep: one for each head."""
     runs: list[tuple[int, int, float]] = []

@@ -113,11 +113,11 @@ class AttnProcessor:
         raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given; {self} supports no mask; "
                                "try a processor with fallback='exact', or pass no mask")
 
-    def note(self, variant: str, reason: str = "") -> None:
-        """Count one call for the module that is running; outside a module it is a no-op."""
+    def note(self, variant: str, reason: str = "", tiles: tuple[int, int] | None = None) -> None:
+        """Count one call for the module that is running, as `Record.note`; outside a module it is a no-op."""
         record = getattr(_active, "record", None)
         if record is not None:
-            record.note(variant, reason)
+            record.note(variant, reason, tiles)
 
     def __str__(self) -> str:
         return type(self).__name__

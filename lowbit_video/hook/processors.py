@@ -12,8 +12,9 @@ from ..engine.packing import Packing
 from ..engine.run import run
 from ..errors import UnsupportedError
 from ..graph.tracing import traced_by_torch
-from ..pooled import Pooled, as_pooled
-from ..precision import Precision, as_precision
+from ..pooled import Pooled
+from ..precision import Precision
+from ..rung import as_rung
 from ..runtime.detect import runtime_of
 from .attend import exact_attend, exact_attend_masked
 from .base import AttnProcessor
@@ -41,7 +42,7 @@ class ExactAttnProcessor(AttnProcessor):
 class LowBitAttnProcessor(AttnProcessor):
     """Attention at low bit, inference only: where gradients are asked for, an error or, with the fallback, exact attention.
 
-    precision: a string such as "int8+fp16", or a Precision.
+    precision: a string such as "int8+fp16", or a Precision; or a rung with pooled keys, "int8+fp8 pooled 0.3 always 226".
     fallback: None makes whatever no kernel variant serves (a mask, a dtype, a head dim) an
         UnsupportedError; "exact" runs exact attention instead and records why, also where exact
         attention is measured to be faster.
@@ -56,7 +57,7 @@ class LowBitAttnProcessor(AttnProcessor):
     def __init__(self, precision: str | Precision = "int8+fp16", *, fallback: str | None = None, backend: str = "auto",
                  check_finite: bool | None = None, pooled: Pooled | None = None) -> None:
         super().__init__()
-        self.precision, self.pooled = as_precision(precision), as_pooled(pooled)
+        self.precision, self.pooled = as_rung(precision, pooled)
         if fallback is not None and not (isinstance(fallback, str) and fallback == "exact"):
             raise ValueError(f"unknown fallback {shown(fallback)}; there are: None (an error says why) and 'exact'")
         self.fallback, self.backend, self.check_finite = fallback, backend, check_finite
@@ -84,7 +85,11 @@ class LowBitAttnProcessor(AttnProcessor):
                 raise
             self.note("exact", reason_of(error))
             return None
-        self.note(f"{self._what()} ({variant.name})")
+        tiles = None
+        if self.pools:
+            batch, tokens, heads, head_dim = map(int, q.shape)
+            tiles = self.pooled.tiles(batch, heads, tokens, int(k.shape[1]), head_dim)
+        self.note(f"{self._what()} ({variant.name})", tiles=tiles)
         return out, lse
 
     def _what(self) -> str:

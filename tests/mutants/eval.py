@@ -11,6 +11,7 @@ SCENES = "tests/eval/world/test_long_world.py::"
 LAYERS = "tests/eval/compare/test_layers.py::"
 SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
+POOLED = "tests/eval/calibrate/test_pooled_rungs.py::"
 PAIRED = "tests/eval/metrics/test_paired.py::"
 SOLVE = "tests/eval/calibrate/test_solve.py::"
 SUMMARY = "tests/eval/report/test_summary.py::"
@@ -207,6 +208,19 @@ MUTANTS = [
             ("step * 10**STEP_DIGITS // steps / 10**STEP_DIGITS", "round(step / steps, STEP_DIGITS)"),
             ("errors.sum(-1, keepdims=True)", "errors.mean(-1, keepdims=True)"),
             ("np.mean([one.weighed()", "np.sum([one.weighed()")),
+    *faults("eval/calibrate/pooled.py", POOLED + "test_rungs_keep_the_models_text_and_short_sequences_have_none",
+            ("tokens < self.least", "tokens <= self.least"), ("share, text)", "share)")),
+    *faults("eval/calibrate/pooled.py", POOLED + "test_a_models_text_is_seen",
+            ("int(encoder_hidden_states.shape[1])", "int(hidden_states.shape[1])"),
+            ("int(q.shape[1]), int", "int(q.shape[2]), int")),
+    *faults("eval/calibrate/pooled.py", POOLED + "test_rows_are_whole_tiles_after_those_with_text",
+            ("-(-text // tile)", "text // tile"), ("(at + 0.5) * len(others)", "at * len(others) + 1 - len(others)"),
+            ("max(least, -(-rows // tile))", "least")),
+    *faults("eval/calibrate/measure.py", POOLED + "test_a_sample_of_rows_errs_as_these_rows_of_the_whole_call",
+            ("[:, placed:]", ""), ("max(text), query_tile", "0, query_tile"), ("query_tile(self.shape[3])", "128")),
+    *faults("eval/calibrate/costs.py", POOLED + "test_a_pooled_rung_costs_what_it_keeps_and_its_choice",
+            ("ratios[rung] * kept / (kept + left) + POOLING", "ratios[rung] * pooled.keep + POOLING"),
+            (" and not pooled.all_kept", ""), ("pooled.keep, pooled.always, tokens", "pooled.keep, 0, tokens")),
     *faults("eval/calibrate/measure.py", SOLVE + "test_steps_begin_in_their_own_range_and_heads_count",
             ("self.gains[None, None, :, None]", "self.gains[::-1][None, None, :, None]")),
     *faults("eval/calibrate/measure.py", CALIBRATE + "test_local_errors_are_those_of_the_attention",

@@ -21,6 +21,7 @@ PLANS = "tests/lowbit_video/engine/test_replay.py::"
 PROCESSORS = "tests/lowbit_video/hook/test_processors.py::"
 RECIPE = "tests/lowbit_video/hook/recipe/test_recipe.py::"
 RECIPES = "tests/lowbit_video/hook/recipe/test_recipe_processor.py::"
+POOLED_HOOK = "tests/lowbit_video/hook/test_pooled_hook.py::"
 RING = "tests/lowbit_video/distributed/test_ring.py::"
 TO_STATIC = "tests/lowbit_video/graph/test_to_static.py::"
 ULYSSES = "tests/lowbit_video/distributed/test_ulysses.py::"
@@ -36,7 +37,7 @@ MUTANTS = [
             ("if m.hooked and any(reason for", "if m.hooked and all(reason for"),
             ("total[variant] += count", "total[variant] = count")),
     *faults("lowbit_video/hook/report.py", COVERAGE + "test_one_shared_processor_counts_modules_apart",
-            ("record.calls.clear()", "pass"), ("sum(count for _, count, _ in self.runs)", "len(self.runs)"),
+            ("record.clear()", "pass"), ("sum(count for _, count, _ in self.runs)", "len(self.runs)"),
             ("ran = [m for m in hooked if m.calls]", "ran = hooked")),
     *faults("lowbit_video/hook/report.py", COVERAGE + "test_modules_are_named_as_the_pipeline_names_its_model",
             ("return {name: model, **", 'return {"transformer": model, **')),
@@ -168,7 +169,7 @@ MUTANTS = [
             ("        temporary.unlink(missing_ok=True)", "        pass"), ('encoding="utf-8-sig"', 'encoding="utf-8"')),
     *faults("lowbit_video/warming.py", "tests/lowbit_video/test_warmup.py",
             ("max(lengths), max(lengths))", "min(lengths), max(lengths))"), ("first - second)", "second - first)"),
-            ("kv_heads or heads", "heads")),
+            ("kv_heads or heads", "heads"), ("backend, None, False, pooled)", "backend, None, False)")),
     *faults("lowbit_video/distributed/shares.py", GROUPS.removesuffix("::"),
             ("rank < count % size", "rank <= count % size"), ("shares[-1] -= blocks", "shares[0] -= blocks"),
             ("if blocks < size", "if blocks <= size"), ("if min(video) < 1:\n        video", "if False:\n        video")),
@@ -364,11 +365,21 @@ MUTANTS = [
             ("self._clock.uninstall(self._model())", "pass")),
     *faults("lowbit_video/hook/apply.py", RECIPES + "test_a_schedule_of_other_timesteps_is_asked",
             ('getattr(schedule, "num_train_timesteps", None)', "None")),
-    *faults("lowbit_video/hook/recipe/rule.py", "tests/lowbit_video/hook/recipe/test_recipe_processor.py",
+    *faults("lowbit_video/rung.py", "tests/lowbit_video/hook/recipe/test_recipe_processor.py",
             ("int(found[3] or 0)", "0"), ("float(found[2])", "0.3")),
     *faults("lowbit_video/hook/processors.py", "tests/lowbit_video/hook/recipe/test_recipe_processor.py",
             ('self.fallback == "exact", self.pooled)', 'self.fallback == "exact")'),
             ('f"{self.precision} {self.pooled}" if', "str(self.precision) if")),
+    *faults("lowbit_video/hook/report.py", POOLED_HOOK + "test_the_report_counts_what_is_kept_and_what_is_pooled",
+            ("        self.tiles.clear()\n", ""), ("some[0] + more[0], some[1] + more[1]", "more"),
+            (", {kept / (kept + pooled):.1%} kept\"", ", {pooled / (kept + pooled):.1%} kept\"")),
+    *faults("lowbit_video/hook/processors.py", POOLED_HOOK + "test_the_report_counts_what_is_kept_and_what_is_pooled",
+            ("tiles(batch, heads, tokens, int(k", "tiles(1, heads, tokens, int(k")),
+    *faults("lowbit_video/hook/recipe/processor.py", POOLED_HOOK + "test_each_rung_of_a_recipe_is_counted",
+            ("reason, tiles)", "reason)")),
+    *faults("lowbit_video/hook/apply.py",
+            POOLED_HOOK + "test_a_text_is_the_same_as_a_processor_and_patterns_may_have_their_own",
+            (", pooled=wanted[1], **hook)", ", **hook)")),
     *faults("lowbit_video/distributed/ring.py", "tests/lowbit_video/hook/recipe/test_recipe_processor.py",
             ("        if self.pools:\n", "        if False:\n")),
     *faults("lowbit_video/app/cli.py", "tests/lowbit_video/app/test_cli.py",

@@ -133,7 +133,7 @@ def test_bad_requests_are_named_before_any_work(pipe, tmp_path, capsys):
     for more, says in ((["--budget", "9", "--out", "r.toml"], "budget is '9'"),
                        (["--budget", "1x", "--out", "r"], "ends in .toml"),
                        (right[:-2], "p.txt has 2 prompts; 2 are to be measured and 1 held out"),
-                       ([*right, "--rungs", "pooled"], "unknown precision 'pooled'"),
+                       ([*right, "--rungs", "pooled"], "there is no rung 'pooled'"),
                        ([*right, "--speed", "none.json"], "no such file: none.json")):
         assert main([*command, *more]) == 2 and says in capsys.readouterr().err
     assert not apply(pipe, None).remove()
