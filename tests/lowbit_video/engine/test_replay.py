@@ -215,7 +215,7 @@ def call(device, q, k, v, precision, **more):
 
 CASES = [(precision, backend, lse) for precision in ("int8+fp16", "int8+fp8", "fp8+fp8", "int4+fp16", "int8/int2+fp8", "exact")
          for backend in ("triton", "hopper") for lse in (False, True)
-         if backend == "triton" or precision in ("int8+fp16", "int8+fp8", "fp8+fp8")]
+         if backend == "triton" or precision in ("int8+fp16", "int8+fp8", "fp8+fp8", "exact")]
 
 
 @pytest.mark.parametrize("precision,backend,lse", CASES)
@@ -402,6 +402,45 @@ def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision,
     if backend == "triton":
         with pytest.raises(ValueError, match="hopper-int8: V's address or strides are not multiples of 16 bytes"):
             run(q, k, v, AttentionOptions(precision, backend="hopper"))
+
+
+@pytest.mark.parametrize("spoilt", ["address", "stride", "last stride", None])
+@pytest.mark.parametrize("place", range(3), ids="qkv".__getitem__)
+def test_tensors_that_tma_cannot_read_are_refused_by_the_exact_hopper_kernel(device, place, spoilt):
+    given = tensors()
+    x = given[place]
+    given[place] = {"address": drawn(x.size + 8)[1:x.size + 1].reshape(x.shape), "stride": drawn(*x.shape[:3], 68)[..., :64],
+                    "last stride": drawn(*x.shape[:3], 128)[..., ::2], None: x}[spoilt]
+    options = AttentionOptions("exact", backend="hopper")
+    if spoilt in ("last stride", None):  # the first is copied
+        assert run(*given, options)[2].name == "hopper-exact"
+    else:
+        with pytest.raises(ValueError, match="hopper-exact: an address or a stride of Q, K or V is no multiple of 16 bytes"):
+            run(*given, options)
+    assert run(*given, AttentionOptions("exact"))[2].backend == "triton"
+
+
+@pytest.mark.parametrize("scale", [-0.2, np.array([-0.2], np.float32).view(Tensor)], ids=["number", "tensor"])
+def test_a_negative_scale_is_refused_by_the_exact_hopper_kernel(device, scale):
+    assert run(*tensors(), AttentionOptions("exact", scale=scale))[2].name == "triton-exact"
+    with pytest.raises(ValueError, match="hopper-exact: the scale is negative"):
+        run(*tensors(), AttentionOptions("exact", scale=scale, backend="hopper"))
+
+
+def test_the_exact_hopper_kernel_gets_the_callers_own_tensors(device):
+    """Nothing but one launch: three descriptors of the tensors as they lie, no scales, the scale of the scores."""
+    q, k, v = drawn(2, 4, 200, 64), drawn(2, 300, 2, 64).transpose(0, 2, 1, 3), drawn(2, 2, 300, 64)
+    out, lse, _ = run(q, k, v, AttentionOptions("exact", "HND", True, 0.3, True, "hopper"))
+    (_, grid, _, values), = device.log
+    found = dict(zip(hopper.attn_fwd_kernel.arg_names, values))
+    for x, name, rows in ((q, "q_desc", 64), (k, "k_desc", 128), (v, "v_desc", 128)):
+        assert (found[name].base.data_ptr(), list(found[name].shape)) == (x.data_ptr(), list(x.shape))
+        assert [2 * stride for stride in found[name].strides] == list(x.strides) and found[name].block_shape == [1, 1, rows, 64]
+    assert found["p_o"].data_ptr() == out.data_ptr() and found["p_lse"].data_ptr() == lse.data_ptr()
+    assert [found[name] for name in ("p_q_scale", "p_k_scale", "p_v_scale", "p_shift", "p_list")] == [None] * 5
+    assert found["sm_scale"] == pytest.approx(0.3 * LOG2_E)
+    assert [found[name] for name in ("heads_q", "heads_kv", "q_len", "kv_len", "n_work")] == [4, 2, 200, 300, 16]
+    assert grid[0] == 16 and (found["build"].causal, found["build"].lse, found["build"].lse_shift) == (True, True, False)
 
 
 def test_a_copied_input_and_an_unknown_triton_make_no_plan(device, monkeypatch):
