@@ -14,8 +14,8 @@ from ..operands import Operand
 from ..quant.quant_qk import ROUND_MAGIC, STEP_2, TINY, _cells
 from ..quant.shapes import ceil_div, row_strides, scale_count
 from .rows import prepared_rows, rotary_tile
-from .stats import ROWS, how_built, norm_arguments, scalars
-from .steps import Steps
+from .stats import how_built, norm_arguments, scalars
+from .steps import ROWS, Steps
 
 
 @triton.jit

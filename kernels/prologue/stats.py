@@ -12,10 +12,8 @@ from ..operands import Operand
 from ..quant.shapes import ceil_div
 from ..quant.token_stats import FOLD, fold_stats_kernel
 from .rows import prepared_rows, rotary_tile
-from .steps import Steps
+from .steps import ROWS, Steps
 
-ROWS = 128
-"""Tokens of a tile: those that share a scale of K."""
 HEADS = 6
 """Heads that share a tile of rotary tables."""
 
@@ -59,12 +57,6 @@ def prologue_stats_kernel(q, k, v, partial, q_weight, q_bias, k_weight, k_bias, 
 def how_built(steps: Steps, head_dim: int) -> tuple[int, int]:
     """(heads of a program, its warps); not measured yet."""
     return HEADS if steps.rotary else 1, 4 if head_dim < 64 else 8
-
-
-def partial_count(shape: tuple[int, int, int, int]) -> int:
-    """Float32 elements of scratch for each tensor [B, H, N, D] of which a statistic is asked."""
-    batch, heads, tokens, head_dim = shape
-    return batch * heads * ceil_div(tokens, ROWS) * head_dim
 
 
 def norm_arguments(steps: Steps) -> tuple[list[Buffer | None], dict]:

@@ -4,9 +4,14 @@ The steps that the fused kernels know, and why they do not serve others.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..formats import FORMAT_OF_DTYPE
+from ..formats import BLOCK_K, FORMAT_OF_DTYPE
+from ..quant.shapes import ceil_div
+
+ROWS = BLOCK_K
+"""Tokens of a tile, of which each leaves a row of partials: those that share a scale of K."""
 
 HEAD_DIMS = (32, 64, 128)
 """Head dims of the fused kernels: powers of two, of which a tile of 128 rows fits into registers."""
@@ -46,6 +51,22 @@ class Steps(NamedTuple):
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     rotary: Rotary | None = None
+
+
+def mapped(steps: Steps, change: Callable[[str, Any], Any]) -> Steps:
+    """The steps with `change(name, tensor)` in place of each tensor; names are "q_weight", "q_bias", "k_weight", "k_bias",
+    "cos" and "sin"."""
+    one = lambda name, tensor: None if tensor is None else change(name, tensor)
+    norms = [norm and norm._replace(weight=one(f"{of}_weight", norm.weight), bias=one(f"{of}_bias", norm.bias))
+             for of, norm in zip("qk", (steps.q_norm, steps.k_norm))]
+    rotary = steps.rotary
+    return Steps(*norms, rotary and rotary._replace(cos=one("cos", rotary.cos), sin=one("sin", rotary.sin)))
+
+
+def partial_count(shape: tuple[int, ...]) -> int:
+    """Float32 elements of scratch for each tensor [B, H, N, D] of which a statistic is asked."""
+    batch, heads, tokens, head_dim = shape
+    return batch * heads * ceil_div(tokens, ROWS) * head_dim
 
 
 def why_not(steps: Steps, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], dtype: str) -> str | None:

@@ -21,8 +21,8 @@ from lowbit_video.kernels.formats import QK_FORMATS  # noqa: E402
 from lowbit_video.kernels.operands import codes_of  # noqa: E402
 from lowbit_video.kernels.prologue import reference  # noqa: E402
 from lowbit_video.kernels.prologue.quant import launch_prologue_quant  # noqa: E402
-from lowbit_video.kernels.prologue.stats import launch_prologue_stats, partial_count  # noqa: E402
-from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps, why_not  # noqa: E402
+from lowbit_video.kernels.prologue.stats import launch_prologue_stats  # noqa: E402
+from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps, mapped, partial_count, why_not  # noqa: E402
 from lowbit_video.kernels.quant import reference as quant  # noqa: E402
 from lowbit_video.kernels.quant import shapes  # noqa: E402
 
@@ -59,9 +59,7 @@ def steps_of(kind, dim, rotary=None, dtype=np.float16, affine=True, rounds_first
 
 
 def as_buffers(steps):
-    norm = lambda one: one and one._replace(weight=buffer(one.weight), bias=buffer(one.bias))
-    rotary = steps.rotary and steps.rotary._replace(cos=buffer(steps.rotary.cos), sin=buffer(steps.rotary.sin))
-    return Steps(norm(steps.q_norm), norm(steps.k_norm), rotary)
+    return mapped(steps, lambda _, array: buffer(array))
 
 
 class Run:
