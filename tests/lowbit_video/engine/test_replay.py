@@ -16,6 +16,7 @@ import pytest
 from lowbit_video.engine import replay as plans
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.packing import Packing
+from lowbit_video.engine.prologue import tensors_of
 from lowbit_video.engine.run import run
 from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning
@@ -23,6 +24,7 @@ from lowbit_video.kernels import compiled, launch
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import LOG2_E
 from lowbit_video.kernels.operands import Operand, codes_of
+from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps
 from lowbit_video.kernels.shipped.kinds import kind_of, parameters
 from lowbit_video.kernels.stand_in import TensorDescriptor as Descriptor
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
@@ -159,13 +161,15 @@ def device(monkeypatch):
     from triton.runtime.driver import driver
 
     from lowbit_video.kernels.pooled import choose, part, tile_stats
+    from lowbit_video.kernels.prologue import quant, stats
     from lowbit_video.kernels.quant import quant_v, token_stats
 
     log, long, kept = Log(), [], []
     for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
                          (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel"),
                          *((tile_stats, f"{name}_tiles_kernel") for name in ("key", "fold", "query")), (choose, "score_kernel"),
-                         (choose, "list_kernel"), (part, "pooled_part_kernel")):
+                         (choose, "list_kernel"), (part, "pooled_part_kernel"), (stats, "prologue_stats_kernel"),
+                         (stats, "fold_stats_kernel"), (quant, "prologue_quant_kernel")):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
     monkeypatch.setattr(plans, "cuda_driver", Driver)
     monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_device=lambda: 0), raising=False)
@@ -243,6 +247,37 @@ def test_a_repeated_call_chooses_anew_what_it_pools(device, backend):
     assert again == first and len(device.long) == ways
     call(device, *tensors(400, 3), "int8+fp8", **options | dict(pooled=Pooled((0.3, 0.3, 0.4), 10)))
     assert len(device.long) > ways
+
+
+def steps(tokens=200, head_dim=64, eps=1e-6):
+    """A LayerNorm of Q and one of K, and positions of all tokens but the first ten."""
+    norms = [Norm("layer", eps, drawn(head_dim), drawn(head_dim)) for _ in "qk"]
+    return Steps(*norms, Rotary(*(drawn(tokens - 10, head_dim, dtype="float32") for _ in "cs"), 10, tokens - 10))
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_a_repeated_call_norms_by_its_own_weights(device, backend):
+    """Five launches beside attention; the second call's weights and tables are where the first one's were."""
+    def fused(given, steps, **more):
+        device.log.clear()
+        before = len(device.kept)
+        run(*given, AttentionOptions("int8+fp8", backend=backend, **more), steps=steps)
+        fresh = {f"fresh {number}": t for number, t in enumerate(device.kept[before:])}
+        return flat(device.log, dict(zip("qkv", given)) | tensors_of(steps) | fresh)
+
+    first = fused(tensors(), steps())
+    assert [name.rpartition(".")[2] for name, *_ in first] == [f"{name}_kernel" for name in (
+        "prologue_stats", "fold_stats", "quant_v", "prologue_quant", "attn_fwd")]
+    for launched in (first[0], first[3]):
+        assert {(name, 0) for name in ("q", "k", "q_weight", "q_bias", "k_weight", "k_bias", "cos", "sin")} <= {
+            value for value in launched[3] if isinstance(value, tuple)}
+    ways = len(device.long)
+    assert fused(tensors(), steps()) == first and len(device.long) == ways
+    call(device, *tensors(), "int8+fp8", backend=backend)
+    fused(tensors(), steps(eps=1e-5))
+    fused(tensors(), steps()._replace(rotary=None))
+    assert len(device.long) == ways + 6 + 5 + 5
+    assert fused(tensors(), steps(), scale=0.2) != first
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
