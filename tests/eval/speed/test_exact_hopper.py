@@ -141,7 +141,7 @@ def test_what_fails_costs_itself_alone(played, monkeypatch, tmp_path, capsys):
 def test_a_default_build_that_fails_fails_the_run_and_time_that_is_up_is_said(played, monkeypatch, tmp_path):
     out = tmp_path / "found.json"
     monkeypatch.setattr(hopper_builds, "check_all", lambda names, workers, module: {
-        name: dict(ok=name != exact_hopper.default_name(128)) for name in names})
+        name: dict(ok=True) for name in names if name != exact_hopper.default_name(128)})  # one gives no answer
     monkeypatch.setattr(exact_hopper.sys, "argv", ["x", "--out", str(out), "--seconds", "0", "--only", "64 hold"])
     assert exact_hopper.main() == 1
     report = json.loads(out.read_text())
