@@ -55,7 +55,8 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
               backend: str = "auto", say: Callable[[str], None] = print) -> Recipe:
     """Writes a recipe for a budget, and a picture beside it; the same prompts and settings give the same recipe.
 
-    pipe: as in `compare`. prompts: measured; held_out: none of them; the recipe's latents are compared with exact ones there.
+    pipe: as in `compare`, or a `TorchPipeline`. prompts: measured; held_out: none of them; the recipe's latents are compared
+        with exact ones there.
     settings: steps, size and guidance; steps must be known. speed: the JSON of a kernel benchmark, which prices the rungs.
     What is measured of a prompt is kept beside `out`, and a second start goes on from there.
     Raises ValueError for no prompts or one that is held out too, for a budget that cannot be met, and as `costs_of`.
@@ -95,7 +96,8 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
         "attention; everywhere: " + ", ".join(f"{rung} {db(error):.1f} dB at {cost:.3f}"
                                               for rung, (cost, error) in problem.uniform().items()))
     found = [_check(pipe, prompt, recipe, settings, seed, progress, say) for prompt in held_out]
-    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, order, budget, allocation, costs, left_out, found))
+    device = getattr(pipe, "device_name", environment()["device"])
+    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, device, order, budget, allocation, costs, left_out, found))
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe.save(out)
     from .plot import plot
@@ -183,7 +185,7 @@ def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:
     return round(error, 2)
 
 
-def _about(prompts, seed, settings, order, budget, allocation, costs, left_out, found) -> dict[str, Any]:
+def _about(prompts, seed, settings, device, order, budget, allocation, costs, left_out, found) -> dict[str, Any]:
     where = environment()
     return {"title": f"calibrated for {budget}", "model": settings.model, "prompts": list(prompts), "seed": seed,
             "steps": settings.steps, "order": order,
@@ -191,7 +193,7 @@ def _about(prompts, seed, settings, order, budget, allocation, costs, left_out, 
             "predicted_error_db": round(db(allocation.error), 2), "predicted_cost": round(allocation.cost, 4),
             **({"found_error_db": found} if found else {}), "cost_table": costs.said,
             "rungs": [f"{rung}: {cost:.3g}" for rung, cost in costs.of.items()], **({"left_out": left_out} if left_out else {}),
-            "hardware": f"measured on {where['machine']}, {where['device']}",
+            "hardware": f"measured on {where['machine']}, {device}",
             "versions": [f"{name} {version}" for name, version in where["versions"].items()], "commit": str(where["commit"])}
 
 
