@@ -26,6 +26,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
                         "int8+fp8's time in attention at most")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FILE", help="the recipe, which ends in .toml "
                         "(default: %(default)s)")
+    parser.add_argument("--measured", type=Path, metavar="DIR", help="where what is measured is kept, for further budgets "
+                        "(default: beside the recipe)")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line; # begins a comment")
     parser.add_argument("--limit", type=count, default=2, metavar="N", help="prompts that are measured (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=1, metavar="N", help="prompts after these that check the recipe "
@@ -105,5 +107,5 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head,
                 pooled=PooledPlan(**{name: value for name, value in pooled.items() if value is not None}))
     calibrate(pipe, prompts[:args.limit], budget, args.out, held_out=prompts[args.limit:args.limit + args.held_out],
-              settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, say=say)
+              settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, kept=args.measured, say=say)
     return 0
