@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from lowbit_video.token_order import ORDERS
 
-from ..cli import add_model, count, load, names, say
+from ..cli import add_model, count, load, names, say, settings_of
 
 DEFAULT_OUT = Path("outputs/calibrate/recipe.toml")
 HELP = "a recipe for a model: which bit width each layer and step needs"
@@ -19,10 +20,14 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Registers `lowbit-video calibrate`."""
     parser = subparsers.add_parser("calibrate", help=HELP, description=DESCRIPTION)
     add_model(parser)
+    parser.add_argument("--framework", choices=("paddle", "torch"), default="paddle", help="torch: through diffusers' "
+                        "CogVideoXPipeline, --device as torch names it (default: %(default)s)")
     parser.add_argument("--budget", required=True, metavar="45dB|1.1x", help="dB of the final latent at least, or times "
                         "int8+fp8's time in attention at most")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FILE", help="the recipe, which ends in .toml "
                         "(default: %(default)s)")
+    parser.add_argument("--measured", type=Path, metavar="DIR", help="where what is measured is kept, for further budgets "
+                        "(default: beside the recipe)")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line; # begins a comment")
     parser.add_argument("--limit", type=count, default=2, metavar="N", help="prompts that are measured (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=1, metavar="N", help="prompts after these that check the recipe "
@@ -62,6 +67,13 @@ def shares(text: str) -> tuple[float, ...]:
     return found
 
 
+def load_torch(args: argparse.Namespace) -> tuple[Any, Any]:
+    """As `eval.cli.load`, through diffusers."""
+    from .torch_pipeline import TorchPipeline
+
+    return TorchPipeline(args.model, args.dtype, args.device), settings_of(args)
+
+
 def run(args: argparse.Namespace) -> int:
     """`calibrate`: mistakes first, the model afterwards."""
     from lowbit_video.hook.order import order_tokens
@@ -88,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
     costs_of([UNIT], 1, 64, speed)
     args.model = model_or_small(args.model)
     check_writable(args.out)
-    pipe, settings = load(args)
+    pipe, settings = load(args) if args.framework == "paddle" else load_torch(args)
     if args.order != "raster":  # which every model has, also one that takes no other
         order_tokens(pipe, args.order)
     pooled = {"shares": args.pooled, "least": args.pooled_from}
     plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head,
                 pooled=PooledPlan(**{name: value for name, value in pooled.items() if value is not None}))
     calibrate(pipe, prompts[:args.limit], budget, args.out, held_out=prompts[args.limit:args.limit + args.held_out],
-              settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, say=say)
+              settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, kept=args.measured, say=say)
     return 0

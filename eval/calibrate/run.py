@@ -52,12 +52,13 @@ class Plan:
 
 def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, held_out: Sequence[str] = (),
               settings: Settings | None = None, plan: Plan | None = None, seed: int = 0, speed: Path = TABLE,
-              backend: str = "auto", say: Callable[[str], None] = print) -> Recipe:
+              backend: str = "auto", kept: Path | None = None, say: Callable[[str], None] = print) -> Recipe:
     """Writes a recipe for a budget, and a picture beside it; the same prompts and settings give the same recipe.
 
-    pipe: as in `compare`. prompts: measured; held_out: none of them; the recipe's latents are compared with exact ones there.
+    pipe: as in `compare`, or a `TorchPipeline`. prompts: measured; held_out: none of them; the recipe's latents are compared
+        with exact ones there.
     settings: steps, size and guidance; steps must be known. speed: the JSON of a kernel benchmark, which prices the rungs.
-    What is measured of a prompt is kept beside `out`, and a second start goes on from there.
+    kept: folder of what is measured of prompts, beside `out` by default; a second start goes on from there.
     Raises ValueError for no prompts or one that is held out too, for a budget that cannot be met, and as `costs_of`.
     """
     settings, plan = settings or Settings(), plan or Plan()
@@ -72,10 +73,11 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
         say(why_not)
     measured_rungs = [rung for rung in dict.fromkeys((*rungs, plan.probe)) if rung != "exact"]
     order = order_of(pipe)
-    files = {prompt: _file(out, prompt, seed, settings, plan, measured_rungs, order) for prompt in prompts}
+    kept = kept or out.parent / f"{out.stem}_measured"
+    files = {prompt: _file(kept, prompt, seed, settings, plan, measured_rungs, order) for prompt in prompts}
     todo = [prompt for prompt, file in files.items() if not file.is_file()]
     if len(todo) < len(prompts):
-        say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are measured already, in {files[prompts[0]].parent}")
+        say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are measured already, in {kept}")
     progress = Progress([*measuring.labels(ranges) * len(todo), *["check"] * 2 * len(held_out)], say)
     for prompt in todo:
         _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
@@ -95,7 +97,8 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
         "attention; everywhere: " + ", ".join(f"{rung} {db(error):.1f} dB at {cost:.3f}"
                                               for rung, (cost, error) in problem.uniform().items()))
     found = [_check(pipe, prompt, recipe, settings, seed, progress, say) for prompt in held_out]
-    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, order, budget, allocation, costs, left_out, found))
+    device = getattr(pipe, "device_name", environment()["device"])
+    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, device, order, budget, allocation, costs, left_out, found))
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe.save(out)
     from .plot import plot
@@ -183,7 +186,7 @@ def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:
     return round(error, 2)
 
 
-def _about(prompts, seed, settings, order, budget, allocation, costs, left_out, found) -> dict[str, Any]:
+def _about(prompts, seed, settings, device, order, budget, allocation, costs, left_out, found) -> dict[str, Any]:
     where = environment()
     return {"title": f"calibrated for {budget}", "model": settings.model, "prompts": list(prompts), "seed": seed,
             "steps": settings.steps, "order": order,
@@ -191,16 +194,16 @@ def _about(prompts, seed, settings, order, budget, allocation, costs, left_out, 
             "predicted_error_db": round(db(allocation.error), 2), "predicted_cost": round(allocation.cost, 4),
             **({"found_error_db": found} if found else {}), "cost_table": costs.said,
             "rungs": [f"{rung}: {cost:.3g}" for rung, cost in costs.of.items()], **({"left_out": left_out} if left_out else {}),
-            "hardware": f"measured on {where['machine']}, {where['device']}",
+            "hardware": f"measured on {where['machine']}, {device}",
             "versions": [f"{name} {version}" for name, version in where["versions"].items()], "commit": str(where["commit"])}
 
 
-def _file(out: Path, prompt: str, seed: int, settings: Settings, plan: Plan, rungs: Sequence[str], order: str) -> Path:
+def _file(folder: Path, prompt: str, seed: int, settings: Settings, plan: Plan, rungs: Sequence[str], order: str) -> Path:
     """Where a prompt's measurement is kept; of other settings another file."""
     about = {**asdict(plan), "rungs": list(rungs), "by_head": None, "pooled": None, "order": order, **settings.as_dict(),
              "fps": None, "model": Path(settings.model).name}
     key = json.dumps([prompt, seed, about], sort_keys=True)
-    return out.parent / f"{out.stem}_measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
 
 
 def _save(file: Path, measured: Measured) -> None:

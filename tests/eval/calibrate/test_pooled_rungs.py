@@ -115,7 +115,8 @@ def test_a_calibrated_recipe_errs_less_than_one_share_everywhere_at_the_same_cos
 def test_a_short_model_has_no_pooled_rungs_and_the_recipe_says_so(tmp_path):
     lines = []
     recipe = calibrate(ToyPipeline(layers=1), ["a"], Budget(cost=1.03), tmp_path / "r.toml", settings=SETTINGS,
-                       plan=Plan(rungs=("int8+fp16", "int8+fp8"), ranges=1), say=lines.append)
+                       plan=Plan(rungs=("int8+fp16", "int8+fp8"), ranges=1), kept=tmp_path / "there", say=lines.append)
+    assert len(list((tmp_path / "there").iterdir())) == 1 and not (tmp_path / "r_measured").exists()
     why = "no pooled rungs: choosing what to pool costs more than it saves below 8192 tokens (486 here)"
     assert why in lines and recipe.about["left_out"] == [why] and not any("pooled" in rung for rung in recipe.about["rungs"])
 
@@ -127,16 +128,17 @@ def test_the_command_line_reaches_the_plan(monkeypatch, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a\nb\n")
     words = ["calibrate", "--model", str(tmp_path), "--prompts", str(tmp_path / "p.txt"), "--budget", "40dB", "--out",
              str(tmp_path / "r.toml"), "--limit", "1"]
-    plans, orders = [], []
+    called, orders = [], []
     monkeypatch.setattr(cli, "load", lambda args: (SimpleNamespace(), "settings"))
     monkeypatch.setattr(order, "order_tokens", lambda pipe, named: orders.append(named))
-    monkeypatch.setattr(running, "calibrate", lambda *given, **named: plans.append(named["plan"]))
-    for more in ([], ["--pooled", "0.25,0.4", "--pooled-from", "900", "--order", "hilbert"], ["--pooled", "none"],
-                 ["--rungs", "int8+fp8,int8+fp8 pooled 0.4 always 6"]):
+    monkeypatch.setattr(running, "calibrate", lambda *given, **named: called.append((named["plan"], named["kept"])))
+    for more in ([], ["--pooled", "0.25,0.4", "--pooled-from", "900", "--order", "hilbert"],
+                 ["--pooled", "none", "--measured", "m"], ["--rungs", "int8+fp8,int8+fp8 pooled 0.4 always 6"]):
         args = build_parser("calibrate").parse_args([*words, *more])
         assert args.run(args) == 0
+    plans, folders = zip(*called)
     assert [plan.pooled for plan in plans] == [PooledPlan(), PooledPlan((0.25, 0.4), 900), PooledPlan(()), PooledPlan()]
-    assert orders == ["hilbert"]
+    assert orders == ["hilbert"] and folders == (None, None, Path("m"), None)
     assert plans[3].rungs == ("int8+fp8", "int8+fp8 pooled 0.4 always 6")
     for bad in ("0.3,1.2", "all", "0"):
         with pytest.raises(SystemExit):
