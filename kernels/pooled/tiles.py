@@ -13,8 +13,8 @@ from ..quant.shapes import ceil_div
 KEY_TILE = BLOCK_K
 """Keys that are pooled together; at block granularity also those that share a scale."""
 POOLED_FROM = 4096
-"""Keys from which pooling is offered where only what is faster is wanted: with 30 % kept it takes 0.74 and 0.95 of dense attention's
-time there (head dims 64 and 128 on an H100, eval/speed/experiments/pooled.json), at 2048 keys 1.01 and 1.28."""
+"""Keys from which pooling is offered where only what is faster is wanted: with 30 % kept it takes 0.74 and 0.95 of dense
+attention's time there (head dims 64 and 128 on an H100, eval/speed/experiments/pooled.json), at 2048 keys 1.01 and 1.28."""
 SLACK = 1e-6
 """Of a tile: a share that is a whole number of tiles but for its rounding is that number."""
 

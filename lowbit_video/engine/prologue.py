@@ -12,9 +12,18 @@ from lowbit_video.kernels.prologue import reference
 from lowbit_video.kernels.prologue.steps import Steps, mapped
 from lowbit_video.kernels.prologue.steps import why_not as why_not_of_shapes
 
+from ..errors import UnsupportedError
 from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 from .packing import Packing
+
+
+class NotFused(UnsupportedError):
+    """The fused kernels do not serve a call; reason: why, in words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"norms and positions cannot be fused with quantisation: {reason}; compute them first")
+        self.reason = reason
 
 
 def tensors_of(steps: Steps | None) -> dict[str, Any]:

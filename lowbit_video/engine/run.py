@@ -6,7 +6,6 @@ from typing import Any
 from lowbit_video.kernels.prologue.steps import Steps
 from lowbit_video.kernels.variants import KernelVariant
 
-from ..errors import UnsupportedError
 from ..runtime import detect
 from . import cpu, gpu, prologue, replay
 from .checks import check_finite, refuse_gradients, request_of
@@ -23,8 +22,8 @@ def run(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | No
     """(out, lse or None, the variant that ran) of q, k, v as `lowbit_video.attention` takes them.
 
     With `packing` they are [tokens, heads, head_dim], as `lowbit_video.attention_varlen` takes them. Inference only.
-    steps: of tensors, what is done to q and k first, in the same readings as quantisation. Raises UnsupportedError where the
-    fused kernels do not serve it.
+    steps: of tensors, what is done to q and k first, in the same readings as quantisation. Raises NotFused where the fused
+    kernels do not serve it.
     """
     if packing is None:
         tensors, lengths = (q, k, v), None
@@ -42,7 +41,7 @@ def run(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | No
     if steps is not None:
         reason = prologue.why_not(steps, q, k, v, options, packing, runtime)
         if reason is not None:
-            raise UnsupportedError(f"norms and positions cannot be fused with quantisation: {reason}; compute them first")
+            raise prologue.NotFused(reason)
     request = request_of(q, k, v, options, packing, runtime)
     variant = select(request, options.backend)
     refuse_gradients(runtime, q, k, v, *beside)

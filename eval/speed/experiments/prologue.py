@@ -247,6 +247,39 @@ def times(made: Made, like: Any, seconds: float) -> dict[str, Any]:
                 apart_to_fused=round(ms["apart"] / ms["fused"], 2))
 
 
+def step(name: str, like: Any, seconds: float, tiny: bool = False) -> dict[str, Any]:
+    """A whole step of a diffusers model with random weights, by processors that fuse and that do not."""
+    import torch
+
+    from lowbit_video import LowBitAttnProcessor, apply, coverage, remove
+    from lowbit_video.hook.base import set_processor
+    from lowbit_video.hook.report import attention_modules
+
+    from ..accuracy import sqnr_db
+    from ..step.models import MODELS
+    from ..timing import Timer, time_together
+
+    model, given = MODELS[name].make(str(like.device), torch.float32 if tiny else torch.bfloat16, tiny)
+    ways = {way: LowBitAttnProcessor("int8+fp8", fused_prologue=way == "fused") for way in ("apart", "fused")}
+
+    def run_by(way: str) -> Any:
+        for module in attention_modules(model).values():
+            set_processor(module, ways[way])
+        with torch.no_grad():
+            return model(**given, return_dict=False)[0]
+
+    apply(model, ways["apart"])
+    outs = {way: run_by(way).double().cpu().numpy() for way in ways}
+    ran = coverage(model).variants()  # of the last one
+    timed = time_together(Timer(detect.runtime_of(like), like), {way: lambda way=way: run_by(way) for way in ways},
+                          budget_ms=1e3 * seconds)
+    remove(model)
+    modules = len(attention_modules(model))
+    good = bool(np.isfinite(outs["fused"]).all()) and len(ran) == 1 and "fused prologue" in next(iter(ran))
+    return dict(ms={way: round(timing.median_ms, 3) for way, timing in timed.items()}, modules=modules, ran=ran,
+                sqnr_db=round(float(sqnr_db(outs["fused"], outs["apart"])), 1), check=dict(good=good))
+
+
 def main() -> int:
     """Checks, times, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -255,6 +288,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small shapes, checks only: for a CPU and Triton's interpreter")
     parser.add_argument("--seconds", type=float, default=1.0, help="of the GPU for a case's calls")
     parser.add_argument("--most", type=float, default=80.0, help="seconds after which no case begins")
+    parser.add_argument("--step", metavar="MODEL", default="cogvideox-2b",
+                        help="also a step of this model of `bench step`, on PyTorch; none: none (default: cogvideox-2b)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     like = detect.anchor(args.framework, "cpu" if args.tiny else "auto")
@@ -281,6 +316,11 @@ def main() -> int:
         except Exception as error:  # noqa: BLE001 - the others are still wanted
             tell(name, dict(failed=repr(error)[:600], where=traceback.format_exc()[-1500:]))
         made = None
+    if args.step != "none" and args.framework == "torch" and not args.tiny:
+        try:
+            tell(f"step {args.step}", step(args.step, like, 3 * args.seconds))
+        except Exception as error:  # noqa: BLE001 - what was measured is still wanted
+            tell(f"step {args.step}", dict(failed=repr(error)[:600], where=traceback.format_exc()[-1500:]))
     return summary(report, time.perf_counter() - begin)
 
 
@@ -291,7 +331,9 @@ def summary(report: dict[str, Any], seconds: float) -> int:
     print(f"{'ms':<22}" + "".join(title.rjust(12) for title in titles))
     for name, found in report["cases"].items():
         ms = found.get("ms")
-        if ms:
+        if ms and "call apart" not in ms:
+            print(f"{name:<22}{ms['apart']:12.3f}{ms['fused']:12.3f}  a whole step, {found['sqnr_db']} dB")
+        elif ms:
             print(f"{name:<22}{ms['apart']:12.3f}{ms['fused']:12.3f}{ms['fused statistics']:12.3f}{ms['fused codes']:12.3f}"
                   f"{found['fused_to_bytes_once']:11.2f}x{ms['call apart']:12.3f}{ms['call fused']:12.3f}")
     print(f"{len(report['cases'])} cases, not good: {', '.join(bad) or 'none'}, {seconds:.0f} s")
