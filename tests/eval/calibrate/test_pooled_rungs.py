@@ -36,7 +36,7 @@ def test_rungs_keep_the_models_text_and_short_sequences_have_none():
     plan = PooledPlan()
     assert plan.rungs(17776, 226) == tuple(f"int8+fp8 pooled {share:g} always 226" for share in SHARES)
     assert PooledPlan((0.25,), 10).rungs(10, 0) == ("int8+fp8 pooled 0.25",) and not plan.why_not(POOLED_FROM)
-    assert plan.rungs(POOLED_FROM - 1, 226) == () and "below 8192 tokens (8191 here)" in plan.why_not(POOLED_FROM - 1)
+    assert plan.rungs(POOLED_FROM - 1, 226) == () and "below 4096 tokens (4095 here)" in plan.why_not(POOLED_FROM - 1)
     assert PooledPlan(()).rungs(17776, 0) == () and "not asked for" in PooledPlan(()).why_not(17776)
 
 
@@ -117,7 +117,7 @@ def test_a_short_model_has_no_pooled_rungs_and_the_recipe_says_so(tmp_path):
     recipe = calibrate(ToyPipeline(layers=1), ["a"], Budget(cost=1.03), tmp_path / "r.toml", settings=SETTINGS,
                        plan=Plan(rungs=("int8+fp16", "int8+fp8"), ranges=1), kept=tmp_path / "there", say=lines.append)
     assert len(list((tmp_path / "there").iterdir())) == 1 and not (tmp_path / "r_measured").exists()
-    why = "no pooled rungs: choosing what to pool costs more than it saves below 8192 tokens (486 here)"
+    why = "no pooled rungs: choosing what to pool costs more than it saves below 4096 tokens (486 here)"
     assert why in lines and recipe.about["left_out"] == [why] and not any("pooled" in rung for rung in recipe.about["rungs"])
 
 
