@@ -14,9 +14,9 @@ from lowbit_video.kernels.pooled.tiles import counted_tiles
 from lowbit_video.rung import parts_of_rung
 
 UNIT = "int8+fp8"
-POOLING = 0.107
-"""Of int8+fp8's time: means, choice and attention to pooled keys, however many are kept. An estimate until the kernels are
-timed on a GPU (`eval/speed/experiments/pooled.py`): 0.8 ms beside 7.5 of a prototype on an H100, (2, 30, 17776, 64)."""
+POOLING = 0.108
+"""Of int8+fp8's time: means, choice and attention to pooled keys, however many are kept. At (2, 30, 17776, 64) on an H100 with
+0.3 kept (`eval/speed/experiments/pooled.json`); 0.09 to 0.13 with 0.5 to 0.1 kept, and half of that at 45106 tokens."""
 TABLE = Path(__file__).parents[1] / "speed" / "results" / "kernels.json"
 """The benchmark of this checkout; an installed package has none."""
 
