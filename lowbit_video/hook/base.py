@@ -92,7 +92,8 @@ class AttnProcessor:
     def attention_behind(self, attn: Any, q: Any, k: Any, v: Any, mask: Any, prepare: Callable[[Any, Any], tuple[Any, Any]],
                          steps: Callable[[], Steps | str]) -> Any:
         """The same of q and k as their projections left them: `prepare(q, k)` first. steps: that as `hook.prologue` has it."""
-        return self.attention_of(attn, *prepare(q, k), v, mask)
+        q, k = prepare(q, k)
+        return self.attention_of(attn, q, k, v, mask)
 
     def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None, **asked: Any) -> Any:
         """Attention for one module, counted in its record: [B, N, H, D] in and out. asked: of `attend`, if no mask."""

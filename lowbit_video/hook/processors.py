@@ -80,18 +80,19 @@ class LowBitAttnProcessor(AttnProcessor):
     def attention_behind(self, attn: Any, q: Any, k: Any, v: Any, mask: Any, prepare: Callable[[Any, Any], tuple[Any, Any]],
                          steps: Callable[[], Steps | str]) -> Any:
         """Norms and positions in the same readings as quantisation where that is asked for and served, else apart."""
-        if not (prologue.FUSED_PROLOGUE if self.fused_prologue is None else self.fused_prologue):
-            return super().attention_behind(attn, q, k, v, mask, prepare, steps)
-        found = self._why_apart(attn, q, mask) or steps()
+        asked = prologue.FUSED_PROLOGUE if self.fused_prologue is None else self.fused_prologue
+        if not asked or traced_by_torch(q) or traced_by_paddle(q):  # a graph's compiler fuses what it traces
+            q, k = prepare(q, k)
+            return self.attention_of(attn, q, k, v, mask)
+        found = self._why_apart(attn, mask) or steps()
         if isinstance(found, str):
             with self.apart(found):
-                return super().attention_behind(attn, q, k, v, mask, prepare, steps)
+                return self.attention_of(attn, *prepare(q, k), v, mask)
         return self.run(attn, q, k, v, before=Before(found, prepare))
 
-    def _why_apart(self, attn: Any, q: Any, mask: Any) -> str | None:
+    @staticmethod
+    def _why_apart(attn: Any, mask: Any) -> str | None:
         """Why norms and positions come before all that is done to q, k and v here, or None."""
-        if traced_by_torch(q) or traced_by_paddle(q):
-            return "a graph is being traced"
         if mask is not None:
             return "a mask was given"
         return None if attn.attention_slot.around is None else "the tokens are shared by several ranks"
