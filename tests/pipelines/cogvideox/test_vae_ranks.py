@@ -11,7 +11,7 @@ from lowbit_video.distributed.group import Group
 from lowbit_video.distributed.wavefront import Wavefront
 from lowbit_video.pipelines.cogvideox import vae as module
 from lowbit_video.pipelines.cogvideox.vae import AutoencoderKLCogVideoX
-from ranks import launch, run_threads
+from ranks import run_processes, run_threads
 
 from golden_cases import GOLDENS, cases
 
@@ -186,7 +186,7 @@ def test_a_rank_alone_in_its_group_works_as_without(model):
 
 
 def test_processes_give_the_bits_of_one(tmp_path):
-    _, _, written = launch(pathlib.Path(__file__).with_name("vae_on_ranks.py"), 3, tmp_path)
+    _, written = run_processes(pathlib.Path(__file__).with_name("vae_on_ranks.py"), 3, tmp_path)
     for rank in written:
         assert len(rank["same"]) == 2 and all(all(same) for same in rank["same"].values()), rank
         assert set(rank["sent"]) == {"decode", "encode"}
