@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("this needs an NVIDIA GPU, and PyTorch has none here; --tiny is a dry run without one")
     check_writable(args.out / f"{args.name}.json")
     logging.set_verbosity_error()
-    about = dict(gpu=torch.cuda.get_device_name() if device == "cuda" else "no GPU", tiny=args.tiny, commit=bench.settings.commit(),
-                 versions=bench.package_versions())
+    about = dict(gpu=torch.cuda.get_device_name() if device == "cuda" else "no GPU", tiny=args.tiny,
+                 commit=bench.settings.commit(), versions=bench.package_versions())
     results: list[dict[str, Any]] = []
     for name in chosen:
         print(name, flush=True)
