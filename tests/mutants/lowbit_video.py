@@ -27,6 +27,9 @@ TO_STATIC = "tests/lowbit_video/graph/test_to_static.py::"
 ULYSSES = "tests/lowbit_video/distributed/test_ulysses.py::"
 
 MUTANTS = [
+    *faults("lowbit_video/distributed/watch.py", "tests/lowbit_video/distributed/test_watch.py::"
+            "test_ranks_that_answer_at_once_are_told_no_more_often_than_once_a_beat",
+            ("                due = now + BEAT_S\n", ""), ("max(due - now, 0)", "None"), ("self.wire.state.count, ", "0, ")),
     *faults("lowbit_video/graph/tracing.py", TO_STATIC + "test_no_trace_wraps_all_modules_that_are_loaded",
             ('return _paddle_of(q) is None and "torch" in sys.modules', 'return "torch" in sys.modules'),
             ("if loaded is not None and isinstance(q, loaded.paddle.Tensor) else None", "if loaded is None else None"),
