@@ -72,6 +72,8 @@ def record_of(store: Store) -> dict:
     record |= {"model": last["settings"]["model"], "generation": last["generation"], "captions": len(summary.prompts),
                "captions_wanted": len(last["prompts"]), "best_exact": best, "by_the_reference": any(
                    "(reference" in variant for row in summary.rows for variant in row.attention)}
+    made = {row.run for row in summary.rows}
+    record["not_made"] = [name for name in last["runs"] if name not in made]
     record["rows"] = {row.run: {**quality_of(row), **times.get(row.run, {}), "failed": row.failed, "attention": row.attention,
                                 "fallbacks": row.fallbacks} for row in summary.rows}
     for run, share in record["kept"].items():
@@ -133,6 +135,8 @@ def markdown(record: dict) -> str:
         f"exact attention here ({record['best_exact']}).")]
     if record["captions"] < record["captions_wanted"]:
         lines.append(f"\nNot finished: {record['captions_wanted']} captions were asked for.")
+    if record["not_made"]:
+        lines.append(f"\nNot made before the time was over: {', '.join(record['not_made'])}.")
     if record["by_the_reference"]:
         lines.append("\nLow-bit attention ran by the NumPy reference on a CPU: its seconds are not a speed.")
     if record["missing"]:

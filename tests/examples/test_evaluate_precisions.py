@@ -138,7 +138,10 @@ def test_it_goes_on_where_it_was_stopped_with_the_same_figures(code, model, whol
     assert [line["run"] for line in lines(tmp_path)] == ["exact", "exact", "floor", "floor"]
     assert code.main([*begun, "--minutes", "0"]) == 0 and len(lines(tmp_path)) == 4
     assert "time is over" in capfd.readouterr().out
+    assert json.loads((tmp_path / "precisions.json").read_text())["not_made"] == ["int8+fp16", "int2+fp16"]
+    assert "Not made before the time was over: int8+fp16, int2+fp16." in (tmp_path / "precisions.md").read_text()
     assert code.main(begun) == 0
+    assert "Not made" not in (tmp_path / "precisions.md").read_text()
     assert len(made) == 9 + 3 * 3 + 4 * 2  # the exact videos of the first two captions are made again, as references
     figures = [{(v["prompt"], v["run"]): v["figures"] for v in lines(folder)} for folder in (tmp_path, whole)]
     assert figures[0] == figures[1]
