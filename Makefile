@@ -51,6 +51,8 @@ demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again 
 		examples/parallel.py --cfg-degree 1 $(ARGS)
 
 test parity: export OMP_NUM_THREADS ?= 1
+# Where nothing compiled is kept, both workers and each of some sixty processes compile this tree again: a second or more a time.
+test parity: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore=tests/parity --ignore=tests/fuzz $(ARGS)
 

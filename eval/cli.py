@@ -118,11 +118,16 @@ def load(args):
     """(pipeline, settings) of the arguments."""
     from lowbit_video.pipelines import load as load_pipeline
 
+    settings = settings_of(args)
+    return load_pipeline(args.model, dtype=args.dtype, device=args.device), settings
+
+
+def settings_of(args):
+    """What is asked of the pipeline for every video."""
     from .compare.settings import for_model
 
-    settings = for_model(args.model, steps=args.steps, guidance=args.guidance, frames=args.frames, height=args.height,
-                         width=args.width, fps=args.fps)
-    return load_pipeline(args.model, dtype=args.dtype, device=args.device), settings
+    return for_model(args.model, steps=args.steps, guidance=args.guidance, frames=args.frames, height=args.height,
+                     width=args.width, fps=args.fps)
 
 
 def run_compare(args) -> int:

@@ -23,7 +23,8 @@ class Request:
     device: "cpu" or "cuda". arch: compute capability, None on a CPU. q, k, pv: format names.
     dtype: of the tensors ("float16", "bfloat16", "float32"). only_if_faster: also refuse where exact
     attention is measured to be faster. interpret: Triton's CPU interpreter is on. v_aligned: V begins at, and its
-    dimensions step by, multiples of 16 bytes, as a kernel that reads V itself by TMA needs. pooled: some keys are pooled.
+    dimensions step by, multiples of 16 bytes, as a kernel that reads V itself by TMA needs; qk_aligned: so do Q and K. pooled:
+    some keys are pooled. negative: the scale is.
     """
 
     device: str
@@ -47,6 +48,8 @@ class Request:
     v_aligned: bool = True
     rotate: bool = False
     pooled: bool = False
+    qk_aligned: bool = True
+    negative: bool = False
 
     def __str__(self) -> str:
         where = f"sm_{self.arch[0]}{self.arch[1]}" if self.arch else self.device
@@ -61,7 +64,8 @@ class KernelVariant:
     qk: pairs of Q and K format. pv: formats of P.V. min_arch, max_arch: inclusive compute capabilities, None
     for a CPU kernel. head_dims: those served natively; padded: whether any multiple of 8 from 32 to the largest
     is served by padding. launcher: "module:function" from this folder on, imported when used. needs: names in NEEDS.
-    interpreted: whether Triton's CPU interpreter runs it too. note: a word for the tables.
+    interpreted: whether Triton's CPU interpreter runs it too. automatic: whether backend="auto" may take it; one that may not
+    waits for its measurement, and runs where its backend is asked for. note: a word for the tables.
     """
 
     name: str
@@ -78,6 +82,7 @@ class KernelVariant:
     features: frozenset[str] = field(default_factory=lambda: frozenset({"causal", "lse", "gqa", "varlen", "smooth_q"}))
     needs: tuple[str, ...] = ()
     interpreted: bool = False
+    automatic: bool = True
     note: str = ""
 
     @property
@@ -171,7 +176,7 @@ def _hopper_code(request: Request) -> str | None:
     from .shipped.choice import chosen, why_not_shipped
 
     who = chosen()
-    if who.shipped and not request.pooled:  # of those that pool keys none is shipped
+    if who.shipped and not request.pooled and request.q not in EXACT_FORMATS:  # of these none is shipped
         reason = why_not_shipped(arch=request.arch, lse=request.lse, group=request.heads // max(request.kv_heads, 1))
         if reason is None or not who.compiled:
             return reason and f"{reason}, and nothing is compiled: {who.why}"
@@ -191,8 +196,18 @@ def _v_by_tma(request: Request) -> str | None:
     return None
 
 
-NEEDS: dict[str, Callable[[Request], str | None]] = {"gluon": _hopper_code, "triton": _compiled,
-                                                          "v by tma": _v_by_tma}
+def _all_by_tma(request: Request) -> str | None:
+    if not (request.qk_aligned and request.v_aligned):
+        return "an address or a stride of Q, K or V is no multiple of 16 bytes (a contiguous copy's are)"
+    return None
+
+
+def _no_negative_scale(request: Request) -> str | None:
+    return "the scale is negative, and it takes row maxima before it multiplies by it" if request.negative else None
+
+
+NEEDS: dict[str, Callable[[Request], str | None]] = {"gluon": _hopper_code, "triton": _compiled, "v by tma": _v_by_tma,
+                                                          "all by tma": _all_by_tma, "a scale": _no_negative_scale}
 """What a kernel may need beside formats, sizes and a GPU: each says why a request does not meet it, or None."""
 
 
@@ -228,6 +243,12 @@ VARIANTS: tuple[KernelVariant, ...] = (
     KernelVariant(
         "triton-fp8", "triton", _FP8_QK, ("fp16", "fp8"), ".attention.portable:launch_attn_fwd",
         min_arch=(8, 9), needs=("triton",), interpreted=True),
+    KernelVariant(
+        "hopper-exact", "hopper", (("fp16", "fp16"), ("bf16", "bf16")), ("fp16", "bf16"),
+        ".attention.hopper.launch:launch_attn_fwd", min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False,
+        dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("gluon", "all by tma", "a scale"),
+        automatic=False,  # until it has run on a GPU
+        note="Gluon: TMA, warp specialisation"),
     KernelVariant(
         "triton-exact", "triton", _EXACT_QK, EXACT_FORMATS,
         ".attention.portable:launch_attn_fwd", min_arch=(8, 0), needs=("triton",), interpreted=True,

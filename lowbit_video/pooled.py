@@ -1,7 +1,10 @@
 """`Pooled`: which part of an attention call's keys runs at its precision, while the rest is pooled."""
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
+
+from lowbit_video.kernels.pooled.tiles import counted_tiles
 
 from .arguments import number, shown, whole
 
@@ -41,6 +44,13 @@ class Pooled:
             raise ValueError(f"keep has {len(shares)} shares, and q has {heads} heads; give one number, or one for each head")
         return shares
 
+    def tiles(self, batch: int, heads: int, q_len: int, kv_len: int, head_dim: int) -> tuple[int, int]:
+        """How many pairs of a query tile and a key tile a call of that shape keeps, and how many it pools.
+
+        Raises ValueError as `of_heads`.
+        """
+        return _tiles(self, batch, heads, q_len, kv_len, head_dim)
+
     @property
     def all_kept(self) -> bool:
         """Whether nothing is pooled: then it is attention as without this."""
@@ -49,6 +59,12 @@ class Pooled:
     def __str__(self) -> str:
         kept = f"{min(self.keep):g}-{max(self.keep):g}" if isinstance(self.keep, tuple) else f"{self.keep:g}"
         return f"pooled {kept}"
+
+
+@functools.lru_cache(maxsize=256)  # a model's calls are alike
+def _tiles(pooled: Pooled, batch: int, heads: int, q_len: int, kv_len: int, head_dim: int) -> tuple[int, int]:
+    counts = [counted_tiles(share, pooled.always, q_len, kv_len, head_dim) for share in pooled.of_heads(heads)]
+    return batch * sum(kept for kept, _ in counts), batch * sum(left for _, left in counts)
 
 
 def _share(given: object) -> float:

@@ -15,7 +15,10 @@ from .arguments import shown, whole
 from .engine.options import options_of
 from .engine.packing import Packing
 from .engine.run import run
+from .errors import UnsupportedError
+from .pooled import Pooled
 from .precision import Precision
+from .rung import as_rung
 from .runtime import cuda_driver, detect
 
 Shape = tuple[int, int, int, int] | tuple[tuple[int, ...], int, int]
@@ -24,19 +27,21 @@ Shape = tuple[int, int, int, int] | tuple[tuple[int, ...], int, int]
 
 def warmup(shapes: Iterable[Shape], precision: str | Precision = "int8+fp16", *, dtype: str = "float16",
            framework: str | None = None, device: str = "auto", is_causal: bool = False, return_lse: bool = False,
-           kv_heads: int | None = None, backend: str = "auto") -> dict[Shape, float]:
+           kv_heads: int | None = None, backend: str = "auto", pooled: Pooled | None = None) -> dict[Shape, float]:
     """Runs attention once per shape on unwritten tensors, so that Triton compiles its kernels (and caches them on disk).
 
     shapes: (batch, tokens, heads, head_dim) as the model will call `attention`, or (lengths, heads, head_dim), such as
         ((17776, 226), 30, 64), as it will call `attention_varlen`. Triton specialises kernels by properties of a shape
         (such as a length that divides by 16), hence real shapes. dtype: of the tensors.
+    pooled: as `attention` takes it, or in the precision's text, "int8+fp8 pooled 0.3 always 226"; packed sequences have none.
     framework: "paddle" or "torch"; default the one that is imported, Paddle first. device: "auto" is the GPU if there is one.
     Returns the milliseconds that each shape's first call took beyond its second: compilation and loading. On a CPU nothing
         is compiled and every value is 0.
     Raises as `attention` for what no kernel serves, ValueError or TypeError for a shape of neither form, a dtype that no kernel
         takes and choices that do not exist, on a CPU too.
     """
-    options = options_of(precision, "NHD", is_causal, None, return_lse, backend, None)
+    precision, pooled = as_rung(precision, pooled)
+    options = options_of(precision, "NHD", is_causal, None, return_lse, backend, None, False, pooled)
     if not isinstance(dtype, str) or dtype not in FORMAT_OF_DTYPE:
         raise ValueError(f"unknown dtype {shown(dtype)}; there are: {', '.join(FORMAT_OF_DTYPE)}")
     try:
@@ -44,6 +49,11 @@ def warmup(shapes: Iterable[Shape], precision: str | Precision = "int8+fp16", *,
     except TypeError:
         raise TypeError(f"shapes is {shown(shapes)}; give a list of shapes") from None
     shapes = [_form(shape) for shape in shapes]
+    if options.pools is not None:
+        if any(lengths is not None for _, _, lengths in shapes):
+            raise UnsupportedError("pooled keys are not supported with packed sequences; warm those up without pooled")
+        for shape, _, _ in shapes:
+            options.pools.of_heads(shape[-2])
     if kv_heads is not None:
         kv_heads = whole("kv_heads", kv_heads, 1)
         uneven = [shape[-2] for shape, _, _ in shapes if shape[-2] % kv_heads]

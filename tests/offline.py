@@ -29,6 +29,9 @@ from lowbit_video.kernels.pooled.choose import launch_lists, launch_scores
 from lowbit_video.kernels.pooled.part import launch_pooled_part
 from lowbit_video.kernels.pooled.tile_stats import launch_key_tiles, launch_query_tiles
 from lowbit_video.kernels.pooled.tiles import query_tile
+from lowbit_video.kernels.prologue.quant import launch_prologue_quant
+from lowbit_video.kernels.prologue.stats import launch_prologue_stats
+from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 from lowbit_video.kernels.quant.quant_v import launch_quant_v
 from lowbit_video.kernels.quant.token_stats import launch_stats
@@ -130,6 +133,20 @@ class Pooling(NamedTuple):
         return f"{sm(self.arch)} pooling D{self.head_dim} {self.dtype}"
 
 
+class Prologue(NamedTuple):
+    """The builds of the fused prologue for tensors of one head dim, LayerNorm or RMSNorm, with rotary positions or without."""
+
+    arch: tuple[int, int]
+    head_dim: int
+    dtype: str
+    norm: str
+    rotary: bool
+    format: str = "int8"
+
+    def __str__(self) -> str:
+        return f"{sm(self.arch)} prologue D{self.head_dim} {self.dtype} {self.norm}{' rotary' * self.rotary} {self.format}"
+
+
 class Hopper(NamedTuple):
     """One build of the Hopper kernel; lse: none, "lse", or "shifted" by what K smoothing took."""
 
@@ -227,7 +244,9 @@ def _launch_exchange(case: Exchange) -> None:
 
 def _launch_hopper(case: Hopper) -> None:
     x, float32 = operand((2, 6, 1000, case.head_dim), case.dtype), buffer("float32")
-    codes = codes_of(x, case.qk, buffer("int8"), float32, None), codes_of(x, case.qk, buffer("int8"), float32, BLOCK_K)
+    codes = (x, x)
+    if case.qk not in EXACT:
+        codes = codes_of(x, case.qk, buffer("int8"), float32, None), codes_of(x, case.qk, buffer("int8"), float32, BLOCK_K)
     hopper.launch_attn_fwd(
         *codes, v_codes_of(x, buffer("int8"), float32) if case.pv == "fp8" else x, x, sm_scale=0.1, is_causal=case.causal,
         lse=float32 if case.lse else None, lse_shift=float32 if case.lse == "shifted" else None,
@@ -247,8 +266,21 @@ def _launch_pooling(case: Pooling) -> None:
                        sm_scale=0.1)
 
 
+def _launch_prologue(case: Prologue) -> None:
+    """INT4 with all that smoothing asks: means of Q and K, and both corrections."""
+    x, float32 = operand((2, 30, 17776, case.head_dim), case.dtype), buffer("float32")
+    norm = Norm(case.norm, 1e-6, x.buffer, x.buffer if case.norm == "layer" else None, case.norm == "rms")
+    steps = Steps(norm, norm, Rotary(float32, float32, 226, 17550) if case.rotary else None)
+    whole = case.format == "int4"
+    codes = [codes_of(x, case.format, buffer("uint8"), float32, block)
+             for block in (None, scale_block("k", "token" if whole else "block"))]
+    given = lambda: float32 if whole else None
+    launch_prologue_stats(x, x, x, steps, float32, q_mean=given(), k_mean=float32, v_scale=float32)
+    launch_prologue_quant(x, x, *codes, steps, q_mean=given(), k_mean=float32, lse_shift=given(), score_bias=given())
+
+
 LAUNCH = {Attention: _launch_attention, Quantisers: _launch_quantisers, Exchange: _launch_exchange, Hopper: _launch_hopper,
-          Pooling: _launch_pooling}
+          Pooling: _launch_pooling, Prologue: _launch_prologue}
 """How a case is launched."""
 
 

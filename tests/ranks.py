@@ -1,10 +1,14 @@
-"""Several ranks for a test: as threads of this process, or as processes that `paddle.distributed.launch` starts."""
+"""Several ranks for a test: as threads of this process, as processes that meet by gloo, or as those that a launcher starts."""
 import json
+import multiprocessing
 import os
 import queue
+import runpy
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 
 class ThreadWire:
@@ -134,3 +138,46 @@ def launch(script, ranks, folder, *arguments, timeout=240, environment=None, che
         written.append(json.load(open(out)) if os.path.exists(out) else None)
     assert not check or done.returncode == 0, "\n".join(text[-3000:] for text in logs)
     return done.returncode, logs, written
+
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["paddle"])
+
+
+def run_processes(script, ranks, folder, timeout=240, environment=None):
+    """Runs a script on `ranks` processes with what `paddle.distributed.launch` tells its own: for tests of what ranks do.
+
+    All are forked from one process that has imported Paddle, which takes longer than many a script.
+    Returns (output of each rank, what each rank wrote as JSON to $RANK_OUT/<rank>.json); raises AssertionError with the
+    outputs unless every status is 0.
+    """
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks + 1)]
+    master, *own = [f"127.0.0.1:{server.getsockname()[1]}" for server in servers]
+    for server in servers:
+        server.close()
+    logs = [os.path.join(folder, f"rank{rank}.log") for rank in range(ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        variables = {**_environment(folder), **(environment or {}), "PADDLE_MASTER": master, "PADDLE_TRAINER_ID": str(rank),
+                     "PADDLE_TRAINERS_NUM": str(ranks), "PADDLE_RANK_IN_NODE": str(rank), "PADDLE_DISTRI_BACKEND": "gloo",
+                     "PADDLE_CURRENT_ENDPOINT": own[rank], "PADDLE_TRAINER_ENDPOINTS": ",".join(own)}
+        processes.append(FORKED.Process(target=_run_rank, args=(str(script), variables, log)))
+        processes[-1].start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+        process.kill()
+        process.join()
+    outputs = [open(log).read() for log in logs]
+    assert not any(process.exitcode for process in processes), "\n".join(text[-3000:] for text in outputs)
+    written = [os.path.join(folder, f"{rank}.json") for rank in range(ranks)]
+    return outputs, [json.load(open(path)) if os.path.exists(path) else None for path in written]
+
+
+def _run_rank(script, variables, log):
+    """What such a process does."""
+    os.environ.update(variables)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    runpy.run_path(script, run_name="__main__")

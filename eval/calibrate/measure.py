@@ -8,7 +8,7 @@ that output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from lowbit_video.errors import UnsupportedError
 from lowbit_video.hook.apply import apply
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
 from lowbit_video.hook.report import attention_modules, transformer_of
+from lowbit_video.kernels.pooled.tiles import query_tile
 from lowbit_video.runtime.detect import runtime_of
 
 from ..compare.layers import Gated, StepClock
 from ..compare.progress import Progress
 from ..compare.settings import Settings
+from .pooled import Look, rows_of_tiles
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Measured:
 class Probe(ExactAttnProcessor):
     """Exact attention of one module; at some steps every rung is measured beside it.
 
-    rungs: their processors. rows: about how many query rows are compared, evenly spaced. steps: those that are measured.
+    rungs: their processors. rows: about how many query rows are compared, evenly spaced; where some rung pools keys, in whole
+        tiles, for the rows of a tile choose together. steps: those that are measured.
     squared: step -> one [R, H] a call; whole: step -> squared outputs; peaks: step -> one [H, 3] a call.
     """
 
@@ -66,16 +69,25 @@ class Probe(ExactAttnProcessor):
             raise UnsupportedError("calibration measures attention that is not causal and asks for no LSE")
         runtime = runtime_of(q)
         self.shape = tuple(runtime.shape(q))
-        stride = max(1, self.shape[1] // self.rows)
-        rows = slice(stride // 2, None, stride)
-        exact = runtime.to_numpy(out[:, rows]).astype(np.float64)
-        low = [runtime.to_numpy(rung.attend(q[:, rows], k, v, scale=scale)) for rung in self.rungs]
+        rows, placed = self._compared()
+        cut = lambda t: t[:, rows[0]] if len(rows) == 1 else runtime.concat([t[:, some] for some in rows], 1)
+        compared = lambda t: runtime.to_numpy(t)[:, placed:]
+        exact, few = compared(cut(out)).astype(np.float64), cut(q)
+        low = [compared(rung.attend(few, k, v, scale=scale)) for rung in self.rungs]
         self.squared.setdefault(self.clock.step, []).append(np.stack([np.square(x - exact).sum((0, 1, 3)) for x in low]))
         self.whole.setdefault(self.clock.step, []).append(float(np.square(exact).sum()))
         tops = [np.abs(runtime.to_numpy(x)).max((0, 1, 3)) for x in (q, k, v)]
         self.peaks.setdefault(self.clock.step, []).append(
             np.stack([top.repeat(len(tops[0]) // len(top)) for top in tops], -1))  # heads that share keys share their peaks
         return out
+
+    def _compared(self) -> tuple[list[slice], int]:
+        """Query rows that are given to the rungs, and how many of the first ones are not compared."""
+        text = [rung.pooled.always for rung in self.rungs if rung.pools]
+        if text:
+            return rows_of_tiles(self.shape[1], max(text), query_tile(self.shape[3]), self.rows)
+        stride = max(1, self.shape[1] // self.rows)
+        return [slice(stride // 2, None, stride)], 0
 
     def error(self, steps: set[int]) -> np.ndarray:
         """[R, H], the mean over calls of some steps."""
@@ -121,6 +133,13 @@ def measure(pipe: Any, prompt: str, rungs: Sequence[str], probe: str, ranges: Se
         gains.append(relative_error(latents, exact) / max(local, 1e-30))
     _, tokens, _, head_dim = recorders[names[0]].shape
     return Measured(errors, np.array(gains), peaks, tokens, head_dim)
+
+
+def look(pipe: Any, prompt: str, settings: Settings, seed: int, progress: Progress) -> tuple[int, int]:
+    """Tokens of the attention, and how many of them are text at the beginning: of one step."""
+    seen = Look()
+    latents_of(pipe, prompt, replace(settings, steps=1), seed, StepClock(progress), seen, "look", "looked at: tokens and text")
+    return seen.tokens, seen.text
 
 
 def latents_of(pipe: Any, prompt: str, settings: Settings, seed: int, clock: StepClock, attention: Any, label: str, text: str

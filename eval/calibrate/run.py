@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from lowbit_video.arguments import shown
 from lowbit_video.files import write_whole
+from lowbit_video.hook.order import order_of
 from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.hook.recipe.rule import STEP_DIGITS, Rule, steps_text
 from lowbit_video.hook.report import attention_modules, transformer_of
@@ -24,7 +25,8 @@ from ..compare.settings import Settings, environment
 from . import measure as measuring
 from . import scales
 from .costs import TABLE, Costs, bits_of, costs_of
-from .measure import Measured, latents_of, measure, relative_error
+from .measure import Measured, latents_of, look, measure, relative_error
+from .pooled import PooledPlan
 from .solve import Allocation, Budget, db, solve
 
 RUNGS = ("exact", "int8+fp16", "int8+fp8")
@@ -40,7 +42,8 @@ class Plan:
 
     rungs: that may be chosen. probe: the rung that measures how far errors of a range of steps get; its error must be large
     enough to be seen and small enough to add up. ranges: of steps, of equal length. samples: steps of each that are recorded.
-    rows: query rows that are compared. by_head: whether heads of a layer may differ. scheme: one of SCHEMES.
+    rows: query rows that are compared. by_head: whether heads of a layer may differ. scheme: one of SCHEMES. pooled: rungs
+    with pooled keys beside these, where sequences are long enough and no bits are counted.
     Raises ValueError for a scheme that does not exist, or rungs that the scheme "seed" does not choose among.
     """
 
@@ -51,6 +54,7 @@ class Plan:
     rows: int = 128
     by_head: bool = False
     scheme: str = "measured"
+    pooled: PooledPlan = field(default_factory=PooledPlan)
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -61,15 +65,17 @@ class Plan:
 
 def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Path, *, held_out: Sequence[str] = (),
               settings: Settings | None = None, plan: Plan | None = None, seed: int = 0, speed: Path = TABLE,
-              backend: str = "auto", say: Callable[[str], None] = print) -> Recipe:
+              backend: str = "auto", kept: Path | None = None, say: Callable[[str], None] = print) -> Recipe:
     """Writes a recipe for a budget, and a picture beside it; the same prompts and settings give the same recipe.
 
-    pipe: as in `compare`. prompts: measured; held_out: none of them; the recipe's latents are compared with exact ones there.
+    pipe: as in `compare`, or a `TorchPipeline`. prompts: measured; held_out: none of them; the recipe's latents are compared
+        with exact ones there.
     budget: one of bits prices rungs by theirs; the scheme "seed" takes one of bits, or None, which leaves its thresholds.
+        Where bits are counted, rungs with pooled keys, which have none, are left out.
     settings: steps, size and guidance; steps must be known. speed: the JSON of a kernel benchmark, which prices the rungs.
-    What is measured of a prompt is kept beside `out`, and a second start goes on from there.
+    kept: folder of what is measured of prompts, beside `out` by default; a second start goes on from there.
     Raises ValueError for no prompts or one that is held out too, for a budget that cannot be met or that the scheme does not
-    take, and as `costs_of`.
+    take, and as `costs_of` and `bits_of`.
     """
     settings, plan = settings or Settings(), plan or Plan()
     check_budget(budget, plan.scheme)
@@ -77,22 +83,25 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
         raise ValueError("give at least one prompt to calibrate on, and others to check on")
     if not settings.steps:
         raise ValueError("the number of denoising steps is not known; give --steps")
-    rungs = [rung for rung in plan.rungs if rung != "exact"]
-    measured_rungs = list(dict.fromkeys((*rungs, plan.probe)))
     ranges = step_groups(settings.steps, plan.ranges)
-    files = {prompt: _file(out, prompt, seed, settings, plan, measured_rungs) for prompt in prompts}
+    by_bits = plan.scheme == "seed" or budget.bits is not None
+    rungs, left_out = _rungs(pipe, prompts[0], settings, seed, plan, by_bits, say)
+    measured_rungs = [rung for rung in dict.fromkeys((*rungs, plan.probe)) if rung != "exact"]
+    order = order_of(pipe)
+    kept = kept or out.parent / f"{out.stem}_measured"
+    files = {prompt: _file(kept, prompt, seed, settings, plan, measured_rungs, order) for prompt in prompts}
     todo = [prompt for prompt, file in files.items() if not file.is_file()]
     if len(todo) < len(prompts):
-        say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are measured already, in {files[prompts[0]].parent}")
+        say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are measured already, in {kept}")
     progress = Progress([*measuring.labels(ranges) * len(todo), *["check"] * 2 * len(held_out)], say)
     for prompt in todo:
         _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
                                      samples=plan.samples, rows=plan.rows, backend=backend, progress=progress))
     measured = [_load(file) for file in files.values()]
-    by_bits = plan.scheme == "seed" or budget.bits is not None
-    costs = bits_of(plan.rungs) if by_bits else costs_of(plan.rungs, measured[0].tokens, measured[0].head_dim, speed)
-    if costs.lacking:
-        say(f"not priced, so not chosen: {', '.join(costs.lacking)}")
+    costs = bits_of(rungs) if by_bits else costs_of(rungs, measured[0].tokens, measured[0].head_dim, speed)
+    for rung in costs.lacking:
+        left_out.append(f"not priced, so not chosen: {rung}")
+        say(left_out[-1])
     problem = Problem.of(measured, measured_rungs, costs, ranges, settings.steps, plan.by_head)
     allocation = problem.solve(budget) if plan.scheme == "measured" else problem.by_scales(budget)
     names = list(attention_modules(transformer_of(pipe)))
@@ -102,7 +111,9 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
     say(f"predicted: {db(allocation.error):.1f} dB of the final latent at {allocation.cost:.3f} {costs.unit}; everywhere: "
         + ", ".join(f"{rung} {db(error):.1f} dB at {cost:.3f}" for rung, (cost, error) in problem.uniform().items()))
     found = [_check(pipe, prompt, recipe, settings, seed, progress, say) for prompt in held_out]
-    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, _goal(plan.scheme, budget), allocation, costs, found))
+    device = getattr(pipe, "device_name", environment()["device"])
+    goal = _goal(plan.scheme, budget)
+    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, device, order, goal, allocation, costs, left_out, found))
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe.save(out)
     from .plot import plot
@@ -192,6 +203,19 @@ def rules_of(cells: np.ndarray, layers: Sequence[str], edges: Sequence[tuple[flo
     return [Rule(base), *rules]
 
 
+def _rungs(pipe, prompt, settings, seed, plan, by_bits, say) -> tuple[list[str], list[str]]:
+    """The rungs to choose from, and why there are no others, which is said."""
+    seen = plan.pooled.shares and not by_bits
+    tokens, text = look(pipe, prompt, settings, seed, Progress(["look"], say)) if seen else (0, 0)
+    why_not = plan.pooled.why_not(tokens, by_bits)
+    rungs = list(dict.fromkeys((*plan.rungs, *(() if why_not else plan.pooled.rungs(tokens, text)))))
+    lacking = bits_of(rungs).lacking if by_bits else ()
+    left_out = [*[why_not] * bool(why_not), *(f"without bits, so not chosen: {rung}" for rung in lacking)]
+    for reason in left_out:
+        say(reason)
+    return [rung for rung in rungs if rung not in lacking], left_out
+
+
 def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:
     """The error of the final latent in dB, of a prompt that was not measured."""
     clock = StepClock(progress)
@@ -215,22 +239,24 @@ def _goal(scheme: str, budget: Budget | None) -> str:
     return "its sizes of Q, K and V, " + ("thresholds as they are" if budget is None else f"thresholds moved for {budget}")
 
 
-def _about(prompts, seed, settings, goal, allocation, costs, found) -> dict[str, Any]:
+def _about(prompts, seed, settings, device, order, goal, allocation, costs, left_out, found) -> dict[str, Any]:
     where = environment()
     return {"title": f"calibrated for {goal}", "model": settings.model, "prompts": list(prompts), "seed": seed,
-            "steps": settings.steps, "metric": "squared error of the final latent, in dB of its energy", "budget": goal,
+            "steps": settings.steps, "order": order,
+            "metric": "squared error of the final latent, in dB of its energy", "budget": goal,
             "predicted_error_db": round(db(allocation.error), 2), "predicted_cost": round(allocation.cost, 4),
             **({"found_error_db": found} if found else {}), "cost_table": costs.said,
-            "hardware": f"measured on {where['machine']}, {where['device']}",
+            "rungs": [f"{rung}: {cost:.3g}" for rung, cost in costs.of.items()], **({"left_out": left_out} if left_out else {}),
+            "hardware": f"measured on {where['machine']}, {device}",
             "versions": [f"{name} {version}" for name, version in where["versions"].items()], "commit": str(where["commit"])}
 
 
-def _file(out: Path, prompt: str, seed: int, settings: Settings, plan: Plan, rungs: Sequence[str]) -> Path:
+def _file(folder: Path, prompt: str, seed: int, settings: Settings, plan: Plan, rungs: Sequence[str], order: str) -> Path:
     """Where a prompt's measurement is kept; of other settings another file."""
-    about = {**asdict(plan), "rungs": list(rungs), "by_head": None, "scheme": None, **settings.as_dict(), "fps": None,
-             "model": Path(settings.model).name}
+    about = {**asdict(plan), "rungs": list(rungs), "by_head": None, "pooled": None, "scheme": None, "order": order,
+             **settings.as_dict(), "fps": None, "model": Path(settings.model).name}
     key = json.dumps([prompt, seed, about], sort_keys=True)
-    return out.parent / f"{out.stem}_measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
 
 
 def _save(file: Path, measured: Measured) -> None:

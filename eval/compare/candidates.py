@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.hook.apply import apply
-from lowbit_video.hook.recipe.recipe import PRESETS, Recipe
-from lowbit_video.precision import as_precision
+from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
+from lowbit_video.rung import as_rung
 
 from .floor import ReorderedExactProcessor
 
@@ -40,8 +40,9 @@ def as_candidate(named: Any) -> Candidate:
     """Read a candidate.
 
     Args:
-        named: a precision such as "int4+fp16"; a recipe's file, which ends in .toml, or a preset's name; "module:Class" (made
-            without arguments) or "module:function" (called, gives a processor); or a Candidate.
+        named: a precision such as "int4+fp16", or with pooled keys "int8+fp8 pooled 0.3"; a recipe's file, which ends in .toml,
+            or a preset's name; "module:Class" (made without arguments) or "module:function" (called, gives a processor); or a
+            Candidate.
 
     Raises:
         ValueError: an unknown precision (lists what exists), a recipe that cannot be meant, the reserved names "exact" and
@@ -52,11 +53,11 @@ def as_candidate(named: Any) -> Candidate:
     text = str(named)
     if text in (EXACT, FLOOR):
         raise ValueError(f"{text!r} always runs, as the reference or its twin; name low-bit precisions or module:Class")
-    if text in PRESETS or text.endswith(".toml"):
+    if names_recipe(text):
         recipe = Recipe.load(text)
         return Candidate(text, lambda: recipe)
     if ":" not in text:
-        as_precision(text)
+        as_rung(text)
         return Candidate(text, lambda: text)
     module, _, attribute = text.partition(":")
     here = str(Path.cwd())

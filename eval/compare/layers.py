@@ -9,6 +9,7 @@ and over each step group are those measured (iterative proportional fitting).
 from __future__ import annotations
 
 import fnmatch
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -108,8 +109,8 @@ class Gated:
     def __init__(self, processor: Any, clock: StepClock, steps: range) -> None:
         self.inside, self.outside, self.clock, self.steps = processor, ExactAttnProcessor(), clock, steps
 
+    @functools.wraps(ExactAttnProcessor.__call__)  # diffusers passes what it finds in the signature
     def __call__(self, *arguments: Any, **named: Any) -> tuple[Any, Any]:
-        """As any processor."""
         return (self.inside if self.clock.step in self.steps else self.outside)(*arguments, **named)
 
 

@@ -79,7 +79,10 @@ def device_name() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a "+" if files were changed; None outside a checkout."""
+    """The checkout's commit, with a "+" if files were changed; None outside a checkout. LOWBIT_VIDEO_COMMIT goes before it, for
+    copies of a tree."""
+    if named := os.environ.get("LOWBIT_VIDEO_COMMIT"):
+        return named
     try:
         folder = Path(__file__).resolve().parent
         run = lambda *words: subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10)

@@ -32,7 +32,8 @@ def draw_picture(report: Report) -> bytes:
     heights = [1.25, 2.6] if strip else [1]
     longest = min(24, max(len("noise floor"), *[len(row.run) for row in rows]))
     outer = figure.add_gridspec(
-        len(heights), 1, height_ratios=heights, left=0.03 + 0.0078 * longest, right=0.985, top=0.9, bottom=0.15, hspace=0.28
+        len(heights), 1, height_ratios=heights, left=0.03 + 0.0078 * longest, right=0.985, top=0.9 if strip else 0.83,
+        bottom=0.15, hspace=0.28,
     )
     figure.text(0.015, 0.965, "Does the video stay the same?", fontsize=14, fontweight="bold", color=INK, va="center")
     if strip:
@@ -81,16 +82,19 @@ def draw_picture(report: Report) -> bytes:
     best = frontier([(s, v.value) for _, s, v in points], report.faster_is_higher)
     if not report.on_reference:
         axes.plot([p[0] for p in best], [p[1] for p in best], "--", color="#0b63ce", lw=1, alpha=0.6)
+    speeds = [speed for _, speed, _ in points]
+    middle = (min(speeds) + max(speeds)) / 2 if points else 0
     for row, speed, value in points:
         if not math.isnan(value.low):
             axes.plot([speed, speed], [value.low, value.high], color=colours[row.run], lw=2, solid_capstyle="round")
         axes.plot(speed, value.value, "o", color=colours[row.run], ms=7)
-        axes.annotate(row.run, (speed, value.value), xytext=(8, 5), textcoords="offset points", fontsize=8, color=INK)
+        side = 1 if speed <= middle else -1  # of its point that a label stands on: the one with more room
+        axes.annotate(row.run, (speed, value.value), xytext=(8 * side, 5), textcoords="offset points", fontsize=8, color=INK,
+                      ha="left" if side > 0 else "right")
     axes.margins(y=0.2)
     if points:
-        speeds = [speed for _, speed, _ in points]
         room = (max(speeds) - min(speeds)) or max(speeds)
-        axes.set_xlim(min(speeds) - 0.15 * room, max(speeds) + 0.42 * room)  # labels stand to the right of their points
+        axes.set_xlim(min(speeds) - 0.15 * room, max(speeds) + (0.15 if len(points) > 1 else 0.42) * room)
     count = len(summary.prompts)
     settings = report.run["settings"]
     figure.text(

@@ -11,7 +11,6 @@ import gc
 import importlib.metadata
 import importlib.util
 import multiprocessing
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -314,7 +313,7 @@ def environment(framework: str) -> dict[str, Any]:
     runtime = detect.runtime_of(like)
     ordinal = cuda_driver.device_of_pointer(like.data_ptr()) or 0
     return dict(gpu=cuda_driver.device_name(ordinal), arch=list(runtime.arch(like) or ()), driver=cuda_driver.driver_version(),
-                framework=framework, python=platform.python_version(), versions=package_versions(), commit=commit())
+                framework=framework, python=platform.python_version(), versions=package_versions(), commit=settings.commit())
 
 
 def package_versions() -> dict[str, str]:
@@ -325,11 +324,6 @@ def package_versions() -> dict[str, str]:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found.setdefault(package, importlib.metadata.version(distribution))
     return found
-
-
-def commit() -> str | None:
-    """LOWBIT_VIDEO_COMMIT where it is set, for copies of a tree; else the checkout's, as evaluations record it."""
-    return os.environ.get("LOWBIT_VIDEO_COMMIT") or settings.commit()
 
 
 COLUMNS = (("method", "method", "{}"), ("total ms", "total_ms", "{:.3f}"), ("kernel ms", "kernel_ms", "{:.3f}"),

@@ -14,6 +14,7 @@ from curriculum import batch_of, curriculum, first_frames, model_positions, rota
 from evaluation import check
 from graphs import SAME, Predict, difference, graphed
 from latents import WORDINGS, Cache
+from loss_watch import LossWatch
 from models import (
     TextToVelocity,
     build_scheduler,
@@ -31,7 +32,6 @@ from words import say_swapped
 
 AVERAGE_EVERY = 4  # steps
 CLOCK_EVERY = 10  # steps, where several processes have to agree on the time
-WORSE = 1.4  # times the best loss of this clip length: the weights go back to the last good ones
 CAPTION_DROPOUT = 0.1
 
 
@@ -132,7 +132,7 @@ def train_diffusion(run: Run) -> None:
     accelerator.wait_for_everyone()
     start = saved = checked = shown = time.time()
     first_step, rate, losses, refresh_every = step, args.lr, [], args.refresh_every
-    best, good = math.inf, None  # loss of this clip length, weights to go back to
+    watch, good = LossWatch(), None  # losses of this clip length, weights to go back to
     trained_text = args.text_rate > 0
     reserve = args.evaluate_seconds + 12
     if not args.unfinished:  # the schedule ends with this run where its time is the shorter one
@@ -246,7 +246,7 @@ def train_diffusion(run: Run) -> None:
                 cache = Cache(run, phase, int(time.time()) % 10**7 + 10**8 * run.rank, read)
                 first_frames(model.transformer, frames, positions)
                 plain = Predict(model.transformer, rotations(sizes, frames, phase.shrink, run.device))
-                restarted, best = step, math.inf
+                restarted, watch = step, LossWatch()
                 log.say(f"diffusion: {frames} latent frames{f' of 1/{phase.shrink} size' if phase.shrink > 1 else ''} from "
                         f"{100 * progress:.0f} % on, batch {batch_of(batch, phase, sizes)}; {fresh} clips were encoded on the "
                         "way before")
@@ -289,7 +289,7 @@ def train_diffusion(run: Run) -> None:
                 losses.clear()
                 minutes = (spent + time.time() - start) / 60
                 settled = step - restarted > args.warmup
-                if not math.isfinite(mean) or (settled and mean > WORSE * best):
+                if not math.isfinite(mean) or (settled and watch.lost(mean)):
                     if good is None:
                         raise RuntimeError(f"the loss is {mean:.3g} at step {step}, without good weights before: lower --lr")
                     rate *= 0.6
@@ -300,9 +300,7 @@ def train_diffusion(run: Run) -> None:
                     restarted = step
                     log.say(f"diffusion: loss {mean:.3g} at step {step}; back to the last good weights, learning rate {rate:g}")
                     continue
-                if settled and mean < best:
-                    best = mean
-                if good is None or (settled and mean < 1.1 * best and step % 500 == 0):
+                if good is None or (settled and mean < 1.1 * watch.best and step % 500 == 0):
                     good = tuple({k: v.detach().clone() for k, v in m.state_dict().items()} for m in (model, averaged))
                 if predict is not plain and step - restarted in (50, 1000):
                     apart = difference(predict, plain, draw()[:3])

@@ -11,7 +11,9 @@ precision goes in by `apply()`. A finished video is a line in results.jsonl, and
 captions are made and timed, and then worker processes measure them: nothing else is at work while a video is timed.
 `--compile` compiles the transformer's blocks, anew for each run. At the end it writes precisions.json and precisions.md
 (quality with intervals, adherence, seconds of denoising, speed-up over the fastest exact attention, and quality by kind of
-background) and the report page. Clips are kept of the first `--clips` captions of each kind of background.
+background) and the report page. Where some keys are pooled (`--precisions "int8+fp8 pooled 0.3 always 64" recipe.toml`), the
+curve of quality over the share of tiles that is kept stands in precisions.json too, and is drawn in curve.png. Clips are kept
+of the first `--clips` captions of each kind of background.
 """
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from makers import DTYPES, OTHERS, PaddleMaker, TorchMaker, hooked, runs_of
+from precision_curve import curve_of, kept_shares, plot_curve
 from precision_table import is_exact, markdown, record_of
 from sampling import held_out_captions, noise_of
 
@@ -42,15 +45,17 @@ from lowbit_video.eval.metrics.shared.context import Context
 from lowbit_video.eval.report.write import write_report
 from lowbit_video.eval.video import as_video, read_video
 from lowbit_video.files import write_json
+from lowbit_video.hook.order import order_tokens
 from lowbit_video.kernels.blas_threads import one_blas_thread
 from lowbit_video.pipelines.shared.generation import read_stored
 from lowbit_video.pipelines.shared.video_files import BadFramesError
+from lowbit_video.token_order import ORDERS
 
 PRECISIONS = ("int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
 METRICS = ("psnr", "ssim", "lpips", "adherence")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
 WARM_STEPS = 2
-TILE_SIDE = 256  # pixels of a video in the page, which is shipped
+TILE_SIDE = 256
 
 
 def measured(video: Path, reference: Path | None, context: Context, metrics: list[str], clip: Path | None, fps: float) -> dict:
@@ -218,11 +223,16 @@ def write_tables(args) -> None:
         return
     if args.beside:
         record["beside"] = beside(args.out, args.beside)
+    if any(share < 1 for share in record["kept"].values()):
+        record["curve"] = curve_of(record)
+        if not args.no_page:
+            plot_curve(args.out / "curve.png", record["curve"], f"{record['captions']} captions, {record['dtype']}, "
+                       f"{record['environment']['device']}, commit {record['environment']['commit']}")
     write_json(args.out / "precisions.json", record)
     (args.out / "precisions.md").write_text(markdown(record))
     print(markdown(record), flush=True)
     if not args.no_page:
-        write_report(args.out, tile_side=TILE_SIDE)
+        write_report(args.out, tile_side=args.tile_side)
 
 
 def arguments(argv=None):
@@ -231,7 +241,8 @@ def arguments(argv=None):
     parser.add_argument("--out", type=Path, default=Path("outputs/precisions"), help="the folder of results, gone on with")
     parser.add_argument("--framework", choices=("torch", "paddle"), default="torch")
     parser.add_argument("--dtype", choices=DTYPES, help="of the whole pipeline; default: bfloat16 with PyTorch on a GPU")
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), help="also with pooled keys, and recipes")
+    parser.add_argument("--order", choices=ORDERS, default="raster", help="of the video's tokens in attention, of all runs")
     parser.add_argument("--other-exact", nargs="*", choices=OTHERS, default=list(OTHERS), help="further exact kernels to run")
     parser.add_argument("--captions", type=int, default=50)
     parser.add_argument("--together", type=int, default=25, help="captions of which all runs are made before the next (25)")
@@ -245,6 +256,7 @@ def arguments(argv=None):
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no video after so long; the same command goes on")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3), help="processes that measure")
     parser.add_argument("--tables", action="store_true", help="make no video: only the tables and the page of --out")
+    parser.add_argument("--tile-side", type=int, default=TILE_SIDE, help="widest a video is in the page (%(default)s pixels)")
     parser.add_argument("--no-page", action="store_true", help="no report page, which takes matplotlib and ffmpeg")
     parser.add_argument("--device", help="as the framework names it; default: its GPU if there is one")
     args = parser.parse_args(argv)
@@ -271,6 +283,7 @@ def main(argv=None) -> int:
              for caption in held_out_captions(args.captions, args.seed, of)}
     workers = Workers(args.workers)
     maker = (TorchMaker if args.framework == "torch" else PaddleMaker)(args.model, args.dtype, args.device, generation)
+    order_tokens(maker.pipe, args.order)
     runs, absent = runs_of(maker, args.precisions, args.other_exact)
     settings = Settings(args.model, generation["num_inference_steps"], generation["guidance_scale"], generation["num_frames"],
                         generation["height"], generation["width"], generation["fps"])
@@ -278,20 +291,24 @@ def main(argv=None) -> int:
     try:
         check_settings(store, settings)
         about = {"framework": args.framework, "dtype": args.dtype, "backend": args.backend, "reference": maker.reference,
-                 "compiled": args.compile}
+                 "compiled": args.compile, "order": args.order}
         for known in store.runs()[:1]:
-            if differ := [f"{name} {known[name]}" for name in about if known.get(name, False) != about[name]]:
+            known = {"compiled": False, "order": "raster"} | known
+            if differ := [f"{name} {known[name]}" for name in about if known[name] != about[name]]:
                 raise ValueError(f"{args.out} was begun with {', '.join(differ)}; give another --out")
+        evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds, of)
+        kept = kept_shares(maker, runs, next(iter(kinds)), noise_of(1, evaluation.latent_shape(), args.seed),
+                           generation["num_inference_steps"])
         store.append({"kind": "run", "settings": settings.as_dict(), "prompts": list(kinds), "seeds": [args.seed],
                       "runs": [run.label for run in runs], "metrics": metrics, "missing": {**lacking, **absent}, **about,
+                      "kept": kept,
                       "floor": f"this project's own exact kernel, against {maker.reference}", "generation": generation,
                       "environment": {**environment(), "device": maker.device_name},
                       "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
-        kept = first_of_kinds(kinds, args.clips)
-        evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds, of)
+        clips = first_of_kinds(kinds, args.clips)
         numbered = list(enumerate(kinds))
         parts = [dict(numbered[at:at + args.together]) for at in range(0, len(kinds), args.together)]
-        finished = all([evaluation.make(part, runs, work, kept, deadline) for part in parts])
+        finished = all([evaluation.make(part, runs, work, clips, deadline) for part in parts])
     finally:
         workers.close()
         store.close()

@@ -14,6 +14,7 @@ from lowbit_video.eval.report.groups import by_group
 from lowbit_video.eval.report.summary import Row, Summary, summarise
 from lowbit_video.eval.report.text import label_of
 
+KEPT = "kept"  # share of all pairs of a query tile and a key tile
 OVER_FLOOR = "psnr_over_floor_db"  # root mean square error over that of the floor, in dB
 
 
@@ -66,12 +67,18 @@ def record_of(store: Store) -> dict:
     times, best = times_of(summary, videos)
     last = runs[-1]
     record = {name: last[name] for name in ("framework", "dtype", "backend", "reference", "floor", "missing", "environment")}
-    record["compiled"] = last.get("compiled", False)
+    record["compiled"], record["order"] = last.get("compiled", False), last.get("order", "raster")
+    record["kept"] = {run: share for known in runs for run, share in known.get("kept", {}).items()}
     record |= {"model": last["settings"]["model"], "generation": last["generation"], "captions": len(summary.prompts),
                "captions_wanted": len(last["prompts"]), "best_exact": best, "by_the_reference": any(
                    "(reference" in variant for row in summary.rows for variant in row.attention)}
+    made = {row.run for row in summary.rows}
+    record["not_made"] = [name for name in last["runs"] if name not in made]
     record["rows"] = {row.run: {**quality_of(row), **times.get(row.run, {}), "failed": row.failed, "attention": row.attention,
                                 "fallbacks": row.fallbacks} for row in summary.rows}
+    for run, share in record["kept"].items():
+        if share < 1 and run in record["rows"]:
+            record["rows"][run][KEPT] = {"value": share, "low": None, "high": None}
     record["groups"] = {name: {"captions": len(group.prompts), "rows": {row.run: quality_of(row) for row in group.rows}}
                         for name, group in by_group(videos, order).items()}
     return record
@@ -97,7 +104,8 @@ def columns_of(rows: dict) -> list[tuple[str, str, Callable[[float], str]]]:
         else:
             head = label_of(name) + (f", {metric.unit}" if metric.unit else "")
             found.append((name, head, lambda x, digits=metric.digits: f"{x:.{digits}f}"))
-    extra = ((OVER_FLOOR, "above the floor, dB", lambda x: f"{x:+.0f}"), ("seconds", "denoising, s", lambda x: f"{x:.3g}"),
+    extra = ((KEPT, "tiles kept, %", lambda x: f"{100 * x:.0f}"), (OVER_FLOOR, "above the floor, dB", lambda x: f"{x:+.0f}"),
+             ("seconds", "denoising, s", lambda x: f"{x:.3g}"),
              ("speed_up", "speed-up", lambda x: f"{x:.2f}x"))
     return found + [column for column in extra if column[0] in names]
 
@@ -118,7 +126,8 @@ def markdown(record: dict) -> str:
     asked, rows = record["generation"], record["rows"]
     lines = lines_of(rows) + ["", (
         f"{record['captions']} held-out captions, {asked['num_inference_steps']} steps, guidance {asked['guidance_scale']:g}, "
-        f"{record['dtype']}, {record['framework']}{', blocks compiled' * record['compiled']}, "
+        f"{record['dtype']}, {record['framework']}{', blocks compiled' * record['compiled']}"
+        f"{', tokens in the order ' + record['order'] if record['order'] != 'raster' else ''}, "
         f"{record['environment']['device']}, commit "
         f"{record['environment']['commit']}; the same noise for every run; mean (95 % interval by bootstrap over captions), "
         f"seconds: median. The reference is "
@@ -126,6 +135,8 @@ def markdown(record: dict) -> str:
         f"exact attention here ({record['best_exact']}).")]
     if record["captions"] < record["captions_wanted"]:
         lines.append(f"\nNot finished: {record['captions_wanted']} captions were asked for.")
+    if record["not_made"]:
+        lines.append(f"\nNot made before the time was over: {', '.join(record['not_made'])}.")
     if record["by_the_reference"]:
         lines.append("\nLow-bit attention ran by the NumPy reference on a CPU: its seconds are not a speed.")
     if record["missing"]:

@@ -13,8 +13,8 @@ from ..quant.shapes import ceil_div
 KEY_TILE = BLOCK_K
 """Keys that are pooled together; at block granularity also those that share a scale."""
 POOLED_FROM = 4096
-"""Keys from which pooling is offered where only what is faster is wanted: with 30 % kept it takes 0.74 and 0.95 of dense attention's
-time there (head dims 64 and 128 on an H100, eval/speed/experiments/pooled.json), at 2048 keys 1.01 and 1.28."""
+"""Keys from which pooling is offered where only what is faster is wanted: with 30 % kept it takes 0.74 and 0.95 of dense
+attention's time there (head dims 64 and 128 on an H100, eval/speed/experiments/pooled.json), at 2048 keys 1.01 and 1.28."""
 SLACK = 1e-6
 """Of a tile: a share that is a whole number of tiles but for its rounding is that number."""
 
@@ -32,6 +32,15 @@ def kept_tiles(keep: float, tiles: int) -> int:
 def always_tiles(always: int, tiles: int) -> int:
     """Key tiles at the beginning that hold any of the first `always` keys."""
     return min(tiles, ceil_div(always, KEY_TILE))
+
+
+def counted_tiles(keep: float, always: int, q_len: int, kv_len: int, head_dim: int) -> tuple[int, int]:
+    """How many pairs of a query tile and a key tile of one head are kept, and how many pooled, whatever the tensors hold."""
+    rows, tiles = ceil_div(q_len, query_tile(head_dim)), ceil_div(kv_len, KEY_TILE)
+    with_text = min(rows, ceil_div(always, query_tile(head_dim)))  # these see every key
+    others = max(kept_tiles(keep, tiles), min(tiles, always_tiles(always, tiles) + 1))
+    kept = with_text * tiles + (rows - with_text) * others
+    return kept, rows * tiles - kept
 
 
 def runs_of_heads(keep: Sequence[float]) -> list[tuple[int, int, float]]:

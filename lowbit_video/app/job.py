@@ -12,7 +12,8 @@ from lowbit_video.pipelines.shared.generation import read_generation
 
 from ..distributed.exchange import EXCHANGES, OUTPUTS
 from ..hook.recipe.recipe import PRESETS, Recipe
-from ..precision import as_precision, precision_specs
+from ..precision import precision_specs
+from ..rung import as_rung
 from ..token_order import ORDERS, check_order
 
 RANDOM_MODEL = "random"
@@ -71,12 +72,12 @@ class Job:
     out: str = DEFAULT_OUT
 
     def __post_init__(self) -> None:
-        as_precision(self.precision)
+        as_rung(self.precision)
         if self.recipe is not None:
             Recipe.load(self.recipe)
         for pattern, precision in self.modules.items():
             try:
-                as_precision(precision)
+                as_rung(precision)
             except ValueError as error:
                 raise ValueError(f"--modules {pattern}={precision}: {error}") from None
         check_order(self.order)
@@ -133,7 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "one that makes noise (default: the small trained model of the checkout)")
     parser.add_argument("--prompt", help="what the video shows")
     parser.add_argument("--negative-prompt", help="what it should not show")
-    parser.add_argument("--precision", help=f"of attention: {', '.join(precision_specs())} (default: {DEFAULT_PRECISION})")
+    parser.add_argument("--precision", help=f"of attention: {', '.join(precision_specs())} (default: {DEFAULT_PRECISION}); "
+                        "or a low-bit one that keeps a share of the keys and pools the rest: 'int8+fp8 pooled 0.3 always 226'")
     parser.add_argument("--recipe", metavar="FILE", help="precisions by layer, head and step in place of one: a recipe's "
                         f"file, or {' or '.join(PRESETS)} (docs/recipes.md)")
     parser.add_argument("--modules", action="append", default=[], metavar="PATTERN=PRECISION",

@@ -20,7 +20,8 @@ def _row(variant: KernelVariant) -> tuple[str, ...]:
     exact = all(q in EXACT_FORMATS for q, _ in variant.qk)
     return (variant.name, variant.backend, qk, "as Q/K" if exact else ", ".join(variant.pv), where, dims,
             "-" if exact else ", ".join(variant.granularities), ", ".join(variant.dtypes),
-            ", ".join(sorted(f.replace("_", " ") for f in variant.features)), variant.note)
+            ", ".join(sorted(f.replace("_", " ") for f in variant.features)),
+            variant.note + ("" if variant.automatic else f"; by name only: backend={variant.backend!r}"))
 
 
 def _archs(variant: KernelVariant) -> str:

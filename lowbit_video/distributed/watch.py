@@ -145,10 +145,12 @@ class Watch:
                 self._connections[connection] = json.loads(connection.recv_bytes())
             except (AuthenticationError, EOFError, OSError):
                 pass  # somebody else's connection
-        heard = time.monotonic()
+        heard = due = time.monotonic()
         while self._connections:
-            self._send_all({"count": self.wire.state.count, "inside": self.wire.state.inside})
-            for ready in wait([*self._connections, self._signals], BEAT_S):
+            if (now := time.monotonic()) >= due:  # not for each message: the others would answer it at once, and so on
+                self._send_all({"count": self.wire.state.count, "inside": self.wire.state.inside})
+                due = now + BEAT_S
+            for ready in wait([*self._connections, self._signals], max(due - now, 0)):
                 if ready is self._signals:
                     if signal.SIGTERM in self._signals.recv(64):
                         self._unwind(128 + signal.SIGTERM)

@@ -54,7 +54,7 @@ def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packi
     formats = (precision.q, precision.k, precision.pv)
     if precision.exact:
         formats = (FORMAT_OF_DTYPE[dtype] if precision.spec == "exact" else precision.q,) * 3
-    pools = options.pools
+    pools, size = options.pools, 4 if dtype == "float32" else 2
     if pools is not None:
         pools.of_heads(q_shape[heads])
     return Request(
@@ -64,7 +64,8 @@ def request_of(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packi
         smooth_q=precision.smooth_q, rotate=precision.rotate, pooled=pools is not None, causal=options.is_causal,
         lse=options.return_lse, varlen=packing is not None, only_if_faster=options.only_if_faster,
         interpret=cpu and os.environ.get("TRITON_INTERPRET") == "1",
-        v_aligned=cpu or _aligned(v, runtime, 4 if dtype == "float32" else 2))
+        v_aligned=cpu or _aligned(v, runtime, size), qk_aligned=cpu or all(_aligned(x, runtime, size) for x in (q, k)),
+        negative=not cpu and precision.exact and options.scaled(q_shape[3]).scale < 0)
 
 
 def refuse_gradients(runtime: Runtime, *tensors: Any) -> None:

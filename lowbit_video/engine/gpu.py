@@ -12,11 +12,12 @@ from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format, scale_bloc
 from lowbit_video.kernels.launch import recorded
 from lowbit_video.kernels.operands import Listed, Operand, codes_of, v_codes_of
 from lowbit_video.kernels.pooled.tiles import query_tile
+from lowbit_video.kernels.prologue.steps import Steps
 from lowbit_video.kernels.quant.shapes import ceil_div, code_shape, partial_shape, scale_shape, v_code_shape
 from lowbit_video.kernels.variants import KernelVariant, Request
 
 from ..runtime.protocol import Runtime
-from . import replay
+from . import prologue, replay
 from .half import fits_float16
 from .options import AttentionOptions
 from .packing import Packing
@@ -33,15 +34,17 @@ class Call:
     method must run inside `runtime.launch_guard(q)`, as `run()` does.
 
     q, k, v: [B, N, H, D] ("NHD") or [B, H, N, D] ("HND"); with `packing` [T, H, D]. options: with a number for a scale.
-    config: how the attention kernel is built, in place of the tuning table's choice.
+    config: how the attention kernel is built, in place of the tuning table's choice. steps: of tensors, what is done to q and k
+    on the way (`engine.prologue`).
     """
 
     def __init__(self, variant: KernelVariant, options: AttentionOptions, q: Any, k: Any, v: Any, *, runtime: Runtime,
-                 packing: Packing | None = None, config: Any = None) -> None:
+                 packing: Packing | None = None, config: Any = None, steps: Steps | None = None) -> None:
         self.tensors = q, k, v = tuple(_rows_contiguous(x, runtime) for x in (q, k, v))  # kept: the buffers only point at them
         self.variant, self.options, self.runtime, self.config = variant, options, runtime, config
         self.arch = runtime.arch(q) or INTERPRETED_ARCH
-        self.packed = None if packing is None else packing.operands()
+        self.packed, self.given = None if packing is None else packing.operands(), steps
+        self.steps = steps and prologue.with_buffers(steps, runtime)
         operand = lambda x, name: _operand(x, name, runtime, options.tensor_layout, packing)
         self.q, self.k, self.v = operand(q, "q"), operand(k, "k"), operand(v, "v")
         self.out = runtime.empty(runtime.shape(q), self.q.buffer.dtype, q)
@@ -53,7 +56,7 @@ class Call:
         if not options.precision.exact:
             lengths = (None, None) if packing is None else (packing.max_q, packing.max_k)
             layout = layout_workspace(self.q.shape, self.k.shape, options.precision, options.return_lse, packing is not None,
-                                      *lengths, str(self.q.buffer.dtype) if options.pools else None)
+                                      *lengths, str(self.q.buffer.dtype) if options.pools else None, steps is not None)
             self.workspace = runtime.empty((layout.size,), "uint8", q)
             self.parts = layout.buffers(self.workspace.data_ptr())
             self.q_codes, self.k_codes, self.v_codes = self._codes()
@@ -69,6 +72,9 @@ class Call:
     def quantise(self) -> None:
         """Launches the kernels that fill the workspace: statistics, then codes. Exact variants have none."""
         if self.options.precision.exact:
+            return
+        if self.steps is not None:
+            self._prepare()
             return
         from lowbit_video.kernels.quant import channel_tops, quant_qk, quant_rotated, quant_v, token_stats
 
@@ -97,6 +103,20 @@ class Call:
         quant_k(self.k, self.k_codes, packed and packed.k, mean=k_mean, bias=part("bias"), q_mean=q_mean, group=group)
         quant_q(self.q, self.q_codes, packed and packed.q, mean=q_mean, lse_shift=shift,
                 k_mean=None if shift is None else k_mean, sm_scale=self.options.scale, group=group)
+
+    def _prepare(self) -> None:
+        """Launches what norms, turns and quantises q and k in two readings."""
+        from lowbit_video.kernels.prologue import quant, stats
+        from lowbit_video.kernels.quant.quant_v import launch_quant_v
+
+        part, fp8 = self.parts.get, self.options.precision.pv == "fp8"
+        means = dict(q_mean=part("q_mean"), k_mean=part("k_mean"))
+        if part("partial") is not None:
+            stats.launch_prologue_stats(self.q, self.k, self.v, self.steps, part("partial"), **means, v_scale=part("v_scale"))
+        if fp8:
+            launch_quant_v(self.v, self.v_codes)
+        quant.launch_prologue_quant(self.q, self.k, self.q_codes, self.k_codes, self.steps, **means,
+                                    lse_shift=part("lse_shift"), score_bias=part("bias"), sm_scale=self.options.scale)
 
     def _key_tiles(self) -> None:
         """Launches the statistics of K and V, tile by tile and over all tokens."""
@@ -183,13 +203,14 @@ def _operand(x: Any, name: str, runtime: Runtime, tensor_layout: str, packing: P
 
 
 def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, Any], options: AttentionOptions,
-           packing: Packing | None, runtime: Runtime, key: tuple | None = None) -> tuple[Any, Any]:
+           packing: Packing | None, runtime: Runtime, key: tuple | None = None, steps: Steps | None = None
+           ) -> tuple[Any, Any]:
     """(out, lse or None) of checked tensors by a selected variant. options.scale: a number.
 
-    key: of `replay.key_of`; what is launched is kept as its plan.
+    key: of `replay.key_of`; what is launched is kept as its plan. steps: as `Call`.
     """
     given = packing and packing.contiguous(runtime)
-    call = Call(variant, options, *tensors, runtime=runtime, packing=given)
+    call = Call(variant, options, *tensors, runtime=runtime, packing=given, steps=steps)
     with runtime.launch_guard(call.tensors[0]), recorded() as launches:
         call.quantise()
         call.choose()
@@ -197,7 +218,8 @@ def attend(variant: KernelVariant, request: Request, tensors: tuple[Any, Any, An
     copied = given is not packing or any(used is not one for used, one in zip(call.tensors, tensors))
     if key is not None and not copied:
         fresh = (call.out, call.lse, call.workspace)
-        replay.keep(key, replay.make(launches, variant, runtime, 3 if packing is None else 5, fresh))
+        names = replay.TENSORS[:3 if packing is None else 5] + tuple(prologue.tensors_of(steps))
+        replay.keep(key, replay.make(launches, variant, runtime, names, fresh))
     return call.out, call.lse
 
 

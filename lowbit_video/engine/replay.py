@@ -27,7 +27,7 @@ ENVIRONMENT = "LOWBIT_VIDEO_PLANS"
 ALIGNMENT = 16
 """Triton compiles for pointers that are multiples of 16 bytes, and for others; TMA takes only the former."""
 TENSORS = ("q", "k", "v", "cu_q", "cu_k")
-"""Names of a call's tensors, in their order; the names that `Buffer.origin` gives."""
+"""Names of a call's tensors, in their order, before those of its steps; the names that `Buffer.origin` gives."""
 FRESH = ("out", "lse", "workspace")
 """Names of what a call allocates."""
 
@@ -110,14 +110,15 @@ class Plan:
         return fresh[0], fresh[1]
 
 
-def make(launches: Sequence[Any], variant: Any, runtime: Runtime, count: int, fresh: Sequence[Any]) -> Plan | None:
+def make(launches: Sequence[Any], variant: Any, runtime: Runtime, names: Sequence[str], fresh: Sequence[Any]
+         ) -> Plan | None:
     """The plan of a call from its recorded launches (`kernels.launch.recorded`); None where it cannot be repeated like this.
 
-    count: of the call's tensors. fresh: out, lse and workspace as the call allocated them, or None.
+    names: of the call's tensors. fresh: out, lse and workspace as the call allocated them, or None.
     """
     if any(t is not None and t.data_ptr() % ALIGNMENT for t in fresh):
         return None
-    numbers = {name: number for number, name in enumerate((*TENSORS[:count], *FRESH))}
+    numbers = {name: number for number, name in enumerate((*names, *FRESH))}
     replays = _replays(launches, numbers)
     if not replays:
         return None

@@ -22,6 +22,8 @@ def select(request: Request, backend: str = "auto", variants: Sequence[KernelVar
         # Under Triton's interpreter the CPU still means NumPy, unless Triton is asked for by name.
         away = backend == "auto" and request.device == "cpu" and variant.device != "cpu"
         reason = "it needs an NVIDIA GPU" if away else variant.why_not(request)
+        if reason is None and backend == "auto" and not variant.automatic:
+            reason = by_name_only(variant)
         if reason is None:
             return variant
         reasons.append((variant, reason))
@@ -29,6 +31,11 @@ def select(request: Request, backend: str = "auto", variants: Sequence[KernelVar
     raise UnsupportedError(f"no kernel of backend {backend!r} serves {request}:\n{listing}\n"
                            "try another precision or backend, or fallback='exact' in the processor; "
                            "`lowbit-video kernels` lists what exists")
+
+
+def by_name_only(variant: KernelVariant) -> str:
+    """Why "auto" leaves out a variant that serves."""
+    return f"it is taken where it is asked for by name only: backend={variant.backend!r}"
 
 
 def warn_if_slower(variant: KernelVariant, request: Request) -> None:

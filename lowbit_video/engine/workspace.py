@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lowbit_video.kernels.buffers import Buffer, DType, Origin
 from lowbit_video.kernels.formats import get_format, scale_block
 from lowbit_video.kernels.pooled.tiles import KEY_TILE, query_tile
+from lowbit_video.kernels.prologue.steps import partial_count
 from lowbit_video.kernels.quant.shapes import ceil_div, code_shape, partial_shape, scale_shape, v_code_shape
 
 from ..precision import Precision
@@ -39,11 +40,11 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def layout_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, int, int, int], precision: Precision, lse: bool,
-                     varlen: bool = False, max_q: int | None = None, max_k: int | None = None, pooled: str | None = None
-                     ) -> Workspace:
+                     varlen: bool = False, max_q: int | None = None, max_k: int | None = None, pooled: str | None = None,
+                     fused: bool = False) -> Workspace:
     """The workspace of low-bit attention over q [B, Hq, Nq, D] and k, v [B, Hkv, Nkv, D] (varlen: [S, H, T, D]).
 
-    pooled: the tensors' dtype, where some keys are pooled.
+    pooled: the tensors' dtype, where some keys are pooled. fused: statistics are those of `kernels.prologue`.
     """
     batch, q_heads, q_len, head_dim = q_shape
     kv_heads, kv_len = kv_shape[1], kv_shape[2]
@@ -73,6 +74,8 @@ def layout_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, in
         wanted["k_top"] = ("float32", (batch, kv_heads, head_dim))
         longest = max(_elements(partial_shape(q_shape, max_q)), _elements(partial_shape(kv_shape, max_k)))
         wanted["ranges"] = ("float32", (3 * longest,))
+    if fused:
+        scratch = (precision.smooth_q + precision.smooth_k + (precision.pv == "fp8")) * partial_count(kv_shape)
     if scratch:
         wanted["partial"] = ("float32", (scratch,))
     if pooled:

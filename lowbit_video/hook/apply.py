@@ -9,7 +9,8 @@ from typing import Any
 
 from ..arguments import shown, some_of
 from ..errors import UnsupportedError
-from ..precision import Precision, as_precision
+from ..precision import Precision
+from ..rung import as_rung
 from .base import NO_CONTEXT_PARALLEL, AttnProcessor, check_processor, set_processor, slot_of
 from .frames.own import checked, own_attention
 from .frames.replaced import check_replaced
@@ -83,8 +84,8 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
 
     model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch; none whose tokens diffusers'
         `enable_parallelism` cut (UnsupportedError).
-    precision: for every attention module, or a Recipe, which has one for each layer, head and step; None leaves those alone
-        that no pattern names.
+    precision: for every attention module, "int8+fp8" or with pooled keys "int8+fp8 pooled 0.3 always 226" (`Pooled`); or a
+        Recipe, which has one for each layer, head and step; None leaves those alone that no pattern names.
     modules: name patterns (`fnmatch`) to a precision, a processor, or None for "leave alone";
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
     fallback, backend, check_finite: as in LowBitAttnProcessor.
@@ -120,8 +121,8 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
         if isinstance(wanted, LayerPlan):
             make = lambda: RecipeAttnProcessor(wanted, clock_of(model), **hook)
         else:
-            wanted = as_precision(wanted)
-            make = lambda: LowBitAttnProcessor(wanted, **hook)
+            wanted = as_rung(wanted)
+            make = lambda: LowBitAttnProcessor(wanted[0], pooled=wanted[1], **hook)
         if wanted not in made:
             made[wanted] = make()
         return made[wanted]

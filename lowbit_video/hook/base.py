@@ -7,7 +7,10 @@ code knows no framework, so the same processor serves our Paddle model and diffu
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
+
+from lowbit_video.kernels.prologue.steps import Steps
 
 from ..errors import NonFiniteError, UnsupportedError
 from ..graph.slots import Slot
@@ -86,8 +89,14 @@ class AttnProcessor:
         slot = attn.attention_slot
         return slot.operator(attn, q, k, v, mask, slot.key)
 
+    def attention_behind(self, attn: Any, q: Any, k: Any, v: Any, mask: Any, prepare: Callable[[Any, Any], tuple[Any, Any]],
+                         steps: Callable[[], Steps | str]) -> Any:
+        """The same of q and k as their projections left them: `prepare(q, k)` first. steps: that as `hook.prologue` has it."""
+        q, k = prepare(q, k)
+        return self.attention_of(attn, q, k, v, mask)
+
     def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None, **asked: Any) -> Any:
-        """Attention for one module, counted in its record: [B, N, H, D] in and out. asked: is_causal, scale, if no mask."""
+        """Attention for one module, counted in its record: [B, N, H, D] in and out. asked: of `attend`, if no mask."""
         outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
         around = attn.attention_slot.around
         try:
@@ -113,11 +122,11 @@ class AttnProcessor:
         raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given; {self} supports no mask; "
                                "try a processor with fallback='exact', or pass no mask")
 
-    def note(self, variant: str, reason: str = "") -> None:
-        """Count one call for the module that is running; outside a module it is a no-op."""
+    def note(self, variant: str, reason: str = "", tiles: tuple[int, int] | None = None) -> None:
+        """Count one call for the module that is running, as `Record.note`; outside a module it is a no-op."""
         record = getattr(_active, "record", None)
         if record is not None:
-            record.note(variant, reason)
+            record.note(variant, reason, tiles)
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -1,9 +1,14 @@
 """The processors: attention at low bit, and exact attention. What surrounds the attention is in `base` and `frames`."""
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..arguments import shown
+from lowbit_video.kernels.prologue.steps import Steps
+
+from ..arguments import flag, shown
 from ..engine.codes import AttentionCodes
 from ..engine.codes import attend as attend_codes
 from ..engine.codes_target import Target
@@ -11,13 +16,18 @@ from ..engine.options import AttentionOptions, options_of
 from ..engine.packing import Packing
 from ..engine.run import run
 from ..errors import UnsupportedError
-from ..graph.tracing import traced_by_torch
-from ..pooled import Pooled, as_pooled
-from ..precision import Precision, as_precision
+from ..graph.tracing import traced_by_paddle, traced_by_torch
+from ..pooled import Pooled
+from ..precision import Precision
+from ..rung import as_rung
 from ..runtime.detect import runtime_of
+from . import prologue
 from .attend import exact_attend, exact_attend_masked
 from .base import AttnProcessor
 from .masks import packed, prefix_lengths
+from .prologue import Before
+
+_apart = threading.local()
 
 DTYPES = ("float16", "bfloat16", "float32")
 """Tensor dtypes that low-bit attention takes."""
@@ -41,35 +51,83 @@ class ExactAttnProcessor(AttnProcessor):
 class LowBitAttnProcessor(AttnProcessor):
     """Attention at low bit, inference only: where gradients are asked for, an error or, with the fallback, exact attention.
 
-    precision: a string such as "int8+fp16", or a Precision.
+    precision: a string such as "int8+fp16", or a Precision; or a rung with pooled keys, "int8+fp8 pooled 0.3 always 226".
     fallback: None makes whatever no kernel variant serves (a mask, a dtype, a head dim) an
         UnsupportedError; "exact" runs exact attention instead and records why, also where exact
         attention is measured to be faster.
     backend: "auto", "reference", "triton" or "hopper"; see `lowbit_video.attention`.
     check_finite: look for NaN and infinity in q, k, v first; None means on CPU tensors only.
     pooled: a `Pooled`, which keeps a share of the keys and pools the rest; a ring of ranks refuses it.
+    fused_prologue: compute QK norm and rotary positions in the same readings of q and k as quantisation, where that is served
+        (CogVideoX's blocks, called as they are); elsewhere they are computed apart, and the report says why. None:
+        `hook.prologue.FUSED_PROLOGUE`.
     Raises ValueError or TypeError for a precision, fallback, backend, check_finite or pooled that does not exist.
     """
 
     low_bit = True
 
     def __init__(self, precision: str | Precision = "int8+fp16", *, fallback: str | None = None, backend: str = "auto",
-                 check_finite: bool | None = None, pooled: Pooled | None = None) -> None:
+                 check_finite: bool | None = None, pooled: Pooled | None = None, fused_prologue: bool | None = None) -> None:
         super().__init__()
-        self.precision, self.pooled = as_precision(precision), as_pooled(pooled)
+        self.precision, self.pooled = as_rung(precision, pooled)
         if fallback is not None and not (isinstance(fallback, str) and fallback == "exact"):
             raise ValueError(f"unknown fallback {shown(fallback)}; there are: None (an error says why) and 'exact'")
         self.fallback, self.backend, self.check_finite = fallback, backend, check_finite
+        self.fused_prologue = None if fused_prologue is None else flag("fused_prologue", fused_prologue)
         self.low_bit, self.differentiable = not self.precision.exact, fallback == "exact"
         self.pools = self.options().pools is not None  # raises for a backend or a check_finite that does not exist
 
+    def attention_behind(self, attn: Any, q: Any, k: Any, v: Any, mask: Any, prepare: Callable[[Any, Any], tuple[Any, Any]],
+                         steps: Callable[[], Steps | str]) -> Any:
+        """Norms and positions in the same readings as quantisation where that is asked for and served, else apart."""
+        asked = prologue.FUSED_PROLOGUE if self.fused_prologue is None else self.fused_prologue
+        if not asked or traced_by_torch(q) or traced_by_paddle(q):  # a graph's compiler fuses what it traces
+            q, k = prepare(q, k)
+            return self.attention_of(attn, q, k, v, mask)
+        found = self._why_apart(attn, mask) or steps()
+        if isinstance(found, str):
+            with self.apart(found):
+                return self.attention_of(attn, *prepare(q, k), v, mask)
+        return self.run(attn, q, k, v, before=Before(found, prepare))
+
+    @staticmethod
+    def _why_apart(attn: Any, mask: Any) -> str | None:
+        """Why norms and positions come before all that is done to q, k and v here, or None."""
+        if mask is not None:
+            return "a mask was given"
+        return None if attn.attention_slot.around is None else "the tokens are shared by several ranks"
+
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
-               return_lse: bool = False) -> Any:
-        """Attention at this processor's precision, or exact attention where `fallback` allows."""
+               return_lse: bool = False, before: Before | None = None) -> Any:
+        """Attention at this processor's precision, or exact attention where `fallback` allows.
+
+        before: norms and positions that q and k still lack.
+        """
+        if before is not None:
+            return self._fused(q, k, v, self.options(is_causal, scale, return_lse), before)
         served = self._low_bit(q, k, v, self.options(is_causal, scale, return_lse))
         if served is None:
             return exact_attend(q, k, v, is_causal, scale, return_lse)
         return served if return_lse else served[0]
+
+    def _fused(self, q: Any, k: Any, v: Any, options: AttentionOptions, before: Before) -> Any:
+        """Attention of q and k that lack what is before it; apart where it is not served."""
+        try:
+            out, lse, variant = run(q, k, v, options, steps=before.steps)
+        except UnsupportedError as error:  # where nothing serves the call at all, the same call apart says so
+            with self.apart(getattr(error, "reason", "no kernel serves the call")):
+                return self.attend(*before.prepare(q, k), v, options.is_causal, options.scale, options.return_lse)
+        self.note(f"{self._what()} ({variant.name}, fused prologue)")
+        return (out, lse) if options.return_lse else out
+
+    @contextlib.contextmanager
+    def apart(self, reason: str) -> Iterator[None]:
+        """Inside, what this thread notes says why norms and positions were computed apart."""
+        outer, _apart.reason = getattr(_apart, "reason", ""), f"; prologue apart: {reason}"
+        try:
+            yield
+        finally:
+            _apart.reason = outer
 
     def _low_bit(self, q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None = None) -> tuple | None:
         """(out, lse), noted; None, noted with the reason, where no kernel serves and `fallback` allows exact attention."""
@@ -84,7 +142,11 @@ class LowBitAttnProcessor(AttnProcessor):
                 raise
             self.note("exact", reason_of(error))
             return None
-        self.note(f"{self._what()} ({variant.name})")
+        tiles = None
+        if self.pools:
+            batch, tokens, heads, head_dim = map(int, q.shape)
+            tiles = self.pooled.tiles(batch, heads, tokens, int(k.shape[1]), head_dim)
+        self.note(f"{self._what()} ({variant.name}{getattr(_apart, 'reason', '')})", tiles=tiles)
         return out, lse
 
     def _what(self) -> str:
@@ -130,6 +192,8 @@ class LowBitAttnProcessor(AttnProcessor):
             options.append(f"fallback={self.fallback}")
         if self.backend != "auto":
             options.append(f"backend={self.backend}")
+        if self.fused_prologue is not None:
+            options.append(f"fused_prologue={self.fused_prologue}")
         return f"{type(self).__name__}({', '.join(options)})"
 
     __repr__ = __str__

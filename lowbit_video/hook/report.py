@@ -20,15 +20,28 @@ class Record:
     """What ran for one attention module.
 
     calls: how often each (variant name, reason) ran; the reason is empty where the variant is the one
-    that was asked for, and says why it is not otherwise.
+    that was asked for, and says why it is not otherwise. tiles: of variants that pool keys, how many pairs of a query tile and
+    a key tile were kept and how many pooled.
     """
 
     name: str = ""
     calls: Counter = field(default_factory=Counter)
+    tiles: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def note(self, variant: str, reason: str = "") -> None:
-        """Count one call."""
+    def note(self, variant: str, reason: str = "", tiles: tuple[int, int] | None = None) -> None:
+        """Count one call. tiles: how many it kept and pooled, where it pools."""
         self.calls[(variant, reason)] += 1
+        if tiles is not None:
+            self.tiles[variant] = _added(self.tiles.get(variant, (0, 0)), tiles)
+
+    def clear(self) -> None:
+        """Forget all counts; the name stays."""
+        self.calls.clear()
+        self.tiles.clear()
+
+
+def _added(some: tuple[int, int], more: tuple[int, int]) -> tuple[int, int]:
+    return some[0] + more[0], some[1] + more[1]
 
 
 class Records:
@@ -51,7 +64,7 @@ class Records:
     def clear(self) -> None:
         """Forget all counts; names stay."""
         for record in self._by_module.values():
-            record.calls.clear()
+            record.clear()
 
 
 def named_modules(model: Any) -> Iterator[tuple[str, Any]]:
@@ -117,7 +130,8 @@ class ModuleCoverage:
 
     component: "transformer", "unet", "transformer_2" ("" for a bare model). processor: its description.
     runs: (variant, calls, reason) of each variant that ran; empty where nothing did, and then
-    `reason` says why. low_bit: True where every call ran at the asked-for low bit width.
+    `reason` says why. low_bit: True where every call ran at the asked-for low bit width. tiles: (variant, kept, pooled), of
+    variants that pool keys.
     """
 
     component: str
@@ -126,6 +140,7 @@ class ModuleCoverage:
     runs: tuple[tuple[str, int, str], ...] = ()
     reason: str = ""
     hooked: bool = False
+    tiles: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def calls(self) -> int:
@@ -145,8 +160,10 @@ class ModuleCoverage:
 
     def as_dict(self) -> dict:
         """The same as plain values."""
+        tiles = {variant: {"kept_tiles": kept, "pooled_tiles": pooled} for variant, kept, pooled in self.tiles}
         return {"module": self.full_name, "processor": self.processor, "hooked": self.hooked, "calls": self.calls,
-                "runs": [{"variant": v, "calls": n, "reason": r} for v, n, r in self.runs], "reason": self.reason}
+                "runs": [{"variant": v, "calls": n, "reason": r, **tiles.get(v, {})} for v, n, r in self.runs],
+                "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -169,9 +186,18 @@ class Coverage:
                 total[variant] += count
         return dict(total)
 
+    def tiles(self) -> dict[str, tuple[int, int]]:
+        """Pairs of a query tile and a key tile that were kept, and pooled, per variant that pools keys, over all modules."""
+        total: dict[str, tuple[int, int]] = {}
+        for module in self.modules:
+            for variant, *counts in module.tiles:
+                total[variant] = _added(total.get(variant, (0, 0)), tuple(counts))
+        return total
+
     def as_dict(self) -> dict:
         """The report as plain values."""
         return {"modules": [m.as_dict() for m in self.modules], "variants": self.variants(),
+                "tiles": {variant: {"kept": kept, "pooled": pooled} for variant, (kept, pooled) in self.tiles().items()},
                 "untouched": [{"component": name, "attention_modules": count} for name, count in self.untouched],
                 "summary": self.summary()}
 
@@ -199,13 +225,19 @@ class Coverage:
         rows = [("attention module", "processor", "what ran", "calls", "why not as asked")]
         for module in self.modules:
             runs = module.runs or (("-", 0, module.reason),)
+            shares = {variant: f", {kept / (kept + pooled):.1%} kept" for variant, kept, pooled in module.tiles}
             for index, (variant, count, reason) in enumerate(runs):
-                first = index == 0
+                first, variant = index == 0, variant + shares.get(variant, "")
                 rows.append((module.full_name if first else "", module.processor if first else "", variant, str(count), reason))
         for name, count in self.untouched:
             kind = f"{count} attention module{'s' if count != 1 else ''}" if count else "no attention modules"
             rows.append((name, "untouched", kind, "", ""))
-        return f"{_table(rows)}\n{self.summary()}."
+        lines = [_table(rows), f"{self.summary()}."]
+        if tiles := self.tiles():
+            kept, pooled = map(sum, zip(*tiles.values()))
+            lines.append(f"Where keys were pooled, {kept} of {kept + pooled} pairs of a query tile and a key tile were kept "
+                         f"({kept / (kept + pooled):.1%}) and {pooled} pooled.")
+        return "\n".join(lines)
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
@@ -245,7 +277,8 @@ def _module_coverage(component: str, name: str, module: Any) -> ModuleCoverage:
     hooked = bool(getattr(processor, "low_bit", False))
     record = records.peek(module)
     runs = tuple((variant, count, reason) for (variant, reason), count in record.calls.items()) if record else ()
-    return ModuleCoverage(component, name, str(processor), runs, "" if runs else "not called yet", hooked)
+    tiles = tuple((variant, *counts) for variant, counts in record.tiles.items()) if record else ()
+    return ModuleCoverage(component, name, str(processor), runs, "" if runs else "not called yet", hooked, tiles)
 
 
 def _active_backend() -> str:

@@ -323,8 +323,7 @@ def test_the_shortest_useful_lengths_are_what_the_results_say():
 
 
 def test_a_named_commit_goes_before_the_checkouts(monkeypatch):
-    monkeypatch.delenv("LOWBIT_VIDEO_COMMIT", raising=False)
-    monkeypatch.setattr(bench.settings, "commit", lambda: "abc1234+")
-    assert bench.commit() == "abc1234+"
     monkeypatch.setenv("LOWBIT_VIDEO_COMMIT", "def5678")
-    assert bench.commit() == "def5678"
+    assert bench.settings.commit() == bench.settings.environment()["commit"] == "def5678"
+    monkeypatch.delenv("LOWBIT_VIDEO_COMMIT")
+    assert bench.settings.commit() != "def5678"

@@ -42,14 +42,15 @@ class Transformer(nn.Layer):
 class ToyPipeline:
     """pipe(prompt, seed=, num_inference_steps=, output_type="np" | "latent", callback_on_step_end=) -> .frames."""
 
-    def __init__(self, seed=0, layers=3):
+    def __init__(self, seed=0, layers=3, grid=(FRAMES, ROWS, COLUMNS)):
         paddle.seed(seed)
         self.transformer = Transformer(layers)
         self.transformer.eval()
         width = HEADS * HEAD_DIM
         rng = np.random.default_rng(seed)
         self.paint = rng.standard_normal((width, 3)).astype(np.float32) / width**0.5
-        t, y, x = np.meshgrid(*[np.arange(n) for n in (FRAMES, ROWS, COLUMNS)], indexing="ij")
+        self.grid = grid
+        t, y, x = np.meshgrid(*map(np.arange, grid), indexing="ij")
         waves = np.stack([np.sin(k * (x + t) / 3 + y * (k % 3) / 2) for k in range(1, width + 1)], -1)
         self.place = waves.reshape(1, -1, width).astype(np.float32)
 
@@ -70,5 +71,5 @@ class ToyPipeline:
                     callback_on_step_end(self, step, 1000 - step, {"latents": paddle.to_tensor(latents)})
         if output_type == "latent":
             return SimpleNamespace(frames=paddle.to_tensor(latents))
-        picture = 1 / (1 + np.exp(-4 * (latents @ self.paint).reshape(1, FRAMES, ROWS, COLUMNS, 3)))
+        picture = 1 / (1 + np.exp(-4 * (latents @ self.paint).reshape(1, *self.grid, 3)))
         return SimpleNamespace(frames=picture.repeat(PIXELS, 2).repeat(PIXELS, 3).astype(np.float32))

@@ -1,6 +1,7 @@
 """The evaluation by precision at toy size on a CPU: it goes on where it stopped, frameworks agree, its table is right."""
 import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch", reason="the example is written in PyTorch")
 pytest.importorskip("diffusers", reason="the model is made of diffusers' classes")
 pytest.importorskip("transformers", reason="the text encoder is transformers' T5EncoderModel")
 pytest.importorskip("skimage", reason="SSIM is scikit-image's")
+from lowbit_video import Recipe  # noqa: E402
 from lowbit_video.errors import UnsupportedError  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
@@ -27,12 +29,13 @@ def code():
     import evaluate_precisions
     import makers
     import models
+    import precision_curve
     import precision_table
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield SimpleNamespace(main=evaluate_precisions.main, evaluate=evaluate_precisions, makers=makers, models=models,
-                          table=precision_table)
+                          table=precision_table, curve=precision_curve)
     torch.set_num_threads(threads)
     sys.path.remove(str(FOLDER))
     for name in set(sys.modules) - before:
@@ -135,7 +138,10 @@ def test_it_goes_on_where_it_was_stopped_with_the_same_figures(code, model, whol
     assert [line["run"] for line in lines(tmp_path)] == ["exact", "exact", "floor", "floor"]
     assert code.main([*begun, "--minutes", "0"]) == 0 and len(lines(tmp_path)) == 4
     assert "time is over" in capfd.readouterr().out
+    assert json.loads((tmp_path / "precisions.json").read_text())["not_made"] == ["int8+fp16", "int2+fp16"]
+    assert "Not made before the time was over: int8+fp16, int2+fp16." in (tmp_path / "precisions.md").read_text()
     assert code.main(begun) == 0
+    assert "Not made" not in (tmp_path / "precisions.md").read_text()
     assert len(made) == 9 + 3 * 3 + 4 * 2  # the exact videos of the first two captions are made again, as references
     figures = [{(v["prompt"], v["run"]): v["figures"] for v in lines(folder)} for folder in (tmp_path, whole)]
     assert figures[0] == figures[1]
@@ -230,3 +236,37 @@ def test_other_exact_kernels_run_where_they_are_asked_for(code, asked, cudnn, fl
                                         ("my:exact", False)])
 def test_the_fastest_exact_attention_is_sought_among_exact_ones(code, run, exact):
     assert code.table.is_exact(run) is exact
+
+
+def test_a_curve_is_drawn_over_what_pooled_runs_and_recipes_keep(code, model, tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes", reason="matplotlib is not installed")
+    larger, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model, larger)
+    generation = json.loads((larger / "generation.json").read_text()) | {"height": 96, "width": 128, "num_frames": 17}
+    (larger / "generation.json").write_text(json.dumps(generation))
+    rung, recipe = "int8+fp8 pooled 0.5 always 32", str(tmp_path / "r.toml")
+    Recipe([{"rung": "int8+fp8"}, {"rung": rung, "steps": "0-0.5", "heads": [0]}]).save(recipe)
+    begun = ["--captions", "1", "--steps", "2", "--workers", "1", "--device", "cpu", "--no-page", "--order", "hilbert",
+             "--model", str(larger), "--out", str(out), "--precisions"]
+    assert code.main([*begun, "int8+fp8", rung, recipe]) == 0
+    record = json.loads((out / "precisions.json").read_text())
+    # 32 text and 5 x 6 x 8 video tokens: 3 key tiles; 2 query tiles, of which the first has text and sees all
+    kept = {"int8+fp8": 1.0, rung: 5 / 6, recipe: 1 - 1 / 6 / 4}
+    assert record["kept"] == pytest.approx(kept, abs=1e-12) and record["order"] == "hilbert"
+    for group, rows in {"all": record["rows"], **{name: own["rows"] for name, own in record["groups"].items()}}.items():
+        series = record["curve"][group]
+        assert {name: [run["run"] for run in own] for name, own in series.items()} == {
+            "int8+fp8": [rung, "int8+fp8"], "recipes": [recipe]}
+        assert series["int8+fp8"][0]["psnr"] == rows[rung]["psnr"] and series["recipes"][0]["kept"] == record["kept"][recipe]
+    psnr = {run: record["rows"][run]["psnr"]["value"] for run in kept}
+    assert psnr[rung] < psnr[recipe] < psnr["int8+fp8"], psnr
+    table = (out / "precisions.md").read_text()
+    assert "| tiles kept, % |" in table and "tokens in the order hilbert" in table
+    drawn = []
+    monkeypatch.setattr(axes.Axes, "errorbar", lambda self, x, y, spread, **how: drawn.append((x, list(y), how["label"])))
+    monkeypatch.setattr(axes.Axes, "legend", lambda *given, **how: None)
+    code.curve.plot_curve(out / "curve.png", record["curve"], "title")
+    assert len(drawn) == 2 * len(record["curve"]) and (out / "curve.png").stat().st_size > 5000
+    assert drawn[0] == (pytest.approx([500 / 6, 100]), [psnr[rung], psnr["int8+fp8"]], "int8+fp8 everywhere")
+    with pytest.raises(ValueError, match="was begun with order hilbert; give another --out"):
+        code.main([*(word for word in begun if word not in ("--order", "hilbert")), rung])

@@ -204,6 +204,18 @@ def test_a_loss_that_jumps_takes_the_good_weights_back(code, tmp_path, capfd, mo
     assert said.count("back to the last good weights, learning rate 0.0003") == 1
 
 
+@pytest.mark.parametrize("means, lost", [
+    ((1.0, 0.9, 1.25, 0.8), [False] * 4), ((1.0, 1.41, 1.0, 1.41), [False] * 4), ((1.0, 1.39, 1.41), [False] * 3),
+    ((1.0, 1.41, 1.41, 1.41), [False, False, True, False]), ((1.0, 2.9, 3.1), [False, False, True]),
+    ((1.0, 3.01), [False, True]), ((1.0, float("nan"), 1.41), [False, True, False]),
+    ((2.0, 1.0, 1.41, 1.41), [False] * 3 + [True]),
+])
+def test_a_training_is_lost_after_a_jump_or_two_bad_means(code, means, lost):
+    watch = code.loss_watch.LossWatch()
+    assert [watch.lost(mean) for mean in means] == lost
+    assert watch.best == min(mean for mean in means if mean == mean)
+
+
 def test_swapped_likeness_tells_a_bag_of_words(code, tmp_path):
     code.tokens.build_vocabulary(tmp_path)
     tokens = code.tokens.Tokens(tmp_path)

@@ -16,7 +16,7 @@ from lowbit_video.engine.run import run
 from lowbit_video.eval.speed import accuracy, inputs
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.attention import reference
-from lowbit_video.kernels.attention.hopper.build import CONFIGS
+from lowbit_video.kernels.attention.hopper.build import CONFIGS, config_of
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import Precision
@@ -206,7 +206,7 @@ def by_numpy(variant, precision, arch, dtype, q, k, v, causal):
     half, scale = FORMAT_OF_DTYPE[dtype], q.shape[-1] ** -0.5
     formats = (half,) * 3 if precision.exact else (precision.q, precision.k, precision.pv)
     if variant.backend == "hopper":
-        config = CONFIGS[q.shape[-1], precision.pv == "fp8"]
+        config = config_of(q.shape[-1], formats[0], precision.pv)
         how = dict(block_n=config.block_n, sum_rounded=config.sum_mma, backwards=True, line=config.line)
     else:
         tile = tuning.lookup(tuning.family(*formats), arch, q.shape[-1])
@@ -238,6 +238,39 @@ def test_every_row_at_the_edges_of_tiles(gpu, variant, spec, causal, q_len, kv_l
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(wanted_lse))
     seen = np.isfinite(wanted_lse)
     assert np.abs(lse - wanted_lse)[seen].max(initial=0) < row_bound
+
+
+EXACT_ROWS = {"fp16": (1e-3, 4e-3), "bf16": (6e-3, 2e-2)}
+"""Relative L1 of all rows together and of each of 16-bit exact attention: P and the output are rounded, nothing else."""
+
+
+@pytest.mark.parametrize("q_len, kv_len", [*EDGES_OF_TILES, (1, 1), (1, 300), (63, 127), (65, 129), (128, 128), (191, 255),
+                                           (192, 256), (193, 257), (384, 150), (384, 385), (5, 2)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("spec", EXACT_ROWS)
+def test_every_row_of_the_exact_hopper_kernel(gpu, spec, causal, head_dim, q_len, kv_len):
+    """Against softmax in float32 at the edges of its tiles: grouped heads, keys at the mask's edge weigh most, and the LSE."""
+    variant = next(one for one in VARIANTS if one.name == "hopper-exact")
+    dtype = dtype_for(spec)
+    precision = supported(gpu, variant, spec, dtype, head_dim=head_dim, q_len=q_len, kv_len=kv_len, heads=6, kv_heads=2,
+                          causal=causal, lse=True)
+    rng = np.random.default_rng(q_len + 1000 * kv_len)
+    q = rng.standard_normal((2, 6, q_len, head_dim), np.float32)
+    k, v = rng.standard_normal((2, 2, 2, kv_len, head_dim), np.float32)
+    v *= np.exp(rng.standard_normal((2, 2, 1, head_dim), np.float32))
+    given = [gpu.tensor(x, dtype) for x in (q, drawn_to_the_diagonal(q, k), v)]
+    out, lse = (gpu.numpy(x) for x in attend(gpu, variant, precision, *given, causal=causal, lse=True))
+    q, k, v = (gpu.numpy(x) for x in given)
+    for b, h in np.ndindex(2, 6):
+        wanted, wanted_lse = accuracy.softmax_rows(q[b, h], k[b, h // 3], v[b, h // 3], np.arange(q_len), q_len,
+                                                   head_dim**-0.5, causal)
+        seen = np.isfinite(wanted_lse)
+        np.testing.assert_array_equal(np.isneginf(lse[b, h]), ~seen)
+        assert not out[b, h][~seen].any()
+        if seen.any():
+            check_rows(out[b, h][seen], wanted[seen], *EXACT_ROWS[spec])
+            assert np.abs(lse[b, h] - wanted_lse)[seen].max() < 2e-3
 
 
 @pytest.mark.parametrize("variant, spec", [case for case in CASES if case.values[0].padded])

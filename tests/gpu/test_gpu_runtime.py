@@ -146,6 +146,12 @@ def test_warmup_takes_the_first_calls_compilation(gpu):
     assert warmup([shape], "int8+fp8", framework=gpu.name)[shape] < 200.0
 
 
+def test_warmup_takes_the_compilation_of_pooled_calls(gpu):
+    shape = (1, 1111, 2, 64)
+    assert warmup([shape], "int8+fp8 pooled 0.3 always 20", framework=gpu.name)[shape] >= 0.0
+    assert warmup([shape], "int8+fp8 pooled 0.3 always 20", framework=gpu.name)[shape] < 200.0
+
+
 def test_warmup_takes_the_compilation_of_packed_sequences(gpu):
     shape = ((1999, 130, 1), 3, 64)
     assert warmup([shape], "int4+fp8", framework=gpu.name)[shape] >= 0.0

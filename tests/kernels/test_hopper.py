@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs Triton, which exists for Linux only"
 from lowbit_video.kernels.attention import gluon_shim, reference  # noqa: E402
 from lowbit_video.kernels.attention.hopper import launch, softmax  # noqa: E402
 from lowbit_video.kernels.buffers import Buffer  # noqa: E402
-from lowbit_video.kernels.operands import Operand, codes_of  # noqa: E402
+from lowbit_video.kernels.operands import Listed, Operand, codes_of  # noqa: E402
 
 from offline import Hopper, compiled, ptxas  # noqa: E402
 from ptx_in_numpy import run_ptx  # noqa: E402
@@ -24,6 +24,10 @@ BUILDS = {
     Hopper(64, "fp16", True, "shifted", "bfloat16"): 0,
     Hopper(128, "fp8", True, "shifted", "bfloat16"): 0,
     Hopper(128, "fp16", True, "shifted", "bfloat16"): 0,
+    Hopper(64, "fp16", False, "", "float16", "fp16"): 8,
+    Hopper(64, "bf16", True, "lse", "bfloat16", "bf16"): 0,
+    Hopper(128, "fp16", False, "", "float16", "fp16"): 0,
+    Hopper(128, "bf16", True, "lse", "bfloat16", "bf16"): 0,
 }
 """Most bytes that ptxas may spill; eval/speed/NOTES.md says where."""
 
@@ -36,8 +40,9 @@ def test_compiles_ahead_of_time_without_serialised_products(case):
     assert told["spilled"] <= BUILDS[case], told
     assert told["shared"] <= SHARED_MAX, told
     ops = " ".join(told["tensor_ops"])
-    assert "IGMMA" in ops and ("E4M3" in ops) == (case.pv == "fp8"), ops
-    assert (".BF16" in ops) == (case.dtype == "bfloat16" and case.pv == "fp16"), ops
+    assert ("IGMMA" in ops) == (case.qk == "int8") and ("E4M3" in ops) == (case.pv == "fp8"), ops
+    halves = [op for op in told["tensor_ops"] if op.startswith("HGMMA")]
+    assert all((".BF16" in op) == (case.dtype == "bfloat16") for op in halves) and bool(halves) == (case.pv != "fp8"), ops
 
 
 @pytest.mark.parametrize("line", [1, 3, 8])
@@ -74,6 +79,29 @@ def operands(**changes):
     q, k = (codes_of(x, "int8", Buffer(1 << 20, "int8"), float32, block) for block in (None, 128))
     k = k._replace(**{name: changes.pop(f"k_{name}") for name in ("format", "block") if f"k_{name}" in changes})
     return (q, k, x._replace(format=changes.pop("pv_format", "fp16")), x), {"sm_scale": 0.125} | changes
+
+
+def exact_operands(**changes):
+    """The same of a call in float16, some of its tensors changed."""
+    x = Operand(Buffer(1 << 20, "float16"), (1, 2, 100, 64), (12800, 64, 128), "fp16")
+    given = {name: x._replace(**changes.pop(name, {})) for name in "qkv"}
+    return (*given.values(), x), {"sm_scale": 0.125} | changes
+
+
+LISTS = Listed(Buffer(1 << 20, "int32"), Buffer(1 << 20, "int32"), Buffer(1 << 20, "float32"), Buffer(1 << 20, "float32"), 192)
+
+
+@pytest.mark.parametrize("changes, word", [
+    (dict(k=dict(format="bf16")), "formats"), (dict(v=dict(format="bf16")), "P.V format bf16"),
+    (dict(v=dict(format="fp8")), "P.V format fp8"), (dict(q=dict(format="fp32"), k=dict(format="fp32")), "formats"),
+    (dict(q=dict(shape=(1, 2, 100, 96))), "head dim"), (dict(arch=(10, 0)), "arch"), (dict(sm_scale=-1.0), "negative"),
+    (dict(packed=object()), "packed"), (dict(listed=LISTS), "lists of key tiles are not supported with exact"),
+    *((({name: dict(strides=(12800, 64, 129))}), f"16-bit {name.upper()} at") for name in "qkv"),
+    *((({name: dict(buffer=Buffer((1 << 20) + 8, "float16"))}), f"16-bit {name.upper()} at") for name in "qkv")])
+def test_exact_refuses_by_name(changes, word):
+    given, named = exact_operands(**changes)
+    with pytest.raises(ValueError, match=word):
+        launch.launch_attn_fwd(*given, **named)
 
 
 @pytest.mark.parametrize("changes, word", [

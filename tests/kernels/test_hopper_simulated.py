@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs Triton, which exists for Linux only"
 
 from lowbit_video.kernels.attention import reference  # noqa: E402
 from lowbit_video.kernels.attention.hopper import launch  # noqa: E402
-from lowbit_video.kernels.attention.hopper.build import CONFIGS  # noqa: E402
+from lowbit_video.kernels.attention.hopper.build import CONFIGS, EXACT_CONFIGS, config_of  # noqa: E402
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE  # noqa: E402
 from lowbit_video.kernels.operands import Operand, codes_of, v_codes_of  # noqa: E402
 from lowbit_video.kernels.quant import reference as quant  # noqa: E402
@@ -21,7 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid
 
 
 def attend(monkeypatch, q, k, v, *, qk="int8", pv="fp8", causal=False, shifted=True, config=None, out_dtype=np.float32):
-    """(out, lse) by the launcher and the simulated kernel: q [B, Hq, N, D], k, v [B, Hkv, N, D] float32, quantised by NumPy."""
+    """(out, lse) by the launcher and the simulated kernel: q [B, Hq, N, D], k, v [B, Hkv, N, D] float32, quantised by NumPy.
+
+    qk "exact": in pv's 16 bits as they are.
+    """
     memory, kept = Memory(), []
 
     def buffer(array, dtype=None):
@@ -33,19 +36,23 @@ def attend(monkeypatch, q, k, v, *, qk="int8", pv="fp8", causal=False, shifted=T
     mean = quant.token_mean(k)
     scale = head_dim**-0.5
     shape = lambda x: Operand(None, x.shape, (0, 0, 0), "fp16")
-    coded = []
-    for x, block, less in ((q, None, None), (k, 128, mean)):
+
+    def halves(x):  # [B, N, H, D] memory, as a model leaves it
+        half = np.ascontiguousarray(x.transpose(0, 2, 1, 3)).astype(pv)
+        n, h, d = half.shape[1:]
+        return Operand(buffer(half), x.shape, (n * h * d, d, h * d), FORMAT_OF_DTYPE[half.dtype.name])
+
+    coded = [halves(q), halves(k)] if qk == "exact" else []
+    for x, block, less in () if coded else ((q, None, None), (k, 128, mean)):
         codes, scales = quant.quantize_rows(x, qk, block, less)
         coded.append(codes_of(shape(x), qk, buffer(codes), buffer(scales), block))
     if pv == "fp8":
         v_operand = v_codes_of(shape(v), *map(buffer, quant.quantize_v(v)))
-    else:  # [B, N, H, D] memory, as a model leaves it
-        half = np.ascontiguousarray(v.transpose(0, 2, 1, 3)).astype(pv)
-        n, h, d = half.shape[1:]
-        v_operand = Operand(buffer(half), v.shape, (n * h * d, d, h * d), FORMAT_OF_DTYPE[half.dtype.name])
+    else:
+        v_operand = halves(v)
     out = np.full((batch, tokens, heads, head_dim), np.nan, out_dtype)
     lse = np.full((batch, heads, tokens), np.nan, np.float32)
-    shift = reference.lse_correction(q, mean, scale)
+    shift = reference.lse_correction(q, mean, scale) if qk != "exact" else np.zeros_like(lse)
     out_operand = Operand(memory.buffer(out), q.shape, (tokens * heads * head_dim, head_dim, heads * head_dim), "fp32")
     launch.launch_attn_fwd(*coded, v_operand, out_operand, sm_scale=scale, is_causal=causal, config=config,
                            lse=memory.buffer(lse), lse_shift=buffer(shift) if shifted else None)
@@ -53,9 +60,13 @@ def attend(monkeypatch, q, k, v, *, qk="int8", pv="fp8", causal=False, shifted=T
 
 
 def oracle(q, k, v, *, qk="int8", pv="fp8", causal=False, config=None):
-    config = config or CONFIGS[q.shape[-1], pv == "fp8"]
     half = "bf16" if pv == "bfloat16" else "fp16"
+    config = config or config_of(q.shape[-1], half if qk == "exact" else qk, pv)
     values = v if pv == "fp8" else v.astype(pv).astype(np.float32)
+    if qk == "exact":
+        q, k = (x.astype(pv).astype(np.float32) for x in (q, k))
+        return reference.attn_fwd(q, k, values, scale=q.shape[-1] ** -0.5, causal=causal, p_format=half, block_n=config.block_n,
+                                  sum_rounded=config.sum_mma, backwards=True)
     return reference.lowbit_attention(
         q, k, values, q_format=qk, k_format=qk, pv_format="fp8" if pv == "fp8" else "fp16", scale=q.shape[-1] ** -0.5,
         causal=causal, half=half, block_n=config.block_n, sum_rounded=config.sum_mma, backwards=True, line=config.line)
@@ -81,6 +92,10 @@ def assert_close(got, wanted, limit=2e-3, row_limit=2e-2, lse_limit=2e-3):
     assert np.abs(lse - ref_lse)[seen].max(initial=0) <= lse_limit
 
 
+EXACT_BUILDS = [(64, "float16"), (128, "float16"), (64, "bfloat16"), (128, "bfloat16")]
+EXACT_LIMITS = {"float16": dict(limit=5e-4, row_limit=5e-3, lse_limit=1e-4),
+                "bfloat16": dict(limit=2e-3, row_limit=1e-2, lse_limit=1e-4)}
+"""P alone is rounded: where a maximum stays short of the oracle's (`lazy`), on another grid."""
 BUILDS = [(64, "fp8"), (128, "fp8"), (64, "float16"), (128, "float16"), (64, "bfloat16")]
 
 
@@ -104,6 +119,36 @@ def test_causal_at_the_edges_of_tiles(lengths, monkeypatch):
 def test_ragged_ends(lengths, monkeypatch):
     given = draw(1, 1, 1, *lengths, 128)
     assert_close(attend(monkeypatch, *given, pv="float16"), oracle(*given, pv="float16"))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim, dtype", EXACT_BUILDS, ids=str)
+def test_every_exact_build(head_dim, dtype, causal, monkeypatch):
+    """Two batches, grouped queries, ragged ends, several tiles and, of 384 rows, several programs; scores nobody rounded."""
+    given, options = draw(2, 4, 2, 200, 333, head_dim), dict(qk="exact", pv=dtype, causal=causal)
+    got = attend(monkeypatch, *given, **options)
+    assert_close(got, oracle(*given, **options), **EXACT_LIMITS[options["pv"]])
+
+
+@pytest.mark.parametrize("lengths", [*EDGES_OF_TILES, (1, 1), (384, 150), (192, 318), (193, 256), (384, 257)], ids=str)
+def test_exact_causal_at_the_edges_of_tiles(lengths, monkeypatch):
+    q, k, v = draw(1, 2, 1, *lengths, 64)
+    given, options = (q, drawn_to_the_diagonal(q, k), v), dict(qk="exact", pv="float16", causal=True)
+    assert_close(attend(monkeypatch, *given, **options), oracle(*given, **options), **EXACT_LIMITS[options["pv"]])
+
+
+@pytest.mark.parametrize("lengths", [(128, 128), (64, 129), (65, 127), (192, 256), (1, 1)], ids=str)
+def test_exact_ragged_ends(lengths, monkeypatch):
+    given, options = draw(1, 1, 1, *lengths, 128), dict(qk="exact", pv="bfloat16")
+    assert_close(attend(monkeypatch, *given, **options), oracle(*given, **options), **EXACT_LIMITS[options["pv"]])
+
+
+@pytest.mark.parametrize("change", [dict(lazy=False), dict(sum_mma=True), dict(stages=2), dict(consumers=2), dict(turns=True),
+                                    dict(hold=8, turns=True), dict(block_n=64, stages=4), dict(pin=True)], ids=str)
+def test_what_exact_configurations_choose_moves_no_value(change, monkeypatch):
+    given, config = draw(1, 1, 1, 130, 520, 64), dataclasses.replace(EXACT_CONFIGS[64], **change)
+    options = dict(qk="exact", pv="float16", config=config)
+    assert_close(attend(monkeypatch, *given, **options), oracle(*given, **options), **EXACT_LIMITS[options["pv"]])
 
 
 @pytest.mark.parametrize("shifted", [False, True])

@@ -26,6 +26,8 @@ HOPPER = [Hopper(head_dim, pv, causal, lse) for head_dim, pv, causal, lse in
           product((64, 128), ("fp8", "fp16"), (False, True), ("", "shifted"))]
 HOPPER += [Hopper(64, "fp8", qk="fp8"), Hopper(128, "fp8", causal=True, lse="shifted", qk="fp8"), Hopper(128, "fp8", lse="lse"),
            Hopper(64, "fp8", dtype="bfloat16"), *(Hopper(head_dim, "fp16", dtype="bfloat16") for head_dim in (64, 128))]
+HOPPER += [Hopper(head_dim, name, causal, lse, dtype, name) for head_dim in (64, 128)
+           for name, dtype, causal, lse in (("fp16", "float16", False, ""), ("bf16", "bfloat16", True, "lse"))]
 OLD, NEW = (8, 0), (9, 0)
 PORTABLE = [case for arch in (OLD, NEW) for case in (
     Attention(arch, "int8", "int8", "fp16", 64), Attention(arch, "int8", "int8", "fp16", 128),

@@ -33,7 +33,7 @@ def request(spec, arch, head_dim=64, **more):
 
 def chosen(asked):
     """The name of the first variant without a reason against it; "-" for none."""
-    return next((v.name.removeprefix("triton-") for v in VARIANTS if v.why_not(asked) is None), "-")
+    return next((v.name.removeprefix("triton-") for v in VARIANTS if v.automatic and v.why_not(asked) is None), "-")
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,18 @@ def test_every_precision_is_in_the_table():
 ])
 def test_what_else_a_call_asks_for_on_hopper(spec, asked, wanted):
     assert chosen(request(spec, (9, 0), **asked)) == wanted
+
+
+@pytest.mark.parametrize("spec, asked, reason", [
+    ("fp16", {}, None), ("bf16", dict(head_dim=128, causal=True, lse=True, heads=6, kv_heads=2), None),
+    ("fp16", dict(kv_len=7), None), ("fp32", {}, "Q.K in fp32"), ("fp16", dict(dtype="bfloat16"), "takes float16 tensors"),
+    ("fp16", dict(head_dim=96), "head_dim 96"), ("fp16", dict(varlen=True), "varlen"), ("fp16", dict(pooled=True), "pooled"),
+    ("fp16", dict(qk_aligned=False), "16 bytes"), ("fp16", dict(v_aligned=False), "16 bytes"),
+    ("fp16", dict(negative=True), "negative"), ("fp16", dict(arch=(10, 0)), "needs sm_90")])
+def test_what_the_exact_hopper_kernel_serves(spec, asked, reason):
+    [variant] = [one for one in VARIANTS if one.name == "hopper-exact"]
+    found = variant.why_not(request(spec, **dict(arch=(9, 0)) | asked))
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize("arch, slow", [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])

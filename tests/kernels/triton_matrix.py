@@ -17,6 +17,7 @@ from pathlib import Path
 
 import triton
 
+from lowbit_video.kernels.formats import EXACT_FORMATS
 from lowbit_video.kernels.variants import VARIANTS
 from lowbit_video.precision import Precision
 
@@ -31,7 +32,8 @@ def cases() -> list[Attention | Hopper | Quantisers]:
     """Both head dims of each Hopper variant; of the portable ones every precision and every arch, in turn."""
     found: list[Attention | Hopper | Quantisers] = []
     for variant in (one for one in VARIANTS if one.backend == "hopper"):
-        found += [Hopper(head_dim, pv, qk=variant.qk[0][0]) for pv in variant.pv for head_dim in variant.head_dims]
+        found += [Hopper(head_dim, pv, qk=q, dtype="bfloat16" if q == "bf16" else "float16") for q, _ in variant.qk
+                  for pv in variant.pv for head_dim in variant.head_dims if q not in EXACT_FORMATS or pv == q]
     for variant in (one for one in VARIANTS if one.backend == "triton"):
         archs = [arch for arch in ARCHS if arch >= variant.min_arch]
         for number in range(max(len(archs), len(variant.specs))):

@@ -3,7 +3,9 @@ from dataclasses import replace
 
 import pytest
 
+from lowbit_video import Pooled
 from lowbit_video import warming as module
+from lowbit_video.engine.options import options_of
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.warming import warmup
 
@@ -32,6 +34,27 @@ def test_every_shape_runs_twice_and_the_difference_is_reported(framework, monkey
     taken = warmup([(1, 10, 4, 64), (1, 12, 4, 64)], "int8+fp8", framework=framework.name, device="cpu", kv_heads=2)
     assert taken == {(1, 10, 4, 64): 900.0, (1, 12, 4, 64): 0.0}
     assert seen == [((1, 10, 4, 64), (1, 10, 2, 64))] * 2 + [((1, 12, 4, 64), (1, 12, 2, 64))] * 2
+
+
+def test_pooled_calls_are_made_as_they_are_asked_for(framework, monkeypatch):
+    like = module.detect.anchor(framework.name, "cpu")
+    runtime = module.detect.runtime_of(like)
+    seen = []
+    monkeypatch.setattr(runtime, "is_cpu", lambda t: False)
+    monkeypatch.setattr(runtime, "stream", lambda t: 0)
+    monkeypatch.setattr(module, "_wall_ms", lambda call, stream: seen.append(call.keywords["options"]) or 1.0)
+    where = dict(framework=framework.name, device="cpu")
+    warmup([(1, 10, 4, 64)], "int8+fp8", pooled=Pooled(0.3, 226), **where)
+    warmup([(1, 10, 4, 64)], "int8+fp8 pooled 0.3 always 226", **where)
+    assert len(seen) == 4 and set(seen) == {options_of("int8+fp8", "NHD", False, None, False, "auto", None, False,
+                                                       Pooled(0.3, 226))}
+    with pytest.raises(UnsupportedError, match="packed sequences; warm those up without pooled"):
+        warmup([(1, 10, 4, 64), ((10, 3), 4, 64)], "int8+fp8", pooled=Pooled(0.3), **where)
+    with pytest.raises(ValueError, match="2 shares, and q has 4 heads"):
+        warmup([(1, 10, 2, 64), (1, 10, 4, 64)], "int8+fp8", pooled=Pooled((0.3, 0.5)), **where)
+    with pytest.raises(ValueError, match="does too; give one of them"):
+        warmup([], "int8+fp8 pooled 0.3", pooled=Pooled(0.3), **where)
+    assert len(seen) == 4
 
 
 def test_packed_sequences_are_called_as_a_model_calls_them(framework, monkeypatch):

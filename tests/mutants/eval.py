@@ -11,6 +11,7 @@ SCENES = "tests/eval/world/test_long_world.py::"
 LAYERS = "tests/eval/compare/test_layers.py::"
 SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
+POOLED = "tests/eval/calibrate/test_pooled_rungs.py::"
 PAIRED = "tests/eval/metrics/test_paired.py::"
 SCALES = "tests/eval/calibrate/test_scales.py::"
 SOLVE = "tests/eval/calibrate/test_solve.py::"
@@ -44,7 +45,8 @@ MUTANTS = [
             ("self.inside if self.clock.step in self.steps else self.outside",
              "self.outside if self.clock.step in self.steps else "
              "self.inside"),
-            ("(*arguments, **named)", "(*arguments)")),
+            ("else self.outside)(*arguments, **named)", "else self.outside)(*arguments)"),
+            ("    @functools.wraps(ExactAttnProcessor.__call__)  # diffusers passes what it finds in the signature\n", "")),
     *faults("eval/compare/layers.py", LAYERS + "test_an_error_of_one_group_of_steps_is_measured_there",
             ("self.step, self.latents = step + 1,", "self.step, self.latents = step,")),
     *faults("eval/compare/layers.py", LAYERS + "test_fit_shares_by_hand",
@@ -218,6 +220,27 @@ MUTANTS = [
             ("np.mean([one.weighed()", "np.sum([one.weighed()"), ("for one in measured], axis=0)\n        peaks = peaks",
                                                                   "for one in measured[1:]], axis=0)\n        peaks = peaks"),
             ("else peaks.max(2, keepdims=True)", "else peaks.min(2, keepdims=True)")),
+    *faults("eval/calibrate/pooled.py", POOLED + "test_rungs_keep_the_models_text_and_short_sequences_have_none",
+            ("tokens < self.least", "tokens <= self.least"), ("share, text)", "share)")),
+    *faults("eval/calibrate/pooled.py", POOLED + "test_a_models_text_is_seen",
+            ("int(encoder_hidden_states.shape[1])", "int(hidden_states.shape[1])"),
+            ("int(q.shape[1]), int", "int(q.shape[2]), int")),
+    *faults("eval/calibrate/pooled.py", POOLED + "test_rows_are_whole_tiles_after_those_with_text",
+            ("-(-text // tile)", "text // tile"), ("(at + 0.5) * len(others)", "at * len(others) + 1 - len(others)"),
+            ("max(least, -(-rows // tile))", "least")),
+    *faults("eval/calibrate/measure.py", POOLED + "test_a_sample_of_rows_errs_as_these_rows_of_the_whole_call",
+            ("[:, placed:]", ""), ("max(text), query_tile", "0, query_tile"), ("query_tile(self.shape[3])", "128")),
+    *faults("eval/calibrate/costs.py", POOLED + "test_a_pooled_rung_costs_what_it_keeps_and_its_choice",
+            ("ratios[rung] * kept / (kept + left) + POOLING", "ratios[rung] * pooled.keep + POOLING"),
+            (" and not pooled.all_kept", ""), ("pooled.keep, pooled.always, tokens", "pooled.keep, 0, tokens")),
+    *faults("eval/calibrate/costs.py", SCALES + "test_pooled_keys_have_no_bits",
+            ("if pooled is None or pooled.all_kept", "if pooled is None"),
+            ("for rung in parts if rung not in bits", "for rung in ()"), ("    if not precisions:", "    if False:")),
+    *faults("eval/calibrate/run.py", POOLED + "test_where_bits_are_counted_pooled_rungs_are_left_out_unmeasured",
+            ("plan.pooled.shares and not by_bits", "plan.pooled.shares"), (".why_not(tokens, by_bits)", ".why_not(tokens)"),
+            ("bits_of(rungs).lacking if by_bits else ()", "()"),
+            ("for rung in rungs if rung not in lacking]", "for rung in rungs]"),
+            ('by_bits = plan.scheme == "seed" or budget.bits is not None', 'by_bits = plan.scheme == "seed"')),
     *faults("eval/calibrate/measure.py", SOLVE + "test_steps_begin_in_their_own_range_and_heads_count",
             ("self.gains[None, None, :, None]", "self.gains[::-1][None, None, :, None]")),
     *faults("eval/calibrate/measure.py", CALIBRATE + "test_local_errors_are_those_of_the_attention",

@@ -64,7 +64,7 @@ def test_kernels_know_no_framework(path):
         assert module.split(".")[0] not in FRAMEWORKS - {"triton"}, f"{path.name}:{line} imports {module}"
 
 
-ROOMS = [{"arguments"}, {"errors", "files", "pooled", "precision", "token_order"}, {"runtime"}, {"engine"}, {"graph"},
+ROOMS = [{"arguments"}, {"errors", "files", "pooled", "precision", "token_order"}, {"rung", "runtime"}, {"engine"}, {"graph"},
          {"api", "codes", "hook", "quantized"}, {"distributed"}, {"compat", "warming"}, {"app"}]
 """Rooms and files of lowbit_video; each may import itself, and what stands in a set before its own."""
 

@@ -2,9 +2,8 @@
 
     SMALL_MODEL_FULL=1 pytest -s -m parity tests/parity/test_small_model_live.py -k small
 
-takes the small model's own clip length and schedule, as its card quotes it; by default the test is short: 9 frames, 4 steps.
-LONG_MODEL=FOLDER names a folder of the long configuration, which is not shipped: then it is compared too, at a quarter of its
-height and width.
+takes the small model's own clip length and schedule, as its card quotes it; by default the test is short: 9 frames, 4 steps,
+the long model at a quarter of its height and width.
 """
 import json
 import os
@@ -24,11 +23,10 @@ pytestmark = pytest.mark.parity
 
 FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
 FULL = os.environ.get("SMALL_MODEL_FULL", "0") not in ("", "0")
-CASES = {"small": (FOLDER / "model", "a small red circle moves left over a blue background", {})}
-if os.environ.get("LONG_MODEL"):
-    CASES["long"] = (Path(os.environ["LONG_MODEL"]),
-                     "a large red circle enters from the left and a white star spins over a striped blue background",
-                     {"height": 96, "width": 128})
+CASES = {"small": (FOLDER / "model", "a small red circle moves left over a blue background", {}),
+         "long": (FOLDER / "long" / "model",
+                  "a large red circle enters from the left and a white star spins over a striped blue background",
+                  {"height": 96, "width": 128})}
 LEAST_PSNR_DB = 45.0
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -114,8 +115,8 @@ def check(name: str) -> dict:
     return dict(ok=worst <= SHORT_SLACK * LIMITS[pv], error=worst)
 
 
-def work() -> None:
-    """Reads names of builds as lines, answers with JSON lines."""
+def work(check: Callable[[str], dict]) -> None:
+    """Reads names of builds as lines, answers with JSON lines of what their check says."""
     for line in sys.stdin:
         try:
             answer = check(line.strip())
@@ -136,8 +137,8 @@ def answer_of(process: subprocess.Popen, seconds: float) -> dict | None:
     return None
 
 
-def check_all(names: list[str], workers: int) -> dict[str, dict]:
-    """`check`'s answers, from so many processes; each is killed if it hangs."""
+def check_all(names: list[str], workers: int, module: str) -> dict[str, dict]:
+    """The answers to names of so many processes that each run `module --worker`; one that hangs is killed."""
     todo, done = queue.Queue(), {}
     for name in names:
         todo.put(name)
@@ -151,7 +152,7 @@ def check_all(names: list[str], workers: int) -> dict[str, dict]:
                 break
             first = process is None
             if first:
-                process = subprocess.Popen([sys.executable, "-m", __spec__.name, "--worker"], stdin=subprocess.PIPE,
+                process = subprocess.Popen([sys.executable, "-m", module, "--worker"], stdin=subprocess.PIPE,
                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
             process.stdin.write(name + "\n")
             process.stdin.flush()
@@ -234,14 +235,14 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return work()
+        return work(check)
     table, shapes = candidates(), parse_shapes(options.shapes)
     unknown = set(filter(None, options.only.split(","))) - set(table)
     if unknown:
         parser.error(f"no builds named {sorted(unknown)}; there are {list(table)}")
     chosen = {name: row for name, row in table.items() if row[0] in {shape.head_dim for shape in shapes}
               and (not options.only or name in options.only.split(",") or row[2] == CONFIGS[row[0], row[1] == "fp8"])}
-    checks = check_all(list(chosen), options.workers)
+    checks = check_all(list(chosen), options.workers, __spec__.name)
     for name, answer in checks.items():
         if not answer["ok"]:
             print(f"FAILED {name}: {answer}")

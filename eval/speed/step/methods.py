@@ -11,6 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,8 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lowbit_video
 from lowbit_video.hook.base import set_processor
 from lowbit_video.hook.dispatcher.names import backend_names
+from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
 from lowbit_video.hook.report import attention_modules
 from lowbit_video.precision import Precision
+from lowbit_video.rung import as_rung
 
 from .. import baselines
 
@@ -36,8 +39,15 @@ TITLES = {**EXACT, SAGE: "SageAttention", NONE: "no attention"}
 DEFAULT = (*EXACT, SAGE, "int8+fp8", "int8+fp16", NONE)
 
 
-def why_not(method: str, device: str) -> str | None:
-    """Why a method is left out on a device, or None."""
+def pools(method: str) -> bool:
+    """Whether a method may keep a part of the keys only."""
+    return method not in TITLES and (names_recipe(method) or as_rung(method)[1] is not None)
+
+
+def why_not(method: str, device: str, dispatches: bool = False) -> str | None:
+    """Why a method is left out on a device, and of a model whose attention goes through diffusers' dispatcher; or None."""
+    if dispatches and pools(method):
+        return "no backend of diffusers' dispatcher takes a recipe or pools keys"
     if method in ("fa2", "cudnn", "fa4", SAGE) and device == "cpu":
         return "needs an NVIDIA GPU"
     return {"fa4": baselines._flash_4_why_not, SAGE: baselines._sage_why_not}.get(method, lambda: None)()
@@ -45,17 +55,20 @@ def why_not(method: str, device: str) -> str | None:
 
 def title(method: str) -> str:
     """How a method is called in tables."""
-    return TITLES.get(method, method)
+    return f"recipe {Path(method).stem}" if names_recipe(method) else TITLES.get(method, method)
 
 
 def check_methods(names: list[str]) -> None:
     """Raises ValueError for one that does not exist."""
     for name in names:
-        if name not in TITLES:
+        if names_recipe(name):
+            Recipe.load(name)
+        elif name not in TITLES:
             try:
-                Precision(name)
+                as_rung(name)
             except ValueError:
-                raise ValueError(f"no method {name!r}; there are {', '.join(TITLES)} and precisions such as int8+fp8") from None
+                raise ValueError(f"no method {name!r}; there are {', '.join(TITLES)}, precisions such as int8+fp8 or 'int8+fp8 "
+                                 "pooled 0.3', and recipes by their files") from None
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,8 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
         for name in names:
             if name in low and not dispatches:
                 undo.callback(lowbit_video.remove, model)
-                lowbit_video.apply(model, name, fallback="exact")
+                wanted = Recipe.load(name) if names_recipe(name) else name
+                lowbit_video.apply(model, wanted, fallback=None if pools(name) else "exact")
                 own = {module: module.processor for module in modules}
             else:
                 own = {module: _of_method(processor, name) for module, processor in plain.items()}

@@ -4,6 +4,7 @@ A new model is one row of MODELS, and a function that makes what its forward tak
 """
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,12 @@ class StepModel:
             model = getattr(diffusers, self.kind)(**(self.tiny if tiny else self.config)).eval().requires_grad_(False)
             given = self.inputs(model.config, self.tiny_latents if tiny else self.latents, self.batch)
         return model.to(dtype), {name: _cast(value, dtype) for name, value in given.items()}
+
+    def leading_text(self, tiny: bool = False) -> int:
+        """Text tokens that stand before the video's in its attention; 0 where none do."""
+        takes = inspect.signature(getattr(diffusers, self.kind).__init__).parameters
+        name = "max_text_seq_length"  # CogVideoX's
+        return (self.tiny if tiny else self.config).get(name, takes[name].default) if name in takes else 0
 
     def tokens(self, config: Any, tiny: bool = False) -> int:
         """Video (or image) tokens of one sample."""

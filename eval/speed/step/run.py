@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.files import write_json, write_whole
+from lowbit_video.pooled import Pooled
+from lowbit_video.rung import pooled_rung
 
 NEEDS = "`bench step` times diffusers' models on PyTorch"
+POOLED = "int8+fp8"
+"""The precision whose keys `--pooled` pools."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME",
                         help="pytorch, fa2, cudnn, fa4, sage, none (the ceiling) and precisions; the first is what the others "
                              "are checked against (default: all of these, int8+fp8 and int8+fp16)")
+    parser.add_argument("--pooled", nargs="+", type=float, default=[], metavar="SHARE",
+                        help="also int8+fp8 with these shares of the keys kept, such as 0.3, and the model's text always: "
+                             "random weights choose at random, but as many")
+    parser.add_argument("--recipe", nargs="+", default=[], metavar="FILE", help="also by these recipes, each at half of the "
+                        "denoising")
     parser.add_argument("--modes", nargs="+", choices=("eager", "blocks", "model"), default=["eager", "blocks"],
                         help="as it is, repeated blocks compiled, compiled whole (default: eager blocks)")
     parser.add_argument("--budget-ms", type=float, default=6000.0, metavar="MS",
@@ -43,15 +52,17 @@ def run(args: argparse.Namespace) -> int:
     chosen = list(models.MODELS) if args.models == ["all"] else args.models
     if unknown := [name for name in chosen if name not in models.MODELS]:
         raise ValueError(f"no model {unknown[0]!r}; there are {', '.join(models.MODELS)}, or all")
-    wanted = list(dict.fromkeys(args.methods or methods.DEFAULT))
+    wanted = list(dict.fromkeys((*(args.methods or methods.DEFAULT), *args.recipe)))
     methods.check_methods(wanted)
+    for share in args.pooled:
+        Pooled(share)  # raises for what is no share
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.tiny:
         raise ValueError("this needs an NVIDIA GPU, and PyTorch has none here; --tiny is a dry run without one")
     check_writable(args.out / f"{args.name}.json")
     logging.set_verbosity_error()
-    about = dict(gpu=torch.cuda.get_device_name() if device == "cuda" else "no GPU", tiny=args.tiny, commit=bench.commit(),
-                 versions=bench.package_versions())
+    about = dict(gpu=torch.cuda.get_device_name() if device == "cuda" else "no GPU", tiny=args.tiny,
+                 commit=bench.settings.commit(), versions=bench.package_versions())
     results: list[dict[str, Any]] = []
     for name in chosen:
         print(name, flush=True)
@@ -63,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
                 row["title"] = methods.title(row["method"])
             write_json(args.out / f"{args.name}.json", dict(about=about, models=results))
 
-        measure.measure(name, models.MODELS[name], wanted, list(dict.fromkeys(args.modes)), device, args.tiny, args.budget_ms,
-                        lambda text: print(f"  {text}", flush=True), save)
+        entry = models.MODELS[name]
+        pooled = [pooled_rung(POOLED, share, entry.leading_text(args.tiny)) for share in args.pooled]
+        measure.measure(name, entry, list(dict.fromkeys((*wanted, *pooled))), list(dict.fromkeys(args.modes)), device,
+                        args.tiny, args.budget_ms, lambda text: print(f"  {text}", flush=True), save)
         if device == "cuda":
             torch.cuda.empty_cache()
     with write_whole(args.out / f"{args.name}.md") as temporary:

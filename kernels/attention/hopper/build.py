@@ -1,12 +1,14 @@
-"""How the Hopper kernel is built: what was found best for each head dim and V format, and every choice of one launch."""
+"""How the Hopper kernel is built: what was found best for each head dim and each format, and every choice of one launch."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...formats import EXACT_FORMATS
+
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """How the kernel is built for one head dim and one V format.
+    """How the kernel is built for one head dim and one V format, or for one head dim and Q, K and V in 16 bits.
 
     block_n: keys of a tile. consumers: warpgroups of 64 query rows. stages: K/V tiles in shared memory. registers: of a
     consumer's thread. sum_mma: row sums by an all-ones product instead of adds. turns: consumers take turns in the
@@ -39,6 +41,18 @@ CONFIGS = {
     (64, False): HopperConfig(128, 3, 3, 160, sum_mma=False, lazy=True),
     (128, False): HopperConfig(128, 2, 3, 240, sum_mma=False),
 }
+
+
+# head dim -> how to build where Q, K and V are all in 16 bits; not measured yet
+EXACT_CONFIGS = {
+    64: HopperConfig(128, 3, 3, 160, sum_mma=False, lazy=True),
+    128: HopperConfig(128, 2, 3, 240, sum_mma=False),
+}
+
+
+def config_of(head_dim: int, q: str, pv: str) -> HopperConfig:
+    """How the kernel is built by default for Q in one format and P.V in another, by name."""
+    return EXACT_CONFIGS[head_dim] if q in EXACT_FORMATS else CONFIGS[head_dim, pv == "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)

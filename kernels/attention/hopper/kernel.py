@@ -1,4 +1,4 @@
-"""Attention forward for Hopper (sm_90a) in Gluon: INT8 or FP8 QK^T, FP8 or 16-bit PV.
+"""Attention forward for Hopper (sm_90a) in Gluon: INT8, FP8 or 16-bit QK^T, FP8 or 16-bit PV.
 
 One producer warp feeds K and V tiles by TMA through a ring of stages; NC consumer warpgroups own 64 query rows each and share
 every tile. A stage holds K of one tile and V of the tile before it, because a consumer issues QK^T of a tile together with PV
@@ -143,8 +143,10 @@ def _step(i_n, state, W: gl.constexpr, tiles, barriers, where, zeros, build: gl.
     q_scale, p_k_scale, o_row, q_len, kv_len, i_masked = where
     V_TYPE: gl.constexpr = v_s.dtype
     FP8_PV: gl.constexpr = V_TYPE == gl.float8e4nv
-    scale = q_scale * k_scale
-    k_scale = gl.load(p_k_scale + gl.maximum(i_n - 1, 0) * build.block_n // BLOCK_K)
+    scale = q_scale
+    if p_k_scale is not None:
+        scale = q_scale * k_scale
+        k_scale = gl.load(p_k_scale + gl.maximum(i_n - 1, 0) * build.block_n // BLOCK_K)
     if not FIRST:
         mbarrier.wait(full.index(stage), phase)
         s_next = _issue_qk(q_t, k_s, stage, zeros[0])
@@ -211,8 +213,10 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, lists, build: g
     BM: gl.constexpr = ROWS * build.consumers
     FP8_PV: gl.constexpr = v_s.dtype == gl.float8e4nv
     S_TYPE: gl.constexpr = gl.int32 if q_s.dtype == gl.int8 else gl.float32
+    EXACT: gl.constexpr = p_q_scale is None
+    QK_K: gl.constexpr = 16 if EXACT else 32  # channels that one instruction of QK^T takes
     PV_K: gl.constexpr = 32 if FP8_PV else 16  # keys that one instruction of PV takes
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, QK_K])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, PV_K])
     SUMS_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, PV_K])
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
@@ -233,8 +237,11 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, lists, build: g
         i_m, i_bh, i_b, i_h, i_kv, n_kv = _work_item(i_work, heads_q, heads_kv, q_len, kv_len, n_work, n_heavy, build)
         o_row = i_m * BM + W * ROWS
         o_q = o_row + gl.arange(0, ROWS, layout=S_ROWS)
-        q_scale = gl.load(p_q_scale + i_bh.to(gl.int64) * q_len + o_q, mask=o_q < q_len, other=0.0) * sm_scale
-        p_ks = p_k_scale + i_kv * gl.cdiv(kv_len, BLOCK_K)
+        if EXACT:
+            q_scale = gl.full([ROWS], sm_scale, gl.float32, layout=S_ROWS)
+        else:
+            q_scale = gl.load(p_q_scale + i_bh.to(gl.int64) * q_len + o_q, mask=o_q < q_len, other=0.0) * sm_scale
+            p_ks = p_k_scale + i_kv * gl.cdiv(kv_len, BLOCK_K)
         i_masked = n_kv
         if LISTED:
             i_list = i_bh.to(gl.int64) * gl.cdiv(q_len, BM) + i_m
@@ -247,13 +254,15 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, lists, build: g
             n_full = gl.minimum(n_full, gl.maximum(o_row + kv_len - q_len + 1, 0) // BN)
         row_max = gl.full([ROWS], MIN_SCORE, gl.float32, layout=S_ROWS)
         acc = zero_acc
-        where = (q_scale, p_ks, o_row, q_len, kv_len, i_masked)
+        where = (q_scale, None if EXACT else p_ks, o_row, q_len, kv_len, i_masked)
         if build.sum_mma:
             row_sums = one_column(zero_sums)
         else:
             P_LAYOUT: gl.constexpr = split_scores(zero_s, BN, FP8_PV)[0].type.layout
             row_sums = gl.zeros([ROWS, 4], gl.float32, layout=gl.SliceLayout(1, P_LAYOUT))
-        k_scale = gl.load(p_ks + (n_kv - 1) * BN // BLOCK_K)
+        k_scale = sm_scale  # EXACT: nobody reads it
+        if not EXACT:
+            k_scale = gl.load(p_ks + (n_kv - 1) * BN // BLOCK_K)
         mbarrier.wait(q_full, q_phase)
         mbarrier.wait(full.index(stage), phase)
         s = _issue_qk(q_t, k_s, stage, zero_s)
@@ -309,6 +318,13 @@ def _consumer(W: gl.constexpr, tiles, barriers, pointers, sizes, lists, build: g
 
 
 @gluon.jit
+def _load_rows(desc, i_b, i_h, row, barrier, tile):
+    """Loads a tile [rows, D] of a 16-bit tensor [B, H, N, D] as the caller's strides have it; zeros past its end."""
+    LAYOUT: gl.constexpr = desc.layout
+    async_load(desc, [i_b, i_h, row, 0], barrier, reinterpret(tile, tile.dtype, [1, 1, tile.shape[0], tile.shape[1]], LAYOUT))
+
+
+@gluon.jit
 def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build: gl.constexpr):
     """The warp that loads: Q of every work item, and per tile K of it and V of the tile before."""
     q_s, k_s, v_s, ones_s = tiles
@@ -321,7 +337,9 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build: gl.c
     CONSUMERS: gl.constexpr = build.consumers
     BM: gl.constexpr = ROWS * CONSUMERS
     FP8_PV: gl.constexpr = v_s.dtype == gl.float8e4nv
-    K_BYTES: gl.constexpr = BN * D
+    EXACT: gl.constexpr = q_s.dtype == gl.float16 or q_s.dtype == gl.bfloat16
+    QK_BYTES: gl.constexpr = 2 if EXACT else 1  # of an element
+    K_BYTES: gl.constexpr = BN * D * QK_BYTES
     V_BYTES: gl.constexpr = BN * D * (1 if FP8_PV else 2)
     stage = 0
     phase = 1
@@ -336,9 +354,12 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build: gl.c
             i_before = 0
         mbarrier.wait(q_empty, q_phase)
         q_phase ^= 1
-        mbarrier.expect(q_full, BM * D)
+        mbarrier.expect(q_full, BM * D * QK_BYTES)
         for i in gl.static_range(CONSUMERS):
-            async_load(q_desc, [i_bh * q_len + i_m * BM + i * ROWS, 0], q_full, q_s.index(i))
+            if EXACT:
+                _load_rows(q_desc, i_b, i_h, i_m * BM + i * ROWS, q_full, q_s.index(i))
+            else:
+                async_load(q_desc, [i_bh * q_len + i_m * BM + i * ROWS, 0], q_full, q_s.index(i))
         o_k = i_kv * kv_len
         for j in range(n_kv + 1):
             i_n = n_kv - 1 - j
@@ -352,16 +373,17 @@ def _producer(q_desc, k_desc, v_desc, tiles, barriers, sizes, lists, build: gl.c
                     mbarrier.expect(full.index(stage), K_BYTES + V_BYTES)
                 else:
                     mbarrier.expect(full.index(stage), K_BYTES)
-                async_load(k_desc, [o_k + i_n * BN, 0], full.index(stage), k_s.index(stage))
+                if EXACT:
+                    _load_rows(k_desc, i_b, i_kvh, i_n * BN, full.index(stage), k_s.index(stage))
+                else:
+                    async_load(k_desc, [o_k + i_n * BN, 0], full.index(stage), k_s.index(stage))
             else:
                 mbarrier.expect(full.index(stage), V_BYTES)
             if j >= 1:
                 if FP8_PV:
                     async_load(v_desc, [i_kv * D, i_before * BN], full.index(stage), v_s.index(stage))
                 else:
-                    V4: gl.constexpr = v_desc.layout
-                    v_tile = reinterpret(v_s.index(stage), v_s.dtype, [1, 1, BN, D], V4)
-                    async_load(v_desc, [i_b, i_kvh, i_before * BN, 0], full.index(stage), v_tile)
+                    _load_rows(v_desc, i_b, i_kvh, i_before * BN, full.index(stage), v_s.index(stage))
             if LISTED:
                 i_before = i_n
             stage, phase = _next_stage(stage, phase, build)
@@ -379,8 +401,9 @@ def attn_fwd_kernel(q_desc, k_desc, v_desc, p_o, p_lse, p_shift, p_q_scale, p_k_
     REGISTERS: gl.constexpr = build.registers
     V_TYPE: gl.constexpr = v_desc.dtype
     FP8_PV: gl.constexpr = V_TYPE == gl.float8e4nv
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, ROWS, D], q_desc.layout)
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BN, D], k_desc.layout)
+    QK_LAYOUT: gl.constexpr = V_LAYOUT if p_q_scale is None else q_desc.layout  # exact: that of V, rows of as many bytes
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, ROWS, D], QK_LAYOUT)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BN, D], QK_LAYOUT)
     if FP8_PV:
         v_s = gl.allocate_shared_memory(V_TYPE, [STAGES, D, BN], V_LAYOUT)
     else:

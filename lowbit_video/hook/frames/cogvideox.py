@@ -1,9 +1,11 @@
 """CogVideoX's frame: joint attention of text and video tokens, QK norm, rotary positions on the video tokens."""
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from ...runtime.protocol import Runtime
+from ..prologue import steps_of
 from .rotary import rotated
 
 
@@ -28,17 +30,24 @@ def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidde
     q = attn.to_q(joint).reshape([batch, tokens, attn.heads, -1])
     k = attn.to_k(joint).reshape([batch, tokens, attn.heads, -1])
     v = attn.to_v(joint).reshape([batch, tokens, attn.heads, -1])
+    out = processor.attention_behind(
+        attn, q, k, v, attention_mask, functools.partial(_prepared, runtime, attn, image_rotary_emb, text_tokens),
+        functools.partial(steps_of, runtime, (attn.norm_q, attn.norm_k), q, image_rotary_emb, text_tokens))
+    out = attn.to_out[0](out.reshape([batch, tokens, -1]))
+    out = attn.to_out[1](out)
+    return out[:, text_tokens:], out[:, :text_tokens]
+
+
+def _prepared(runtime: Runtime, attn: Any, rotary: tuple[Any, Any] | None, text_tokens: int, q: Any, k: Any) -> tuple[Any, Any]:
+    """q and k [B, N, H, D] normed, their video tokens rotated."""
     if attn.norm_q is not None:
         q = attn.norm_q(q)
     if attn.norm_k is not None:
         k = attn.norm_k(k)
-    if image_rotary_emb is not None:
-        q = _rotate_video(runtime, q, text_tokens, image_rotary_emb)
-        k = _rotate_video(runtime, k, text_tokens, image_rotary_emb)
-    out = processor.attention_of(attn, q, k, v, attention_mask)
-    out = attn.to_out[0](out.reshape([batch, tokens, -1]))
-    out = attn.to_out[1](out)
-    return out[:, text_tokens:], out[:, :text_tokens]
+    if rotary is not None:
+        q = _rotate_video(runtime, q, text_tokens, rotary)
+        k = _rotate_video(runtime, k, text_tokens, rotary)
+    return q, k
 
 
 def _rotate_video(runtime: Runtime, x: Any, text_tokens: int, rotary: tuple[Any, Any]) -> Any:

@@ -12,7 +12,7 @@ from ...runtime.detect import runtime_of
 from ..base import AttnProcessor
 from ..processors import LowBitAttnProcessor
 from .clock import StepClock
-from .rule import heads_text, parts_of_rung, runs_of, steps_text
+from .rule import heads_text, runs_of, steps_text
 from .table import LayerPlan, Span
 
 
@@ -105,13 +105,12 @@ class _Rung(LowBitAttnProcessor):
     """Some heads in some steps; the report says which. where: in words, ""; where they are all."""
 
     def __init__(self, rung: str, heads: tuple[int, ...], where: str, hook: dict[str, Any]) -> None:
-        precision, pooled = parts_of_rung(rung)
-        super().__init__(precision, pooled=pooled, **hook)
+        super().__init__(rung, **hook)
         self.heads, self.where = heads, where
 
-    def note(self, variant: str, reason: str = "") -> None:
+    def note(self, variant: str, reason: str = "", tiles: tuple[int, int] | None = None) -> None:
         """Count one call, with the steps and heads that it is of."""
-        super().note(f"{self.where}{variant}", reason)
+        super().note(f"{self.where}{variant}", reason, tiles)
 
     def __str__(self) -> str:
         return self._what()

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...arguments import shown, whole
-from ...pooled import Pooled
-from ...precision import EXACT_SPECS, ROTATED, Precision, precision_specs
+from ...precision import precision_specs
+from ...rung import parts_of_rung
 
 KEYS = ("layers", "heads", "steps", "rung")
 STEP_DIGITS = 6
 """Decimals of a share of the denoising, in memory as in a file."""
 _STEPS = re.compile(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*")
-_RUNG = re.compile(rf"(\S+(?:{ROTATED})?)(?: pooled (\d*\.?\d+)(?: always (\d{{1,9}}))?)?")
 _HEADS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 
 
@@ -59,19 +58,6 @@ class Rule:
         if self.steps != (0.0, 1.0):
             values["steps"] = steps_text(*self.steps)
         return {**values, "rung": self.rung}
-
-
-def parts_of_rung(rung: Any) -> tuple[str, Pooled | None]:
-    """The precision of a rung, and how its keys are pooled. Raises ValueError for a rung that does not exist."""
-    found = _RUNG.fullmatch(rung) if isinstance(rung, str) else None
-    plain = found and found[1].removesuffix(ROTATED)
-    if found is None or plain not in precision_specs() or (found[2] and plain in EXACT_SPECS):
-        raise ValueError(f"there is no rung {shown(rung)}; there are: {', '.join(precision_specs())}; and low-bit ones with "
-                         "pooled keys, such as 'int8+fp8 pooled 0.3' or 'int8+fp8 pooled 0.3 always 226'")
-    if found[2] and found[1] != plain:
-        raise ValueError(f"there is no rung {shown(rung)}: keys that are rotated are not pooled; leave out one of both")
-    Precision(found[1])  # raises for exact attention that is rotated
-    return found[1], Pooled(float(found[2]), int(found[3] or 0)) if found[2] else None
 
 
 def as_rule(given: Rule | Mapping[str, Any]) -> Rule:

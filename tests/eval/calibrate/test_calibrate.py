@@ -168,7 +168,8 @@ def test_bad_requests_are_named_before_any_work(pipe, tmp_path, capsys):
                        (["--scheme", "seed", "--rungs", "exact", "--out", "r.toml", "--limit", "1"], "chooses among exact"),
                        (["--budget", "1x", "--out", "r"], "ends in .toml"),
                        (right[:-2], "p.txt has 2 prompts; 2 are to be measured and 1 held out"),
-                       ([*right, "--rungs", "pooled"], "unknown precision 'pooled'"),
+                       ([*right, "--rungs", "pooled"], "there is no rung 'pooled'"),
+                       (["--budget", "6bit", *right[2:], "--rungs", "int8+fp8 pooled 0.3"], "pooled keys have no bits"),
                        ([*right, "--speed", "none.json"], "no such file: none.json")):
         assert main([*command, *more]) == 2 and says in capsys.readouterr().err
     assert not apply(pipe, None).remove()

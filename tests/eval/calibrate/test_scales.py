@@ -53,6 +53,14 @@ def test_bits_are_those_of_both_operands():
         "exact": 16, "fp16": 16, "int8/int4+fp8": 6, "int2+fp16": 2, "fp8+fp8": 8, "int4+fp8 rotate": 4}
 
 
+def test_pooled_keys_have_no_bits():
+    costs = bits_of(["int8+fp8 pooled 0.5 always 6", "int8+fp8", "int4+fp8 pooled 1", "int4+fp8 pooled 0.3"])
+    assert costs.of == {"int8+fp8": 8, "int4+fp8 pooled 1": 4}
+    assert costs.lacking == ("int8+fp8 pooled 0.5 always 6", "int4+fp8 pooled 0.3") and costs.unit == "bits"
+    with pytest.raises(ValueError, match="rungs are int8.fp8 pooled 0.5; those with pooled keys have no bits"):
+        bits_of(["int8+fp8 pooled 0.5"])
+
+
 def test_the_rules_cells_are_paid_and_err_by_the_measurement():
     errors = np.array([0.0, 1.0, 10.0])[:, None, None, None] * np.arange(1, 9).reshape(1, 2, 2, 2)  # [R, L, G, H]
     peaks = 127 * np.array([0.04, 0.06, 0.21, 0.04, 0.04, 0.04, 0.06, 0.06]).reshape(2, 2, 2, 1).repeat(3, -1)

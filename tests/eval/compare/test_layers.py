@@ -1,4 +1,5 @@
 """The layer table: it points at the planted layer and heads, its shares add up, it survives saving, it can choose."""
+import inspect
 import sys
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def test_a_limit_just_above_the_least_error_chooses_and_just_below_does_not(figu
 def test_a_gate_opens_in_its_steps_only():
     clock = StepClock(Progress([], print))
     gate = Gated(lambda *given, **named: ("inside", given, named), clock, range(1, 3))
+    assert {"image_rotary_emb", "temb"} <= set(inspect.signature(gate.__call__).parameters)  # all that diffusers then passes
     gate.outside = lambda *given, **named: ("outside", given, named)
     for clock.step, where in enumerate(("outside", "inside", "inside", "outside")):
         assert gate(1, 2, mask=3) == (where, (1, 2), {"mask": 3})

@@ -2,6 +2,7 @@
 import copy
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -50,6 +51,27 @@ def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
     assert (tmp_path / "new" / "step.png").stat().st_size > 5000
 
 
+def test_pooled_keys_and_recipes_are_run_eager_and_compiled_without_a_break(monkeypatch, tmp_path):
+    entry = models.MODELS["cogvideox-2b"]
+    monkeypatch.setitem(models.MODELS, "cogvideox-2b", replace(entry, tiny_latents=(5, 16, 16)))
+    recipe = lowbit_video.Recipe([{"rung": "int8+fp8 pooled 0.5 always 6"}, {"rung": "exact", "steps": "0-0.4"}])
+    recipe.save(tmp_path / "r.toml")
+    names = ["pytorch", str(tmp_path / "r.toml"), "int8+fp8 pooled 0.3 always 6"]
+    assert bench(tmp_path, "--models", "cogvideox-2b", "--methods", "pytorch", "--pooled", "0.3", "--recipe", names[1],
+                 "--modes", "eager", "blocks", "model") == 0
+    result, = json.loads((tmp_path / "step.json").read_text())["models"]
+    assert not result["failed"] and not result["left_out"]
+    rows = {(row["method"], row["mode"]): row for row in result["rows"]}
+    assert set(rows) == {(name, mode) for name in names for mode in ("eager", "blocks", "model")}
+    assert all(rows[name, mode]["sqnr_to_eager_db"] > 60 for name in names for mode in ("blocks", "model"))
+    assert result["ran"] == {"int8+fp8 pooled 0.3 (reference-lowbit)": 24,
+                             "steps 0.4-1: int8+fp8 pooled 0.5 (reference-lowbit)": 24}
+    assert rows[names[1], "eager"]["title"] == "recipe r" and rows[names[2], "eager"]["sqnr_db"] < 59
+    why_not = [methods.why_not(name, "cuda", dispatches=True) for name in names]
+    assert why_not[0] is None and "no backend of diffusers' dispatcher" in why_not[1] == why_not[2]
+    assert methods.why_not(names[2], "cuda") is methods.why_not("int8+fp8", "cuda", True) is None
+
+
 def test_what_is_wrong_is_told_and_not_timed(monkeypatch, tmp_path):
     monkeypatch.setitem(measure.FLOOR_DB, "low bit", 200.0)
     assert bench(tmp_path, "--models", "ltx", "--modes", "eager", "--methods", "pytorch", "int8+fp8") == 1
@@ -60,7 +82,10 @@ def test_what_is_wrong_is_told_and_not_timed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("more, told", [(["--models", "wan9"], "no model 'wan9'; there are cogvideox-2b"),
-                                        (["--methods", "flash_9"], "no method 'flash_9'; there are pytorch")])
+                                        (["--methods", "flash_9"], "no method 'flash_9'; there are pytorch"),
+                                        (["--recipe", "no.toml"], "no such file: no.toml"),
+                                        (["--pooled", "1.5"], "keep is 1.5"),
+                                        (["--methods", "exact pooled 0.3"], "no method 'exact pooled 0.3'")])
 def test_what_does_not_exist_is_refused(capsys, tmp_path, more, told):
     assert bench(tmp_path, *more)
     assert told in capsys.readouterr().err
@@ -272,6 +297,12 @@ def test_full_sizes_are_the_published_ones():
               for name, entry in models.MODELS.items()}
     assert tokens == {"cogvideox-2b": 17550, "cogvideox-5b": 17550, "cogvideox-1.5-5b": 44880, "mochi": 23850,
                       "wan2.1-1.3b": 32760, "wan2.1-14b": 32760, "hunyuanvideo": 32640, "ltx": 7392, "flux": 4096}
+
+
+def test_text_before_the_video_is_the_models_own():
+    found = {name: (entry.leading_text(), entry.leading_text(tiny=True)) for name, entry in models.MODELS.items()}
+    assert found.pop("cogvideox-2b") == found.pop("cogvideox-5b") == found.pop("cogvideox-1.5-5b") == (226, 6)
+    assert set(found.values()) == {(0, 0)}
 
 
 def test_the_table_tells_best_shares_and_what_is_missing():

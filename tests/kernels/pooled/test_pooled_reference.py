@@ -75,6 +75,9 @@ def test_the_choice_is_the_largest_scores_and_what_is_forced(keep, always):
         count = max(len(forced), [int(np.ceil(11 * keep)), 4][h])
         order = sorted(range(11), key=lambda t: (t not in forced, -scores[b, h, m, t], t))
         assert sorted(order[:count]) == np.flatnonzero(chosen[b, h, m]).tolist()
+    for h, share in enumerate((keep, 0.3)):
+        kept = int(chosen[0, h].sum())
+        assert tiles.counted_tiles(share, always, 3 * 192 - 5, 11 * 128 - 7, 64) == (kept, 33 - kept)
 
 
 @pytest.mark.parametrize("keep, count, kept", [(0.0, 10, 0), (0.1, 10, 1), (0.07, 100, 7), (0.3, 10, 3), (0.31, 10, 4),

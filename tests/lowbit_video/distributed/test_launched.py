@@ -16,7 +16,7 @@ pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video.app.job import OTHER_PROMPT  # noqa: E402
 from lowbit_video.eval.metrics.psnr import psnr  # noqa: E402
 from lowbit_video.pipelines import CogVideoXPipeline, make_random_pipeline, read_video  # noqa: E402
-from ranks import launch  # noqa: E402
+from ranks import launch, run_processes  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "cogvideo.py"
@@ -47,7 +47,7 @@ def model(tmp_path_factory):
 
 
 def test_two_ranks_make_the_video_of_one_and_rank_0_alone_writes_and_prints(model, tmp_path):
-    """Four jobs in one launch: exact, compared at low bit, compiled. Each rank has a folder of its own to write to."""
+    """Four jobs on the same two: exact, compared at low bit, compiled. Each rank has a folder of its own to write to."""
     script = tmp_path / "script.py"
     script.write_text(f"""
 import os
@@ -74,7 +74,7 @@ make(Job(**job, compare=True, ring_degree=2, exchange="16bit", out=out + "/low")
 make(Job(**job, precision="exact", compile=True, ulysses_degree=2, out=out + "/compiled"))
 end_process(0)
 """)
-    _, (_, first, second), _ = launch(script, 2, tmp_path)
+    (first, second), _ = run_processes(script, 2, tmp_path)
     pipe = CogVideoXPipeline.from_pretrained(model, device="cpu")
     make = lambda frames: pipe(OTHER_PROMPT, seed=4, num_inference_steps=2, num_frames=frames, height=48, width=80,
                                progress=False).frames[0]

@@ -9,7 +9,7 @@ from lowbit_video.app.job import Job  # noqa: E402
 from lowbit_video.eval.metrics.psnr import psnr  # noqa: E402
 from lowbit_video.pipelines import read_video  # noqa: E402
 from lowbit_video.pipelines.shared.small_model import small_model  # noqa: E402
-from ranks import launch  # noqa: E402
+from ranks import run_processes  # noqa: E402
 
 JOB = dict(prompt="a large green star grows on a white background", precision="int8+fp16", steps=6, frames=17, height=64,
            width=96, seed=3)
@@ -28,7 +28,7 @@ from lowbit_video.distributed.watch import end_process
 make(Job(model={str(model)!r}, out={str(tmp_path / "four")!r}, **{JOB}))
 end_process(0)
 """)
-    launch(script, 4, tmp_path, environment={"LOWBIT_VIDEO_TIMEOUT": "200"})
+    run_processes(script, 4, tmp_path, environment={"LOWBIT_VIDEO_TIMEOUT": "200"})
     alone = make(Job(model=str(model), out=str(tmp_path / "one"), **JOB), say=lambda *_: None)
     shared = json.loads((tmp_path / "four" / "report.json").read_text())
     assert shared["parallel"]["degrees"] == {"cfg": 2, "ulysses": 2, "ring": 1, "vae": 4}

@@ -1,9 +1,15 @@
 """Which rank is to blame where nothing moves."""
+import json
+import socket
 import threading
+import time
+from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import pytest
 
-from lowbit_video.distributed.watch import State, WatchedWire, stalled
+from lowbit_video.distributed import watch as module
+from lowbit_video.distributed.watch import State, Watch, WatchedWire, stalled
 
 
 @pytest.mark.parametrize("states, words", [
@@ -47,3 +53,23 @@ def test_a_watched_wire_counts_and_knows_when_it_waits():
     go.set()
     thread.join()
     assert watched.state.inside == 0
+
+
+def test_ranks_that_answer_at_once_are_told_no_more_often_than_once_a_beat(monkeypatch):
+    monkeypatch.setattr(module, "BEAT_S", 0.1)
+    watched, (mine, other) = Watch.__new__(Watch), Pipe()
+    watched.rank, watched.wire, watched.failure = 1, SimpleNamespace(size=2, state=State(count=7)), None
+    watched._lock, watched._ending, watched._connections = threading.Lock(), True, {mine: 0}
+    watched._states, (watched._signals, signals) = {0: State(), 1: watched.wire.state}, socket.socketpair()
+    thread = threading.Thread(target=watched._run, args=(None,), daemon=True)
+    thread.start()
+    told, begin = [], time.monotonic()
+    while time.monotonic() < begin + 0.65:
+        if other.poll(0.01):
+            told.append(json.loads(other.recv_bytes()))
+            other.send_bytes(json.dumps({"count": len(told)}).encode())
+    other.close()
+    thread.join(10)
+    watched._signals.close(), signals.close()
+    assert not thread.is_alive() and 2 <= len(told) <= 8 and told[0] == {"count": 7, "inside": 0}
+    assert watched._states[0].count >= len(told) - 1

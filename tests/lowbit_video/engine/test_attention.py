@@ -187,7 +187,7 @@ def test_why_not_gives_the_reason(change, reason):
 
 def test_lengths_at_which_exact_attention_is_faster_are_named():
     """On request: what is asked for by name runs at any length."""
-    measured = {(v.name, pv) for v in VARIANTS if v.device == "cuda" and v.name != "triton-exact" for pv in v.pv}
+    measured = {(v.name, pv) for v in VARIANTS if v.device == "cuda" and "exact" not in v.name for pv in v.pv}
     assert {(name, pv) for name, pv, arch, _ in tuning.FASTER_FROM if arch == (9, 0)} == measured - {("triton-fp8", "fp16")}
     for (name, pv, arch, head_dim), tokens in tuning.FASTER_FROM.items():
         variant = next(v for v in VARIANTS if v.name == name)
@@ -205,6 +205,17 @@ def test_selection_takes_the_first_fit_and_names_every_refusal():
     assert select(gpu_request(arch=(10, 0)), variants=(a, b)) is a
     with pytest.raises(lv.UnsupportedError, match="new: it needs sm_100(.|\n)*old: it needs sm_80"):
         select(gpu_request(arch=(7, 5)), variants=(a, b))
+
+
+def test_what_waits_for_its_measurement_is_taken_by_name_only():
+    a, b = (KernelVariant(name, backend, (("int8", "int8"),), ("fp8",), "m:f", min_arch=(8, 0), automatic=name == "old")
+            for name, backend in (("new", "hopper"), ("old", "triton")))
+    assert select(gpu_request(), variants=(a, b)) is b
+    assert select(gpu_request(), "hopper", variants=(a, b)) is a
+    with pytest.raises(lv.UnsupportedError, match="new: it is taken where it is asked for by name only: backend='hopper'"):
+        select(gpu_request(), variants=(a,))
+    exact = dict(q="fp16", k="fp16", pv="fp16")
+    assert select(gpu_request(**exact)).name == "triton-exact" and select(gpu_request(**exact), "hopper").name == "hopper-exact"
 
 
 def test_the_interpreter_serves_cpu_tensors_where_triton_is_asked_for_by_name():

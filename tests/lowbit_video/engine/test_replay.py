@@ -16,6 +16,7 @@ import pytest
 from lowbit_video.engine import replay as plans
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.packing import Packing
+from lowbit_video.engine.prologue import tensors_of
 from lowbit_video.engine.run import run
 from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning
@@ -23,6 +24,7 @@ from lowbit_video.kernels import compiled, launch
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import LOG2_E
 from lowbit_video.kernels.operands import Operand, codes_of
+from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps
 from lowbit_video.kernels.shipped.kinds import kind_of, parameters
 from lowbit_video.kernels.stand_in import TensorDescriptor as Descriptor
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
@@ -159,13 +161,15 @@ def device(monkeypatch):
     from triton.runtime.driver import driver
 
     from lowbit_video.kernels.pooled import choose, part, tile_stats
+    from lowbit_video.kernels.prologue import quant, stats
     from lowbit_video.kernels.quant import quant_v, token_stats
 
     log, long, kept = Log(), [], []
     for module, name in ((hopper, "attn_fwd_kernel"), (portable, "attn_fwd_kernel"), (quant_qk, "quant_qk_kernel"),
                          (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel"),
                          *((tile_stats, f"{name}_tiles_kernel") for name in ("key", "fold", "query")), (choose, "score_kernel"),
-                         (choose, "list_kernel"), (part, "pooled_part_kernel")):
+                         (choose, "list_kernel"), (part, "pooled_part_kernel"), (stats, "prologue_stats_kernel"),
+                         (stats, "fold_stats_kernel"), (quant, "prologue_quant_kernel")):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
     monkeypatch.setattr(plans, "cuda_driver", Driver)
     monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_device=lambda: 0), raising=False)
@@ -215,7 +219,7 @@ def call(device, q, k, v, precision, **more):
 
 CASES = [(precision, backend, lse) for precision in ("int8+fp16", "int8+fp8", "fp8+fp8", "int4+fp16", "int8/int2+fp8", "exact")
          for backend in ("triton", "hopper") for lse in (False, True)
-         if backend == "triton" or precision in ("int8+fp16", "int8+fp8", "fp8+fp8")]
+         if backend == "triton" or precision in ("int8+fp16", "int8+fp8", "fp8+fp8", "exact")]
 
 
 @pytest.mark.parametrize("precision,backend,lse", CASES)
@@ -243,6 +247,37 @@ def test_a_repeated_call_chooses_anew_what_it_pools(device, backend):
     assert again == first and len(device.long) == ways
     call(device, *tensors(400, 3), "int8+fp8", **options | dict(pooled=Pooled((0.3, 0.3, 0.4), 10)))
     assert len(device.long) > ways
+
+
+def steps(tokens=200, head_dim=64, eps=1e-6):
+    """A LayerNorm of Q and one of K, and positions of all tokens but the first ten."""
+    norms = [Norm("layer", eps, drawn(head_dim), drawn(head_dim)) for _ in "qk"]
+    return Steps(*norms, Rotary(*(drawn(tokens - 10, head_dim, dtype="float32") for _ in "cs"), 10, tokens - 10))
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_a_repeated_call_norms_by_its_own_weights(device, backend):
+    """Five launches beside attention; the second call's weights and tables are where the first one's were."""
+    def fused(given, steps, **more):
+        device.log.clear()
+        before = len(device.kept)
+        run(*given, AttentionOptions("int8+fp8", backend=backend, **more), steps=steps)
+        fresh = {f"fresh {number}": t for number, t in enumerate(device.kept[before:])}
+        return flat(device.log, dict(zip("qkv", given)) | tensors_of(steps) | fresh)
+
+    first = fused(tensors(), steps())
+    assert [name.rpartition(".")[2] for name, *_ in first] == [f"{name}_kernel" for name in (
+        "prologue_stats", "fold_stats", "quant_v", "prologue_quant", "attn_fwd")]
+    for launched in (first[0], first[3]):
+        assert {(name, 0) for name in ("q", "k", "q_weight", "q_bias", "k_weight", "k_bias", "cos", "sin")} <= {
+            value for value in launched[3] if isinstance(value, tuple)}
+    ways = len(device.long)
+    assert fused(tensors(), steps()) == first and len(device.long) == ways
+    call(device, *tensors(), "int8+fp8", backend=backend)
+    fused(tensors(), steps(eps=1e-5))
+    fused(tensors(), steps()._replace(rotary=None))
+    assert len(device.long) == ways + 6 + 5 + 5
+    assert fused(tensors(), steps(), scale=0.2) != first
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -402,6 +437,45 @@ def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision,
     if backend == "triton":
         with pytest.raises(ValueError, match="hopper-int8: V's address or strides are not multiples of 16 bytes"):
             run(q, k, v, AttentionOptions(precision, backend="hopper"))
+
+
+@pytest.mark.parametrize("spoilt", ["address", "stride", "last stride", None])
+@pytest.mark.parametrize("place", range(3), ids="qkv".__getitem__)
+def test_tensors_that_tma_cannot_read_are_refused_by_the_exact_hopper_kernel(device, place, spoilt):
+    given = tensors()
+    x = given[place]
+    given[place] = {"address": drawn(x.size + 8)[1:x.size + 1].reshape(x.shape), "stride": drawn(*x.shape[:3], 68)[..., :64],
+                    "last stride": drawn(*x.shape[:3], 128)[..., ::2], None: x}[spoilt]
+    options = AttentionOptions("exact", backend="hopper")
+    if spoilt in ("last stride", None):  # the first is copied
+        assert run(*given, options)[2].name == "hopper-exact"
+    else:
+        with pytest.raises(ValueError, match="hopper-exact: an address or a stride of Q, K or V is no multiple of 16 bytes"):
+            run(*given, options)
+    assert run(*given, AttentionOptions("exact"))[2].backend == "triton"
+
+
+@pytest.mark.parametrize("scale", [-0.2, np.array([-0.2], np.float32).view(Tensor)], ids=["number", "tensor"])
+def test_a_negative_scale_is_refused_by_the_exact_hopper_kernel(device, scale):
+    assert run(*tensors(), AttentionOptions("exact", scale=scale))[2].name == "triton-exact"
+    with pytest.raises(ValueError, match="hopper-exact: the scale is negative"):
+        run(*tensors(), AttentionOptions("exact", scale=scale, backend="hopper"))
+
+
+def test_the_exact_hopper_kernel_gets_the_callers_own_tensors(device):
+    """Nothing but one launch: three descriptors of the tensors as they lie, no scales, the scale of the scores."""
+    q, k, v = drawn(2, 4, 200, 64), drawn(2, 300, 2, 64).transpose(0, 2, 1, 3), drawn(2, 2, 300, 64)
+    out, lse, _ = run(q, k, v, AttentionOptions("exact", "HND", True, 0.3, True, "hopper"))
+    (_, grid, _, values), = device.log
+    found = dict(zip(hopper.attn_fwd_kernel.arg_names, values))
+    for x, name, rows in ((q, "q_desc", 64), (k, "k_desc", 128), (v, "v_desc", 128)):
+        assert (found[name].base.data_ptr(), list(found[name].shape)) == (x.data_ptr(), list(x.shape))
+        assert [2 * stride for stride in found[name].strides] == list(x.strides) and found[name].block_shape == [1, 1, rows, 64]
+    assert found["p_o"].data_ptr() == out.data_ptr() and found["p_lse"].data_ptr() == lse.data_ptr()
+    assert [found[name] for name in ("p_q_scale", "p_k_scale", "p_v_scale", "p_shift", "p_list")] == [None] * 5
+    assert found["sm_scale"] == pytest.approx(0.3 * LOG2_E)
+    assert [found[name] for name in ("heads_q", "heads_kv", "q_len", "kv_len", "n_work")] == [4, 2, 200, 300, 16]
+    assert grid[0] == 16 and (found["build"].causal, found["build"].lse, found["build"].lse_shift) == (True, True, False)
 
 
 def test_a_copied_input_and_an_unknown_triton_make_no_plan(device, monkeypatch):

@@ -67,6 +67,17 @@ def test_compiled_equals_eager_and_is_counted(precision, full_graph):
 
 
 @MODES
+def test_norms_stay_in_the_graph_where_a_processor_would_fuse_them(full_graph):
+    model, eager = pair(LowBitAttnProcessor("int8+fp16", fused_prologue=True))
+    compiled = paddle.jit.to_static(model, full_graph=full_graph)
+    for a, b in zip(run(compiled, toy_model.inputs()), run(eager, toy_model.inputs())):
+        assert np.abs(a - b).max() <= 1e-3
+    assert [m.calls for m in coverage(model).modules] == [1, 1]
+    if full_graph:  # SOT may leave what is around the attention to Python
+        assert coverage(model).variants() == {"int8+fp16 (reference-lowbit)": 2}
+
+
+@MODES
 def test_shapes_may_change(full_graph):
     model, eager = pair()
     compiled = paddle.jit.to_static(model, full_graph=full_graph)

@@ -77,6 +77,15 @@ def test_one_graph_bit_equal_to_eager_and_counted(hook, backend):
     assert calls(model) == [2, 2]
 
 
+def test_norms_stay_in_the_graph_where_a_processor_would_fuse_them():
+    model = make()
+    model.set_attn_processor(lv.LowBitAttnProcessor("int8+fp8", fused_prologue=True))
+    with torch.no_grad():
+        predict(compiled_of(model))
+    assert lv.coverage(model).variants() == {"int8+fp8 (reference-lowbit)": 2}
+    assert sum(counters["graph_break"].values()) == 0
+
+
 def test_inductor_compiles_it_too():
     model = make(layers=1)
     HOOKS["apply"](model)

@@ -1,0 +1,1 @@
+"""The fused prologue: QK norm, rotary positions and quantisation in two readings of what the projections left."""

@@ -1,0 +1,89 @@
+"""Steps before attention on a call's own tensors: why the fused kernels do not serve them, and the same in NumPy on a CPU."""
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+
+from lowbit_video.kernels.buffers import Buffer, Origin
+from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
+from lowbit_video.kernels.prologue import reference
+from lowbit_video.kernels.prologue.steps import Steps, mapped
+from lowbit_video.kernels.prologue.steps import why_not as why_not_of_shapes
+
+from ..errors import UnsupportedError
+from ..runtime.protocol import Runtime
+from .options import AttentionOptions
+from .packing import Packing
+
+
+class NotFused(UnsupportedError):
+    """The fused kernels do not serve a call; reason: why, in words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"norms and positions cannot be fused with quantisation: {reason}; compute them first")
+        self.reason = reason
+
+
+def tensors_of(steps: Steps | None) -> dict[str, Any]:
+    """The tensors of the steps, by name."""
+    found: dict[str, Any] = {}
+    if steps is not None:
+        mapped(steps, found.__setitem__)
+    return found
+
+
+def described(steps: Steps) -> Steps:
+    """All of the steps but their tensors, which are True: a part of a plan's key."""
+    return mapped(steps, lambda name, tensor: True)
+
+
+def with_buffers(steps: Steps, runtime: Runtime) -> Steps:
+    """The steps as launchers take them."""
+    return mapped(steps, lambda name, tensor: Buffer(tensor.data_ptr(), runtime.dtype_name(tensor), Origin(name)))
+
+
+def why_not(steps: Steps, q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None, runtime: Runtime
+            ) -> str | None:
+    """Why norms and positions cannot be fused with a call's quantisation, or None."""
+    precision = options.precision
+    for reason, applies in (("exact attention does not quantise", precision.exact),
+                            ("rotation needs each channel's largest value of normed rows first", precision.rotate),
+                            ("pooling needs the means of tiles of normed keys first", options.pools is not None),
+                            ("packed sequences", packing is not None)):
+        if applies:
+            return reason
+    if not runtime.is_cpu(q) and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, and these kernels are not among those shipped compiled"
+    shapes = [runtime.shape(x) for x in (q, k, v)]
+    if any(len(shape) != 4 for shape in shapes) or shapes[1] != shapes[2]:
+        return f"q, k and v are {', '.join(str(list(shape)) for shape in shapes)}, and 4 dimensions and one shape are read"
+    order = (0, 2, 1, 3) if options.tensor_layout == "NHD" else (0, 1, 2, 3)
+    as_read = [tuple(shape[axis] for axis in order) for shape in shapes]
+    return why_not_of_shapes(steps, *as_read[:2], runtime.dtype_name(q)) or _why_not_tensors(steps, q, as_read[0][3], runtime)
+
+
+def _why_not_tensors(steps: Steps, q: Any, head_dim: int, runtime: Runtime) -> str | None:
+    for name, tensor in tensors_of(steps).items():
+        table = name in ("cos", "sin")
+        shape, dtype = runtime.shape(tensor), runtime.dtype_name(tensor)
+        wanted = (steps.rotary.tokens, head_dim) if table else (head_dim,)
+        if shape != wanted:
+            return f"{name} is {list(shape)}, and {list(wanted)} is read (a norm over all heads is not served)"
+        if table and dtype != "float32" or dtype not in FORMAT_OF_DTYPE:
+            return f"{name} has dtype {dtype}; {'float32' if table else ', '.join(FORMAT_OF_DTYPE)} is read"
+        if runtime.strides(tensor)[-1] != 1 or table and runtime.strides(tensor)[0] != head_dim and shape[0] > 1:
+            return f"{name} is not contiguous"
+        if runtime.place(tensor) != runtime.place(q):
+            return f"{name} is on {runtime.place(tensor)}, and q on {runtime.place(q)}"
+    return None
+
+
+def prepared(q: Any, k: Any, steps: Steps, tensor_layout: str, runtime: Runtime) -> tuple[Any, Any]:
+    """q and k as attention takes them, by the oracle; on a CPU."""
+    arrays, dtype = mapped(steps, lambda name, tensor: runtime.to_numpy(tensor)), runtime.dtype_name(q)
+    order = (0, 2, 1, 3) if tensor_layout == "NHD" else (0, 1, 2, 3)  # its own inverse
+    one = lambda x, norm: runtime.from_numpy(np.ascontiguousarray(reference.prepared(
+        runtime.to_numpy(x).transpose(order), norm, arrays.rotary, dtype).transpose(order)), q, dtype)
+    return one(q, arrays.q_norm), one(k, arrays.k_norm)

@@ -1,0 +1,32 @@
+"""Whole calls with fused norms and positions as a GPU runs them, in Triton's CPU interpreter on CPU tensors.
+
+Not collected by itself: `test_prologue.py` runs it in a process with TRITON_INTERPRET=1.
+"""
+import os
+
+import numpy as np
+import pytest
+
+from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.run import run
+from prologue_inputs import by_hand, made_steps, projected
+
+import quick_interpreter  # noqa: F401
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_prologue.py"
+
+
+@pytest.mark.parametrize("precision, layout, kind, rotary", [
+    ("int8+fp8", "NHD", "layer", (10, 120)), ("int4+fp8", "HND", "rms", (0, 130)), ("int8+fp16", "NHD", "layer", None)],
+                         ids=str)
+def test_a_call_is_that_of_what_had_them(framework, precision, layout, kind, rotary):
+    """INT4 with means of Q, and all corrections of the LSE."""
+    (q, k, v), steps = projected(framework, tokens=130, heads=1), made_steps(framework, kind=kind, rotary=rotary)
+    order = (lambda x: x) if layout == "NHD" else (lambda x: x.transpose([0, 2, 1, 3]) if framework.name == "paddle" else
+                                                   x.transpose(1, 2))
+    options = AttentionOptions(precision, layout, return_lse=True, backend="triton")
+    out, lse, variant = run(*map(order, (q, k, v)), options, steps=steps)
+    wanted, wanted_lse, _ = run(*map(order, (*by_hand(framework, q, k, steps), v)), options)
+    assert variant.backend == "triton"
+    np.testing.assert_allclose(framework.numpy(out), framework.numpy(wanted), atol=4e-3)
+    np.testing.assert_allclose(framework.numpy(lse), framework.numpy(wanted_lse), atol=2e-3)

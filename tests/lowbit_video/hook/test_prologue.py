@@ -1,0 +1,193 @@
+"""Processors that fuse norms and positions with quantisation: the same result, told in the report, or why they do not."""
+import numpy as np
+import pytest
+
+paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, Pooled, apply, coverage  # noqa: E402
+from lowbit_video.hook import processors, prologue  # noqa: E402
+from lowbit_video.kernels.prologue.steps import Steps  # noqa: E402
+from lowbit_video.runtime import paddle_runtime  # noqa: E402
+
+import toy_model  # noqa: E402
+from helpers import sqnr_db  # noqa: E402
+
+
+def outputs(model, **given):
+    with paddle.no_grad():
+        return [part.numpy() for part in model(**given)]
+
+
+def ran(model):
+    return coverage(model).variants()
+
+
+def both(given, precision="int8+fp8", seed=0, **options):
+    """(what a model gives by a fusing processor, by one that does not, what the report says of the first)."""
+    found = []
+    for fused in (True, False):
+        model = toy_model.model(seed)
+        for number, block in enumerate(model.blocks):
+            block.norm_q.weight.set_value(1 + 0.2 * paddle.arange(32, dtype="float32").sin() * (number + 1))
+            block.norm_k.bias.set_value(0.5 * paddle.arange(32, dtype="float32").cos())
+        apply(model, LowBitAttnProcessor(precision, fused_prologue=fused, **options))
+        found.append((outputs(model, **given), ran(model)))
+    return found[0][0], found[1][0], found[0][1]
+
+
+@pytest.mark.parametrize("rotary", [True, False], ids=["rotary", "none"])
+@pytest.mark.parametrize("precision", ["int8+fp8", "int4+fp16"])
+def test_the_model_computes_the_same(rotary, precision, monkeypatch):
+    """And not by the modules of the norms, nor by the frame's positions."""
+    given = toy_model.inputs()
+    given["rotary"] = given["rotary"] if rotary else None
+    fused, apart, told = both(given, precision)
+    assert told == {f"{precision} (reference-lowbit, fused prologue)": 2}
+    for one, other in zip(fused, apart):
+        assert sqnr_db(one, other) > 50
+    model = toy_model.model()
+    apply(model, LowBitAttnProcessor(precision, fused_prologue=True))
+    monkeypatch.setattr(paddle.nn.LayerNorm, "forward", None)
+    monkeypatch.setattr("lowbit_video.hook.frames.cogvideox._rotate_video", None)
+    outputs(model, **given)
+
+
+def test_off_unless_asked_for(monkeypatch):
+    model, given = toy_model.model(), toy_model.inputs()
+    assert prologue.FUSED_PROLOGUE is False
+    apply(model, "int8+fp8")
+    outputs(model, **given)
+    assert ran(model) == {"int8+fp8 (reference-lowbit)": 2}
+    monkeypatch.setattr(prologue, "FUSED_PROLOGUE", True)
+    outputs(model, **given)
+    assert ran(model) == {"int8+fp8 (reference-lowbit)": 2, "int8+fp8 (reference-lowbit, fused prologue)": 2}
+    apply(model, LowBitAttnProcessor("int8+fp8", fused_prologue=False))
+    outputs(model, **given)
+    assert ran(model) == {"int8+fp8 (reference-lowbit)": 2}
+    apply(model, ExactAttnProcessor())
+    outputs(model, **given)
+    assert ran(model) == {"exact": 2}
+
+
+def test_what_is_asked_for_is_told_and_checked():
+    assert str(LowBitAttnProcessor(fused_prologue=True)).endswith("fused_prologue=True)")
+    assert "fused" not in str(LowBitAttnProcessor())
+    with pytest.raises(TypeError, match="fused_prologue"):
+        LowBitAttnProcessor(fused_prologue="yes")
+
+
+def apart(change=lambda model: None, given=None, **options):
+    model = toy_model.model()
+    change(model)
+    options = dict(precision="int8+fp8") | options
+    apply(model, LowBitAttnProcessor(options.pop("precision"), fused_prologue=True, **options))
+    outputs(model, **(given or toy_model.inputs()))
+    return list(ran(model))
+
+
+def test_why_not_is_told():
+    """And nothing counts as having fallen back."""
+    def hooked(model):
+        for block in model.blocks:
+            block.norm_q.register_forward_post_hook(lambda layer, given, out: out)
+
+    def of_another_eps(model):
+        for block in model.blocks:
+            block.norm_k._epsilon = 1e-3
+
+    def of_another_class(model):
+        for block in model.blocks:
+            block.norm_k = paddle.nn.Identity()
+
+    assert apart(hooked) == ["int8+fp8 (reference-lowbit; prologue apart: the LayerNorm has hooks)"]
+    assert apart(of_another_eps) == ["int8+fp8 (reference-lowbit; prologue apart: q's and k's norms are not of one kind)"]
+    assert "the norm paddle.nn.layer.common.Identity is not among torch.nn" in apart(of_another_class)[0]
+    assert "rotation needs" in apart(precision="int8+fp8 rotate", given=toy_model.inputs(width=128, rotary_dim=64),
+                                     change=of_wide_heads)[0]
+    assert "pooling needs" in apart(pooled=Pooled(0.9))[0]
+    given = toy_model.inputs()
+    given["rotary"] = tuple(table.astype("float64") for table in given["rotary"])
+    assert "cos has dtype float64; float32" in apart(given=given)[0]
+
+
+def of_wide_heads(model):
+    model.blocks = toy_model.model(head_dim=64).blocks
+
+
+def test_masks_shared_tokens_and_graphs_come_after_norms():
+    given = toy_model.inputs()
+    mask = paddle.zeros([2, 47])
+    mask[:, 40:] = -1e9
+    assert apart(given=dict(given, mask=mask)) == ["int8+fp8 (reference-lowbit; prologue apart: a mask was given)"]
+    model = toy_model.model()
+    apply(model, LowBitAttnProcessor("int8+fp8", fused_prologue=True))
+    for block in model.blocks:
+        block.attention_slot.around = lambda attend: attend
+    outputs(model, **given)
+    assert list(ran(model)) == ["int8+fp8 (reference-lowbit; prologue apart: the tokens are shared by several ranks)"]
+
+
+def test_exact_attention_takes_over_with_norms_and_positions(monkeypatch):
+    """Where no kernel serves the call."""
+    given, exact = toy_model.inputs(), toy_model.model()
+    model = toy_model.model()
+    apply(model, LowBitAttnProcessor("int8+fp8", fallback="exact", backend="hopper", fused_prologue=True))
+    for one, other in zip(outputs(model, **given), outputs(exact, **given)):
+        np.testing.assert_array_equal(one, other)
+    assert list(ran(model)) == ["exact"] and coverage(model).fallbacks
+
+
+def test_a_thread_forgets_its_reason():
+    processor = LowBitAttnProcessor("int8+fp8", fused_prologue=True)
+    with pytest.raises(KeyError), processor.apart("one"):
+        raise KeyError
+    assert not processors._apart.reason
+    assert processor.attend.__defaults__[-1] is None
+
+
+class Rounding:
+    """Stands for diffusers' RMSNorm."""
+
+    __module__, __qualname__ = "diffusers.models.normalization", "RMSNorm"
+
+    def __init__(self, weight=None, eps=1e-5):
+        self.weight, self.bias, self.eps, self.dim = weight, None, eps, (32,)
+
+
+Rounding.__qualname__ = "RMSNorm"
+
+
+def test_norms_by_their_class():
+    like = paddle.zeros([1, 5, 2, 32])
+    steps = lambda norm, like=like: prologue.steps_of(paddle_runtime, (norm, norm), like, None, 0)
+    found = steps(Rounding(paddle.ones([32]))).q_norm
+    assert found.kind == "rms" and found.eps == 1e-5 and found.rounds_first and found.bias is None
+    assert "weight is float64, so what it gives is no float32" in steps(Rounding(paddle.ones([32], "float64")))
+    assert "has no eps" in steps(Rounding(eps=None))
+    assert "over [32] values, and a head has 16" in steps(Rounding(), like[..., :16])
+    layer = steps(paddle.nn.LayerNorm(32, 1e-4)).k_norm
+    assert layer.kind == "layer" and layer.eps == 1e-4 and not layer.rounds_first and layer.bias is not None
+    assert steps(None) == Steps()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_diffusers_model(dtype):
+    """Beside the same with norms and positions by its own modules, at its own dtype."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    import diffusers
+
+    from diffusers_models import _cogvideox
+
+    torch.manual_seed(0)
+    model, given = _cogvideox(diffusers.CogVideoXTransformer3DModel)
+    model, dtype = model.to(getattr(torch, dtype)).eval(), getattr(torch, dtype)
+    given = {name: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for name, x in given.items()}
+    found = []
+    for fused in (True, False):
+        apply(model, LowBitAttnProcessor("int8+fp8", fused_prologue=fused))
+        with torch.no_grad():
+            found.append(model(**given, return_dict=False)[0].float().numpy())
+        if fused:
+            assert ran(model) == {"int8+fp8 (reference-lowbit, fused prologue)": 2}
+    assert np.abs(found[0] - found[1]).sum() <= (1e-3 if dtype == torch.float32 else 1e-2) * np.abs(found[1]).sum()
