@@ -22,8 +22,10 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     add_model(parser)
     parser.add_argument("--framework", choices=("paddle", "torch"), default="paddle", help="torch: through diffusers' "
                         "CogVideoXPipeline, --device as torch names it (default: %(default)s)")
-    parser.add_argument("--budget", required=True, metavar="45dB|1.1x", help="dB of the final latent at least, or times "
-                        "int8+fp8's time in attention at most")
+    parser.add_argument("--budget", metavar="45dB|1.1x|6bit", help="dB of the final latent at least, or times int8+fp8's time "
+                        "in attention at most, or bits of Q and K in the mean at most")
+    parser.add_argument("--scheme", choices=("measured", "seed"), default="measured", help="what chooses: measured errors, or "
+                        "the sizes of Q, K and V (with a budget of bits, or none) (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FILE", help="the recipe, which ends in .toml "
                         "(default: %(default)s)")
     parser.add_argument("--measured", type=Path, metavar="DIR", help="where what is measured is kept, for further budgets "
@@ -35,7 +37,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--rungs", type=names, metavar="A,B", help="precisions to choose from (default: exact, and all that "
                         "may pay)")
     parser.add_argument("--pooled", type=shares, metavar="A,B", help="shares of the keys that further rungs keep at int8+fp8 "
-                        "while the rest is pooled, or none (default: 0.2,0.3,0.5,0.7)")
+                        "while the rest is pooled, or none; of no use where bits are counted (default: 0.2,0.3,0.5,0.7)")
     parser.add_argument("--pooled-from", type=count, metavar="N", help="tokens from which there are such rungs (default: where "
                         "pooling is taken to pay)")
     parser.add_argument("--order", choices=ORDERS, default="raster", help="of the video's tokens in attention; pooled rungs "
@@ -82,30 +84,36 @@ def run(args: argparse.Namespace) -> int:
     from lowbit_video.rung import parts_of_rung
 
     from ..compare.paired import read_prompts
-    from .costs import TABLE, UNIT, costs_of
+    from . import scales
+    from .costs import TABLE, UNIT, bits_of, costs_of
     from .pooled import PooledPlan
-    from .run import RUNGS, Plan, calibrate
+    from .run import RUNGS, Plan, calibrate, check_budget
     from .solve import Budget
 
-    budget, prompts = Budget.parse(args.budget), read_prompts(args.prompts)
+    budget = None if args.budget is None else Budget.parse(args.budget)
+    check_budget(budget, args.scheme)
+    prompts, by_bits = read_prompts(args.prompts), args.scheme == "seed" or budget.bits is not None
     if args.out.suffix != ".toml":
         raise ValueError(f"--out is {args.out}; a recipe's file ends in .toml")
     if args.held_out < 0 or len(prompts) < args.limit + args.held_out:
         raise ValueError(f"{args.prompts} has {len(prompts)} prompts; {args.limit} are to be measured and {args.held_out} held "
                          "out")
-    rungs = tuple(args.rungs or RUNGS)
+    rungs = tuple(args.rungs or (scales.RUNGS if by_bits else RUNGS))
     for rung in rungs:
         parts_of_rung(rung)
     speed = args.speed or TABLE
-    costs_of([UNIT], 1, 64, speed)
+    if by_bits:
+        bits_of(rungs)
+    else:
+        costs_of([UNIT], 1, 64, speed)
+    pooled = {"shares": args.pooled, "least": args.pooled_from}
+    plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head, scheme=args.scheme,
+                pooled=PooledPlan(**{name: value for name, value in pooled.items() if value is not None}))
     args.model = model_or_small(args.model)
     check_writable(args.out)
     pipe, settings = load(args) if args.framework == "paddle" else load_torch(args)
     if args.order != "raster":  # which every model has, also one that takes no other
         order_tokens(pipe, args.order)
-    pooled = {"shares": args.pooled, "least": args.pooled_from}
-    plan = Plan(rungs, ranges=args.ranges, samples=args.samples, rows=args.rows, by_head=args.by_head,
-                pooled=PooledPlan(**{name: value for name, value in pooled.items() if value is not None}))
     calibrate(pipe, prompts[:args.limit], budget, args.out, held_out=prompts[args.limit:args.limit + args.held_out],
               settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, kept=args.measured, say=say)
     return 0

@@ -1,6 +1,7 @@
-"""What a rung costs: its measured time over that of int8+fp8, at the benchmark's shape that comes nearest.
+"""What a rung costs: its measured time over that of int8+fp8, at the benchmark's shape that comes nearest; or its bits.
 
-Of a rung with pooled keys: the share of the tiles that are kept, of what its precision costs, and what pooling itself does.
+Of a rung with pooled keys: the share of the tiles that are kept, of what its precision costs, and what pooling itself does; it
+has no bits.
 """
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit_video.files import read_json
+from lowbit_video.kernels.formats import FORMATS
 from lowbit_video.kernels.pooled.tiles import counted_tiles
+from lowbit_video.precision import as_precision
 from lowbit_video.rung import parts_of_rung
 
 UNIT = "int8+fp8"
@@ -19,15 +22,33 @@ POOLING = 0.108
 0.3 kept (`eval/speed/experiments/pooled.json`); 0.09 to 0.13 with 0.5 to 0.1 kept, and half of that at 45106 tokens."""
 TABLE = Path(__file__).parents[1] / "speed" / "results" / "kernels.json"
 """The benchmark of this checkout; an installed package has none."""
+EXACT_BITS = 16
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of rungs, int8+fp8's being 1. said: which table and shape they are of. lacking: rungs that are not in it."""
+    """Costs of rungs. said: which table and shape they are of. lacking: rungs that are not in it. unit: what 1 is."""
 
     of: dict[str, float]
     said: str
     lacking: tuple[str, ...]
+    unit: str = "times int8+fp8's time in attention"
+
+
+def bits_of(rungs: Sequence[str]) -> Costs:
+    """What rungs cost where bits of Q and K are counted, the mean of both; exact ones have 16, as on a GPU.
+
+    Those with pooled keys have none: of most of their keys only means are read, in 16 bits.
+    Raises ValueError for rungs of which none has any.
+    """
+    parts = {rung: parts_of_rung(rung) for rung in rungs}
+    precisions = {rung: as_precision(precision) for rung, (precision, pooled) in parts.items()
+                  if pooled is None or pooled.all_kept}
+    if not precisions:
+        raise ValueError(f"rungs are {', '.join(rungs)}; those with pooled keys have no bits: name others, or give a budget of "
+                         "time or error")
+    bits = {rung: EXACT_BITS if of.exact else (FORMATS[of.q].bits + FORMATS[of.k].bits) / 2 for rung, of in precisions.items()}
+    return Costs(bits, "bits of Q and K", tuple(rung for rung in parts if rung not in bits), "bits")
 
 
 def costs_of(rungs: Sequence[str], tokens: int, head_dim: int, path: Path = TABLE) -> Costs:

@@ -29,10 +29,12 @@ from .pooled import Look, rows_of_tiles
 @dataclass(frozen=True)
 class Measured:
     """errors: [R, L, G, H], squared error of a rung's output over the squared output of the whole layer. gains: [G], squared
-    error of the final latent for a range's errors of 1. tokens, head_dim: of the attention."""
+    error of the final latent for a range's errors of 1. peaks: [L, G, H, 3], the largest magnitudes of Q, K and V. tokens,
+    head_dim: of the attention."""
 
     errors: np.ndarray
     gains: np.ndarray
+    peaks: np.ndarray
     tokens: int
     head_dim: int
 
@@ -46,7 +48,7 @@ class Probe(ExactAttnProcessor):
 
     rungs: their processors. rows: about how many query rows are compared, evenly spaced; where some rung pools keys, in whole
         tiles, for the rows of a tile choose together. steps: those that are measured.
-    squared: step -> one [R, H] a call; whole: step -> squared outputs.
+    squared: step -> one [R, H] a call; whole: step -> squared outputs; peaks: step -> one [H, 3] a call.
     """
 
     def __init__(self, rungs: Sequence[LowBitAttnProcessor], rows: int, clock: StepClock, steps: set[int]) -> None:
@@ -54,6 +56,7 @@ class Probe(ExactAttnProcessor):
         self.rungs, self.rows, self.clock, self.steps = rungs, rows, clock, steps
         self.squared: dict[int, list[np.ndarray]] = {}
         self.whole: dict[int, list[float]] = {}
+        self.peaks: dict[int, list[np.ndarray]] = {}
         self.shape: tuple[int, ...] = ()
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
@@ -73,6 +76,9 @@ class Probe(ExactAttnProcessor):
         low = [compared(rung.attend(few, k, v, scale=scale)) for rung in self.rungs]
         self.squared.setdefault(self.clock.step, []).append(np.stack([np.square(x - exact).sum((0, 1, 3)) for x in low]))
         self.whole.setdefault(self.clock.step, []).append(float(np.square(exact).sum()))
+        tops = [np.abs(runtime.to_numpy(x)).max((0, 1, 3)) for x in (q, k, v)]
+        self.peaks.setdefault(self.clock.step, []).append(
+            np.stack([top.repeat(len(tops[0]) // len(top)) for top in tops], -1))  # heads that share keys share their peaks
         return out
 
     def _compared(self) -> tuple[list[slice], int]:
@@ -87,6 +93,10 @@ class Probe(ExactAttnProcessor):
         """[R, H], the mean over calls of some steps."""
         return np.mean([squared / max(whole, 1e-30) for step in sorted(steps)
                         for squared, whole in zip(self.squared[step], self.whole[step])], axis=0)
+
+    def peak(self, steps: set[int]) -> np.ndarray:
+        """[H, 3], the largest of all calls of some steps."""
+        return np.max([call for step in sorted(steps) for call in self.peaks[step]], axis=0)
 
 
 def sampled(steps: range, samples: int) -> set[int]:
@@ -114,6 +124,7 @@ def measure(pipe: Any, prompt: str, rungs: Sequence[str], probe: str, ranges: Se
     recorders = {name: Probe(made, rows, clock, set().union(*steps)) for name in names}
     exact = latents_of(pipe, prompt, settings, seed, clock, recorders, "record", f"recorded: {prompt[:60]}")
     errors = np.stack([np.stack([recorders[name].error(some) for some in steps], 1) for name in names], 1)
+    peaks = np.stack([np.stack([recorders[name].peak(some) for some in steps]) for name in names])
     gains = []
     for one, local in zip(ranges, errors[rungs.index(probe)].sum((0, 2))):
         gated = Gated(LowBitAttnProcessor(probe, backend=backend), clock, one)
@@ -121,7 +132,7 @@ def measure(pipe: Any, prompt: str, rungs: Sequence[str], probe: str, ranges: Se
                              f"{probe} in steps {one.start}-{one.stop - 1}")
         gains.append(relative_error(latents, exact) / max(local, 1e-30))
     _, tokens, _, head_dim = recorders[names[0]].shape
-    return Measured(errors, np.array(gains), tokens, head_dim)
+    return Measured(errors, np.array(gains), peaks, tokens, head_dim)
 
 
 def look(pipe: Any, prompt: str, settings: Settings, seed: int, progress: Progress) -> tuple[int, int]:

@@ -29,10 +29,12 @@ class PooledPlan:
         """The rungs of a model's attention over so many tokens, of which the first `text` are always kept."""
         return () if self.why_not(tokens) else tuple(pooled_rung(BESIDE, share, text) for share in self.shares)
 
-    def why_not(self, tokens: int) -> str:
-        """Why there are no pooled rungs, or nothing."""
+    def why_not(self, tokens: int, by_bits: bool = False) -> str:
+        """Why there are no pooled rungs, or nothing. by_bits: whether rungs cost their bits, not their time."""
         if not self.shares:
             return "no pooled rungs: not asked for"
+        if by_bits:
+            return "no pooled rungs: bits are counted, and keys that are pooled have none"
         if tokens < self.least:
             return (f"no pooled rungs: choosing what to pool costs more than it saves below {self.least} tokens ({tokens} "
                     "here)")

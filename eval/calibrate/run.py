@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit_video.arguments import shown
 from lowbit_video.files import write_whole
 from lowbit_video.hook.order import order_of
 from lowbit_video.hook.recipe.recipe import Recipe
@@ -21,7 +23,8 @@ from ..compare.layers import StepClock, step_groups
 from ..compare.progress import Progress
 from ..compare.settings import Settings, environment
 from . import measure as measuring
-from .costs import TABLE, Costs, costs_of
+from . import scales
+from .costs import TABLE, Costs, bits_of, costs_of
 from .measure import Measured, latents_of, look, measure, relative_error
 from .pooled import PooledPlan
 from .solve import Allocation, Budget, db, solve
@@ -29,6 +32,8 @@ from .solve import Allocation, Budget, db, solve
 RUNGS = ("exact", "int8+fp16", "int8+fp8")
 """What may pay: INT4 and INT2 take longer than exact attention on the GPUs that were measured (README), and FP8 scores are no
 faster than INT8's at head dim 64."""
+SCHEMES = ("measured", "seed")
+"""What chooses: errors that were measured, or the sizes of Q, K and V (`scales`)."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,9 @@ class Plan:
 
     rungs: that may be chosen. probe: the rung that measures how far errors of a range of steps get; its error must be large
     enough to be seen and small enough to add up. ranges: of steps, of equal length. samples: steps of each that are recorded.
-    rows: query rows that are compared. by_head: whether heads of a layer may differ. pooled: rungs with pooled keys beside
-    these, where sequences are long enough.
+    rows: query rows that are compared. by_head: whether heads of a layer may differ. scheme: one of SCHEMES. pooled: rungs
+    with pooled keys beside these, where sequences are long enough and no bits are counted.
+    Raises ValueError for a scheme that does not exist, or rungs that the scheme "seed" does not choose among.
     """
 
     rungs: tuple[str, ...] = RUNGS
@@ -47,30 +53,39 @@ class Plan:
     samples: int = 1
     rows: int = 128
     by_head: bool = False
+    scheme: str = "measured"
     pooled: PooledPlan = field(default_factory=PooledPlan)
 
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"unknown scheme {shown(self.scheme)}; there are: {', '.join(SCHEMES)}")
+        if self.scheme == "seed" and self.rungs != scales.RUNGS:
+            raise ValueError(f"rungs are {', '.join(self.rungs)}; the scheme \"seed\" chooses among {', '.join(scales.RUNGS)}")
 
-def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, held_out: Sequence[str] = (),
+
+def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Path, *, held_out: Sequence[str] = (),
               settings: Settings | None = None, plan: Plan | None = None, seed: int = 0, speed: Path = TABLE,
               backend: str = "auto", kept: Path | None = None, say: Callable[[str], None] = print) -> Recipe:
     """Writes a recipe for a budget, and a picture beside it; the same prompts and settings give the same recipe.
 
     pipe: as in `compare`, or a `TorchPipeline`. prompts: measured; held_out: none of them; the recipe's latents are compared
         with exact ones there.
+    budget: one of bits prices rungs by theirs; the scheme "seed" takes one of bits, or None, which leaves its thresholds.
+        Where bits are counted, rungs with pooled keys, which have none, are left out.
     settings: steps, size and guidance; steps must be known. speed: the JSON of a kernel benchmark, which prices the rungs.
     kept: folder of what is measured of prompts, beside `out` by default; a second start goes on from there.
-    Raises ValueError for no prompts or one that is held out too, for a budget that cannot be met, and as `costs_of`.
+    Raises ValueError for no prompts or one that is held out too, for a budget that cannot be met or that the scheme does not
+    take, and as `costs_of` and `bits_of`.
     """
     settings, plan = settings or Settings(), plan or Plan()
+    check_budget(budget, plan.scheme)
     if not prompts or set(prompts) & set(held_out):
         raise ValueError("give at least one prompt to calibrate on, and others to check on")
     if not settings.steps:
         raise ValueError("the number of denoising steps is not known; give --steps")
     ranges = step_groups(settings.steps, plan.ranges)
-    tokens, text = look(pipe, prompts[0], settings, seed, Progress(["look"], say)) if plan.pooled.shares else (0, 0)
-    rungs, why_not = list(dict.fromkeys((*plan.rungs, *plan.pooled.rungs(tokens, text)))), plan.pooled.why_not(tokens)
-    if why_not:
-        say(why_not)
+    by_bits = plan.scheme == "seed" or budget.bits is not None
+    rungs, left_out = _rungs(pipe, prompts[0], settings, seed, plan, by_bits, say)
     measured_rungs = [rung for rung in dict.fromkeys((*rungs, plan.probe)) if rung != "exact"]
     order = order_of(pipe)
     kept = kept or out.parent / f"{out.stem}_measured"
@@ -83,29 +98,29 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
         _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
                                      samples=plan.samples, rows=plan.rows, backend=backend, progress=progress))
     measured = [_load(file) for file in files.values()]
-    costs = costs_of(rungs, measured[0].tokens, measured[0].head_dim, speed)
-    left_out = [*[why_not] * bool(why_not), *(f"not priced, so not chosen: {rung}" for rung in costs.lacking)]
-    for reason in left_out[bool(why_not):]:
-        say(reason)
+    costs = bits_of(rungs) if by_bits else costs_of(rungs, measured[0].tokens, measured[0].head_dim, speed)
+    for rung in costs.lacking:
+        left_out.append(f"not priced, so not chosen: {rung}")
+        say(left_out[-1])
     problem = Problem.of(measured, measured_rungs, costs, ranges, settings.steps, plan.by_head)
-    allocation = problem.solve(budget)
+    allocation = problem.solve(budget) if plan.scheme == "measured" else problem.by_scales(budget)
     names = list(attention_modules(transformer_of(pipe)))
     cells = problem.names(allocation)
     recipe = Recipe(rules_of(cells, names, problem.edges))
     say(f"costs are those of {costs.said}: {', '.join(f'{rung} {cost:.3g}' for rung, cost in costs.of.items())}")
-    say(f"predicted: {db(allocation.error):.1f} dB of the final latent at {allocation.cost:.3f} times int8+fp8's time in "
-        "attention; everywhere: " + ", ".join(f"{rung} {db(error):.1f} dB at {cost:.3f}"
-                                              for rung, (cost, error) in problem.uniform().items()))
+    say(f"predicted: {db(allocation.error):.1f} dB of the final latent at {allocation.cost:.3f} {costs.unit}; everywhere: "
+        + ", ".join(f"{rung} {db(error):.1f} dB at {cost:.3f}" for rung, (cost, error) in problem.uniform().items()))
     found = [_check(pipe, prompt, recipe, settings, seed, progress, say) for prompt in held_out]
     device = getattr(pipe, "device_name", environment()["device"])
-    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, device, order, budget, allocation, costs, left_out, found))
+    goal = _goal(plan.scheme, budget)
+    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, device, order, goal, allocation, costs, left_out, found))
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe.save(out)
     from .plot import plot
 
-    title = f"{Path(settings.model).name or 'model'}, budget {budget}; {costs.said}"
+    title = f"{Path(settings.model).name or 'model'}, {_goal(plan.scheme, budget)}; {costs.said}"
     plot(out.with_suffix(".png"), allocation, problem.uniform(), problem.paid(allocation), names,
-         [steps_text(*edges) for edges in problem.edges], title)
+         [steps_text(*edges) for edges in problem.edges], title, costs.unit)
     say(f"{out}, {out.with_suffix('.png')}")
     return recipe
 
@@ -113,13 +128,15 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget, out: Path, *, h
 @dataclass(frozen=True)
 class Problem:
     """errors [R, L, G, H or 1]: what a cell adds to the squared error, at the rungs that have a price. costs [R]. edges: of
-    each range, in shares of the denoising, rounded down so that a step begins in its range. heads: of a layer."""
+    each range, in shares of the denoising, rounded down so that a step begins in its range. heads: of a layer. peaks [L, G,
+    H or 1, 3]: a cell's largest magnitudes of Q, K and V, over all prompts."""
 
     rungs: list[str]
     errors: np.ndarray
     costs: np.ndarray
     edges: list[tuple[float, float]]
     heads: int
+    peaks: np.ndarray
 
     @classmethod
     def of(cls, measured: Sequence[Measured], names: Sequence[str], costs: Costs, ranges: Sequence[range], steps: int,
@@ -132,7 +149,9 @@ class Problem:
         share = lambda step: step * 10**STEP_DIGITS // steps / 10**STEP_DIGITS
         edges = [(share(one.start), share(one.stop)) for one in ranges]
         errors = errors if by_head else errors.sum(-1, keepdims=True)
-        return cls(rungs, errors, np.array([costs.of[rung] for rung in rungs]), edges, mean.shape[-1])
+        peaks = np.max([one.peaks for one in measured], axis=0)
+        peaks = peaks if by_head else peaks.max(2, keepdims=True)
+        return cls(rungs, errors, np.array([costs.of[rung] for rung in rungs]), edges, mean.shape[-1], peaks)
 
     def _shares(self) -> np.ndarray:
         """[L, G, H or 1], of all time."""
@@ -143,6 +162,13 @@ class Problem:
     def solve(self, budget: Budget) -> Allocation:
         """As `solve.solve`."""
         return solve(self.errors.reshape(len(self.rungs), -1), self.costs, self._shares().reshape(-1), budget)
+
+    def by_scales(self, budget: Budget | None) -> Allocation:
+        """By the rule of `scales`, with what it errs by the measurement, and the curve of what the measurement would choose."""
+        shares = self._shares().reshape(-1)
+        rungs = scales.choose(self.peaks.reshape(-1, 3), shares, self.costs, None if budget is None else budget.bits)
+        error = float(self.errors.reshape(len(self.rungs), -1)[rungs, np.arange(len(rungs))].sum())
+        return Allocation(rungs, float(shares @ self.costs[rungs]), error, self.solve(Budget(bits=math.inf)).curve)
 
     def uniform(self) -> dict[str, tuple[float, float]]:
         """(cost, squared error) of each rung everywhere."""
@@ -177,6 +203,19 @@ def rules_of(cells: np.ndarray, layers: Sequence[str], edges: Sequence[tuple[flo
     return [Rule(base), *rules]
 
 
+def _rungs(pipe, prompt, settings, seed, plan, by_bits, say) -> tuple[list[str], list[str]]:
+    """The rungs to choose from, and why there are no others, which is said."""
+    seen = plan.pooled.shares and not by_bits
+    tokens, text = look(pipe, prompt, settings, seed, Progress(["look"], say)) if seen else (0, 0)
+    why_not = plan.pooled.why_not(tokens, by_bits)
+    rungs = list(dict.fromkeys((*plan.rungs, *(() if why_not else plan.pooled.rungs(tokens, text)))))
+    lacking = bits_of(rungs).lacking if by_bits else ()
+    left_out = [*[why_not] * bool(why_not), *(f"without bits, so not chosen: {rung}" for rung in lacking)]
+    for reason in left_out:
+        say(reason)
+    return [rung for rung in rungs if rung not in lacking], left_out
+
+
 def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:
     """The error of the final latent in dB, of a prompt that was not measured."""
     clock = StepClock(progress)
@@ -186,11 +225,25 @@ def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:
     return round(error, 2)
 
 
-def _about(prompts, seed, settings, device, order, budget, allocation, costs, left_out, found) -> dict[str, Any]:
+def check_budget(budget: Budget | None, scheme: str) -> None:
+    """Raises ValueError for a budget that a scheme does not take."""
+    if scheme == "seed" and budget is not None and budget.bits is None:
+        raise ValueError(f"budget is {budget}; the scheme \"seed\" knows no error and no time: give bits such as 6bit, or none")
+    if scheme == "measured" and budget is None:
+        raise ValueError("no budget; give one such as 45dB, 1.1x or 6bit")
+
+
+def _goal(scheme: str, budget: Budget | None) -> str:
+    if scheme == "measured":
+        return str(budget)
+    return "its sizes of Q, K and V, " + ("thresholds as they are" if budget is None else f"thresholds moved for {budget}")
+
+
+def _about(prompts, seed, settings, device, order, goal, allocation, costs, left_out, found) -> dict[str, Any]:
     where = environment()
-    return {"title": f"calibrated for {budget}", "model": settings.model, "prompts": list(prompts), "seed": seed,
+    return {"title": f"calibrated for {goal}", "model": settings.model, "prompts": list(prompts), "seed": seed,
             "steps": settings.steps, "order": order,
-            "metric": "squared error of the final latent, in dB of its energy", "budget": str(budget),
+            "metric": "squared error of the final latent, in dB of its energy", "budget": goal,
             "predicted_error_db": round(db(allocation.error), 2), "predicted_cost": round(allocation.cost, 4),
             **({"found_error_db": found} if found else {}), "cost_table": costs.said,
             "rungs": [f"{rung}: {cost:.3g}" for rung, cost in costs.of.items()], **({"left_out": left_out} if left_out else {}),
@@ -200,8 +253,8 @@ def _about(prompts, seed, settings, device, order, budget, allocation, costs, le
 
 def _file(folder: Path, prompt: str, seed: int, settings: Settings, plan: Plan, rungs: Sequence[str], order: str) -> Path:
     """Where a prompt's measurement is kept; of other settings another file."""
-    about = {**asdict(plan), "rungs": list(rungs), "by_head": None, "pooled": None, "order": order, **settings.as_dict(),
-             "fps": None, "model": Path(settings.model).name}
+    about = {**asdict(plan), "rungs": list(rungs), "by_head": None, "pooled": None, "scheme": None, "order": order,
+             **settings.as_dict(), "fps": None, "model": Path(settings.model).name}
     key = json.dumps([prompt, seed, about], sort_keys=True)
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
 
@@ -214,4 +267,4 @@ def _save(file: Path, measured: Measured) -> None:
 
 def _load(file: Path) -> Measured:
     with np.load(file, allow_pickle=False) as held:
-        return Measured(held["errors"], held["gains"], int(held["tokens"]), int(held["head_dim"]))
+        return Measured(held["errors"], held["gains"], held["peaks"], int(held["tokens"]), int(held["head_dim"]))

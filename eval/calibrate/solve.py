@@ -19,27 +19,40 @@ MOST_DB = 200.0
 
 @dataclass(frozen=True)
 class Budget:
-    """error_db: at least so many dB of the final latent's energy over its error; or cost: at most so many times int8+fp8's."""
+    """error_db: at least so many dB of the final latent's energy over its error; or cost: at most so many times int8+fp8's; or
+    bits: at most so many of Q and K in the mean, which is then what rungs cost."""
 
     error_db: float | None = None
     cost: float | None = None
+    bits: float | None = None
+
+    @property
+    def most(self) -> float | None:
+        """The largest cost; None where the error is bounded."""
+        return self.cost if self.bits is None else self.bits
+
+    @property
+    def unit(self) -> str:
+        """Of the largest cost."""
+        return "x" if self.bits is None else "bit"
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """"45dB" or "1.1x". Raises ValueError for anything else."""
-        found = re.fullmatch(r"\s*(\d+\.?\d*)\s*(dB|x)\s*", text)
+        """"45dB", "1.1x" or "6bit". Raises ValueError for anything else."""
+        found = re.fullmatch(r"\s*(\d+\.?\d*)\s*(dB|x|bit)\s*", text)
         if found is None or not float(found[1]):
-            raise ValueError(f"budget is {text!r}; give decibels of the final latent such as 45dB, or times int8+fp8's time in "
-                             "attention such as 1.1x")
-        return cls(error_db=float(found[1])) if found[2] == "dB" else cls(cost=float(found[1]))
+            raise ValueError(f"budget is {text!r}; give decibels of the final latent such as 45dB, times int8+fp8's time in "
+                             "attention such as 1.1x, or bits of Q and K in the mean such as 6bit")
+        return cls(**{{"dB": "error_db", "x": "cost", "bit": "bits"}[found[2]]: float(found[1])})
 
     def __str__(self) -> str:
-        return f"{self.cost:g}x" if self.error_db is None else f"{self.error_db:g}dB"
+        return f"{self.error_db:g}dB" if self.most is None else f"{self.most:g}{self.unit}"
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """rungs [cells]: indices. cost: of all, in int8+fp8's. error: squared, relative. curve: (cost, error), cheapest first."""
+    """rungs [cells]: indices. cost: of all, in int8+fp8's or in bits. error: squared, relative. curve: (cost, error), cheapest
+    first."""
 
     rungs: np.ndarray
     cost: float
@@ -78,7 +91,8 @@ def solve(errors: np.ndarray, costs: np.ndarray, shares: np.ndarray, budget: Bud
         if _meets(budget, cost, error):
             done, at = rungs.copy(), len(curve) - 1
     if done is None:
-        can = f"at most {db(curve[-1][1]):.1f} dB" if budget.cost is None else f"at least {curve[0][0]:.3g}x"
+        can = f"at most {db(curve[-1][1]):.1f} dB" if budget.most is None else \
+            f"at least {curve[0][0]:.3g}{budget.unit}"
         raise ValueError(f"a budget of {budget} cannot be met: these rungs give {can}; name others, or change the budget")
     for _, _, _, _, gained, paid in sorted(steps)[len(curve) - 1:]:
         curve.append((curve[-1][0] + paid, max(curve[-1][1] - gained, 0.0)))
@@ -86,7 +100,7 @@ def solve(errors: np.ndarray, costs: np.ndarray, shares: np.ndarray, budget: Bud
 
 
 def _meets(budget: Budget, cost: float, error: float) -> bool:
-    return cost <= budget.cost * (1 + 1e-9) if budget.error_db is None else db(error) >= budget.error_db
+    return cost <= budget.most * (1 + 1e-9) if budget.error_db is None else db(error) >= budget.error_db
 
 
 def _hull(costs: np.ndarray, errors: np.ndarray) -> list[int]:

@@ -13,6 +13,7 @@ SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
 POOLED = "tests/eval/calibrate/test_pooled_rungs.py::"
 PAIRED = "tests/eval/metrics/test_paired.py::"
+SCALES = "tests/eval/calibrate/test_scales.py::"
 SOLVE = "tests/eval/calibrate/test_solve.py::"
 SUMMARY = "tests/eval/report/test_summary.py::"
 TEMPORAL = "tests/eval/metrics/test_temporal.py::"
@@ -199,6 +200,14 @@ MUTANTS = [
             ("done, at = rungs.copy(), len(curve) - 1", "done, at = rungs, len(curve) - 1"),
             ("if done is not None and budget.error_db is not None:", "if False:"),
             (">= budget.error_db", "> budget.error_db + 1")),
+    *faults("eval/calibrate/scales.py", SCALES + "test_thresholds_are_those_of_the_source",
+            ("(scales <= threshold", "(scales < threshold"), ("peaks.mean(-1)", "peaks.max(-1)")),
+    *faults("eval/calibrate/scales.py", SCALES + "test_a_budget_of_bits_is_met_as_nearly_as_thresholds_can",
+            ("(0.0, *factors)", "factors[1:]"), ("factor * (1 + SLACK)", "factor * (1 - SLACK)"),
+            ("<= most * (1 + SLACK)", "< most")),
+    *faults("eval/calibrate/run.py", SCALES + "test_the_rules_cells_are_paid_and_err_by_the_measurement",
+            ("None if budget is None else budget.bits)", "None)"), ("[rungs, np.arange(len(rungs))].sum())",
+                                                                   "[rungs[::-1], np.arange(len(rungs))].sum())")),
     *faults("eval/calibrate/costs.py", SOLVE + "test_prices_are_of_the_nearest_shape_and_its_fastest_kernel",
             ('and not row["causal"]', ""), ("min(row[", "max(row["), ("if UNIT in of}", "}"),
             ("far(shape[0], head_dim), far(shape[1], tokens)", "far(shape[1], tokens), far(shape[0], head_dim)")),
@@ -208,7 +217,9 @@ MUTANTS = [
     *faults("eval/calibrate/run.py", SOLVE + "test_steps_begin_in_their_own_range_and_heads_count",
             ("step * 10**STEP_DIGITS // steps / 10**STEP_DIGITS", "round(step / steps, STEP_DIGITS)"),
             ("errors.sum(-1, keepdims=True)", "errors.mean(-1, keepdims=True)"),
-            ("np.mean([one.weighed()", "np.sum([one.weighed()")),
+            ("np.mean([one.weighed()", "np.sum([one.weighed()"), ("for one in measured], axis=0)\n        peaks = peaks",
+                                                                  "for one in measured[1:]], axis=0)\n        peaks = peaks"),
+            ("else peaks.max(2, keepdims=True)", "else peaks.min(2, keepdims=True)")),
     *faults("eval/calibrate/pooled.py", POOLED + "test_rungs_keep_the_models_text_and_short_sequences_have_none",
             ("tokens < self.least", "tokens <= self.least"), ("share, text)", "share)")),
     *faults("eval/calibrate/pooled.py", POOLED + "test_a_models_text_is_seen",
@@ -222,6 +233,14 @@ MUTANTS = [
     *faults("eval/calibrate/costs.py", POOLED + "test_a_pooled_rung_costs_what_it_keeps_and_its_choice",
             ("ratios[rung] * kept / (kept + left) + POOLING", "ratios[rung] * pooled.keep + POOLING"),
             (" and not pooled.all_kept", ""), ("pooled.keep, pooled.always, tokens", "pooled.keep, 0, tokens")),
+    *faults("eval/calibrate/costs.py", SCALES + "test_pooled_keys_have_no_bits",
+            ("if pooled is None or pooled.all_kept", "if pooled is None"),
+            ("for rung in parts if rung not in bits", "for rung in ()"), ("    if not precisions:", "    if False:")),
+    *faults("eval/calibrate/run.py", POOLED + "test_where_bits_are_counted_pooled_rungs_are_left_out_unmeasured",
+            ("plan.pooled.shares and not by_bits", "plan.pooled.shares"), (".why_not(tokens, by_bits)", ".why_not(tokens)"),
+            ("bits_of(rungs).lacking if by_bits else ()", "()"),
+            ("for rung in rungs if rung not in lacking]", "for rung in rungs]"),
+            ('by_bits = plan.scheme == "seed" or budget.bits is not None', 'by_bits = plan.scheme == "seed"')),
     *faults("eval/calibrate/measure.py", SOLVE + "test_steps_begin_in_their_own_range_and_heads_count",
             ("self.gains[None, None, :, None]", "self.gains[::-1][None, None, :, None]")),
     *faults("eval/calibrate/measure.py", CALIBRATE + "test_local_errors_are_those_of_the_attention",

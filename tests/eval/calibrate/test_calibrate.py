@@ -79,6 +79,14 @@ def test_rows_are_a_sample_and_steps_not_sampled_are_not_measured():
     probe.attend(q, q, q)
     assert not probe.squared
     clock.step = 1
+    k = q * paddle.to_tensor([-2.0, 1.0]).reshape([1, 1, 2, 1])
+    probe.attend(q * 0.5, k, q * 3)
+    tops = q.abs().max([0, 1, 3]).numpy()
+    np.testing.assert_allclose(probe.peak({1}), tops[:, None] * [[0.5, 2, 3], [0.5, 1, 3]], rtol=1e-6)
+    probe.attend(q * 0.1, q * 4, q * 0.1)
+    np.testing.assert_allclose(probe.peak({1}), tops[:, None] * [[0.5, 4, 3]], rtol=1e-6)
+    probe.squared.clear()
+    probe.whole.clear()
     out = probe.attend(q, q, q)
     assert list(probe.squared) == [1] and probe.whole[1][0] == pytest.approx(float((out[:, 4::9] ** 2).sum()), rel=1e-5)
     with pytest.raises(ValueError, match="not causal"):
@@ -121,6 +129,31 @@ def test_a_layer_that_errs_more_is_given_more(pipe, tmp_path):
     assert exact["transformer_blocks.1.attn1"] == sum(exact.values()) > 0
 
 
+def test_the_seeds_scheme_gives_larger_values_more_bits(tmp_path):
+    planted = ToyPipeline()
+    attention = planted.transformer.transformer_blocks[1].attn1
+    for name in ("to_q", "to_k", "to_v"):
+        weight = getattr(attention, name).weight
+        weight.set_value(weight * 10)
+    attention.norm_q = attention.norm_k = None
+    lines, out = [], tmp_path / "r.toml"
+    asked = dict(settings=SETTINGS, say=lines.append)
+    seed = Plan(("exact", "int8+fp16", "int4+fp16"), ranges=2, scheme="seed")
+    recipe = calibrate(planted, ["a red ball"], None, out, plan=seed, held_out=["c"], **asked)
+    bits = {name: [span.rungs[0] for span in plan.spans] for name, plan in recipe.resolve(planted).layers.items()}
+    assert all(rung == "exact" for rung in bits["transformer_blocks.1.attn1"])
+    assert all(rung != "exact" for name in ("transformer_blocks.0.attn1", "transformer_blocks.2.attn1") for rung in bits[name])
+    about = recipe.about
+    assert about["cost_table"] == "bits of Q and K" and 4 <= about["predicted_cost"] < 16 and "sizes of Q" in about["title"]
+    assert abs(about["found_error_db"][0] - about["predicted_error_db"]) < 15
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    ours = calibrate(planted, ["a red ball"], Budget(bits=about["predicted_cost"] + 1e-3), out, **asked,
+                     plan=Plan(seed.rungs, ranges=2))
+    assert any("1 of 1 prompts are measured already" in line for line in lines)  # either scheme goes by one measurement
+    assert ours.about["predicted_error_db"] >= about["predicted_error_db"] and ours.about["budget"].endswith("bit")
+    assert ours.about["predicted_cost"] <= about["predicted_cost"] + 1e-3
+
+
 def test_bad_requests_are_named_before_any_work(pipe, tmp_path, capsys):
     for given, says in (((["a"], Budget(cost=2)), "steps is not known"), (([], Budget(cost=2)), "at least one prompt")):
         with pytest.raises(ValueError, match=says):
@@ -131,9 +164,12 @@ def test_bad_requests_are_named_before_any_work(pipe, tmp_path, capsys):
     command = ["calibrate", "--prompts", str(tmp_path / "p.txt"), "--model", str(tmp_path)]
     right = ["--budget", "1x", "--out", "r.toml", "--limit", "1"]
     for more, says in ((["--budget", "9", "--out", "r.toml"], "budget is '9'"),
+                       (["--out", "r.toml"], "no budget"), (["--scheme", "seed", "--budget", "45dB"], "give bits"),
+                       (["--scheme", "seed", "--rungs", "exact", "--out", "r.toml", "--limit", "1"], "chooses among exact"),
                        (["--budget", "1x", "--out", "r"], "ends in .toml"),
                        (right[:-2], "p.txt has 2 prompts; 2 are to be measured and 1 held out"),
                        ([*right, "--rungs", "pooled"], "there is no rung 'pooled'"),
+                       (["--budget", "6bit", *right[2:], "--rungs", "int8+fp8 pooled 0.3"], "pooled keys have no bits"),
                        ([*right, "--speed", "none.json"], "no such file: none.json")):
         assert main([*command, *more]) == 2 and says in capsys.readouterr().err
     assert not apply(pipe, None).remove()
@@ -155,3 +191,8 @@ def test_the_command_line_reaches_the_plan(monkeypatch, tmp_path):
     assert given == ("pipe", ["a"], Budget(error_db=40.0), tmp_path / "r.toml")
     assert named["plan"] == Plan(("exact", "int8+fp8"), ranges=3, samples=2, rows=7, by_head=True)
     assert (named["held_out"], named["settings"], named["seed"], named["backend"]) == (["b", "c"], "settings", 5, "reference")
+    for more, budget, scheme in ((["--scheme", "seed"], None, "seed"), (["--budget", "6.5bit"], Budget(bits=6.5), "measured")):
+        called.clear()
+        args = build_parser("calibrate").parse_args([*words[:5], *more, *words[7:11], "--held-out", "2"])
+        assert args.run(args) == 0
+        assert called[0][0][2] == budget and called[0][1]["plan"] == Plan(("exact", "int8+fp16", "int4+fp16"), scheme=scheme)

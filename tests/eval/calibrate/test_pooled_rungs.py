@@ -15,7 +15,7 @@ from lowbit_video import LowBitAttnProcessor, Pooled, Recipe  # noqa: E402
 from lowbit_video.app.cli import build_parser, main  # noqa: E402
 from lowbit_video.eval.calibrate import run as running  # noqa: E402
 from lowbit_video.eval.calibrate.costs import POOLING, TABLE, costs_of  # noqa: E402
-from lowbit_video.eval.calibrate.measure import Probe, latents_of, look, relative_error  # noqa: E402
+from lowbit_video.eval.calibrate.measure import Probe, latents_of, look, measure, relative_error  # noqa: E402
 from lowbit_video.eval.calibrate.pooled import SHARES, PooledPlan, rows_of_tiles  # noqa: E402
 from lowbit_video.eval.calibrate.run import Plan, calibrate  # noqa: E402
 from lowbit_video.eval.calibrate.solve import Budget  # noqa: E402
@@ -38,6 +38,7 @@ def test_rungs_keep_the_models_text_and_short_sequences_have_none():
     assert PooledPlan((0.25,), 10).rungs(10, 0) == ("int8+fp8 pooled 0.25",) and not plan.why_not(POOLED_FROM)
     assert plan.rungs(POOLED_FROM - 1, 226) == () and "below 4096 tokens (4095 here)" in plan.why_not(POOLED_FROM - 1)
     assert PooledPlan(()).rungs(17776, 0) == () and "not asked for" in PooledPlan(()).why_not(17776)
+    assert "bits are counted" in plan.why_not(17776, True) and "not asked for" in PooledPlan(()).why_not(17776, True)
 
 
 def test_a_models_text_is_seen():
@@ -119,6 +120,25 @@ def test_a_short_model_has_no_pooled_rungs_and_the_recipe_says_so(tmp_path):
     assert len(list((tmp_path / "there").iterdir())) == 1 and not (tmp_path / "r_measured").exists()
     why = "no pooled rungs: choosing what to pool costs more than it saves below 4096 tokens (486 here)"
     assert why in lines and recipe.about["left_out"] == [why] and not any("pooled" in rung for rung in recipe.about["rungs"])
+
+
+@pytest.mark.parametrize("scheme, budget, rungs", [
+    ("measured", Budget(bits=6), ("int8+fp8 pooled 0.4 always 6", "int8+fp8", "int4+fp8")),
+    ("seed", None, ("exact", "int8+fp16", "int4+fp16"))])
+def test_where_bits_are_counted_pooled_rungs_are_left_out_unmeasured(scheme, budget, rungs, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "look", lambda *given: pytest.fail("a run to name rungs that are left out"))
+    monkeypatch.setattr(running, "measure", lambda pipe, prompt, given, *rest, **named: (
+        measured.append(given), measure(pipe, prompt, given, *rest, **named))[1])
+    measured, lines, pipe = [], [], ToyPipeline(layers=1)
+    plan = Plan(rungs, ranges=1, pooled=PooledPlan((0.5,), least=10), scheme=scheme)  # long enough
+    recipe = calibrate(pipe, ["a"], budget, tmp_path / "r.toml", settings=SETTINGS, plan=plan, say=lines.append)
+    plain = [rung for rung in rungs if "pooled" not in rung]
+    why = ["no pooled rungs: bits are counted, and keys that are pooled have none",
+           *(f"without bits, so not chosen: {rung}" for rung in rungs if "pooled" in rung)]
+    about = Recipe.load(tmp_path / "r.toml").about
+    assert [line for line in lines if line in why] == about["left_out"] == why
+    assert [text.partition(":")[0] for text in about["rungs"]] == plain and set(recipe.resolve(pipe).shares()) <= set(plain)
+    assert measured == [[*(rung for rung in plain if rung != "exact"), *["int4+fp16"] * ("int4+fp16" not in plain)]]
 
 
 def test_the_command_line_reaches_the_plan(monkeypatch, tmp_path, capsys):

@@ -114,8 +114,9 @@ def test_rules_are_few():
 
 def test_steps_begin_in_their_own_range_and_heads_count():
     ranges = [range(0, 2), range(2, 4), range(4, 6)]
-    one = Measured(np.ones((1, 2, 3, 4)) * np.arange(4), np.array([3.0, 2.0, 1.0]), 10, 64)
-    other = Measured(one.errors * 3, one.gains, 10, 64)
+    peaks = np.arange(1.0, 73).reshape(2, 3, 4, 3)
+    one = Measured(np.ones((1, 2, 3, 4)) * np.arange(4), np.array([3.0, 2.0, 1.0]), peaks, 10, 64)
+    other = Measured(one.errors * 3, one.gains, 73 - peaks, 10, 64)
     costs = type("C", (), {"of": {"exact": 1.5, "int8+fp8": 1.0}})()
     whole = Problem.of([one, other], ["int8+fp8"], costs, ranges, 6, by_head=True)
     for (start, end), steps in zip(whole.edges, ranges):
@@ -123,6 +124,8 @@ def test_steps_begin_in_their_own_range_and_heads_count():
     assert whole.rungs == ["exact", "int8+fp8"] and not whole.errors[0].any()
     assert whole.errors[1, 1].tolist() == [[0, 6, 12, 18], [0, 4, 8, 12], [0, 2, 4, 6]]
     joined = Problem.of([one, other], ["int8+fp8"], costs, ranges, 6, by_head=False)
+    assert np.array_equal(whole.peaks, np.maximum(peaks, 73 - peaks)) and joined.peaks.shape == (2, 3, 1, 3)
+    assert joined.peaks[0, 0, 0].tolist() == [72, 71, 70] and joined.peaks[1, 2, 0].tolist() == [70, 71, 72]
     assert joined.errors.shape == (2, 2, 3, 1) and joined.errors[1, 0, :, 0].tolist() == [36, 24, 12]
     assert joined.uniform() == {"exact": (1.5, 0.0), "int8+fp8": (1.0, pytest.approx(144))}
     allocation = joined.solve(Budget(cost=1.0 + 0.5 / 3 + 1e-6))
