@@ -462,15 +462,17 @@ def test_a_negative_scale_is_refused_by_the_exact_hopper_kernel(device, scale):
         run(*tensors(), AttentionOptions("exact", scale=scale, backend="hopper"))
 
 
-def test_the_exact_hopper_kernel_gets_the_callers_own_tensors(device):
+@pytest.mark.parametrize("head_dim, keys", [(64, 128), (128, 64)])
+def test_the_exact_hopper_kernel_gets_the_callers_own_tensors(device, head_dim, keys):
     """Nothing but one launch: three descriptors of the tensors as they lie, no scales, the scale of the scores."""
-    q, k, v = drawn(2, 4, 200, 64), drawn(2, 300, 2, 64).transpose(0, 2, 1, 3), drawn(2, 2, 300, 64)
+    q, k, v = drawn(2, 4, 200, head_dim), drawn(2, 300, 2, head_dim).transpose(0, 2, 1, 3), drawn(2, 2, 300, head_dim)
     out, lse, _ = run(q, k, v, AttentionOptions("exact", "HND", True, 0.3, True, "hopper"))
     (_, grid, _, values), = device.log
     found = dict(zip(hopper.attn_fwd_kernel.arg_names, values))
-    for x, name, rows in ((q, "q_desc", 64), (k, "k_desc", 128), (v, "v_desc", 128)):
+    for x, name, rows in ((q, "q_desc", 64), (k, "k_desc", keys), (v, "v_desc", keys)):
         assert (found[name].base.data_ptr(), list(found[name].shape)) == (x.data_ptr(), list(x.shape))
-        assert [2 * stride for stride in found[name].strides] == list(x.strides) and found[name].block_shape == [1, 1, rows, 64]
+        assert [2 * stride for stride in found[name].strides] == list(x.strides)
+        assert found[name].block_shape == [1, 1, rows, head_dim]
     assert found["p_o"].data_ptr() == out.data_ptr() and found["p_lse"].data_ptr() == lse.data_ptr()
     assert [found[name] for name in ("p_q_scale", "p_k_scale", "p_v_scale", "p_shift", "p_list")] == [None] * 5
     assert found["sm_scale"] == pytest.approx(0.3 * LOG2_E)
