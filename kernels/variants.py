@@ -176,8 +176,9 @@ def _hopper_code(request: Request) -> str | None:
     from .shipped.choice import chosen, why_not_shipped
 
     who = chosen()
-    if who.shipped and not request.pooled and request.q not in EXACT_FORMATS:  # of these none is shipped
-        reason = why_not_shipped(arch=request.arch, lse=request.lse, group=request.heads // max(request.kv_heads, 1))
+    if who.shipped and not request.pooled:  # of which none is shipped
+        smoothed_lse = request.lse and request.q not in EXACT_FORMATS
+        reason = why_not_shipped(arch=request.arch, lse=smoothed_lse, group=request.heads // max(request.kv_heads, 1))
         if reason is None or not who.compiled:
             return reason and f"{reason}, and nothing is compiled: {who.why}"
     return why_not_gluon() if who.compiled else f"nothing is compiled: {who.why}"
