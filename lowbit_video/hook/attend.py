@@ -16,6 +16,9 @@ from ..runtime.detect import runtime_of
 
 FASTER = next(variant for variant in VARIANTS if variant.name == "hopper-exact")
 """Measured to be faster than both frameworks' own attention: eval/speed/NOTES.md."""
+FASTER_FROM = 4096
+"""Keys from which FASTER is taken: cross attention to a text stays the framework's. Measured from 17776 on; the portable
+kernel, slower there than FASTER, is ahead of the frameworks' FlashAttention-2 from 1024 on (eval/speed/results/sweep.md)."""
 
 
 class Attend(Protocol):
@@ -64,11 +67,11 @@ def exact_attend(q: Any, k: Any, v: Any, is_causal: bool = False, scale: float |
 
 
 def _faster(q: Any, k: Any, v: Any, is_causal: bool, scale: float | None) -> AttentionOptions | None:
-    """The choices of a call that goes to FASTER; None where it has gradients, is being traced or goes to another kernel."""
+    """The choices of a call that goes to FASTER; None where it has gradients, is traced, is short or goes elsewhere."""
     if not FASTER.automatic or hasattr(scale, "data_ptr") or traced_by_torch(q) or traced_by_paddle(q):
         return None
     runtime = runtime_of(q)
-    if runtime.is_cpu(q) or runtime.wants_gradients(q, k, v):
+    if runtime.is_cpu(q) or k.shape[1] < FASTER_FROM or runtime.wants_gradients(q, k, v):
         return None
     try:
         options = options_of("exact", "NHD", is_causal, scale, False, "auto", None)

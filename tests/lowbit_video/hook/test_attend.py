@@ -71,6 +71,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(detect, "same_runtime", lambda **tensors: runtime)
     monkeypatch.setattr(launch, "attn_fwd_kernel", Kernel())
     monkeypatch.setitem(vars(attend.FASTER), "automatic", True)
+    monkeypatch.setattr(attend, "FASTER_FROM", 140)
     monkeypatch.setenv(replay.ENVIRONMENT, "0")
     return SimpleNamespace(tensor=tensor, runtime=runtime, launched=launched, own=own)
 
@@ -110,6 +111,7 @@ CHANGES = {
     "gradients": lambda gpu, patch: setattr(gpu.runtime, "wants_gradients", lambda *tensors: True),
     "torch.compile": lambda gpu, patch: patch.setattr(attend, "traced_by_torch", lambda q: True),
     "to_static": lambda gpu, patch: patch.setattr(attend, "traced_by_paddle", lambda q: True),
+    "few keys": lambda gpu, patch: patch.setattr(attend, "FASTER_FROM", 141),
     "a CPU": lambda gpu, patch: setattr(gpu.runtime, "is_cpu", lambda t: True),
     "sm_80": lambda gpu, patch: setattr(gpu.runtime, "arch", lambda t: (8, 0)),
     "sm_100": lambda gpu, patch: setattr(gpu.runtime, "arch", lambda t: (10, 0)),
