@@ -69,6 +69,8 @@ def samples() -> list[Sample]:
 def _launches() -> Iterator[Callable[[], None]]:
     for (qk, pv), head_dim, dtype, causal, lse in product(FORMATS, HEAD_DIMS, DTYPES, (False, True), ("", "lse", "shifted")):
         yield lambda a=(qk, pv, head_dim, dtype, causal, lse): _attend(*a)
+    for head_dim, dtype, causal, lse in product(HEAD_DIMS, DTYPES, (False, True), ("", "lse")):
+        yield lambda a=(head_dim, dtype, causal, lse): _attend_exactly(*a)
     for head_dim, dtype, even in product(HEAD_DIMS, DTYPES, (True, False)):
         yield lambda a=(head_dim, dtype, even): _statistics(*a)
         yield lambda a=(head_dim, dtype, even): _quantise(*a)
@@ -102,6 +104,12 @@ def _attend(qk: str, pv: str, head_dim: int, dtype: str, causal: bool, lse: str)
     launch_attn_fwd(_codes(q, qk, None), _codes(kv, qk, BLOCK_K), v, operand(head_dim, dtype, number=4), sm_scale=0.125,
                     is_causal=causal, lse=buffer("float32", number=5) if lse else None,
                     lse_shift=buffer("float32", number=6) if lse == "shifted" else None)
+
+
+def _attend_exactly(head_dim: int, dtype: str, causal: bool, lse: str) -> None:
+    q, k, v = (operand(head_dim, dtype, heads=heads, number=number) for number, heads in ((0, 6), (1, 3), (2, 3)))
+    launch_attn_fwd(q, k, v, operand(head_dim, dtype, number=4), sm_scale=0.125, is_causal=causal,
+                    lse=buffer("float32", number=5) if lse else None)
 
 
 def _statistics(head_dim: int, dtype: str, even: bool) -> None:

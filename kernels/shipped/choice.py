@@ -60,7 +60,8 @@ def chosen() -> Choice:
 
 
 def why_not_shipped(*, arch: tuple[int, int] | None, lse: bool, group: int) -> str | None:
-    """Why no shipped kernel serves a call of a Hopper variant, or None. group: query heads to a head of keys."""
+    """Why no shipped kernel serves a call of a Hopper variant, or None. lse: it is wanted, and keys are smoothed. group: query
+    heads to a head of keys."""
     if arch != ARCH:
         return f"kernels are shipped for sm_{ARCH[0]}{ARCH[1]} only"
     if lse and group not in GROUPS:

@@ -55,7 +55,8 @@ def test_a_thread_that_never_used_cuda_repeats_a_call(gpu):
 
 
 @pytest.mark.parametrize("backend,spec", [("triton", "int8+fp16"), ("triton", "int8+fp8"), ("triton", "int4+fp16"),
-                                          ("triton", "exact"), ("hopper", "int8+fp16"), ("hopper", "int8+fp8")])
+                                          ("triton", "exact"), ("hopper", "int8+fp16"), ("hopper", "int8+fp8"),
+                                          ("hopper", "exact")])
 def test_a_repeated_call_is_planned_quick_and_the_same(gpu, backend, spec, monkeypatch):
     if backend == "hopper" and gpu.arch != (9, 0):
         pytest.skip("needs an sm_90 GPU")

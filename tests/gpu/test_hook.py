@@ -71,6 +71,24 @@ def test_heads_of_several_rungs_are_those_computed_alone(gpu, rungs):
             assert sqnr_db(out[:, :, cut], alone) > 60
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype, floor_db", [("float16", 50), ("bfloat16", 40)])
+def test_exact_attention_by_the_kernel_is_the_frameworks_own(gpu, monkeypatch, dtype, floor_db, head_dim):
+    """Whether calls get the kernel without asking for it or not."""
+    from lowbit_video.hook import attend
+
+    if gpu.arch != (9, 0):
+        pytest.skip("needs an sm_90 GPU")
+    given = [gpu.tensor(a, dtype) for a in qkv(2, 4, q_len=1000, kv_len=attend.FASTER_FROM, dim=head_dim)]
+    run, ran, outs = attend.run, [], []
+    monkeypatch.setattr(attend, "run", lambda *call: ran.append(run(*call)) or ran[-1])
+    for automatic in (False, True):
+        monkeypatch.setitem(vars(attend.FASTER), "automatic", automatic)
+        outs.append(gpu.numpy(attend.exact_attend(*given)))
+        assert [variant.name for _, _, variant in ran] == ["hopper-exact"] * automatic
+    assert sqnr_db(outs[1], outs[0]) > floor_db
+
+
 def test_a_compiled_transformer_equals_the_eager_one(pipe):
     from lowbit_video import apply, coverage, remove
     from lowbit_video.runtime.detect import default_paddle_device

@@ -94,8 +94,8 @@ def assert_close(got, wanted, limit=2e-3, row_limit=2e-2, lse_limit=2e-3):
 
 EXACT_BUILDS = [(64, "float16"), (128, "float16"), (64, "bfloat16"), (128, "bfloat16")]
 EXACT_LIMITS = {"float16": dict(limit=5e-4, row_limit=5e-3, lse_limit=1e-4),
-                "bfloat16": dict(limit=2e-3, row_limit=1e-2, lse_limit=1e-4)}
-"""P alone is rounded: where a maximum stays short of the oracle's (`lazy`), on another grid."""
+                "bfloat16": dict(limit=2.5e-3, row_limit=1e-2, lse_limit=1e-4)}
+"""P alone is rounded: where a maximum stays short of the oracle's (`lazy`), on another grid, and both roundings count."""
 BUILDS = [(64, "fp8"), (128, "fp8"), (64, "float16"), (128, "float16"), (64, "bfloat16")]
 
 

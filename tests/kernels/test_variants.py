@@ -8,6 +8,9 @@ ARCHS = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 INTEGERS = ("int8/int4", "int8/int2", "int4", "int2")
 BOTH, OTHERS = (64, 128), (32, 72, 96, 256)
 """Head dims that the Hopper kernel has, and some that it has not."""
+[HOPPER_EXACT] = [one for one in VARIANTS if one.name == "hopper-exact"]
+EXACT = "hopper-exact" if HOPPER_EXACT.automatic else "exact"
+"""What 16-bit exact attention gets on Hopper without asking for it."""
 CHOSEN = {
     # sm_75, 80, 86, 89, 90, 100, 120
     ("int8+fp16", BOTH): "- int-fp16 int-fp16 int-fp16 hopper-int8 int-fp16 int-fp16",
@@ -19,7 +22,9 @@ CHOSEN = {
     ("fp8+fp16", BOTH + OTHERS): "- - - fp8 fp8 fp8 fp8",
     **{(f"{qk}+fp16", BOTH + OTHERS): "- int-fp16 int-fp16 int-fp16 int-fp16 int-fp16 int-fp16" for qk in INTEGERS},
     **{(f"{qk}+fp8", BOTH + OTHERS): "- - - int-fp8 int-fp8 int-fp8 int-fp8" for qk in INTEGERS},
-    **{(name, BOTH + OTHERS): "- exact exact exact exact exact exact" for name in ("fp16", "bf16", "fp32")},
+    **{(name, BOTH): f"- exact exact exact {EXACT} exact exact" for name in ("fp16", "bf16")},
+    **{(name, OTHERS): "- exact exact exact exact exact exact" for name in ("fp16", "bf16")},
+    ("fp32", BOTH + OTHERS): "- exact exact exact exact exact exact",
 }
 
 
@@ -63,6 +68,11 @@ def test_every_precision_is_in_the_table():
     ("int8+fp8", dict(varlen=True), "int-fp8"),
     ("int8+fp8", dict(smooth_q=True), "int-fp8"),
     ("fp8+fp8", dict(varlen=True), "fp8"),
+    ("fp16", dict(kv_len=7, only_if_faster=True), EXACT),
+    ("bf16", dict(head_dim=128, causal=True, lse=True, heads=6, kv_heads=2), EXACT),
+    ("fp16", dict(v_aligned=False), "exact"),
+    ("fp16", dict(negative=True), "exact"),
+    ("bf16", dict(varlen=True), "exact"),
     ("fp16", dict(dtype="bfloat16"), "-"),
     ("bf16", dict(dtype="float16"), "-"),
     ("int8+fp8", dict(head_dim=264), "-"),
@@ -87,8 +97,7 @@ def test_what_else_a_call_asks_for_on_hopper(spec, asked, wanted):
     ("fp16", dict(qk_aligned=False), "16 bytes"), ("fp16", dict(v_aligned=False), "16 bytes"),
     ("fp16", dict(negative=True), "negative"), ("fp16", dict(arch=(10, 0)), "needs sm_90")])
 def test_what_the_exact_hopper_kernel_serves(spec, asked, reason):
-    [variant] = [one for one in VARIANTS if one.name == "hopper-exact"]
-    found = variant.why_not(request(spec, **dict(arch=(9, 0)) | asked))
+    found = HOPPER_EXACT.why_not(request(spec, **dict(arch=(9, 0)) | asked))
     assert found is None if reason is None else reason in found
 
 
@@ -120,4 +129,4 @@ def test_without_gluon_hopper_takes_the_portable_kernel(monkeypatch):
     from lowbit_video.kernels import variants
 
     monkeypatch.setitem(variants.NEEDS, "gluon", lambda asked: "no gluon")
-    assert chosen(request("int8+fp8", (9, 0))) == "int-fp8"
+    assert chosen(request("int8+fp8", (9, 0))) == "int-fp8" and chosen(request("fp16", (9, 0))) == "exact"

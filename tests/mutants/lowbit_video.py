@@ -1,6 +1,7 @@
 """Faults of `lowbit_video/`."""
 from .entry import faults
 
+ATTEND = "tests/lowbit_video/hook/test_attend.py::"
 CHOICES = "tests/lowbit_video/distributed/test_parallelize.py::test_each_wrapper_gets_its_choices_group_and_shares"
 COMPAT = "tests/lowbit_video/test_compat.py::"
 COVERAGE = "tests/lowbit_video/hook/test_coverage.py::"
@@ -65,6 +66,21 @@ MUTANTS = [
             ("or is_causal and q.shape[1] != k.shape[1]", ""),
             ('"NHD", is_causal, scale, return_lse, "auto"', '"NHD", False, scale, return_lse, "auto"'),
             ("is_causal=is_causal, scale=scale)", "is_causal=is_causal)")),
+    *faults("lowbit_video/hook/attend.py",
+            ATTEND + "test_what_the_kernel_serves_it_computes_as_well_as_the_framework",
+            ("k.shape[1] < FASTER_FROM", "k.shape[1] <= FASTER_FROM"),
+            ("_faster(q, k, v, is_causal, scale)\n", "_faster(q, k, v, False, scale)\n"),
+            ("_faster(q, k, v, is_causal, scale)\n", "_faster(q, k, v, is_causal, None)\n"),
+            ('"NHD", is_causal, scale, False', '"HND", is_causal, scale, False'), ("is FASTER else None", "is None else None")),
+    *faults("lowbit_video/hook/attend.py",
+            ATTEND + "test_the_frameworks_own_attention_computes_where_the_kernel_may_not",
+            (" or k.shape[1] < FASTER_FROM", ""), ("or traced_by_torch(q) ", ""), (" or traced_by_paddle(q)", ""),
+            (" or runtime.wants_gradients(q, k, v)", ""), ("(TypeError, ValueError,", "(ValueError,")),
+    *faults("lowbit_video/hook/attend.py", ATTEND + "test_processors_take_it",
+            ("k.shape[1] < FASTER_FROM", "q.shape[1] < FASTER_FROM")),
+    *faults("lowbit_video/hook/attend.py", ATTEND + "test_and_what_the_kernel_does_not_serve",
+            ('hasattr(scale, "data_ptr") or ', ""), (" is FASTER else None", " else None"), (", RuntimeError)", ")"),
+            ("(TypeError, ValueError, ", "(TypeError, ")),
     *faults("lowbit_video/hook/attend.py", PROCESSORS + "test_exact_processor_honours_masks_of_every_shape",
             ("3: [shape[0], 1, *shape[1:]]", "3: [shape[0], *shape[1:], 1]"), ("size in (1, full)", "size <= full")),
     *faults("lowbit_video/token_order.py", ORDER + "test_small_grids",

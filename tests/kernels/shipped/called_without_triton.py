@@ -24,7 +24,8 @@ from lowbit_video.kernels.shipped.launch import Place  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 from lowbit_video.runtime import cuda_driver, detect, placing  # noqa: E402
 
-CALLS = {"int8+fp8": {}, "int8+fp16": dict(return_lse=True), "fp8+fp8": dict(is_causal=True, return_lse=True)}
+CALLS = {"int8+fp8": {}, "int8+fp16": dict(return_lse=True), "fp8+fp8": dict(is_causal=True, return_lse=True),
+         "exact": dict(return_lse=True, backend="hopper")}
 driver = ctypes.CDLL("libcuda.so.1")
 driver.fake_take.restype = ctypes.c_char_p
 

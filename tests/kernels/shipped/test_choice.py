@@ -59,6 +59,16 @@ def test_without_triton_what_is_not_shipped_is_refused_by_name(world):
     assert select(dataclasses.replace(REQUEST, arch=(8, 9))).name == "triton-int-fp8"
 
 
+def test_without_triton_exact_attention_is_served_with_an_lse_for_any_group(world):
+    world("auto", None)
+    exact = dataclasses.replace(REQUEST, q="bf16", k="bf16", pv="bf16", dtype="bfloat16", head_dim=128, lse=True)
+    for kv_heads in (30, 10, 1):
+        assert select(dataclasses.replace(exact, kv_heads=kv_heads), "hopper").name == "hopper-exact"
+    for change in (dict(arch=(8, 9)), dict(varlen=True), dict(dtype="float32", q="fp32", k="fp32", pv="fp32")):
+        with pytest.raises(UnsupportedError, match="hopper-exact: "):
+            select(dataclasses.replace(exact, **change), "hopper")
+
+
 @pytest.mark.parametrize(("arch", "lse", "group", "reason"), [
     ((9, 0), True, 1, None), ((9, 0), True, 8, None), ((9, 0), False, 3, None), ((9, 0), True, 3, "1, 2, 4, 8 query heads"),
     ((9, 0), True, 16, "1, 2, 4, 8 query heads"), ((8, 9), False, 1, "for sm_90 only"), ((10, 0), False, 1, "for sm_90 only"),

@@ -31,6 +31,7 @@ def test_calls_without_triton(over_fake_cuda):
     names = [line["name"] for line in told["calls"]["int8+fp8 on 0"][0]]
     assert names == ["token_stats_kernel", "fold_stats_kernel", "quant_v_kernel", "quant_qk_kernel", "quant_qk_kernel",
                      "attn_fwd_kernel"]
+    assert [line["name"] for line in told["calls"]["exact on 0"][0]] == ["attn_fwd_kernel"]
     assert told["offered"] == {name: [len(first), 0] for name, (first, _) in told["calls"].items()}, "not all from a plan"
     assert "triton-int-fp16: it is not shipped compiled, and nothing is compiled: Triton is not installed" in told["refused"]
-    assert told["loaded"] == {"0": 13, "1": 13}  # of 16 launches: V's quantiser, K's in INT8, statistics of K and V twice
+    assert told["loaded"] == {"0": 14, "1": 14}  # of 17 launches: V's quantiser, K's in INT8, statistics of K and V twice

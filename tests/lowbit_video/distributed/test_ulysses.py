@@ -210,7 +210,7 @@ class Noting(LowBitAttnProcessor):
         super().__init__(*given, **more)
         self.notes = Counter()
 
-    def note(self, variant, reason=""):
+    def note(self, variant, reason="", tiles=None):
         self.notes[variant, reason] += 1
 
 

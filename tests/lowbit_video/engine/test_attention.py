@@ -214,8 +214,15 @@ def test_what_waits_for_its_measurement_is_taken_by_name_only():
     assert select(gpu_request(), "hopper", variants=(a, b)) is a
     with pytest.raises(lv.UnsupportedError, match="new: it is taken where it is asked for by name only: backend='hopper'"):
         select(gpu_request(), variants=(a,))
-    exact = dict(q="fp16", k="fp16", pv="fp16")
-    assert select(gpu_request(**exact)).name == "triton-exact" and select(gpu_request(**exact), "hopper").name == "hopper-exact"
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_exact_attention_goes_to_hopper_once_that_is_automatic(automatic, monkeypatch):
+    hopper = next(v for v in VARIANTS if v.name == "hopper-exact")
+    monkeypatch.setitem(vars(hopper), "automatic", automatic)
+    exact = gpu_request(q="fp16", k="fp16", pv="fp16")
+    assert select(exact).name == ("hopper-exact" if automatic else "triton-exact")
+    assert select(exact, "hopper") is hopper and select(exact, "triton").name == "triton-exact"
 
 
 def test_the_interpreter_serves_cpu_tensors_where_triton_is_asked_for_by_name():

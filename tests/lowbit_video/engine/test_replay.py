@@ -439,6 +439,9 @@ def test_a_v_that_tma_cannot_read_goes_to_the_portable_kernel(device, precision,
             run(q, k, v, AttentionOptions(precision, backend="hopper"))
 
 
+HOPPER_EXACT = next(variant for variant in VARIANTS if variant.name == "hopper-exact")
+
+
 @pytest.mark.parametrize("spoilt", ["address", "stride", "last stride", None])
 @pytest.mark.parametrize("place", range(3), ids="qkv".__getitem__)
 def test_tensors_that_tma_cannot_read_are_refused_by_the_exact_hopper_kernel(device, place, spoilt):
@@ -446,13 +449,14 @@ def test_tensors_that_tma_cannot_read_are_refused_by_the_exact_hopper_kernel(dev
     x = given[place]
     given[place] = {"address": drawn(x.size + 8)[1:x.size + 1].reshape(x.shape), "stride": drawn(*x.shape[:3], 68)[..., :64],
                     "last stride": drawn(*x.shape[:3], 128)[..., ::2], None: x}[spoilt]
-    options = AttentionOptions("exact", backend="hopper")
+    options, backend = AttentionOptions("exact", backend="hopper"), "triton"
     if spoilt in ("last stride", None):  # the first is copied
-        assert run(*given, options)[2].name == "hopper-exact"
+        assert run(*given, options)[2] is HOPPER_EXACT
+        backend = "hopper" if HOPPER_EXACT.automatic else "triton"
     else:
         with pytest.raises(ValueError, match="hopper-exact: an address or a stride of Q, K or V is no multiple of 16 bytes"):
             run(*given, options)
-    assert run(*given, AttentionOptions("exact"))[2].backend == "triton"
+    assert run(*given, AttentionOptions("exact"))[2].backend == backend
 
 
 @pytest.mark.parametrize("scale", [-0.2, np.array([-0.2], np.float32).view(Tensor)], ids=["number", "tensor"])
@@ -462,15 +466,17 @@ def test_a_negative_scale_is_refused_by_the_exact_hopper_kernel(device, scale):
         run(*tensors(), AttentionOptions("exact", scale=scale, backend="hopper"))
 
 
-def test_the_exact_hopper_kernel_gets_the_callers_own_tensors(device):
+@pytest.mark.parametrize("head_dim, keys", [(64, 128), (128, 64)])
+def test_the_exact_hopper_kernel_gets_the_callers_own_tensors(device, head_dim, keys):
     """Nothing but one launch: three descriptors of the tensors as they lie, no scales, the scale of the scores."""
-    q, k, v = drawn(2, 4, 200, 64), drawn(2, 300, 2, 64).transpose(0, 2, 1, 3), drawn(2, 2, 300, 64)
+    q, k, v = drawn(2, 4, 200, head_dim), drawn(2, 300, 2, head_dim).transpose(0, 2, 1, 3), drawn(2, 2, 300, head_dim)
     out, lse, _ = run(q, k, v, AttentionOptions("exact", "HND", True, 0.3, True, "hopper"))
     (_, grid, _, values), = device.log
     found = dict(zip(hopper.attn_fwd_kernel.arg_names, values))
-    for x, name, rows in ((q, "q_desc", 64), (k, "k_desc", 128), (v, "v_desc", 128)):
+    for x, name, rows in ((q, "q_desc", 64), (k, "k_desc", keys), (v, "v_desc", keys)):
         assert (found[name].base.data_ptr(), list(found[name].shape)) == (x.data_ptr(), list(x.shape))
-        assert [2 * stride for stride in found[name].strides] == list(x.strides) and found[name].block_shape == [1, 1, rows, 64]
+        assert [2 * stride for stride in found[name].strides] == list(x.strides)
+        assert found[name].block_shape == [1, 1, rows, head_dim]
     assert found["p_o"].data_ptr() == out.data_ptr() and found["p_lse"].data_ptr() == lse.data_ptr()
     assert [found[name] for name in ("p_q_scale", "p_k_scale", "p_v_scale", "p_shift", "p_list")] == [None] * 5
     assert found["sm_scale"] == pytest.approx(0.3 * LOG2_E)

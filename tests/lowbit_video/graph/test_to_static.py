@@ -10,6 +10,8 @@ import lowbit_video as lv  # noqa: E402
 from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, apply, coverage, remove  # noqa: E402
 from lowbit_video.errors import UnsupportedError  # noqa: E402
 from lowbit_video.graph.failures import take_failure  # noqa: E402
+from lowbit_video.graph.tracing import traced_by_paddle  # noqa: E402
+from lowbit_video.hook import attend  # noqa: E402
 from lowbit_video.precision import Precision  # noqa: E402
 
 import toy_model  # noqa: E402
@@ -75,6 +77,16 @@ def test_norms_stay_in_the_graph_where_a_processor_would_fuse_them(full_graph):
     assert [m.calls for m in coverage(model).modules] == [1, 1]
     if full_graph:  # SOT may leave what is around the attention to Python
         assert coverage(model).variants() == {"int8+fp16 (reference-lowbit)": 2}
+
+
+@MODES
+def test_exact_attention_in_a_graph_runs_eagerly_and_so_may_take_a_kernel(full_graph, monkeypatch):
+    seen, faster = [], attend._faster
+    monkeypatch.setattr(attend, "_faster", lambda q, *rest: seen.append(traced_by_paddle(q)) or faster(q, *rest))
+    compiled = paddle.jit.to_static(toy_model.model(), full_graph=full_graph)
+    for _ in range(2):
+        run(compiled, toy_model.inputs())
+    assert seen == [False] * 4
 
 
 @MODES

@@ -10,6 +10,8 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 from torch._dynamo.utils import counters  # noqa: E402
 
 import lowbit_video as lv  # noqa: E402
+from lowbit_video.graph.tracing import traced_by_torch  # noqa: E402
+from lowbit_video.hook import attend  # noqa: E402
 from lowbit_video.hook.base import _run_module  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -84,6 +86,15 @@ def test_norms_stay_in_the_graph_where_a_processor_would_fuse_them():
         predict(compiled_of(model))
     assert lv.coverage(model).variants() == {"int8+fp8 (reference-lowbit)": 2}
     assert sum(counters["graph_break"].values()) == 0
+
+
+def test_exact_attention_in_a_graph_runs_eagerly_and_so_may_take_a_kernel(monkeypatch):
+    seen, faster = [], attend._faster
+    monkeypatch.setattr(attend, "_faster", lambda q, *rest: seen.append(traced_by_torch(q)) or faster(q, *rest))
+    model = make()
+    model.set_attn_processor(lv.ExactAttnProcessor())
+    predict(compiled_of(model))
+    assert seen == [False] * 2
 
 
 def test_inductor_compiles_it_too():
