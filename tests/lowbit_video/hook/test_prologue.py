@@ -4,7 +4,7 @@ import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, Pooled, apply, coverage  # noqa: E402
-from lowbit_video.hook import processors, prologue  # noqa: E402
+from lowbit_video.hook import prologue  # noqa: E402
 from lowbit_video.kernels.prologue.steps import Steps  # noqa: E402
 from lowbit_video.runtime import paddle_runtime  # noqa: E402
 
@@ -137,11 +137,13 @@ def test_exact_attention_takes_over_with_norms_and_positions(monkeypatch):
 
 
 def test_a_thread_forgets_its_reason():
-    processor = LowBitAttnProcessor("int8+fp8", fused_prologue=True)
-    with pytest.raises(KeyError), processor.apart("one"):
+    with pytest.raises(KeyError), prologue.apart("one"):
+        assert prologue.apart_text() == "; prologue apart: one"
+        with prologue.apart(""):
+            assert not prologue.apart_text()
+        assert prologue.apart_text()
         raise KeyError
-    assert not processors._apart.reason
-    assert processor.attend.__defaults__[-1] is None
+    assert not prologue.apart_text()
 
 
 class Rounding:
