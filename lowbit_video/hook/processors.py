@@ -52,7 +52,7 @@ class LowBitAttnProcessor(AttnProcessor):
     check_finite: look for NaN and infinity in q, k, v first; None means on CPU tensors only.
     pooled: a `Pooled`, which keeps a share of the keys and pools the rest; a ring of ranks refuses it.
     fused_prologue: compute QK norm and rotary positions in the same readings of q and k as quantisation, where that is served
-        (CogVideoX's blocks, called as they are); elsewhere they are computed apart, and the report says why. None:
+        (CogVideoX's blocks, compiled or not); elsewhere they are computed apart, and the report says why. None:
         `hook.prologue.FUSED_PROLOGUE`.
     Raises ValueError or TypeError for a precision, fallback, backend, check_finite or pooled that does not exist.
     """

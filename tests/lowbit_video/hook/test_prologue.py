@@ -84,6 +84,16 @@ def apart(change=lambda model: None, given=None, **options):
     return list(ran(model))
 
 
+def test_apply_takes_it_for_what_it_makes():
+    model, given = toy_model.model(), toy_model.inputs()
+    apply(model, "int8+fp8", {"*.1": LowBitAttnProcessor("int8+fp8")}, fused_prologue=True)
+    outputs(model, **given)
+    assert [list(module.runs) for module in coverage(model).modules] == [
+        [("int8+fp8 (reference-lowbit, fused prologue)", 1, "")], [("int8+fp8 (reference-lowbit)", 1, "")]]
+    with pytest.raises(TypeError, match="fused_prologue"):
+        apply(model, "int8+fp8", fused_prologue="yes")
+
+
 def test_why_not_is_told():
     """And nothing counts as having fallen back."""
     def hooked(model):
