@@ -13,6 +13,7 @@ from lowbit_video.kernels.prologue.steps import Steps, mapped
 from lowbit_video.kernels.prologue.steps import why_not as why_not_of_shapes
 
 from ..errors import UnsupportedError
+from ..precision import Precision
 from ..runtime.protocol import Runtime
 from .options import AttentionOptions
 from .packing import Packing
@@ -44,16 +45,21 @@ def with_buffers(steps: Steps, runtime: Runtime) -> Steps:
     return mapped(steps, lambda name, tensor: Buffer(tensor.data_ptr(), runtime.dtype_name(tensor), Origin(name)))
 
 
+def why_not_chosen(precision: Precision, pools: bool) -> str | None:
+    """Why no call of a precision fuses norms and positions, or None. pools: whether keys are pooled."""
+    if precision.exact:
+        return "exact attention does not quantise"
+    if precision.rotate:
+        return "rotation needs each channel's largest value of normed rows first"
+    return "pooling needs the means of tiles of normed keys first" if pools else None
+
+
 def why_not(steps: Steps, q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None, runtime: Runtime
             ) -> str | None:
     """Why norms and positions cannot be fused with a call's quantisation, or None."""
-    precision = options.precision
-    for reason, applies in (("exact attention does not quantise", precision.exact),
-                            ("rotation needs each channel's largest value of normed rows first", precision.rotate),
-                            ("pooling needs the means of tiles of normed keys first", options.pools is not None),
-                            ("packed sequences", packing is not None)):
-        if applies:
-            return reason
+    reason = why_not_chosen(options.precision, options.pools is not None) or ("packed sequences" if packing else None)
+    if reason is not None:
+        return reason
     if not runtime.is_cpu(q) and importlib.util.find_spec("triton") is None:
         return "Triton is not installed, and these kernels are not among those shipped compiled"
     shapes = [runtime.shape(x) for x in (q, k, v)]

@@ -19,8 +19,12 @@ from ..errors import UnsupportedError
 from ..runtime import cuda_driver
 from .failures import keep_failure
 from .runners import runner_of
+from .steps import with_tensors, without_tensors
 
 VARLEN_INPUTS = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"]
+STEPS_TENSORS = 6
+"""Of norms and positions at most; an operator takes no list, so where there are fewer q stands in the places left."""
+BEHIND_INPUTS = ["q", "k", "v", *(f"step_{number}" for number in range(STEPS_TENSORS))]
 
 
 def _kept(call: Callable[[], tuple]) -> list[paddle.Tensor | None]:
@@ -54,6 +58,10 @@ def _meta_masked(q, k, v, mask, key):
     return _meta_like_q(q)
 
 
+def _meta_behind(q, k, v, step_0, step_1, step_2, step_3, step_4, step_5, key):
+    return _meta_like_q(q)
+
+
 def _meta_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, key):
     return _meta_like_q(q)
 
@@ -70,15 +78,34 @@ def _meta_varlen_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, key):
 
 @paddle.static.register_op(name="lowbit_attention", infer_meta=_meta, input_names=["q", "k", "v"], output_names=["out"])
 def module_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, key: str) -> paddle.Tensor:
-    """Attention of [B, N, H, D] tensors by the module whose slot has that key; the output is q's shape and dtype."""
-    return _kept(lambda: [runner_of(int(key)).run(q, k, v)])[0]
+    """Attention of [B, N, H, D] tensors by the module whose slot has that key; the output is q's shape and dtype.
+
+    key: the slot's; behind a semicolon, for the report, why norms and positions are in the graph where they were to be fused.
+    """
+    number, _, apart = key.partition(";")
+    return _kept(lambda: [runner_of(int(number)).run(q, k, v, apart=apart)])[0]
 
 
 @paddle.static.register_op(name="lowbit_attention_masked", infer_meta=_meta_masked, input_names=["q", "k", "v", "mask"],
                            output_names=["out"])
 def masked_module_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask: paddle.Tensor, key: str) -> paddle.Tensor:
     """The same under a mask."""
-    return _kept(lambda: [runner_of(int(key)).run(q, k, v, mask)])[0]
+    number, _, apart = key.partition(";")
+    return _kept(lambda: [runner_of(int(number)).run(q, k, v, mask, apart=apart)])[0]
+
+
+@paddle.static.register_op(name="lowbit_attention_behind", infer_meta=_meta_behind, input_names=BEHIND_INPUTS,
+                           output_names=["out"])
+def behind_op(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, step_0: paddle.Tensor, step_1: paddle.Tensor,
+              step_2: paddle.Tensor, step_3: paddle.Tensor, step_4: paddle.Tensor, step_5: paddle.Tensor, key: str
+              ) -> paddle.Tensor:
+    """The same of q and k as their projections left them, and so without a mask: norms and positions are its own.
+
+    key: the slot's, how many of the tensors are of the steps, where positions begin, and the text of `steps.without_tensors`.
+    """
+    number, count, begin, text = key.split(";")
+    tensors = (step_0, step_1, step_2, step_3, step_4, step_5)[:int(count)]
+    return _kept(lambda: [runner_of(int(number)).run(q, k, v, steps=with_tensors(text, tensors, int(begin)))])[0]
 
 
 @paddle.static.register_op(name="lowbit_attention_call", infer_meta=_meta, input_names=["q", "k", "v"], output_names=["out"])
@@ -134,12 +161,24 @@ def _detached(t):
     return t if t.stop_gradient else t.detach()
 
 
-def attention_of_module(attn, q, k, v, mask, key):
-    """The attention of the module whose slot has that key, while to_static traces it."""
+def attention_of_module(attn, q, k, v, mask, key, apart=""):
+    """The attention of the module whose slot has that key, while to_static traces it. apart: as `module_op`."""
     # and the weight: SOT takes q's stop_gradient from an earlier trace, which may have been under no_grad
     refuse_gradients(q, k, v, attn.to_q.weight)
     q, k, v = _detached(q), _detached(k), _detached(v)
+    key = f"{key};{apart}"
     return module_op(q, k, v, key) if mask is None else masked_module_op(q, k, v, mask, key)
+
+
+def attention_behind_steps(attn, q, k, v, before, key):
+    """The same of q and k that lack norms and positions. before: those, as the hook has them."""
+    text, tensors, begin = without_tensors(before.steps)
+    if not isinstance(begin, int):
+        return attention_of_module(attn, *before.prepare(q, k), v, None, key, "a graph of any number of text tokens")
+    refuse_gradients(q, k, v, attn.to_q.weight)
+    q, k, v = _detached(q), _detached(k), _detached(v)
+    given = [_detached(t) for t in tensors] + [q] * (STEPS_TENSORS - len(tensors))
+    return behind_op(q, k, v, *given, f"{key};{len(tensors)};{begin};{text}")
 
 
 def attention(q, k, v, precision, tensor_layout, is_causal, scale, return_lse, *rest):

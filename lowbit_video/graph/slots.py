@@ -24,8 +24,8 @@ class Slot:
     """One attention module's slot; the module owns it.
 
     runtime: of the module's tensors. frame: of the module's protocol (`hook/frames`). run: `run(module, q, k, v, mask=None)`,
-    eagerly, by the processor that the module has then. operator, key: `operator(attn, q, k, v, mask, key)` stands for the
-    attention in a graph that is being traced, which finds this slot by its key. around: None, or what is wrapped around the
+    eagerly, by the processor that the module has then. operators, key: `torch_ops` or `paddle_ops`, whose functions stand for
+    the attention in a graph that is being traced, which finds this slot by its key. around: None, or what is wrapped around the
     attention of whatever processor the module has (`Attend -> Attend`, as sequence parallel is). shared_by: None, or what makes
     that of diffusers' parallel config (`distributed/context_parallel.py`).
     """
@@ -39,7 +39,7 @@ class Slot:
         self.shared_by: Callable[[Any], Callable[[Any], Any]] | None = None
         self._module, self._run = weakref.ref(attn), run
         operators = paddle_ops() if self.runtime.NAME == "paddle" else torch_ops()
-        self.operator, self.key = operators.attention_of_module, operators.key_of(register(self))
+        self.operators, self.key = operators, operators.key_of(register(self))
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises UnsupportedError for arguments that the module's frame does not take; one that takes any looks for itself."""
@@ -50,9 +50,9 @@ class Slot:
                                    f"know; it takes {takes}; leave the argument out, or leave this module's own processor in "
                                    "its place (apply's modules={name: None})")
 
-    def run(self, *tensors: Any) -> Any:
-        """The attention of [B, N, H, D] q, k, v, and a mask if there is one."""
-        return self._run(self._module(), *tensors)
+    def run(self, *tensors: Any, **asked: Any) -> Any:
+        """The attention of [B, N, H, D] q, k, v, and a mask if there is one. asked: steps or apart, as the hook has them."""
+        return self._run(self._module(), *tensors, **asked)
 
     def __reduce__(self) -> tuple:
         # A copied module must not answer to the original's key: its copy of the slot is None, and it makes its own.

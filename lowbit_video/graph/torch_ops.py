@@ -21,6 +21,7 @@ from ..engine.packing import Packing
 from ..engine.run import run
 from ..token_order import raster_order, token_order
 from .runners import runner_of
+from .steps import with_tensors, without_tensors
 
 
 @torch.library.custom_op("lowbit_video::attention", mutates_args=())
@@ -43,13 +44,27 @@ def varlen_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: t
 
 @torch.library.custom_op("lowbit_video::module_attention", mutates_args=())
 def module_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor,
-              gradients: bool = False) -> torch.Tensor:
-    """Attention of [B, N, H, D] tensors by the module whose slot has that key; the output is q's shape and dtype."""
+              gradients: bool = False, apart: str = "") -> torch.Tensor:
+    """Attention of [B, N, H, D] tensors by the module whose slot has that key; the output is q's shape and dtype.
+
+    apart: for the report, why norms and positions are in the graph where they were to be fused.
+    """
     if gradients:
         q = q.detach().requires_grad_()
     tensors = (q, k, v) if mask is None else (q, k, v, mask)
     with torch.set_grad_enabled(gradients):  # as the caller had it: the processor refuses, and names its module
-        return runner_of(int(key)).run(*tensors).detach().contiguous()
+        return runner_of(int(key)).run(*tensors, apart=apart).detach().contiguous()
+
+
+@torch.library.custom_op("lowbit_video::module_attention_behind", mutates_args=())
+def behind_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: list[torch.Tensor], begin: int, steps: str,
+              key: torch.Tensor) -> torch.Tensor:
+    """The same of q and k as their projections left them, and so without a mask.
+
+    tensors, begin, steps: norms and positions, as `steps.without_tensors` has them.
+    """
+    with torch.no_grad():
+        return runner_of(int(key)).run(q, k, v, steps=with_tensors(steps, tensors, begin)).contiguous()
 
 
 @torch.library.custom_op("lowbit_video::denoising_step", mutates_args=())
@@ -117,7 +132,12 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, op
 
 
 @module_op.register_fake
-def _(q, k, v, mask, key, gradients=False):
+def _(q, k, v, mask, key, gradients=False, apart=""):
+    return q.new_empty(q.shape)
+
+
+@behind_op.register_fake
+def _(q, k, v, tensors, begin, steps, key):
     return q.new_empty(q.shape)
 
 
@@ -127,15 +147,24 @@ def key_of(number: int) -> torch.Tensor:
         return torch.tensor(number, device="cpu")
 
 
-def attention_of_module(attn, q, k, v, mask, key):
-    """The attention of the module whose slot has that key, while torch.compile traces it.
+def attention_of_module(attn, q, k, v, mask, key, apart=""):
+    """The attention of the module whose slot has that key, while torch.compile traces it. apart: as `module_op`.
 
     Where its processor can be trained through, it runs eagerly then: the graph breaks.
     """
     (a, b, c), gradients = _without_gradients(q, k, v)
     if gradients and attn.processor.differentiable:
         return _eagerly(attn.processor.run, attn, q, k, v, mask)
-    return module_op(a, b, c, mask, key, gradients)
+    return module_op(a, b, c, mask, key, gradients, apart)
+
+
+def attention_behind_steps(attn, q, k, v, before, key):
+    """The same of q and k that lack norms and positions. before: those, as the hook has them."""
+    (a, b, c), gradients = _without_gradients(q, k, v)
+    if gradients:
+        return attention_of_module(attn, *before.prepare(q, k), v, None, key)
+    text, tensors, begin = without_tensors(before.steps)
+    return behind_op(a, b, c, tensors, begin, text, key)
 
 
 @torch.compiler.disable

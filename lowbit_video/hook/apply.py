@@ -79,7 +79,7 @@ class Applied:
 
 def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recipe | None = "int8+fp16",
           modules: Mapping[str, str | Precision | AttnProcessor | None] | None = None, *, fallback: str | None = None,
-          backend: str = "auto", check_finite: bool | None = None) -> Applied:
+          backend: str = "auto", check_finite: bool | None = None, fused_prologue: bool | None = None) -> Applied:
     """Hook a model's attention.
 
     model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch; none whose tokens diffusers'
@@ -88,7 +88,7 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
         Recipe, which has one for each layer, head and step; None leaves those alone that no pattern names.
     modules: name patterns (`fnmatch`) to a precision, a processor, or None for "leave alone";
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
-    fallback, backend, check_finite: as in LowBitAttnProcessor.
+    fallback, backend, check_finite, fused_prologue: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
     Raises TypeError for what is no model, precision or mapping, ValueError for a pattern that names no module or a model
     without attention modules, UnsupportedError for an attention class that no frame declares (`declare_attention`), a
@@ -117,7 +117,7 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
         if callable(wanted):
             check_processor(wanted)
             return wanted
-        hook = {"fallback": fallback, "backend": backend, "check_finite": check_finite}
+        hook = {"fallback": fallback, "backend": backend, "check_finite": check_finite, "fused_prologue": fused_prologue}
         if isinstance(wanted, LayerPlan):
             make = lambda: RecipeAttnProcessor(wanted, clock_of(model), **hook)
         else:

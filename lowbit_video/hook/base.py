@@ -6,6 +6,7 @@ code knows no framework, so the same processor serves our Paddle model and diffu
 """
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,11 @@ from lowbit_video.kernels.prologue.steps import Steps
 from ..errors import NonFiniteError, UnsupportedError
 from ..graph.slots import Slot
 from ..graph.tracing import traced_by_paddle, traced_by_torch
+from . import prologue
 from .frames import frame_of
 from .frames.owners import live_modules
+from .frames.prepared import prepared
+from .prologue import Before
 from .report import Record, Records
 
 _active = threading.local()
@@ -34,10 +38,12 @@ class AttnProcessor:
     processor may serve any number of modules.
 
     records: what ran, per attention module. low_bit: whether the coverage report counts it as hooked. differentiable: whether
-    `attend` may be asked for gradients; it may be by default, as it may be anything.
+    `attend` may be asked for gradients; it may be by default, as it may be anything. fused_prologue: whether `attend` takes
+    norms and positions as `before`, where a frame can leave them to it; None: if `prologue.FUSED_PROLOGUE`.
     """
 
     low_bit, differentiable = False, True
+    fused_prologue: bool | None = False
 
     def __init__(self) -> None:
         self.records = Records()
@@ -82,31 +88,56 @@ class AttnProcessor:
         for slot in slots:
             slot.around = slot.around or slot.shared_by(config)
 
-    def attention_of(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of a graph that is traced."""
-        if attn.processor is not self or not (traced_by_torch(q) or traced_by_paddle(q)):
-            return self.run(attn, q, k, v, mask)
+    def attention_of(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None, apart: str = "") -> Any:
+        """Attention for one module, [B, N, H, D] in and out: at once, or as an operator of a graph that is traced.
+
+        apart: why norms and positions were computed before it where they were to be fused, for the report.
+        """
+        if not self._is_traced(attn, q):
+            return self.run(attn, q, k, v, mask, apart=apart)
         slot = attn.attention_slot
-        return slot.operator(attn, q, k, v, mask, slot.key)
+        return slot.operators.attention_of_module(attn, q, k, v, mask, slot.key, apart)
 
     def attention_behind(self, attn: Any, q: Any, k: Any, v: Any, mask: Any, prepare: Callable[[Any, Any], tuple[Any, Any]],
                          steps: Callable[[], Steps | str]) -> Any:
-        """The same of q and k as their projections left them: `prepare(q, k)` first. steps: that as `hook.prologue` has it."""
-        q, k = prepare(q, k)
-        return self.attention_of(attn, q, k, v, mask)
+        """The same of q and k as their projections left them: behind `prepare(q, k)`, or, where that is asked for and can be,
+        in the same readings as quantisation. steps: that as `hook.prologue` has it."""
+        asked = prologue.FUSED_PROLOGUE if self.fused_prologue is None else self.fused_prologue
+        found = (self.why_apart(attn, mask) or steps()) if asked else ""
+        if isinstance(found, str):
+            return self.attention_of(attn, *prepare(q, k), v, mask, found)
+        before = Before(found, prepare)
+        if not self._is_traced(attn, q):
+            return self.run(attn, q, k, v, before=before)
+        slot = attn.attention_slot
+        return slot.operators.attention_behind_steps(attn, q, k, v, before, slot.key)
 
-    def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None, **asked: Any) -> Any:
-        """Attention for one module, counted in its record: [B, N, H, D] in and out. asked: of `attend`, if no mask."""
+    def why_apart(self, attn: Any, mask: Any) -> str | None:
+        """Why norms and positions come before all that is done to q, k and v here, in words, or None."""
+        if mask is not None:
+            return "a mask was given"
+        return None if attn.attention_slot.around is None else "the tokens are shared by several ranks"
+
+    def _is_traced(self, attn: Any, q: Any) -> bool:
+        """Whether a graph is made of this call, whose operators run what processor the module has then."""
+        return attn.processor is self and (traced_by_torch(q) or traced_by_paddle(q))
+
+    def run(self, attn: Any, q: Any, k: Any, v: Any, mask: Any = None, *, apart: str = "", **asked: Any) -> Any:
+        """Attention for one module, counted in its record: [B, N, H, D] in and out.
+
+        apart: as `attention_of`. asked: of `attend`, if no mask.
+        """
         outer, _active.record = getattr(_active, "record", None), self.records.of(attn)
         around = attn.attention_slot.around
         try:
-            if mask is None:
-                return (self.attend if around is None else around(self.attend))(q, k, v, **asked)
-            if around is not None:
-                raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given, and the tokens are shared by "
-                                       "several ranks, none of which has the mask's whole rows; pass no mask, or share "
-                                       "guidance alone (cfg=2, ulysses=1, ring=1)")
-            return self.attend_masked(q, k, v, mask)
+            with prologue.apart(apart):
+                if mask is None:
+                    return (self.attend if around is None else around(self.attend))(q, k, v, **asked)
+                if around is not None:
+                    raise UnsupportedError(f"an attention mask of shape {list(mask.shape)} was given, and the tokens are "
+                                           "shared by several ranks, none of which has the mask's whole rows; pass no mask, or "
+                                           "share guidance alone (cfg=2, ulysses=1, ring=1)")
+                return self.attend_masked(q, k, v, mask)
         except (UnsupportedError, NonFiniteError) as error:
             raise type(error)(f"{_describe(attn, _active.record)}: {error}") from error
         finally:
@@ -151,12 +182,21 @@ def set_processor(module: Any, processor: Any) -> None:
         module.processor = processor
 
 
-def _run_module(attn: Any, *tensors: Any) -> Any:
-    """The attention of a module by the processor that it has now: what its operator in a graph runs."""
+def _run_module(attn: Any, *tensors: Any, steps: Steps | None = None, apart: str = "") -> Any:
+    """The attention of a module by the processor that it has now: what its operator in a graph runs.
+
+    steps: what q and k still lack. apart: as `AttnProcessor.attention_of`.
+    """
     if not isinstance(attn.processor, AttnProcessor):
         raise TypeError(f"this graph was compiled with a lowbit_video processor and cannot run "
                         f"{type(attn.processor).__name__}; compile the model again")
-    return attn.processor.run(attn, *tensors)
+    if steps is None:
+        return attn.processor.run(attn, *tensors, apart=apart)
+    prepare = functools.partial(prepared, attn.attention_slot.runtime, steps)
+    if attn.processor.fused_prologue is False:  # set since the graph was made
+        q, k, *rest = tensors
+        return attn.processor.run(attn, *prepare(q, k), *rest)
+    return attn.processor.run(attn, *tensors, before=Before(steps, prepare))
 
 
 def slot_of(attn: Any, like: Any, owner: Any = None) -> Slot:

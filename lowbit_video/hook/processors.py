@@ -1,12 +1,7 @@
 """The processors: attention at low bit, and exact attention. What surrounds the attention is in `base` and `frames`."""
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
-
-from lowbit_video.kernels.prologue.steps import Steps
 
 from ..arguments import flag, shown
 from ..engine.codes import AttentionCodes
@@ -14,20 +9,18 @@ from ..engine.codes import attend as attend_codes
 from ..engine.codes_target import Target
 from ..engine.options import AttentionOptions, options_of
 from ..engine.packing import Packing
+from ..engine.prologue import why_not_chosen
 from ..engine.run import run
 from ..errors import UnsupportedError
-from ..graph.tracing import traced_by_paddle, traced_by_torch
+from ..graph.tracing import traced_by_torch
 from ..pooled import Pooled
 from ..precision import Precision
 from ..rung import as_rung
 from ..runtime.detect import runtime_of
-from . import prologue
 from .attend import exact_attend, exact_attend_masked
 from .base import AttnProcessor
 from .masks import packed, prefix_lengths
-from .prologue import Before
-
-_apart = threading.local()
+from .prologue import Before, apart, apart_text
 
 DTYPES = ("float16", "bfloat16", "float32")
 """Tensor dtypes that low-bit attention takes."""
@@ -59,7 +52,7 @@ class LowBitAttnProcessor(AttnProcessor):
     check_finite: look for NaN and infinity in q, k, v first; None means on CPU tensors only.
     pooled: a `Pooled`, which keeps a share of the keys and pools the rest; a ring of ranks refuses it.
     fused_prologue: compute QK norm and rotary positions in the same readings of q and k as quantisation, where that is served
-        (CogVideoX's blocks, called as they are); elsewhere they are computed apart, and the report says why. None:
+        (CogVideoX's blocks, compiled or not); elsewhere they are computed apart, and the report says why. None:
         `hook.prologue.FUSED_PROLOGUE`.
     Raises ValueError or TypeError for a precision, fallback, backend, check_finite or pooled that does not exist.
     """
@@ -77,25 +70,9 @@ class LowBitAttnProcessor(AttnProcessor):
         self.low_bit, self.differentiable = not self.precision.exact, fallback == "exact"
         self.pools = self.options().pools is not None  # raises for a backend or a check_finite that does not exist
 
-    def attention_behind(self, attn: Any, q: Any, k: Any, v: Any, mask: Any, prepare: Callable[[Any, Any], tuple[Any, Any]],
-                         steps: Callable[[], Steps | str]) -> Any:
-        """Norms and positions in the same readings as quantisation where that is asked for and served, else apart."""
-        asked = prologue.FUSED_PROLOGUE if self.fused_prologue is None else self.fused_prologue
-        if not asked or traced_by_torch(q) or traced_by_paddle(q):  # a graph's compiler fuses what it traces
-            q, k = prepare(q, k)
-            return self.attention_of(attn, q, k, v, mask)
-        found = self._why_apart(attn, mask) or steps()
-        if isinstance(found, str):
-            with self.apart(found):
-                return self.attention_of(attn, *prepare(q, k), v, mask)
-        return self.run(attn, q, k, v, before=Before(found, prepare))
-
-    @staticmethod
-    def _why_apart(attn: Any, mask: Any) -> str | None:
-        """Why norms and positions come before all that is done to q, k and v here, or None."""
-        if mask is not None:
-            return "a mask was given"
-        return None if attn.attention_slot.around is None else "the tokens are shared by several ranks"
+    def why_apart(self, attn: Any, mask: Any) -> str | None:
+        """As every processor's, and what this one's precision says: so that a graph's compiler has what is not fused."""
+        return super().why_apart(attn, mask) or why_not_chosen(self.precision, self.pools)
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False, before: Before | None = None) -> Any:
@@ -115,19 +92,10 @@ class LowBitAttnProcessor(AttnProcessor):
         try:
             out, lse, variant = run(q, k, v, options, steps=before.steps)
         except UnsupportedError as error:  # where nothing serves the call at all, the same call apart says so
-            with self.apart(getattr(error, "reason", "no kernel serves the call")):
+            with apart(getattr(error, "reason", "no kernel serves the call")):
                 return self.attend(*before.prepare(q, k), v, options.is_causal, options.scale, options.return_lse)
         self.note(f"{self._what()} ({variant.name}, fused prologue)")
         return (out, lse) if options.return_lse else out
-
-    @contextlib.contextmanager
-    def apart(self, reason: str) -> Iterator[None]:
-        """Inside, what this thread notes says why norms and positions were computed apart."""
-        outer, _apart.reason = getattr(_apart, "reason", ""), f"; prologue apart: {reason}"
-        try:
-            yield
-        finally:
-            _apart.reason = outer
 
     def _low_bit(self, q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None = None) -> tuple | None:
         """(out, lse), noted; None, noted with the reason, where no kernel serves and `fallback` allows exact attention."""
@@ -146,7 +114,7 @@ class LowBitAttnProcessor(AttnProcessor):
         if self.pools:
             batch, tokens, heads, head_dim = map(int, q.shape)
             tiles = self.pooled.tiles(batch, heads, tokens, int(k.shape[1]), head_dim)
-        self.note(f"{self._what()} ({variant.name}{getattr(_apart, 'reason', '')})", tiles=tiles)
+        self.note(f"{self._what()} ({variant.name}{apart_text()})", tiles=tiles)
         return out, lse
 
     def _what(self) -> str:

@@ -1,12 +1,16 @@
 """A module's norms and positions as steps that the fused prologue knows, or why they are computed apart."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps
 
 from ..runtime.protocol import Runtime
+
+_apart = threading.local()
 
 FUSED_PROLOGUE = False
 """Whether low-bit processors fuse norms and positions with quantisation where they can and are told nothing else."""
@@ -22,6 +26,21 @@ class Before(NamedTuple):
 
     steps: Steps
     prepare: Callable[[Any, Any], tuple[Any, Any]]
+
+
+@contextlib.contextmanager
+def apart(reason: str) -> Iterator[None]:
+    """Inside, what this thread notes says why norms and positions were computed apart; "" is no reason to say."""
+    outer, _apart.reason = apart_text(), f"; prologue apart: {reason}" if reason else ""
+    try:
+        yield
+    finally:
+        _apart.reason = outer
+
+
+def apart_text() -> str:
+    """That reason as a note ends; "" where there is none."""
+    return getattr(_apart, "reason", "")
 
 
 def steps_of(runtime: Runtime, norms: tuple[Any, Any], like: Any, rotary: tuple[Any, Any] | None, begin: int) -> Steps | str:
@@ -49,7 +68,7 @@ def _norm_of(module: Any, head_dim: int, dtype: str, runtime: Runtime) -> Norm |
         return f"the {kind.__qualname__} has hooks"
     dims = next(tuple(value) for attribute in ("normalized_shape", "_normalized_shape", "dim")
                 if (value := getattr(module, attribute, None)) is not None)
-    if dims != (head_dim,):
+    if dims != (head_dim,) and (len(dims) > 1 or head_dim >= 0):  # in a graph it may be unknown: the operator sees the weight's
         return f"the {kind.__qualname__} is over {list(dims)} values, and a head has {head_dim}"
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     rounds_first = RMS_NORMS.get(name, False)

@@ -150,7 +150,7 @@ class ModuleCoverage:
     @property
     def exact_by_recipe(self) -> bool:
         """Whether some call was exact because a recipe has it so."""
-        rung = lambda variant: variant.rpartition(": ")[2].partition(" (")[0]
+        rung = lambda variant: variant.partition(" (")[0].rpartition(": ")[2]
         return any(not reason and rung(variant) in EXACT_SPECS for variant, _, reason in self.runs)
 
     @property

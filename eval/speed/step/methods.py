@@ -28,6 +28,7 @@ from lowbit_video.precision import Precision
 from lowbit_video.rung import as_rung
 
 from .. import baselines
+from .names import FUSED, unfused
 
 SDPA = F.scaled_dot_product_attention
 
@@ -41,11 +42,21 @@ DEFAULT = (*EXACT, SAGE, "int8+fp8", "int8+fp16", NONE)
 
 def pools(method: str) -> bool:
     """Whether a method may keep a part of the keys only."""
-    return method not in TITLES and (names_recipe(method) or as_rung(method)[1] is not None)
+    return method not in TITLES and (names_recipe(unfused(method)) or as_rung(unfused(method))[1] is not None)
 
 
-def why_not(method: str, device: str, dispatches: bool = False) -> str | None:
-    """Why a method is left out on a device, and of a model whose attention goes through diffusers' dispatcher; or None."""
+def with_fused(names: list[str]) -> list[str]:
+    """The methods, and behind each of ours the same with its prologue fused."""
+    return [one for name in names for one in ([name] if name in TITLES or name.endswith(FUSED) else [name, name + FUSED])]
+
+
+def why_not(method: str, device: str, dispatches: bool = False, fuses: bool = True) -> str | None:
+    """Why a method is left out on a device, and of a model whose attention goes through diffusers' dispatcher; or None.
+
+    fuses: whether the model leaves norms and positions to its processors.
+    """
+    if method.endswith(FUSED) and not fuses:
+        return "this model computes norms and positions itself"
     if dispatches and pools(method):
         return "no backend of diffusers' dispatcher takes a recipe or pools keys"
     if method in ("fa2", "cudnn", "fa4", SAGE) and device == "cpu":
@@ -55,20 +66,22 @@ def why_not(method: str, device: str, dispatches: bool = False) -> str | None:
 
 def title(method: str) -> str:
     """How a method is called in tables."""
-    return f"recipe {Path(method).stem}" if names_recipe(method) else TITLES.get(method, method)
+    name = unfused(method)
+    return f"recipe {Path(name).stem}{method[len(name):]}" if names_recipe(name) else TITLES.get(method, method)
 
 
 def check_methods(names: list[str]) -> None:
     """Raises ValueError for one that does not exist."""
     for name in names:
-        if names_recipe(name):
-            Recipe.load(name)
+        own = unfused(name)
+        if names_recipe(own):
+            Recipe.load(own)
         elif name not in TITLES:
             try:
-                as_rung(name)
+                as_rung(own)
             except ValueError:
-                raise ValueError(f"no method {name!r}; there are {', '.join(TITLES)}, precisions such as int8+fp8 or 'int8+fp8 "
-                                 "pooled 0.3', and recipes by their files") from None
+                raise ValueError(f"no method {name!r}; there are {', '.join(TITLES)}, precisions such as int8+fp8, 'int8+fp8 "
+                                 "pooled 0.3' or 'int8+fp8 fused', and recipes by their files") from None
 
 
 @dataclass(frozen=True)
@@ -108,8 +121,9 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
         for name in names:
             if name in low and not dispatches:
                 undo.callback(lowbit_video.remove, model)
-                wanted = Recipe.load(name) if names_recipe(name) else name
-                lowbit_video.apply(model, wanted, fallback=None if pools(name) else "exact")
+                wanted = unfused(name)
+                lowbit_video.apply(model, Recipe.load(wanted) if names_recipe(wanted) else wanted,
+                                   fallback=None if pools(name) else "exact", fused_prologue=name.endswith(FUSED) or None)
                 own = {module: module.processor for module in modules}
             else:
                 own = {module: _of_method(processor, name) for module, processor in plain.items()}

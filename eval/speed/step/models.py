@@ -47,6 +47,11 @@ class StepModel:
             given = self.inputs(model.config, self.tiny_latents if tiny else self.latents, self.batch)
         return model.to(dtype), {name: _cast(value, dtype) for name, value in given.items()}
 
+    @property
+    def fuses(self) -> bool:
+        """Whether its attention's frame leaves norms and positions to processors, which may fuse them with quantisation."""
+        return self.kind == diffusers.CogVideoXTransformer3DModel.__name__
+
     def leading_text(self, tiny: bool = False) -> int:
         """Text tokens that stand before the video's in its attention; 0 where none do."""
         takes = inspect.signature(getattr(diffusers, self.kind).__init__).parameters

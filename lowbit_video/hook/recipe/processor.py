@@ -11,6 +11,7 @@ from ...errors import UnsupportedError
 from ...runtime.detect import runtime_of
 from ..base import AttnProcessor
 from ..processors import LowBitAttnProcessor
+from ..prologue import Before
 from .clock import StepClock
 from .rule import heads_text, runs_of, steps_text
 from .table import LayerPlan, Span
@@ -20,29 +21,31 @@ class RecipeAttnProcessor(AttnProcessor):
     """Attention by a recipe; `apply(model, recipe)` makes one for layers that are alike.
 
     plan: rungs by step and head. clock: says the step; asked only where the plan has several spans.
-    fallback, backend, check_finite: as in LowBitAttnProcessor.
+    fallback, backend, check_finite, fused_prologue: as in LowBitAttnProcessor; rungs that fuse norms and positions may
+    stand beside others, and the report tells which did.
 
     Where all heads have one rung, a call is that of LowBitAttnProcessor. Else the heads of each rung are computed together and
     put in their places: a copy of the output, and of q, k and v where a rung's heads do not lie side by side.
     """
 
     def __init__(self, plan: LayerPlan, clock: StepClock, *, fallback: str | None = None, backend: str = "auto",
-                 check_finite: bool | None = None) -> None:
+                 check_finite: bool | None = None, fused_prologue: bool | None = None) -> None:
         super().__init__()
         self.plan, self.clock = plan, clock
-        hook = {"fallback": fallback, "backend": backend, "check_finite": check_finite}
+        hook = {"fallback": fallback, "backend": backend, "check_finite": check_finite, "fused_prologue": fused_prologue}
         self._parts = {span: _parts_of(plan, span, hook) for span in plan.spans}
         rungs = [part for parts in self._parts.values() for part in parts]
         self.low_bit, self.differentiable = any(rung.low_bit for rung in rungs), fallback == "exact"
         self.pools = any(rung.pools for rung in rungs)
+        self.fused_prologue = rungs[0].fused_prologue
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
-               return_lse: bool = False) -> Any:
-        """Attention with each head at its rung of this step."""
+               return_lse: bool = False, before: Before | None = None) -> Any:
+        """Attention with each head at its rung of this step. before: what all heads of q and k still lack."""
         parts = self._now()
         if len(parts) == 1:
-            return parts[0].attend(q, k, v, is_causal, scale, return_lse)
-        outs = [part.attend(*self._cut(part, q, k, v), is_causal, scale, return_lse) for part in parts]
+            return parts[0].attend(q, k, v, is_causal, scale, return_lse, before)
+        outs = [part.attend(*self._cut(part, q, k, v), is_causal, scale, return_lse, before) for part in parts]
         if not return_lse:
             return _joined(parts, outs, 2)
         return _joined(parts, [out for out, _ in outs], 2), _joined(parts, [lse for _, lse in outs], 1)
@@ -96,6 +99,8 @@ class RecipeAttnProcessor(AttnProcessor):
         more = [f"fallback={some.fallback}"] if some.fallback else []
         if some.backend != "auto":
             more.append(f"backend={some.backend}")
+        if some.fused_prologue is not None:
+            more.append(f"fused_prologue={some.fused_prologue}")
         return f"{type(self).__name__}({', '.join((*rungs, *more))})"
 
     __repr__ = __str__

@@ -26,7 +26,7 @@ def bench(folder, *more):
 
 def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
     before, sdpa = dispatch_models.state(), F.scaled_dot_product_attention
-    names = ["pytorch", "cudnn", "int8+fp8", "none"]
+    names = ["pytorch", "cudnn", "int8+fp8", "int8+fp8 fused", "none"]
     assert bench(tmp_path / "new", "--models", "cogvideox-2b", "wan2.1-1.3b", "--methods", *names) == 0
     assert dispatch_models.state() == before and F.scaled_dot_product_attention is sdpa
     written = json.loads((tmp_path / "new" / "step.json").read_text())
@@ -35,9 +35,11 @@ def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
     assert (cogvideox["video_tokens"], cogvideox["batch"], cogvideox["layers"]) == (48, 2, 2)
     assert (wan["video_tokens"], wan["batch"], wan["layers"]) == (192, 1, 2)
     for result in (cogvideox, wan):
-        assert result["left_out"] == {"cudnn": "needs an NVIDIA GPU"} and not result["failed"]
+        without = {} if result is cogvideox else {"int8+fp8 fused": "this model computes norms and positions itself"}
+        assert result["left_out"] == {"cudnn": "needs an NVIDIA GPU"} | without and not result["failed"]
         rows = {(row["method"], row["mode"]): row for row in result["rows"]}
-        assert set(rows) == {(name, mode) for name in names if name != "cudnn" for mode in ("eager", "blocks")}
+        assert set(rows) == {(name, mode) for name in names if name not in result["left_out"]
+                             for mode in ("eager", "blocks")}
         for mode in ("eager", "blocks"):
             exact, low, none = (rows[name, mode] for name in ("pytorch", "int8+fp8", "none"))
             assert exact["speedup_over_exact"] == 1 and none["attention_share"] == 0
@@ -45,7 +47,8 @@ def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
             assert low["attention_share"] == pytest.approx(1 - none["median_ms"] / low["median_ms"])
             assert all(row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["runs"] == 3 for row in (exact, low, none))
             assert none["sqnr_db"] < 25 < low["sqnr_db"] < 120 < exact["sqnr_db"]
-        assert result["ran"] == {"int8+fp8 (reference-lowbit)": 16}  # 2 modules, a check and 3 turns in each mode
+        both = {"int8+fp8 (reference-lowbit)": 16, "int8+fp8 (reference-lowbit, fused prologue)": 16}
+        assert result["ran"] == dict(list(both.items())[:1 + (result is cogvideox)])  # 2 modules, a check, 3 turns in each mode
     page = (tmp_path / "new" / "step.md").read_text()
     assert page in capsys.readouterr().out and "## wan2.1-1.3b: 192 tokens, batch 1, float32" in page
     assert (tmp_path / "new" / "step.png").stat().st_size > 5000
@@ -85,6 +88,8 @@ def test_what_is_wrong_is_told_and_not_timed(monkeypatch, tmp_path):
                                         (["--methods", "flash_9"], "no method 'flash_9'; there are pytorch"),
                                         (["--recipe", "no.toml"], "no such file: no.toml"),
                                         (["--pooled", "1.5"], "keep is 1.5"),
+                                        (["--methods", "fa2 fused"], "no method 'fa2 fused'"),
+                                        (["--recipe", "no.toml fused"], "no such file: no.toml"),
                                         (["--methods", "exact pooled 0.3"], "no method 'exact pooled 0.3'")])
 def test_what_does_not_exist_is_refused(capsys, tmp_path, more, told):
     assert bench(tmp_path, *more)
@@ -107,7 +112,11 @@ def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, t
     assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0) for name, entry in models.MODELS.items()}
     written = json.loads((tmp_path / "step.json").read_text())
     assert [result["model"] for result in written["models"]] == list(models.MODELS)
-    assert bench(tmp_path, "--models", "flux", "--methods", "pytorch") == 0
+    assert bench(tmp_path, "--models", "flux", "--methods", "pytorch", "int8+fp8", "int4+fp8 fused", "--recipe", "safe",
+                 "--pooled", "0.3", "--fused-prologue") == 0
+    ours = ["int8+fp8", "int8+fp8 fused", "int4+fp8 fused", "safe", "safe fused"]
+    assert asked["flux"][1] == ["pytorch", *ours, "int8+fp8 pooled 0.3", "int8+fp8 pooled 0.3 fused"]
+    assert methods.title("a/b.toml fused") == "recipe b fused" and methods.title("int8+fp8 fused") == "int8+fp8 fused"
     asked.clear()
     assert main(["bench", "step", "--out", str(tmp_path)]) and not asked  # published sizes need a GPU
 

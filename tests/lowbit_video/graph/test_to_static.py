@@ -69,14 +69,44 @@ def test_compiled_equals_eager_and_is_counted(precision, full_graph):
 
 
 @MODES
-def test_norms_stay_in_the_graph_where_a_processor_would_fuse_them(full_graph):
-    model, eager = pair(LowBitAttnProcessor("int8+fp16", fused_prologue=True))
+@pytest.mark.parametrize("rotary", [False, True], ids=["none", "rotary"])
+def test_norms_and_positions_are_the_operators_where_a_processor_fuses_them(rotary, full_graph):
+    given = dict(toy_model.inputs(), **({} if rotary else {"rotary": None}))
+    model, eager = fusing_pair()
     compiled = paddle.jit.to_static(model, full_graph=full_graph)
-    for a, b in zip(run(compiled, toy_model.inputs()), run(eager, toy_model.inputs())):
-        assert np.abs(a - b).max() <= 1e-3
-    assert [m.calls for m in coverage(model).modules] == [1, 1]
-    if full_graph:  # SOT may leave what is around the attention to Python
-        assert coverage(model).variants() == {"int8+fp16 (reference-lowbit)": 2}
+    for a, b in zip(run(compiled, given), run(eager, given)):
+        assert np.abs(a - b).max() <= 1e-5
+    assert coverage(model).variants() == coverage(eager).variants() == FUSED
+    if full_graph:
+        names = operators(compiled)
+        assert sum("lowbit_attention_behind" in name for name in names) == 2 and "pd_op.layer_norm" not in names
+
+
+FUSED = {"int8+fp16 (reference-lowbit, fused prologue)": 2}
+
+
+def fusing_pair():
+    """As `pair`; the norms weigh channels and blocks apart, and are to be fused with quantisation."""
+    models = pair()
+    for model in models:
+        for number, block in enumerate(model.blocks, 1):
+            block.norm_q.weight.set_value(1 + 0.2 * number * paddle.arange(32, dtype="float32").sin())
+            block.norm_k.bias.set_value(0.5 * paddle.arange(32, dtype="float32").cos())
+        apply(model, LowBitAttnProcessor("int8+fp16", fused_prologue=True))
+    return models
+
+
+def test_one_graph_fuses_at_every_length():
+    model, eager = fusing_pair()
+    spec = paddle.static.InputSpec([None, None, 64], "float32")
+    compiled = paddle.jit.to_static(model, full_graph=True, input_spec=[spec, spec])
+    for video_tokens, text_tokens in ((40, 7), (65, 3)):
+        given = toy_model.inputs(video_tokens, text_tokens)
+        with paddle.no_grad():
+            got, expected = compiled(given["video"], given["text"]), eager(given["video"], given["text"])
+        for a, b in zip(got, expected):
+            assert a.shape == b.shape and float((a - b).abs().max()) <= 1e-5
+    assert coverage(model).variants() == coverage(eager).variants() == {name: 2 * count for name, count in FUSED.items()}
 
 
 @MODES

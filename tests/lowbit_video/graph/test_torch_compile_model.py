@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters  # noqa: E402
 
 import lowbit_video as lv  # noqa: E402
 from lowbit_video.graph.tracing import traced_by_torch  # noqa: E402
-from lowbit_video.hook import attend  # noqa: E402
+from lowbit_video.hook import attend, prologue  # noqa: E402
 from lowbit_video.hook.base import _run_module  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -79,13 +79,18 @@ def test_one_graph_bit_equal_to_eager_and_counted(hook, backend):
     assert calls(model) == [2, 2]
 
 
-def test_norms_stay_in_the_graph_where_a_processor_would_fuse_them():
-    model = make()
-    model.set_attn_processor(lv.LowBitAttnProcessor("int8+fp8", fused_prologue=True))
+FUSED, INSIDE = "int8+fp8 (reference-lowbit, fused prologue)", "int8+fp8 (reference-lowbit)"
+
+
+def fusing(rotary=False, layers=2, **more):
+    """A model whose norms weigh channels and blocks apart, and are to be fused with quantisation."""
+    model = make(layers, use_rotary_positional_embeddings=rotary)
     with torch.no_grad():
-        predict(compiled_of(model))
-    assert lv.coverage(model).variants() == {"int8+fp8 (reference-lowbit)": 2}
-    assert sum(counters["graph_break"].values()) == 0
+        for number, block in enumerate(model.transformer_blocks, 1):
+            block.attn1.norm_q.weight += 0.2 * number * torch.arange(HEAD_DIM).sin()
+            block.attn1.norm_k.bias += 0.5 * torch.arange(HEAD_DIM).cos()
+    model.set_attn_processor(lv.LowBitAttnProcessor(**{"precision": "int8+fp8", "fused_prologue": True} | more))
+    return model
 
 
 def test_exact_attention_in_a_graph_runs_eagerly_and_so_may_take_a_kernel(monkeypatch):
@@ -97,14 +102,66 @@ def test_exact_attention_in_a_graph_runs_eagerly_and_so_may_take_a_kernel(monkey
     assert seen == [False] * 2
 
 
-def test_inductor_compiles_it_too():
-    model = make(layers=1)
-    HOOKS["apply"](model)
+@pytest.mark.parametrize("rotary", [False, True], ids=["none", "rotary"])
+def test_norms_and_positions_are_the_operators_where_a_processor_fuses_them(rotary, monkeypatch):
+    model, twin, given, graphs = fusing(rotary), fusing(rotary), inputs(2, rotary=rotary), []
+
+    def keep(graph, examples):
+        graphs.append(graph.graph)
+        return graph
+
+    assert torch.equal(predict(compiled_of(model, keep), given), predict(twin, given))
+    assert lv.coverage(model).variants() == lv.coverage(twin).variants() == {FUSED: 2}
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.nodes]
+    assert sum("module_attention_behind" in name for name in called) == 2 and not counters["graph_break"]
+    per_head = [node.args[1] for node in graph.nodes if node.target is torch.nn.functional.layer_norm]
+    assert per_head and (HEAD_DIM,) not in per_head
+
+
+def test_a_graph_follows_what_is_asked_of_the_prologue(monkeypatch):
+    model = fusing(layers=1)
+    compiled, ran = compiled_of(model), lambda: (predict(compiled), lv.coverage(model).variants())[1]
+    assert ran() == {FUSED: 1}
+    model.transformer_blocks[0].attn1.processor.fused_prologue = False
+    assert ran() == {FUSED: 1, INSIDE: 1}
+    model.set_attn_processor(lv.LowBitAttnProcessor("int8+fp8"))
+    assert ran() == {INSIDE: 1}
+    monkeypatch.setattr(prologue, "FUSED_PROLOGUE", True)
+    assert ran() == {INSIDE: 1, FUSED: 1}
+    model.set_attn_processor(lv.ExactAttnProcessor())
+    assert ran() == {"exact": 1} and not counters["graph_break"]
+
+
+def test_why_a_graph_has_norms_apart_is_told():
+    """By the graph's compiler where it is known when the graph is made, else inside of the operator."""
+    model = fusing(layers=1, pooled=lv.Pooled(0.9))
+    assert torch.equal(predict(compiled_of(model)), predict(model))
+    (told,) = lv.coverage(model).variants()
+    assert "prologue apart: pooling needs" in told
+    model, exact = (fusing(layers=1, fallback="exact", backend="hopper") for _ in range(2))
+    exact.set_attn_processor(lv.ExactAttnProcessor())
+    for given in (inputs(), inputs(rotary=True)):
+        torch.testing.assert_close(predict(compiled_of(model), given), predict(exact, given))
+    assert lv.coverage(model).variants() == {"exact": 2} and lv.coverage(model).fallbacks
+
+
+def test_a_fusing_model_is_trained_exactly_or_not_at_all():
+    model = fusing(layers=1, fallback="exact")
+    torch.compile(model, backend="eager")(**inputs())[0].sum().backward()
+    assert model.transformer_blocks[0].attn1.norm_q.weight.grad is not None
+    with pytest.raises(lv.UnsupportedError, match="gradients are asked for"):
+        compiled_of(fusing(layers=1))(**inputs())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_inductor_compiles_it_too(fused):
+    model = fusing(layers=1, fused_prologue=fused)
     wanted = predict(model)
     model.transformer_blocks[0].attn1.compile(fullgraph=True, backend="inductor")
     got = predict(model)
     assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()  # its sums round differently, and codes with them
-    assert calls(model) == [2]
+    assert calls(model) == [2] and lv.coverage(model).variants() == {FUSED if fused else INSIDE: 2}
 
 
 def test_other_shapes_and_dynamic_ones():
@@ -154,8 +211,7 @@ def test_a_model_compiled_with_a_hook_is_itself_again_without_it():
 
 
 def test_blocks_compiled_one_by_one_share_a_graph_and_keep_their_own_counts():
-    model = make(layers=10)  # more than torch compiles a function for
-    HOOKS["by hand"](model)
+    model = fusing(layers=10)  # more than torch compiles a function for
     for block in model.transformer_blocks:
         block.compile(fullgraph=True, backend="eager")
     got = predict(model)
@@ -213,6 +269,9 @@ def test_the_operator_passes_torchs_own_checks():
     q, k, v = (torch.randn(2, 20, 2, HEAD_DIM).transpose(0, 1).contiguous().transpose(0, 1) for _ in range(3))
     for mask in (None, torch.zeros(2, 20)):
         torch.library.opcheck(torch.ops.lowbit_video.module_attention, (q, k, v, mask, attn.attention_slot.key))
+    text, *tensors = repr([("rms", 1e-6, True, False, False)] * 2), torch.rand(HEAD_DIM), torch.rand(HEAD_DIM)
+    torch.library.opcheck(torch.ops.lowbit_video.module_attention_behind,
+                          (q, k, v, tensors, 0, text, attn.attention_slot.key))
 
 
 def test_training_a_compiled_model_is_refused_by_name():

@@ -4,7 +4,7 @@ import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, Pooled, apply, coverage  # noqa: E402
-from lowbit_video.hook import processors, prologue  # noqa: E402
+from lowbit_video.hook import prologue  # noqa: E402
 from lowbit_video.kernels.prologue.steps import Steps  # noqa: E402
 from lowbit_video.runtime import paddle_runtime  # noqa: E402
 
@@ -84,6 +84,16 @@ def apart(change=lambda model: None, given=None, **options):
     return list(ran(model))
 
 
+def test_apply_takes_it_for_what_it_makes():
+    model, given = toy_model.model(), toy_model.inputs()
+    apply(model, "int8+fp8", {"*.1": LowBitAttnProcessor("int8+fp8")}, fused_prologue=True)
+    outputs(model, **given)
+    assert [list(module.runs) for module in coverage(model).modules] == [
+        [("int8+fp8 (reference-lowbit, fused prologue)", 1, "")], [("int8+fp8 (reference-lowbit)", 1, "")]]
+    with pytest.raises(TypeError, match="fused_prologue"):
+        apply(model, "int8+fp8", fused_prologue="yes")
+
+
 def test_why_not_is_told():
     """And nothing counts as having fallen back."""
     def hooked(model):
@@ -137,11 +147,13 @@ def test_exact_attention_takes_over_with_norms_and_positions(monkeypatch):
 
 
 def test_a_thread_forgets_its_reason():
-    processor = LowBitAttnProcessor("int8+fp8", fused_prologue=True)
-    with pytest.raises(KeyError), processor.apart("one"):
+    with pytest.raises(KeyError), prologue.apart("one"):
+        assert prologue.apart_text() == "; prologue apart: one"
+        with prologue.apart(""):
+            assert not prologue.apart_text()
+        assert prologue.apart_text()
         raise KeyError
-    assert not processors._apart.reason
-    assert processor.attend.__defaults__[-1] is None
+    assert not prologue.apart_text()
 
 
 class Rounding:

@@ -28,7 +28,7 @@ from lowbit_video.pipelines import load, make_random_pipeline  # noqa: E402
 from ranks import run_threads  # noqa: E402
 
 import toy_model  # noqa: E402
-from helpers import qkv  # noqa: E402
+from helpers import qkv, sqnr_db  # noqa: E402
 
 MIXED = ("int8+fp8", "int4+fp16", "int4+fp16", "int8+fp8")
 STEPS = [{"rung": "int8+fp8"}, {"steps": "0-0.5", "rung": "int8+fp16"}]
@@ -105,7 +105,7 @@ def test_heads_of_one_rung_are_not_copied(monkeypatch):
     one = processor(*["int8+fp8"] * 3)
     seen = []
     monkeypatch.setattr(LowBitAttnProcessor, "attend", lambda self, *call: seen.append(call) or "out")
-    assert one.attend(1, 2, 3, True, 0.5, True) == "out" and seen == [(1, 2, 3, True, 0.5, True)]
+    assert one.attend(1, 2, 3, True, 0.5, True) == "out" and seen == [(1, 2, 3, True, 0.5, True, None)]
 
 
 def test_a_call_of_other_heads_is_refused():
@@ -170,6 +170,33 @@ def test_a_step_runs_its_rung_and_the_report_tells_them_apart():
          "steps 0.5-1, heads 1: exact (reference-exact)": 2}]
     assert coverage(model).summary() == ("1 of 2 attention modules ran at low bit in every call (1 exact in some calls, as the "
                                          "recipe says)")
+
+
+def test_rungs_fuse_norms_and_positions_or_say_why_not():
+    rules = [*STEPS, {"layers": "*.1", "heads": [1], "steps": "0.5-1", "rung": "exact"}]
+    rules += [{"layers": "*.1", "heads": [0], "steps": "0.5-1", "rung": "int8+fp8 pooled 0.9"}]
+    found = []
+    for fused in (True, False):
+        model = toy_model.model()
+        for number, block in enumerate(model.blocks, 1):
+            block.norm_q.weight.set_value(1 + 0.2 * number * paddle.arange(32, dtype="float32").sin())
+            block.norm_k.bias.set_value(0.5 * paddle.arange(32, dtype="float32").cos())
+        apply(model, Recipe(rules), fused_prologue=fused)
+        for step in (0, 3):
+            with denoising_step(model, step, 4):
+                found.append(outputs(model))
+        if fused:
+            assert runs(model) == [
+                {"steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)": 1,
+                 "steps 0.5-1: int8+fp8 (reference-lowbit, fused prologue)": 1},
+                {"steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)": 1,
+                 "steps 0.5-1, heads 0: int8+fp8 pooled 0.9 (reference-lowbit; prologue apart: pooling needs the means of "
+                 "tiles of normed keys first)": 1,
+                 "steps 0.5-1, heads 1: exact (reference-exact; prologue apart: exact attention does not quantise)": 1}]
+            assert "1 exact in some calls, as the recipe says" in coverage(model).summary()
+            assert str(model.blocks[0].processor).endswith("(int8+fp16, int8+fp8, fused_prologue=True)")
+    for one, other in zip(found[0] + found[1], found[2] + found[3]):
+        assert sqnr_db(one, other) > 50
 
 
 def test_outside_of_a_step_is_an_error_that_names_the_module():
