@@ -200,6 +200,7 @@ class CogVideoXPipeline(Pipeline):
         self.interrupt, self.guidance_scale, self.num_timesteps = False, guidance_scale, len(self.scheduler.timesteps)
         dynamic = lambda timestep: dynamic_guidance(guidance_scale, timestep, num_inference_steps)
         timings: dict[str, float] = {}
+        memory: dict[str, float] = {}
 
         with on_device(self.device), paddle.no_grad():
             videos = (len(prompts) if prompts is not None else prompt_embeds.shape[0]) * num_videos_per_prompt
@@ -209,10 +210,10 @@ class CogVideoXPipeline(Pipeline):
             latents = draw(generators, shape) if latents is None else take_latents(latents, shape)
             latents = self._shared(latents * self.scheduler.init_noise_sigma)
             rotary = self.transformer.rotary_tables(shape[1], shape[3], shape[4])
-            with self._timed(timings, "text_encode"):
+            with self._stage("text_encode", timings, memory):
                 embeds = self._shared(self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds,
                                                   guidance_scale > 1.0, num_videos_per_prompt, max_sequence_length))
-            with self._timed(timings, "denoise"):
+            with self._stage("denoise", timings, memory):
                 latents = denoise(
                     self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds,
                     guided=guidance_scale > 1.0, draw=lambda: self._shared(draw(generators, shape)),
@@ -220,9 +221,9 @@ class CogVideoXPipeline(Pipeline):
                     callback=callback_on_step_end, callback_tensors=callback_on_step_end_tensor_inputs, progress=progress,
                 )
             if output_type != "latent":
-                with self._timed(timings, "decode"):
+                with self._stage("decode", timings, memory):
                     latents = postprocess(self.decode_latents(latents[:, padded_frames:], progress), output_type)
-        return PipelineOutput(latents, timings, seeds)
+        return PipelineOutput(latents, timings, seeds, memory)
 
     def _check_parts(self, *call: Any) -> None:
         super()._check_parts(*call)

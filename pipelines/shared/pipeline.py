@@ -14,6 +14,7 @@ from lowbit_video.runtime.detect import default_paddle_device
 
 from .compiling import compiled
 from .config import DIFFUSERS_VERSION, ConfigError, write_json
+from .device_memory import peak_gib, restart_peak
 from .folders import MODEL_INDEX_NAME, fetch_parts, find_folder, read_index
 from .inputs import here, repeat_rows
 
@@ -238,13 +239,16 @@ class Pipeline:
         return paddle.concat([negative, positive.astype(negative.dtype)])
 
     @contextlib.contextmanager
-    def _timed(self, timings: dict[str, float], stage: str) -> Iterator[None]:
-        """Adds the seconds that the block takes on the device."""
+    def _stage(self, stage: str, timings: dict[str, float], memory: dict[str, float]) -> Iterator[None]:
+        """Notes the seconds that the block takes on the device and, where the device tells, the most memory in it, GiB."""
+        restart_peak(self.device)
         start = time.perf_counter()
         yield
         if self.device != "cpu":
             paddle.device.synchronize(self.device)
         timings[stage] = time.perf_counter() - start
+        if (peak := peak_gib(self.device)) is not None:
+            memory[stage] = peak
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Faults of `pipelines/`."""
 from .entry import faults
 
+MEMORY = "tests/pipelines/shared/test_device_memory.py::"
 ORDER = "tests/pipelines/cogvideox/test_token_order.py::"
 PIPELINE = "tests/pipelines/cogvideox/test_pipeline.py::"
 SCHEDULER = "tests/pipelines/cogvideox/test_scheduler.py::"
@@ -12,6 +13,13 @@ VIDEO_FILES = "tests/pipelines/shared/test_video_files.py::"
 VAE = "tests/pipelines/cogvideox/test_vae.py::"
 
 MUTANTS = [
+    *faults("pipelines/shared/pipeline.py", MEMORY + "test_each_stage_has_its_own_peak",
+            ("        restart_peak(self.device)\n", ""),
+            ("            memory[stage] = peak\n", "            memory[\"all\"] = peak\n")),
+    *faults("pipelines/shared/device_memory.py", MEMORY + "test_a_cpu_is_not_asked",
+            ('return device != "cpu"', "return True")),
+    *faults("pipelines/shared/device_memory.py", MEMORY + "test_each_stage_has_its_own_peak",
+            ('return device != "cpu"', 'return device.startswith("gpu")'), ("GIB = 2**30", "GIB = 10**9")),
     *faults("pipelines/shared/weights.py",
             "tests/pipelines/shared/test_weights.py::test_tensors_that_share_bytes_or_leave_some_out",
             ("if entry.offset != place:", "if entry.offset < place:"),

@@ -110,7 +110,7 @@ class Pipe:
 
     def __call__(self, *given, **named):
         self.called = given, named
-        return SimpleNamespace(frames=[self.video], timings={"denoise": 3.0})
+        return SimpleNamespace(frames=[self.video], timings={"denoise": 3.0}, memory={"denoise": 9.0})
 
 
 def test_the_pipeline_is_called_with_every_setting(monkeypatch):
@@ -119,7 +119,8 @@ def test_the_pipeline_is_called_with_every_setting(monkeypatch):
     done = run_pipeline.run_pipeline(pipe, Job(**OTHER), progress=False)
     assert pipe.called == (("snow",), dict(seed=11, output_type="np", progress=False, negative_prompt="rain",
                                            num_inference_steps=7, guidance_scale=2.5, num_frames=17, height=96, width=160))
-    assert done.video is pipe.video and done.seconds == {"denoise": 3.0} and done.coverage == ("coverage of", pipe)
+    assert done.video is pipe.video and (done.seconds, done.memory) == ({"denoise": 3.0}, {"denoise": 9.0})
+    assert done.coverage == ("coverage of", pipe)
     run_pipeline.run_pipeline(pipe, Job(prompt="hail", guidance=0.0))
     assert pipe.called == (("hail",), dict(seed=0, output_type="np", progress=True, guidance_scale=0.0))
 
@@ -139,6 +140,12 @@ def test_seconds_of_a_step():
     assert run_pipeline.seconds_line({"text_encode": 1.0, "denoise": 3.0}, 4) == (
         "seconds: text encode 1.00, denoise 3.00 (0.75 a step)")
     assert run_pipeline.seconds_line({"load": 1.0}, 4) == run_pipeline.seconds_line({"load": 1.0}, None) == "seconds: load 1.00"
+
+
+def test_peak_memory_by_stage_or_why_there_is_none():
+    assert run_pipeline.memory_line({"text_encode": 9.004, "denoise": 13.0}, "gpu:0") == (
+        "peak memory, GiB: text encode 9.00, denoise 13.00")
+    assert run_pipeline.memory_line({}, "cpu") == "peak memory: Paddle does not count it on cpu"
 
 
 class Enough(Exception):

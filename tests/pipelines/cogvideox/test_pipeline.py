@@ -125,7 +125,7 @@ def test_golden(loaded, kind, case):
     assert want.std() > 10
     assert abs(got - want).max() <= LEVELS
     assert set(output.timings) == {"text_encode", "denoise", "decode"}
-    assert all(seconds > 0 for seconds in output.timings.values())
+    assert all(seconds > 0 for seconds in output.timings.values()) and output.memory == {}  # a CPU does not tell
 
 
 def test_guidance_matters(loaded, kind):
