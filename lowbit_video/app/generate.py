@@ -69,7 +69,7 @@ def _make(job: Job, device: str, wire: Any, say: Any) -> dict[str, Any]:
     job = fill(job, job.model)
     dtype = resolve_dtype(job.dtype, device, job.model)
     say(f"model {job.model}, {dtype} on {device}; attention {job.attention if job.hooked else 'exact'}"
-        + (", compiled" if job.compile else ""))
+        + (", compiled" if job.compile else "") + (", low memory" if job.low_memory else ""))
     say(f"prompt: {job.prompt}")
     pipe, load_s = load_pipeline(job, dtype, device)
     order_tokens(pipe, job.order)

@@ -50,7 +50,7 @@ def resolve_dtype(name: str, device: str, folder: str) -> str:
 def load_pipeline(job: Job, dtype: str, device: str) -> tuple[Any, float]:
     """(the pipeline of the job's model, compiled if asked for, seconds that it took)."""
     start = time.perf_counter()
-    pipe = pipelines.load(job.model, dtype=dtype, device=device)
+    pipe = pipelines.load(job.model, dtype=dtype, device=device, low_memory=job.low_memory)
     if job.compile:
         pipe.compile()
     return pipe, time.perf_counter() - start

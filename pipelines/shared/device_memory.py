@@ -17,6 +17,20 @@ def restart_peak(device: str) -> None:
         paddle.device.cuda.reset_max_memory_allocated(device)
 
 
+def free_bytes(device: str) -> int | None:
+    """What the device has beyond this process's tensors; None where Paddle does not say how large it is (a CPU, a plug-in)."""
+    if not device.startswith("gpu"):
+        return None
+    total = paddle.device.cuda.get_device_properties(device).total_memory
+    return total - paddle.device.cuda.memory_allocated(device)
+
+
+def release_cached(device: str) -> None:
+    """Gives memory that the allocator keeps for later back to the device, so that tensors of other sizes find room."""
+    if tells(device):
+        paddle.device.cuda.empty_cache()
+
+
 def peak_gib(device: str) -> float | None:
     """The most that tensors took on the device since `restart_peak`, weights included, GiB; None where it tells of none."""
     return paddle.device.cuda.max_memory_allocated(device) / GIB if tells(device) else None

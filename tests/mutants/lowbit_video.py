@@ -10,6 +10,7 @@ FRAMES = "lowbit_video/hook/frames/"
 GROUPS = "tests/lowbit_video/distributed/test_groups.py::"
 INTERPRETED = "tests/lowbit_video/runtime/interpreted.py::"
 JOB = "tests/lowbit_video/app/test_job.py::"
+LOW_MEMORY = "tests/pipelines/cogvideox/test_low_memory.py::"
 MASKS = "tests/lowbit_video/hook/test_masks.py::"
 OPTIONS = "tests/lowbit_video/engine/test_options.py::"
 ORDER = "tests/lowbit_video/test_token_order.py::"
@@ -27,6 +28,11 @@ TO_STATIC = "tests/lowbit_video/graph/test_to_static.py::"
 ULYSSES = "tests/lowbit_video/distributed/test_ulysses.py::"
 
 MUTANTS = [
+    *faults("lowbit_video/distributed/cost/memory.py", LOW_MEMORY + "test_decoding_takes_what_is_reckoned",
+            ("NORM_TENSORS = 5", "NORM_TENSORS = 4"), ("CACHED_FRAMES = 2", "CACHED_FRAMES = 0"),
+            ("latent_frames % 2)", "0)"), ("max(NORM_TENSORS * inner, ", "max(0, ")),
+    *faults("lowbit_video/distributed/parallelize.py", LOW_MEMORY + "test_ranks_and_other_values_are_refused",
+            ('if getattr(model, "stored", None) is not None:', "if False:")),
     *faults("lowbit_video/distributed/watch.py", "tests/lowbit_video/distributed/test_watch.py::"
             "test_ranks_that_answer_at_once_are_told_no_more_often_than_once_a_beat",
             ("                due = now + BEAT_S\n", ""), ("max(due - now, 0)", "None"), ("self.wire.state.count, ", "0, ")),
@@ -303,6 +309,7 @@ MUTANTS = [
             ("if value is not None})\n    video", "if value})\n    video"),
             ('"height": job.height, "width": job.width', '"height": job.width, "width": job.height'),
             ('"bfloat16" if rotary else "float16"', '"float16" if rotary else "bfloat16"'),
+            ("low_memory=job.low_memory", "low_memory=False"),
             ("dict(result.memory), coverage", "dict(result.timings), coverage"),
             ("    if not memory:\n", "    if memory is None:\n")),
     *faults("lowbit_video/app/ranks.py", JOB.removesuffix("::"),

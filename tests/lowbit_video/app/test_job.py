@@ -23,8 +23,8 @@ from lowbit_video.app.job import (  # noqa: E402
 
 OTHER = dict(model="a/folder", prompt="snow", negative_prompt="rain", precision="int4+fp8", fallback="exact",
              backend="reference", order="hilbert", steps=7, frames=17, height=96, width=160, fps=12.5, seed=11, guidance=2.5,
-             device="cpu", dtype="float16", compile=True, compare=True, ulysses_degree=3, ring_degree=5, cfg_degree=2,
-             vae_degree=4, exchange="int4", exchange_output="int8", out="elsewhere")
+             device="cpu", dtype="float16", compile=True, compare=True, low_memory=True, ulysses_degree=3, ring_degree=5,
+             cfg_degree=2, vae_degree=4, exchange="int4", exchange_output="int8", out="elsewhere")
 """A value of every setting but `modules` and `recipe`, none its default."""
 
 
@@ -134,6 +134,18 @@ def test_the_dtype_is_that_in_which_a_model_was_published(given, device, config,
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model_index.json").write_text("{}")
     assert run_pipeline.resolve_dtype(given, device, str(tmp_path)) == dtype
+
+
+def test_a_pipeline_is_loaded_and_compiled_as_the_job_says(monkeypatch):
+    asked = []
+    pipe = SimpleNamespace(compile=lambda: asked.append("compile"))
+    monkeypatch.setattr(run_pipeline.pipelines, "load", lambda *given, **named: (asked.append((given, named)), pipe)[1],
+                        raising=False)
+    loaded, seconds = run_pipeline.load_pipeline(Job(**OTHER), "float16", "gpu:1")
+    assert loaded is pipe and seconds >= 0
+    assert asked == [(("a/folder",), dict(dtype="float16", device="gpu:1", low_memory=True)), "compile"]
+    run_pipeline.load_pipeline(Job(model="b"), "float32", "cpu")
+    assert asked[2:] == [(("b",), dict(dtype="float32", device="cpu", low_memory=False))]
 
 
 def test_seconds_of_a_step():

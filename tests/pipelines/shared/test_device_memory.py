@@ -1,9 +1,16 @@
 """Peaks by stage, as a device that counts would tell them: one that only keeps a record stands in for a GPU."""
+from types import SimpleNamespace
+
 import paddle
 import pytest
 
+from lowbit_video.pipelines import T5EncoderModel
 from lowbit_video.pipelines.shared import device_memory
+from lowbit_video.pipelines.shared.on_demand import OnDemand
 from lowbit_video.pipelines.shared.pipeline import Pipeline
+from lowbit_video.pipelines.shared.weights import StoredWeights
+
+from golden_cases import GOLDENS
 
 GIB = 2**30
 
@@ -51,3 +58,30 @@ def test_a_cpu_is_not_asked(monkeypatch):
         pass
     assert set(seconds) == {"decode"} and memory == {} and counter.asked == []
     assert device_memory.peak_gib("cpu") is None
+
+
+def test_what_is_free_is_what_no_tensor_of_this_process_takes(monkeypatch):
+    total = {"gpu:1": 80 * GIB}
+    monkeypatch.setattr(paddle.device.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total[device]))
+    monkeypatch.setattr(paddle.device.cuda, "memory_allocated", lambda device: {"gpu:1": 13 * GIB}[device])
+    assert device_memory.free_bytes("gpu:1") == 67 * GIB
+    assert device_memory.free_bytes("cpu") is device_memory.free_bytes("cudev:0") is None
+
+
+def test_weights_go_to_the_device_and_its_cache_is_emptied_when_they_leave(monkeypatch):
+    """A GPU that only keeps a record of what it is told."""
+    told, current = [], ["cpu"]
+    model = T5EncoderModel.from_pretrained(GOLDENS / "t5_gated", read=False)
+    on_demand = OnDemand("gpu:1", [model])
+    monkeypatch.setattr(paddle, "get_device", lambda: current[0])
+    monkeypatch.setattr(paddle, "set_device", lambda device: (told.append(device), current.__setitem__(0, device)))
+    read = StoredWeights.read
+    monkeypatch.setattr(StoredWeights, "read", lambda self, one: (told.append("read"), read(self, one)))
+    monkeypatch.setattr(paddle.device.cuda, "empty_cache", lambda: told.append(model.shared.weight._is_initialized()))
+    with on_demand.needed(model, now=True):
+        assert told == ["gpu:1", "read", "cpu"] and model.shared.weight._is_initialized()
+    assert told[3:] == [False]  # emptied, of what has been freed
+    monkeypatch.setattr(StoredWeights, "read", lambda self, one: 1 // 0)
+    with pytest.raises(ZeroDivisionError), on_demand.needed(model, now=True):
+        pass
+    assert current == ["cpu"]
