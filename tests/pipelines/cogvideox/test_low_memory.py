@@ -1,15 +1,17 @@
 """A pipeline with low memory: the same videos, fewer weights at a time. Paddle counts tensors on a CPU too."""
 import threading
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import paddle
 import pytest
 
 from lowbit_video import apply, coverage, parallelize
-from lowbit_video.distributed.cost.memory import decode_bytes
+from lowbit_video.distributed.cost.memory import decode_bytes, needed_gib, step_bytes
+from lowbit_video.distributed.cost.models import GIB, Model
 from lowbit_video.errors import UnsupportedError
-from lowbit_video.pipelines import AutoencoderKLCogVideoX, CogVideoXPipeline
+from lowbit_video.pipelines import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from lowbit_video.pipelines.cogvideox import pipeline as module
 from lowbit_video.pipelines.cogvideox import vae as vae_module
 from lowbit_video.pipelines.cogvideox.vae_room import SHARE, within
@@ -172,6 +174,38 @@ def test_decoding_goes_by_what_is_free(pipe, monkeypatch):
         np.testing.assert_allclose(pipe.decode_latents(latents).numpy(), want, atol=1e-5)
         assert not pipe.vae.use_tiling and not pipe.vae.use_slicing
     assert asked == ["cpu"] * 3
+
+
+@pytest.mark.parametrize("layers, heads, batch, frames, text", [(2, 4, 2, 5, 16), (4, 8, 1, 5, 16), (2, 4, 2, 13, 64)])
+def test_a_step_takes_what_is_reckoned_and_weights_as_many(monkeypatch, layers, heads, batch, frames, text):
+    monkeypatch.setattr(paddle.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: paddle.zeros(q.shape))
+    model = CogVideoXTransformer3DModel(
+        num_layers=layers, num_attention_heads=heads, attention_head_dim=32, text_embed_dim=64, time_embed_dim=64,
+        max_text_seq_length=text, sample_width=18, sample_height=12, sample_frames=4 * frames - 3)
+    model.eval()
+    sizes = Model("toy", layers, heads, 4 * frames - 3, 96, 144, head_dim=32, text_tokens=text, text_width=64, time_width=64)
+    latents, texts, core = paddle.ones([batch, frames, 16, 12, 18]), paddle.ones([batch, text, 64]), paddle.base.core
+    with paddle.no_grad():
+        model(latents, texts, paddle.to_tensor([3] * batch))  # makes its tables
+        before = core.host_memory_stat_current_value(*ALLOCATED)
+        core.host_memory_stat_reset_peak_value(*ALLOCATED)
+        model(latents, texts, paddle.to_tensor([3] * batch))
+    taken = core.host_memory_stat_peak_value(*ALLOCATED) - before
+    tokens = text + sizes.video_tokens(4 * frames - 3, 96, 144)
+    assert taken == pytest.approx(step_bytes(batch, tokens, heads * 32, 4), rel=0.02)
+    weights = sum(parameter.size for parameter in model.parameters())
+    assert sizes.weights_gib * GIB / 2 == pytest.approx(weights, rel=0.04)  # without biases and norms
+
+
+def test_what_each_way_needs_by_hand():
+    model = Model("toy", 2, 4, 49, 480, 720, vae_gib=0.5, text_encoder_gib=3.0)
+    step, whole = 13 * 2 * 17776 * 256 * 2 / GIB, decode_bytes(1, 13, 480, 720, 2) / GIB
+    tiled = decode_bytes(1, 13, 240, 360, 2) / GIB
+    assert step < tiled < 3 < whole
+    assert needed_gib(model) == pytest.approx((0.5 + 1.5 + 3 + model.weights_gib + whole, 0.5 + 1.5 + 3))
+    assert needed_gib(replace(model, text_encoder_gib=0.0))[1] == pytest.approx(2 + tiled)
+    wide = replace(model, heads=48)
+    assert needed_gib(wide)[1] == pytest.approx(2 + wide.weights_gib + 12 * step)
 
 
 SIZE = (3, 13, 16, 20, 30)
