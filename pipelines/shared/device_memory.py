@@ -14,13 +14,14 @@ def tells(device: str) -> bool:
 def restart_peak(device: str) -> None:
     """Counts the peak from what is allocated now; where the device tells of none, does nothing."""
     if tells(device):
-        paddle.device.cuda.reset_max_memory_allocated(device)
+        paddle.device.cuda.reset_max_memory_allocated(_numbered(device))
 
 
 def free_bytes(device: str) -> int | None:
     """What the device has beyond this process's tensors; None where Paddle does not say how large it is (a CPU, a plug-in)."""
     if not device.startswith("gpu"):
         return None
+    device = _numbered(device)
     total = paddle.device.cuda.get_device_properties(device).total_memory
     return total - paddle.device.cuda.memory_allocated(device)
 
@@ -33,4 +34,12 @@ def release_cached(device: str) -> None:
 
 def peak_gib(device: str) -> float | None:
     """The most that tensors took on the device since `restart_peak`, weights included, GiB; None where it tells of none."""
-    return paddle.device.cuda.max_memory_allocated(device) / GIB if tells(device) else None
+    return paddle.device.cuda.max_memory_allocated(_numbered(device)) / GIB if tells(device) else None
+
+
+def _numbered(device: str) -> str:
+    """The device with its number, which Paddle's counters ask for: of "gpu" the current one."""
+    if ":" in device:
+        return device
+    current = paddle.get_device()
+    return current if current.startswith(f"{device}:") else f"{device}:0"

@@ -60,6 +60,15 @@ def test_a_cpu_is_not_asked(monkeypatch):
     assert device_memory.peak_gib("cpu") is None
 
 
+@pytest.mark.parametrize("current, counted", [("gpu:3", "gpu:3"), ("cpu", "gpu:0")])
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch, current, counted):
+    monkeypatch.setattr(paddle, "get_device", lambda: current)
+    counter = Counter(monkeypatch, counted)
+    device_memory.restart_peak("gpu")
+    device_memory.peak_gib("gpu")
+    assert counter.asked == [("peak", counted)]
+
+
 def test_what_is_free_is_what_no_tensor_of_this_process_takes(monkeypatch):
     total = {"gpu:1": 80 * GIB}
     monkeypatch.setattr(paddle.device.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total[device]))
