@@ -17,7 +17,7 @@ def load(path: str | os.PathLike, **options: Any) -> Any:
 
     Args:
         path: a folder with model_index.json, or an id such as "THUDM/CogVideoX-2b" (needs huggingface_hub).
-        options: dtype, device, variant, parts: as `CogVideoXPipeline.from_pretrained` takes them.
+        options: dtype, device, variant, low_memory, parts: as `CogVideoXPipeline.from_pretrained` takes them.
     Raises:
         FileNotFoundError: no such folder, nothing to be had by that id, or it has no model_index.json.
         ConfigError: a pipeline of a class that is not there; further as `from_pretrained`.

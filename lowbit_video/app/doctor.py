@@ -138,6 +138,21 @@ def kernels(archs: list[tuple[int, int]]) -> list[dict[str, Any]]:
     return found
 
 
+def models(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every known model and kind of GPU: how a video of its default size fits, and the GiB that each way needs."""
+    from ..distributed.cost.memory import needed_gib
+    from ..distributed.cost.models import MODELS
+
+    found = []
+    for name, memory_gib in dict.fromkeys((device["name"], device["memory_gib"]) for device in devices):
+        for model in MODELS.values() if memory_gib is not None else ():
+            whole, low = needed_gib(model)
+            how = "as it is" if whole <= memory_gib else "with --low-memory" if low <= memory_gib else "not at all"
+            found.append({"model": model.name, "gpu": name, "memory_gib": memory_gib, "fits": how,
+                          "whole_gib": round(whole, 1), "low_memory_gib": round(low, 1)})
+    return found
+
+
 def examine() -> dict[str, Any]:
     """Everything the report shows."""
     devices = _attempt(gpus)
@@ -151,6 +166,7 @@ def examine() -> dict[str, Any]:
         "gpus": devices,
         "shipped": _attempt(shipped_line),
         "kernels": _attempt(kernels, [device["arch"] for device in listed]),
+        "models": _attempt(models, listed),
         "advice": _attempt(advice, listed),
     }
 
@@ -213,6 +229,12 @@ def render(report: dict[str, Any]) -> str:
     else:
         lines.append(f"  {report['kernels']}")
     lines.append(f"  {report['shipped']}")
+    if isinstance(report["models"], str):
+        lines += ["", f"Models: {report['models']}"]
+    elif report["models"]:
+        lines += ["", "CogVideoX in Paddle (16 bit, a guided video of the default size; GiB reckoned: all parts, low memory)"]
+        lines += [f"  {entry['model']:<17} {entry['fits']} on {entry['gpu']}: {entry['whole_gib']}, {entry['low_memory_gib']} "
+                  f"of {entry['memory_gib']}" for entry in report["models"]]
     if report["advice"]:
         said = report["advice"] if isinstance(report["advice"], list) else [report["advice"]]
         lines += ["", *said]

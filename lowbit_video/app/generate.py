@@ -22,7 +22,7 @@ from ..files import write_json
 from .compare_twin import compare_twin
 from .job import DEFAULT_FPS, EXACT, Job, add_arguments, fill, job_of
 from .ranks import check_launched, connected, describe, is_first, make_once, share
-from .run_pipeline import load_pipeline, resolve_device, resolve_dtype, run_pipeline, seconds_line, timed
+from .run_pipeline import load_pipeline, memory_line, resolve_device, resolve_dtype, run_pipeline, seconds_line, timed
 from .verdict import judge_video
 
 RANDOM_STEPS = 10
@@ -69,7 +69,7 @@ def _make(job: Job, device: str, wire: Any, say: Any) -> dict[str, Any]:
     job = fill(job, job.model)
     dtype = resolve_dtype(job.dtype, device, job.model)
     say(f"model {job.model}, {dtype} on {device}; attention {job.attention if job.hooked else 'exact'}"
-        + (", compiled" if job.compile else ""))
+        + (", compiled" if job.compile else "") + (", low memory" if job.low_memory else ""))
     say(f"prompt: {job.prompt}")
     pipe, load_s = load_pipeline(job, dtype, device)
     order_tokens(pipe, job.order)
@@ -82,7 +82,8 @@ def _make(job: Job, device: str, wire: Any, say: Any) -> dict[str, Any]:
     frames, height, width = run.video.shape[:3]
     report = {"job": asdict(job), "device": device, "dtype": dtype, "random_model": random,
               "video": {"frames": frames, "height": height, "width": width, "fps": job.fps},
-              "seconds": {"load": load_s, **run.seconds}, "coverage": run.coverage.as_dict()}
+              "seconds": {"load": load_s, **run.seconds}, "peak_memory_gib": run.memory or None,
+              "coverage": run.coverage.as_dict()}
     if parallel is not None:
         report["parallel"] = parallel.report()
     if is_first():
@@ -98,6 +99,7 @@ def _finish(pipe: Any, job: Job, run: Any, report: dict[str, Any], out: Path, sa
     files = {"video": out / "video.mp4"}
     report["seconds"]["mp4"] = timed(pipelines.export_to_video, run.video, files["video"], job.fps)
     say(seconds_line(report["seconds"], job.steps))
+    say(memory_line(run.memory, report["device"]))
     say(f"\n{run.coverage}")
     if "parallel" in report:
         say(f"\n{describe(report['parallel'])}")

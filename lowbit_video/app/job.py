@@ -62,6 +62,7 @@ class Job:
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
+    low_memory: bool = False
     compare: bool = False
     ulysses_degree: int | None = None
     ring_degree: int | None = None
@@ -155,6 +156,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu:0, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="of the weights: float32, float16, bfloat16 (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="run the transformer through paddle.jit.to_static")
+    parser.add_argument("--low-memory", action="store_true", help="text encoder and transformer on the device one at a time, "
+                        "read from their files each time; the VAE decodes by tiles where there is no room for whole frames")
     parser.add_argument("--compare", action="store_true", help="also run full precision with the same seed: side-by-side mp4, "
                         "PSNR and SSIM per frame")
     ranks = parser.add_argument_group("several GPUs", "one video on the processes that `python -m paddle.distributed.launch "

@@ -50,7 +50,7 @@ def resolve_dtype(name: str, device: str, folder: str) -> str:
 def load_pipeline(job: Job, dtype: str, device: str) -> tuple[Any, float]:
     """(the pipeline of the job's model, compiled if asked for, seconds that it took)."""
     start = time.perf_counter()
-    pipe = pipelines.load(job.model, dtype=dtype, device=device)
+    pipe = pipelines.load(job.model, dtype=dtype, device=device, low_memory=job.low_memory)
     if job.compile:
         pipe.compile()
     return pipe, time.perf_counter() - start
@@ -58,10 +58,14 @@ def load_pipeline(job: Job, dtype: str, device: str) -> tuple[Any, float]:
 
 @dataclass
 class Run:
-    """One run of the pipeline: video float32 [F, H, W, 3] in [0, 1], seconds by stage, the coverage report."""
+    """One run of the pipeline: video float32 [F, H, W, 3] in [0, 1], seconds by stage, the coverage report.
+
+    memory: GiB that the device held at most, by stage; empty where it does not tell.
+    """
 
     video: np.ndarray
     seconds: dict[str, float]
+    memory: dict[str, float]
     coverage: Any
 
 
@@ -79,7 +83,7 @@ def run_pipeline(pipe: Any, job: Job, progress: bool = True) -> Run:
     if broken:
         raise ValueError(f"the video has {broken} NaN or infinite values of {video.size}; try --dtype float32, or "
                          "--precision exact to see whether attention is the cause")
-    return Run(video, dict(result.timings), coverage(pipe))
+    return Run(video, dict(result.timings), dict(result.memory), coverage(pipe))
 
 
 def timed(function: Callable, *args: Any) -> float:
@@ -95,3 +99,10 @@ def seconds_line(seconds: dict[str, float], steps: int | None) -> str:
     if steps and seconds.get("denoise"):
         text += f" ({seconds['denoise'] / steps:.2f} a step)"
     return f"seconds: {text}"
+
+
+def memory_line(memory: dict[str, float], device: str) -> str:
+    """Peak memory by stage as a line, or that the device does not tell of it."""
+    if not memory:
+        return f"peak memory: Paddle does not count it on {device}"
+    return "peak memory, GiB: " + ", ".join(f"{stage.replace('_', ' ')} {value:.2f}" for stage, value in memory.items())

@@ -139,6 +139,9 @@ def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None
     """
     check_exchange(exchange, output)
     model = transformer_of(pipe_or_model)
+    if getattr(model, "stored", None) is not None:
+        raise UnsupportedError("the pipeline was loaded with low_memory=True, whose weights come and go; supported on several "
+                               "ranks are weights that stay: load it without")
     modules = attention_modules(model)
     _check_model(model, modules)
     if wire is None:

@@ -23,6 +23,7 @@ from lowbit_video.hook.order import order_of
 
 from ..shared.conditions import CALLBACK_TENSORS, Callback, guidance
 from ..shared.denoise import denoise
+from ..shared.device_memory import free_bytes
 from ..shared.inputs import (
     MAX_ELEMENTS,
     as_texts,
@@ -43,6 +44,7 @@ from .scheduler import CogVideoXDDIMScheduler, CogVideoXScheduler
 from .scheduler_dpm import CogVideoXDPMScheduler
 from .transformer import CogVideoXTransformer3DModel
 from .vae import AutoencoderKLCogVideoX
+from .vae_room import within
 
 # component -> library as model_index.json names it, and the class of each name that it may have there
 COMPONENTS: dict[str, tuple[str, dict[str, type]]] = {
@@ -98,7 +100,7 @@ class CogVideoXPipeline(Pipeline):
                     stacklevel=2,
                 )
         ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
-        with on_device(self.device), paddle.no_grad():
+        with on_device(self.device), paddle.no_grad(), self._needed("text_encoder"):
             return text_encoder(paddle.to_tensor(ids))
 
     def decode_latents(self, latents: paddle.Tensor, progress: bool = False) -> paddle.Tensor:
@@ -112,6 +114,9 @@ class CogVideoXPipeline(Pipeline):
             raise ValueError(f"latents have shape {list(latents.shape)}; this model decodes [videos, frames, {channels}, "
                              "height, width]")
         latents = here(latents, "latents")
+        if self.on_demand is not None and self.parallel is None:  # ranks must agree on tiles, and have memory between them
+            with within(self.vae, latents.shape, self.vae.parameters()[0].element_size(), free_bytes(self.device)):
+                return self._decode(latents, progress)
         if self.parallel is None:
             return self._decode(latents, progress)
         return self.parallel.decode(lambda: self._decode(latents, progress))
@@ -199,7 +204,7 @@ class CogVideoXPipeline(Pipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         self.interrupt, self.guidance_scale, self.num_timesteps = False, guidance_scale, len(self.scheduler.timesteps)
         dynamic = lambda timestep: dynamic_guidance(guidance_scale, timestep, num_inference_steps)
-        timings: dict[str, float] = {}
+        timings, memory = {}, {}
 
         with on_device(self.device), paddle.no_grad():
             videos = (len(prompts) if prompts is not None else prompt_embeds.shape[0]) * num_videos_per_prompt
@@ -209,10 +214,10 @@ class CogVideoXPipeline(Pipeline):
             latents = draw(generators, shape) if latents is None else take_latents(latents, shape)
             latents = self._shared(latents * self.scheduler.init_noise_sigma)
             rotary = self.transformer.rotary_tables(shape[1], shape[3], shape[4])
-            with self._timed(timings, "text_encode"):
+            with self._stage("text_encode", timings, memory), self._needed("text_encoder"):
                 embeds = self._shared(self._embed(prompts, negatives, prompt_embeds, negative_prompt_embeds,
                                                   guidance_scale > 1.0, num_videos_per_prompt, max_sequence_length))
-            with self._timed(timings, "denoise"):
+            with self._stage("denoise", timings, memory), self._needed("transformer"):
                 latents = denoise(
                     self, lambda *inputs: self.transformer(*inputs, image_rotary_emb=rotary), latents, embeds,
                     guided=guidance_scale > 1.0, draw=lambda: self._shared(draw(generators, shape)),
@@ -220,9 +225,9 @@ class CogVideoXPipeline(Pipeline):
                     callback=callback_on_step_end, callback_tensors=callback_on_step_end_tensor_inputs, progress=progress,
                 )
             if output_type != "latent":
-                with self._timed(timings, "decode"):
+                with self._stage("decode", timings, memory):
                     latents = postprocess(self.decode_latents(latents[:, padded_frames:], progress), output_type)
-        return PipelineOutput(latents, timings, seeds)
+        return PipelineOutput(latents, timings, seeds, memory)
 
     def _check_parts(self, *call: Any) -> None:
         super()._check_parts(*call)

@@ -434,8 +434,8 @@ class AutoencoderKLCogVideoX(Model):
         out = config.out_channels
         self.quant_conv = nn.Conv3D(2 * out, 2 * out, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv3D(out, out, 1) if config.use_post_quant_conv else None
-        self.use_slicing = False
-        self.use_tiling = False
+        self.use_slicing = self.use_tiling = False
+        self.slicing_chosen = self.tiling_chosen = False  # whether a caller has said, on or off
         self.on_decoded: Callable[[int], object] | None = None  # told how many latent frames each piece of work had
         # Ranks that call encode and decode together, with the same input, and all get the result; the first `degree` of them
         # do the work (None: all).
@@ -450,10 +450,10 @@ class AutoencoderKLCogVideoX(Model):
 
     def enable_slicing(self) -> None:
         """Work on the videos of a batch one after the other."""
-        self.use_slicing = True
+        self.use_slicing = self.slicing_chosen = True
 
     def disable_slicing(self) -> None:
-        self.use_slicing = False
+        self.use_slicing, self.slicing_chosen = False, True
 
     def enable_tiling(
         self,
@@ -483,10 +483,10 @@ class AutoencoderKLCogVideoX(Model):
             raise ValueError(f"tiles of {height}x{width} pixels are smaller than one latent; give at least {ratio}x{ratio}")
         self._set_tile_size(height, width)
         self.tile_overlap_factor_height, self.tile_overlap_factor_width = factors
-        self.use_tiling = True
+        self.use_tiling = self.tiling_chosen = True
 
     def disable_tiling(self) -> None:
-        self.use_tiling = False
+        self.use_tiling, self.tiling_chosen = False, True
 
     def _set_tile_size(self, height: int, width: int) -> None:
         ratio = self.spatial_compression_ratio

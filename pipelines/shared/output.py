@@ -21,11 +21,13 @@ class PipelineOutput:
             "pd": float32 tensor [B, F, 3, H, W] in [0, 1]; "latent": float32 tensor [B, f, C, h, w].
         timings: seconds of "text_encode", "denoise" and "decode".
         seeds: the seed of each video, where the noise came from seeds.
+        memory: GiB that the device held at most in each of these stages, weights included; empty where it does not tell (CPU).
     """
 
     frames: Any
     timings: dict[str, float] = field(default_factory=dict)
     seeds: list[int] | None = None
+    memory: dict[str, float] = field(default_factory=dict)
 
 
 def postprocess(video: paddle.Tensor, output_type: str) -> Any:

@@ -9,15 +9,20 @@ from typing import Any
 
 import paddle
 
+from lowbit_video.arguments import flag
 from lowbit_video.files import write_folder_whole
 from lowbit_video.runtime.detect import default_paddle_device
 
 from .compiling import compiled
 from .config import DIFFUSERS_VERSION, ConfigError, write_json
+from .device_memory import peak_gib, restart_peak
 from .folders import MODEL_INDEX_NAME, fetch_parts, find_folder, read_index
 from .inputs import here, repeat_rows
+from .on_demand import OnDemand
 
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
+ONE_AT_A_TIME = ("text_encoder", "transformer")
+"""The large parts, of which a pipeline with low memory has one at a time on the device."""
 FETCHED = "fetch the folder with huggingface_hub.snapshot_download(id, {}=...) and give its path"
 ELSEWHERE = {
     "torch_dtype": "torch_dtype is dtype here, such as dtype='float16'", "device_map": "device_map is device here",
@@ -44,6 +49,7 @@ class Pipeline:
         for name, part in parts.items():
             setattr(self, name, part)
         self.device = device or paddle.get_device()
+        self.on_demand: OnDemand | None = None  # of a pipeline with low memory
         self.parallel: Any = None  # what `lowbit_video.parallelize` makes, where several ranks share the work
         self.interrupt = False  # a callback sets this to stop after the current step
         self.guidance_scale = 1.0  # of the current step; a callback may set it for those that follow
@@ -58,6 +64,7 @@ class Pipeline:
         dtype: str = "float32",
         device: str = "auto",
         variant: str | None = None,
+        low_memory: bool = False,
         **components: Any,
     ) -> Pipeline:
         """Reads a pipeline's folder in diffusers' layout, or fetches one by its Hugging Face Hub id.
@@ -68,6 +75,9 @@ class Pipeline:
             dtype: of the weights: "float32", "float16", "bfloat16"; a CPU holds them in float32 all the same.
             device: "auto" (the GPU, if Paddle has one, else the CPU), or as Paddle names it.
             variant: the "fp16" of "diffusion_pytorch_model.fp16.safetensors".
+            low_memory: the text encoder and the transformer have their weights on the device one at a time, while a call needs
+                them, and read them from the files each time; the VAE decodes videos of a batch one by one and, where what is
+                free on the device does not do, by tiles, unless its own switches were set. Parts given as `components` stay.
             components: parts to use in place of the folder's, such as `scheduler=`; None leaves one out, as in
                 `text_encoder=None` where every call gets embeddings.
         Raises:
@@ -75,11 +85,12 @@ class Pipeline:
             ConfigError: another pipeline's folder, or a part of another class, or a config key that is not known.
             WeightsError: weight files missing, damaged, or not those of the configuration.
         """
+        low_memory = flag("low_memory", low_memory)
         unknown = sorted(set(components) - set(cls.components))
         if unknown:
             advice = "".join(f"; {ELSEWHERE[name]}" for name in unknown if name in ELSEWHERE)
-            raise TypeError(f"from_pretrained got unknown arguments: {', '.join(unknown)}; known: dtype, device, variant and "
-                            f"the parts {', '.join(cls.components)}{advice}")
+            raise TypeError(f"from_pretrained got unknown arguments: {', '.join(unknown)}; known: dtype, device, variant, "
+                            f"low_memory and the parts {', '.join(cls.components)}{advice}")
         folder = find_folder(path)
         classes = cls._classes_of(folder, skip=components)
         folder = fetch_parts(path, folder, classes, variant)
@@ -96,8 +107,12 @@ class Pipeline:
                 if name in WITHOUT_WEIGHTS:
                     parts[name] = part_class.from_pretrained(part_folder)
                 else:
-                    parts[name] = part_class.from_pretrained(part_folder, dtype=dtype, variant=variant)
-        return cls(**{**dict.fromkeys(cls.components), **parts}, device=device)
+                    later = low_memory and name in ONE_AT_A_TIME
+                    parts[name] = part_class.from_pretrained(part_folder, dtype=dtype, variant=variant, read=not later)
+        pipe = cls(**{**dict.fromkeys(cls.components), **parts}, device=device)
+        if low_memory:
+            pipe.on_demand = OnDemand(device, [parts[name] for name in ONE_AT_A_TIME if name in classes])
+        return pipe
 
     @classmethod
     def _classes_of(cls, folder: str, skip: Mapping[str, Any]) -> dict[str, type]:
@@ -144,7 +159,8 @@ class Pipeline:
                 if part is None:
                     index[name] = [None, None]
                     continue
-                part.save_pretrained(temporary / name, **({} if name in WITHOUT_WEIGHTS else {"dtype": dtype}))
+                with self._needed(name, now=True):
+                    part.save_pretrained(temporary / name, **({} if name in WITHOUT_WEIGHTS else {"dtype": dtype}))
                 index[name] = [library, type(part).__name__]
             write_json(temporary / MODEL_INDEX_NAME, index)
 
@@ -176,6 +192,13 @@ class Pipeline:
             raise ValueError(f"{user} needs the pipeline's {name}, which is None: it was left out. {instead}Load the pipeline "
                              f"with it, or set it: pipe.{name} = ...")
         return part
+
+    def _needed(self, name: str, now: bool = False) -> contextlib.AbstractContextManager:
+        """A block that needs the weights of a part: of a pipeline with low memory they are there only meanwhile.
+
+        now: from the beginning of the block, not only from when the part is called.
+        """
+        return contextlib.nullcontext() if self.on_demand is None else self.on_demand.needed(getattr(self, name), now)
 
     def _check_parts(self, prompts, negatives, negative_prompt_embeds, guidance_scale: float, output_type: str) -> None:
         """Raises ValueError where a call needs a part that the pipeline was made without."""
@@ -238,13 +261,16 @@ class Pipeline:
         return paddle.concat([negative, positive.astype(negative.dtype)])
 
     @contextlib.contextmanager
-    def _timed(self, timings: dict[str, float], stage: str) -> Iterator[None]:
-        """Adds the seconds that the block takes on the device."""
+    def _stage(self, stage: str, timings: dict[str, float], memory: dict[str, float]) -> Iterator[None]:
+        """Notes the seconds that the block takes on the device and, where the device tells, the most memory in it, GiB."""
+        restart_peak(self.device)
         start = time.perf_counter()
         yield
         if self.device != "cpu":
             paddle.device.synchronize(self.device)
         timings[stage] = time.perf_counter() - start
+        if (peak := peak_gib(self.device)) is not None:
+            memory[stage] = peak
 
 
 @contextlib.contextmanager

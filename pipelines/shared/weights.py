@@ -106,6 +106,7 @@ class Model(nn.Layer):
     repeated: dict[str, str] = {}  # config key that counts layers -> regular expression: a layer's tensors, its number a group
 
     config: Config
+    stored: StoredWeights | None = None  # where the weights lie, of a model that was built without reading them
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Model:
@@ -118,13 +119,14 @@ class Model(nn.Layer):
         return model
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype: Any = "float32", variant: str | None = None):
+    def from_pretrained(cls, folder: str | os.PathLike, dtype: Any = "float32", variant: str | None = None, read: bool = True):
         """Reads a model from a folder in diffusers' layout, onto the current device.
 
         Args:
             folder: the component's own folder, such as ".../transformer".
             dtype: "float32", "float16" or "bfloat16"; on a CPU weights are float32 all the same, with a warning.
             variant: the "fp16" of "diffusion_pytorch_model.fp16.safetensors".
+            read: False checks everything and leaves the weights without memory, until `model.stored.read(model)`.
         Raises:
             ConfigError: config.json is missing, is of another class, or has unknown keys.
             WeightsError: weight files missing or damaged, or not the ones for this configuration; all before anything is built.
@@ -138,7 +140,11 @@ class Model(nn.Layer):
         except Exception as error:  # Paddle's own have any type
             raise ConfigError(f"{os.path.join(folder, CONFIG_NAME)} describes a {cls.__name__} that cannot be built "
                               f"({str(error).strip()}); correct its sizes") from error
-        load_weights(model, folder, dtype, variant, entries)
+        stored = find_weights(model, folder, dtype, variant, entries)
+        if read:
+            stored.read(model)
+        else:
+            model.stored = stored
         return model
 
     @classmethod
@@ -282,7 +288,40 @@ def load_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float
                  entries: dict[str, TensorEntry] | None = None) -> None:
     """Streams the weights of a folder into a model's parameters and persistable buffers, on the current device.
 
-    Everything is checked against the files' tables before the first tensor is read.
+    Arguments and errors are those of `find_weights`.
+    """
+    find_weights(model, folder, dtype, variant, entries).read(model)
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Where a model's weights lie: the table entry of each tensor's name, and the type that they have in memory."""
+
+    entries: dict[str, TensorEntry]
+    dtype: str
+
+    def read(self, model: nn.Layer) -> None:
+        """Streams them into the model's parameters and persistable buffers, on the current device, one at a time."""
+        state, linear = model.state_dict(), _linear_weights(model)
+        in_float32 = getattr(model, "float32_tensors", ()) if self.dtype == "float16" else ()
+        open_path, file = None, None
+        try:
+            for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].path, item[1].offset)):
+                if entry.path != open_path:
+                    if file is not None:
+                        file.close()
+                    open_path, file = entry.path, open(entry.path, "rb")
+                kept = any(re.search(pattern, name) for pattern in in_float32)
+                transposed = name in linear and not entry.paddle_order
+                _fill(state[name], _read(file, entry, transposed, "float32" if kept else self.dtype))
+        finally:
+            if file is not None:
+                file.close()
+
+
+def find_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float32", variant: str | None = None,
+                 entries: dict[str, TensorEntry] | None = None) -> StoredWeights:
+    """Checks the weights of a folder against a model, by the files' tables; reads no tensor.
 
     Args:
         model: a `Model`, built by `from_config` (parameters without memory) or in the ordinary way.
@@ -323,21 +362,7 @@ def load_weights(model: nn.Layer, folder: str | os.PathLike, dtype: Any = "float
     ]
     if problems:
         raise WeightsError(f"the weights in {folder} do not fit {type(model).__name__}: {'; '.join(problems)}")
-
-    in_float32 = getattr(model, "float32_tensors", ()) if target == "float16" else ()
-    open_path, file = None, None
-    try:
-        for name, entry in sorted(plan.items(), key=lambda item: (item[1].path, item[1].offset)):
-            if entry.path != open_path:
-                if file is not None:
-                    file.close()
-                open_path, file = entry.path, open(entry.path, "rb")
-            kept = any(re.search(pattern, name) for pattern in in_float32)
-            transposed = name in linear and not entry.paddle_order
-            _fill(state[name], _read(file, entry, transposed, "float32" if kept else target))
-    finally:
-        if file is not None:
-            file.close()
+    return StoredWeights(plan, target)
 
 
 def _read(file, entry: TensorEntry, transposed: bool, target: str) -> paddle.Tensor:

@@ -56,6 +56,7 @@ def test_the_script_compares_at_int4_fp8(model, tmp_path):
     for module in report["coverage"]["modules"]:
         assert module["calls"] == 2 and module["runs"][0]["variant"].startswith("int4+fp8")
     assert "2 of 2 attention modules ran at low bit" in done.stdout and "seconds: load" in done.stdout
+    assert report["peak_memory_gib"] is None and "peak memory: Paddle does not count it on cpu" in done.stdout
     assert "untouched" in done.stdout and "denoise" in done.stderr
     assert not list(out.glob("*.tmp*")) and not list(out.glob(".*"))
 
@@ -270,7 +271,7 @@ def test_a_video_with_nan_is_refused(model):
         def __call__(self, prompt, **given):
             frames = np.zeros((1, 9, 48, 80, 3), np.float32)
             frames[0, 2, :4] = np.nan
-            return type("Output", (), {"frames": frames, "timings": {}})
+            return type("Output", (), {"frames": frames, "timings": {}, "memory": {}})
 
     with pytest.raises(ValueError, match="the video has 960 NaN or infinite values"):
         generate.run_pipeline(Pipe(), generate.Job(prompt="a cat"))

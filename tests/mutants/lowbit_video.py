@@ -11,6 +11,7 @@ FRAMES = "lowbit_video/hook/frames/"
 GROUPS = "tests/lowbit_video/distributed/test_groups.py::"
 INTERPRETED = "tests/lowbit_video/runtime/interpreted.py::"
 JOB = "tests/lowbit_video/app/test_job.py::"
+LOW_MEMORY = "tests/pipelines/cogvideox/test_low_memory.py::"
 MASKS = "tests/lowbit_video/hook/test_masks.py::"
 OPTIONS = "tests/lowbit_video/engine/test_options.py::"
 ORDER = "tests/lowbit_video/test_token_order.py::"
@@ -28,6 +29,21 @@ TO_STATIC = "tests/lowbit_video/graph/test_to_static.py::"
 ULYSSES = "tests/lowbit_video/distributed/test_ulysses.py::"
 
 MUTANTS = [
+    *faults("lowbit_video/distributed/cost/memory.py", LOW_MEMORY + "test_decoding_takes_what_is_reckoned",
+            ("NORM_TENSORS = 5", "NORM_TENSORS = 4"), ("CACHED_FRAMES = 2", "CACHED_FRAMES = 0"),
+            ("latent_frames % 2)", "0)"), ("max(NORM_TENSORS * inner, ", "max(0, ")),
+    *faults("lowbit_video/distributed/cost/memory.py", LOW_MEMORY + "test_a_step_takes_what_is_reckoned_and_weights_as_many",
+            ("STEP_TENSORS = 13", "STEP_TENSORS = 12"), ("batch * tokens * channels", "tokens * channels")),
+    *faults("lowbit_video/distributed/cost/memory.py", LOW_MEMORY + "test_what_each_way_needs_by_hand",
+            ("max(step, whole)", "step + whole"), ("model.weights_gib + step, tiled)", "model.weights_gib + step)"),
+            ("TILE = (240, 360)", "TILE = (480, 720)"), ("GUIDED = 2", "GUIDED = 1")),
+    *faults("lowbit_video/app/doctor.py", "tests/lowbit_video/app/test_doctor.py::test_how_models_fit_on_a_gpu",
+            ("if whole <= memory_gib else", "if low <= memory_gib else"), ("dict.fromkeys((device", "list((device")),
+    *faults("lowbit_video/app/doctor.py",
+            "tests/lowbit_video/app/test_doctor.py::test_models_are_told_of_gpus_of_known_memory_only",
+            (" if memory_gib is not None else ()", "")),
+    *faults("lowbit_video/distributed/parallelize.py", LOW_MEMORY + "test_ranks_and_other_values_are_refused",
+            ('if getattr(model, "stored", None) is not None:', "if False:")),
     *faults("lowbit_video/distributed/watch.py", "tests/lowbit_video/distributed/test_watch.py::"
             "test_ranks_that_answer_at_once_are_told_no_more_often_than_once_a_beat",
             ("                due = now + BEAT_S\n", ""), ("max(due - now, 0)", "None"), ("self.wire.state.count, ", "0, ")),
@@ -318,7 +334,10 @@ MUTANTS = [
             ("pipe(job.prompt, seed=job.seed,", "pipe(job.prompt, seed=0,"),
             ("if value is not None})\n    video", "if value})\n    video"),
             ('"height": job.height, "width": job.width', '"height": job.width, "width": job.height'),
-            ('"bfloat16" if rotary else "float16"', '"float16" if rotary else "bfloat16"')),
+            ('"bfloat16" if rotary else "float16"', '"float16" if rotary else "bfloat16"'),
+            ("low_memory=job.low_memory", "low_memory=False"),
+            ("dict(result.memory), coverage", "dict(result.timings), coverage"),
+            ("    if not memory:\n", "    if memory is None:\n")),
     *faults("lowbit_video/app/ranks.py", JOB.removesuffix("::"),
             ("ranks = max(ranks, job.vae_degree or 1, 2)", "ranks = max(ranks, 2)"),
             ("job.guidance <= 1:", "job.guidance < 1:"),

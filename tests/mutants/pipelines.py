@@ -1,6 +1,8 @@
 """Faults of `pipelines/`."""
 from .entry import faults
 
+LOW = "tests/pipelines/cogvideox/test_low_memory.py::"
+MEMORY = "tests/pipelines/shared/test_device_memory.py::"
 ORDER = "tests/pipelines/cogvideox/test_token_order.py::"
 PIPELINE = "tests/pipelines/cogvideox/test_pipeline.py::"
 SCHEDULER = "tests/pipelines/cogvideox/test_scheduler.py::"
@@ -12,6 +14,51 @@ VIDEO_FILES = "tests/pipelines/shared/test_video_files.py::"
 VAE = "tests/pipelines/cogvideox/test_vae.py::"
 
 MUTANTS = [
+    *faults("pipelines/shared/on_demand.py", LOW + "test_one_large_part_at_a_time_and_none_between",
+            ("                    self._release(number)\n", "                    pass\n")),
+    *faults("pipelines/shared/on_demand.py", LOW + "test_memory_is_given_back_and_reading_holds_nothing_twice",
+            ("            tensor._clear_data()\n", "            pass\n")),
+    *faults("pipelines/shared/on_demand.py", LOW + "test_encoding_from_a_callback_brings_the_transformer_back",
+            ("            self._release(other)\n", "            pass\n")),
+    *faults("pipelines/shared/on_demand.py", LOW + "test_a_call_reads_each_part_once_and_none_that_it_does_not_need",
+            ("                if now:\n", "                if True:\n"), ("if not self._users[number]:", "if True:")),
+    *faults("pipelines/shared/on_demand.py", LOW + "test_a_part_called_by_itself_gets_its_weights_and_a_failure_leaves_none",
+            ("lambda layer, inputs, number=number: self._bring(number)", "lambda layer, inputs, number=number: None")),
+    *faults("pipelines/shared/on_demand.py", LOW + "test_threads_that_encode_and_denoise_wait_for_each_other",
+            ("        with self._turn:\n", "        with contextlib.nullcontext():\n")),
+    *faults("pipelines/shared/on_demand.py", LOW + "test_changed_weights_stay_and_are_used",
+            ("if not np.array_equal(", "if False and not np.array_equal("), ("            model.stored = None\n", "")),
+    *faults("pipelines/shared/on_demand.py", MEMORY + "test_weights_go_to_the_device_and_its_cache_is_emptied_when_they_leave",
+            ("        release_cached(self._device)\n", ""), ("        paddle.set_device(self._device)\n", ""),
+            ("            paddle.set_device(before)\n", "            pass\n")),
+    *faults("pipelines/shared/device_memory.py", MEMORY + "test_a_gpu_without_a_number_is_the_current_one",
+            ("reset_max_memory_allocated(_numbered(device))", "reset_max_memory_allocated(device)"),
+            ('    return current if current.startswith(f"{device}:") else f"{device}:0"\n', "    return current\n")),
+    *faults("pipelines/shared/device_memory.py", MEMORY + "test_what_is_free_is_what_no_tensor_of_this_process_takes",
+            ("return total - paddle.device.cuda.memory_allocated(device)", "return total"),
+            ('if not device.startswith("gpu"):', 'if device == "cpu":')),
+    *faults("pipelines/shared/pipeline.py", LOW + "test_a_saved_pipeline_has_all_weights_and_given_parts_stay",
+            ("with self._needed(name, now=True):", "with self._needed(name):")),
+    *faults("pipelines/shared/pipeline.py", LOW + "test_memory_is_given_back_and_reading_holds_nothing_twice",
+            ("read=not later)", "read=True)")),
+    *faults("pipelines/cogvideox/vae_room.py", LOW + "test_videos_one_by_one_then_by_tiles_and_what_was_chosen_first",
+            ("if not vae.slicing_chosen and batch * one >", "if batch * one >"), ("(1 if vae.use_slicing else batch)", "batch"),
+            ("if not vae.tiling_chosen and (1", "if (1"), ("height * ratio, width * ratio", "height, width"),
+            ("        vae.use_slicing, vae.use_tiling = before\n", "        pass\n")),
+    *faults("pipelines/cogvideox/pipeline.py", LOW + "test_decoding_goes_by_what_is_free",
+            ("free_bytes(self.device)):", "None):")),
+    *faults("pipelines/cogvideox/pipeline.py", LOW + "test_one_large_part_at_a_time_and_none_between",
+            (', self._needed("transformer"):', ":")),
+    *faults("pipelines/cogvideox/pipeline.py", LOW + "test_a_call_reads_each_part_once_and_none_that_it_does_not_need",
+            ('self._stage("text_encode", timings, memory), self._needed("text_encoder"):',
+             'self._stage("text_encode", timings, memory):')),
+    *faults("pipelines/shared/pipeline.py", MEMORY + "test_each_stage_has_its_own_peak",
+            ("        restart_peak(self.device)\n", ""),
+            ("            memory[stage] = peak\n", "            memory[\"all\"] = peak\n")),
+    *faults("pipelines/shared/device_memory.py", MEMORY + "test_a_cpu_is_not_asked",
+            ('return device != "cpu"', "return True")),
+    *faults("pipelines/shared/device_memory.py", MEMORY + "test_each_stage_has_its_own_peak",
+            ('return device != "cpu"', 'return device.startswith("gpu")'), ("GIB = 2**30", "GIB = 10**9")),
     *faults("pipelines/shared/weights.py",
             "tests/pipelines/shared/test_weights.py::test_tensors_that_share_bytes_or_leave_some_out",
             ("if entry.offset != place:", "if entry.offset < place:"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowbit_video.app import cli, doctor
+from lowbit_video.distributed.cost.models import MODELS
 from lowbit_video.kernels.variants import VARIANTS
 
 
@@ -27,7 +28,7 @@ def test_the_report_covers_machine_packages_and_every_kernel(capsys):
 def test_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert {"machine", "packages", "frameworks", "gpus", "shipped", "kernels", "advice"} == set(report)
+    assert {"machine", "packages", "frameworks", "gpus", "shipped", "kernels", "models", "advice"} == set(report)
     assert {entry["kernel"] for entry in report["kernels"]} == {variant.name for variant in VARIANTS}
 
 
@@ -77,6 +78,27 @@ def test_gpus_are_read_from_the_driver(monkeypatch):
     assert "NVIDIA H200, sm_90, 140.4 GiB" in report and "this Paddle cannot use it" in report
 
 
+@pytest.mark.parametrize("memory_mib, fits", [
+    (81559, ("as it is", "as it is", "as it is")), (40960, ("as it is", "as it is", "with --low-memory")),
+    (24564, ("as it is", "with --low-memory", "with --low-memory")), (16376, ("with --low-memory",) * 2 + ("not at all",)),
+    (12288, ("with --low-memory", "not at all", "not at all")), (8188, ("not at all",) * 3)])
+def test_how_models_fit_on_a_gpu(monkeypatch, memory_mib, fits):
+    fake_smi(monkeypatch, f"GPU A, 9.0, {memory_mib}\nGPU A, 9.0, {memory_mib}\n")
+    report = doctor.examine()
+    assert [(one["model"], one["fits"]) for one in report["models"]] == [*zip(MODELS, fits)]  # once for two of a kind
+    first = report["models"][0]
+    gib = f"{first['whole_gib']}, {first['low_memory_gib']} of {round(memory_mib / 1024, 1)}"
+    assert f"  CogVideoX-2b      {fits[0]} on GPU A: {gib}\n" in doctor.render(report)
+
+
+def test_models_are_told_of_gpus_of_known_memory_only(monkeypatch):
+    fake_smi(monkeypatch, "GPU A, 9.0, [N/A]\n")
+    assert doctor.examine()["models"] == []
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    report = doctor.examine()
+    assert report["models"] == [] and "--low-memory" not in doctor.render(report)
+
+
 @pytest.mark.parametrize("stdout, code", [("", 9), ("NVIDIA-SMI has failed, because it could not talk\n", 9), ("a, b, c\n", 0),
                                           ("NVIDIA H200, [N/A], 1\n", 0)])
 def test_a_broken_driver_is_no_failure(monkeypatch, capsys, stdout, code):
@@ -89,10 +111,10 @@ def test_a_probe_that_raises_is_reported(monkeypatch, capsys):
     def broken(*args):
         raise OSError("the disk is on fire")
 
-    for name in ("gpus", "packages", "frameworks", "kernels", "advice"):
+    for name in ("gpus", "packages", "frameworks", "kernels", "models", "advice"):
         monkeypatch.setattr(doctor, name, broken)
     assert cli.main(["doctor"]) == 0
-    assert capsys.readouterr().out.count("OSError: the disk is on fire") == 5
+    assert capsys.readouterr().out.count("OSError: the disk is on fire") == 6
 
 
 def test_missing_packages_say_how_to_get_them(monkeypatch):

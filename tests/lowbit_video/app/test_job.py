@@ -23,8 +23,8 @@ from lowbit_video.app.job import (  # noqa: E402
 
 OTHER = dict(model="a/folder", prompt="snow", negative_prompt="rain", precision="int4+fp8", fallback="exact",
              backend="reference", order="hilbert", steps=7, frames=17, height=96, width=160, fps=12.5, seed=11, guidance=2.5,
-             device="cpu", dtype="float16", compile=True, compare=True, ulysses_degree=3, ring_degree=5, cfg_degree=2,
-             vae_degree=4, exchange="int4", exchange_output="int8", out="elsewhere")
+             device="cpu", dtype="float16", compile=True, compare=True, low_memory=True, ulysses_degree=3, ring_degree=5,
+             cfg_degree=2, vae_degree=4, exchange="int4", exchange_output="int8", out="elsewhere")
 """A value of every setting but `modules` and `recipe`, none its default."""
 
 
@@ -110,7 +110,7 @@ class Pipe:
 
     def __call__(self, *given, **named):
         self.called = given, named
-        return SimpleNamespace(frames=[self.video], timings={"denoise": 3.0})
+        return SimpleNamespace(frames=[self.video], timings={"denoise": 3.0}, memory={"denoise": 9.0})
 
 
 def test_the_pipeline_is_called_with_every_setting(monkeypatch):
@@ -119,7 +119,8 @@ def test_the_pipeline_is_called_with_every_setting(monkeypatch):
     done = run_pipeline.run_pipeline(pipe, Job(**OTHER), progress=False)
     assert pipe.called == (("snow",), dict(seed=11, output_type="np", progress=False, negative_prompt="rain",
                                            num_inference_steps=7, guidance_scale=2.5, num_frames=17, height=96, width=160))
-    assert done.video is pipe.video and done.seconds == {"denoise": 3.0} and done.coverage == ("coverage of", pipe)
+    assert done.video is pipe.video and (done.seconds, done.memory) == ({"denoise": 3.0}, {"denoise": 9.0})
+    assert done.coverage == ("coverage of", pipe)
     run_pipeline.run_pipeline(pipe, Job(prompt="hail", guidance=0.0))
     assert pipe.called == (("hail",), dict(seed=0, output_type="np", progress=True, guidance_scale=0.0))
 
@@ -135,10 +136,28 @@ def test_the_dtype_is_that_in_which_a_model_was_published(given, device, config,
     assert run_pipeline.resolve_dtype(given, device, str(tmp_path)) == dtype
 
 
+def test_a_pipeline_is_loaded_and_compiled_as_the_job_says(monkeypatch):
+    asked = []
+    pipe = SimpleNamespace(compile=lambda: asked.append("compile"))
+    monkeypatch.setattr(run_pipeline.pipelines, "load", lambda *given, **named: (asked.append((given, named)), pipe)[1],
+                        raising=False)
+    loaded, seconds = run_pipeline.load_pipeline(Job(**OTHER), "float16", "gpu:1")
+    assert loaded is pipe and seconds >= 0
+    assert asked == [(("a/folder",), dict(dtype="float16", device="gpu:1", low_memory=True)), "compile"]
+    run_pipeline.load_pipeline(Job(model="b"), "float32", "cpu")
+    assert asked[2:] == [(("b",), dict(dtype="float32", device="cpu", low_memory=False))]
+
+
 def test_seconds_of_a_step():
     assert run_pipeline.seconds_line({"text_encode": 1.0, "denoise": 3.0}, 4) == (
         "seconds: text encode 1.00, denoise 3.00 (0.75 a step)")
     assert run_pipeline.seconds_line({"load": 1.0}, 4) == run_pipeline.seconds_line({"load": 1.0}, None) == "seconds: load 1.00"
+
+
+def test_peak_memory_by_stage_or_why_there_is_none():
+    assert run_pipeline.memory_line({"text_encode": 9.004, "denoise": 13.0}, "gpu:0") == (
+        "peak memory, GiB: text encode 9.00, denoise 13.00")
+    assert run_pipeline.memory_line({}, "cpu") == "peak memory: Paddle does not count it on cpu"
 
 
 class Enough(Exception):

@@ -125,7 +125,7 @@ def test_golden(loaded, kind, case):
     assert want.std() > 10
     assert abs(got - want).max() <= LEVELS
     assert set(output.timings) == {"text_encode", "denoise", "decode"}
-    assert all(seconds > 0 for seconds in output.timings.values())
+    assert all(seconds > 0 for seconds in output.timings.values()) and output.memory == {}  # a CPU does not tell
 
 
 def test_guidance_matters(loaded, kind):
@@ -602,7 +602,7 @@ def test_a_scheduler_of_another_library_is_refused(pipe, monkeypatch):
     ("torch_dtype", "torch_dtype is dtype here"), ("revision", r"snapshot_download\(id, revision=...\)"),
     ("cache_dir", r"snapshot_download\(id, cache_dir=...\)"), ("device_map", "device_map is device here")])
 def test_arguments_of_diffusers_are_told_what_they_are_here(name, advice):
-    with pytest.raises(TypeError, match=f"unknown arguments: {name}; known: dtype, device, variant and the parts .*{advice}"):
+    with pytest.raises(TypeError, match=f"unknown arguments: {name}; known: dtype, .*low_memory and the parts .*{advice}"):
         CogVideoXPipeline.from_pretrained(GOLDENS / "pipeline_2b", **{name: "x"})
 
 
