@@ -1,6 +1,10 @@
 """What a device tells of its memory: the most that was allocated in a stage, and what is free."""
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import paddle
 
 GIB = 2**30
@@ -13,8 +17,7 @@ def tells(device: str) -> bool:
 
 def restart_peak(device: str) -> None:
     """Counts the peak from what is allocated now; where the device tells of none, does nothing."""
-    if tells(device):
-        paddle.device.cuda.reset_max_memory_allocated(_numbered(device))
+    _asked(paddle.device.cuda.reset_max_memory_allocated, device)
 
 
 def free_bytes(device: str) -> int | None:
@@ -34,7 +37,16 @@ def release_cached(device: str) -> None:
 
 def peak_gib(device: str) -> float | None:
     """The most that tensors took on the device since `restart_peak`, weights included, GiB; None where it tells of none."""
-    return paddle.device.cuda.max_memory_allocated(_numbered(device)) / GIB if tells(device) else None
+    peak = _asked(paddle.device.cuda.max_memory_allocated, device)
+    return None if peak is None else peak / GIB
+
+
+def _asked(counter: Callable[[str], Any], device: str) -> Any:
+    """What a counter says; None of a device that Paddle has none of: no video is to fail for it."""
+    if tells(device):
+        with contextlib.suppress(ValueError, RuntimeError):
+            return counter(_numbered(device))
+    return None
 
 
 def _numbered(device: str) -> str:

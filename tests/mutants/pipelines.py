@@ -32,7 +32,7 @@ MUTANTS = [
             ("        release_cached(self._device)\n", ""), ("        paddle.set_device(self._device)\n", ""),
             ("            paddle.set_device(before)\n", "            pass\n")),
     *faults("pipelines/shared/device_memory.py", MEMORY + "test_a_gpu_without_a_number_is_the_current_one",
-            ("reset_max_memory_allocated(_numbered(device))", "reset_max_memory_allocated(device)"),
+            ("counter(_numbered(device))", "counter(device)"),
             ('    return current if current.startswith(f"{device}:") else f"{device}:0"\n', "    return current\n")),
     *faults("pipelines/shared/device_memory.py", MEMORY + "test_what_is_free_is_what_no_tensor_of_this_process_takes",
             ("return total - paddle.device.cuda.memory_allocated(device)", "return total"),

@@ -60,6 +60,20 @@ def test_a_cpu_is_not_asked(monkeypatch):
     assert device_memory.peak_gib("cpu") is None
 
 
+@pytest.mark.parametrize("refusal", [ValueError, RuntimeError])
+def test_a_device_without_counters_makes_its_videos_all_the_same(monkeypatch, refusal):
+    def refused(device):
+        raise refusal("not supported")
+
+    Counter(monkeypatch, "cudev:0")
+    for name in ("reset_max_memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(paddle.device.cuda, name, refused)
+    seconds, memory = {}, {}
+    with Pipeline("cudev:0")._stage("decode", seconds, memory):
+        pass
+    assert set(seconds) == {"decode"} and memory == {} and device_memory.peak_gib("cudev:0") is None
+
+
 @pytest.mark.parametrize("current, counted", [("gpu:3", "gpu:3"), ("cpu", "gpu:0")])
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch, current, counted):
     monkeypatch.setattr(paddle, "get_device", lambda: current)
