@@ -7,58 +7,14 @@ from __future__ import annotations
 
 from ..buffers import Buffer
 from ..formats import get_format
-from ..fp8 import to_fp8
 from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand
-from ..quant.quant_qk import ROUND_MAGIC, STEP_2, TINY, _cells
 from ..quant.shapes import ceil_div, row_strides, scale_count
+from ..quant.write_codes import write_codes
 from .rows import prepared_rows, rotary_tile
 from .stats import how_built, norm_arguments, scalars
 from .steps import ROWS, Steps
-
-
-@triton.jit
-def _write_codes(b_x, p_codes, p_scale, o_n, m_n, i_t, n, MAX_CODE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-                 FORMAT: tl.constexpr, PER_TOKEN: tl.constexpr, INTERPRET: tl.constexpr):
-    """Scale and codes of rows [ROWS, D], zero past the end; `quant_qk_kernel`, which has the same, is shipped."""
-    if FORMAT == "int2":
-        b_mag = tl.sum(b_x * b_x, 1)
-        if PER_TOKEN:
-            b_mag = tl.sqrt(b_mag / D)
-        else:
-            b_mag = tl.sqrt(tl.sum(b_mag, 0) / (tl.minimum(n - i_t * ROWS, ROWS) * D).to(tl.float32))
-        b_scale = tl.maximum(b_mag, TINY) * STEP_2
-    else:
-        b_mag = tl.max(tl.abs(b_x), 1)
-        if not PER_TOKEN:
-            b_mag = tl.max(b_mag, 0)
-        b_scale = tl.maximum(b_mag, TINY) / MAX_CODE
-    if PER_TOKEN:
-        tl.store(p_scale + o_n, b_scale, mask=m_n)
-        b_inverse = (1.0 / b_scale)[:, None]
-    else:
-        tl.store(p_scale + i_t, b_scale)
-        b_inverse = 1.0 / b_scale
-    o_row = o_n.to(tl.int64)[:, None]
-    if FORMAT == "int8":
-        b_codes = (b_x * b_inverse + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-        tl.store(p_codes + o_row * D + tl.arange(0, D)[None, :], b_codes, mask=m_n[:, None])
-    elif FORMAT == "fp8":
-        b_codes = to_fp8(tl.minimum(tl.maximum(b_x * b_inverse, -MAX_CODE), MAX_CODE), INTERPRET)
-        tl.store(p_codes + o_row * D + tl.arange(0, D)[None, :], b_codes, mask=m_n[:, None])
-    elif FORMAT == "int4":
-        b_cell = _cells(b_x, b_inverse * 0.5, -8.0, 7.0, INTERPRET) & 15
-        b_low, b_high = tl.split(tl.reshape(b_cell, [ROWS, D // 2, 2]))
-        tl.store(p_codes + o_row * (D // 2) + tl.arange(0, D // 2)[None, :], (b_low | (b_high << 4)).to(tl.uint8),
-                 mask=m_n[:, None])
-    else:
-        b_cell = _cells(b_x, b_inverse * 0.5, -2.0, 1.0, INTERPRET) & 3
-        b_even, b_odd = tl.split(tl.reshape(b_cell, [ROWS, D // 4, 2, 2]))
-        b_0, b_2 = tl.split(b_even)
-        b_1, b_3 = tl.split(b_odd)
-        b_byte = b_0 | (b_1 << 2) | (b_2 << 4) | (b_3 << 6)
-        tl.store(p_codes + o_row * (D // 4) + tl.arange(0, D // 4)[None, :], b_byte.to(tl.uint8), mask=m_n[:, None])
 
 
 @triton.jit(do_not_specialize=["H", "N", "begin", "turned", "q_scale_stride_b", "q_scale_stride_h", "k_scale_stride_b",
@@ -77,6 +33,7 @@ def prologue_quant_kernel(q, k, q_codes, k_codes, q_scale, k_scale, q_mean, k_me
     i_b = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     ROTARY: tl.constexpr = cos is not None
     o_n = i_t * ROWS + tl.arange(0, ROWS)
+    o_row, rows = o_n.to(tl.int64), tl.minimum(N - i_t * ROWS, ROWS)
     m_n = o_n < N
     o_d = tl.arange(0, D)
     b_cos, b_sin = None, None
@@ -93,9 +50,9 @@ def prologue_quant_kernel(q, k, q_codes, k_codes, q_scale, k_scale, q_mean, k_me
         if score_bias is not None:
             b_bias = tl.sum(b_x * tl.load(q_mean + o_mean)[None, :], 1)
             tl.store(score_bias + i_b * score_stride_b + i_h * score_stride_h + o_n, b_bias, mask=m_n)
-        _write_codes(b_x, k_codes + i_b * k_codes_stride_b + i_h * k_codes_stride_h,
-                     k_scale + i_b * k_scale_stride_b + i_h * k_scale_stride_h, o_n, m_n, i_t, N, K_MAX, D, ROWS, K_FORMAT,
-                     K_PER_TOKEN, INTERPRET)
+        write_codes(b_x, k_codes + i_b * k_codes_stride_b + i_h * k_codes_stride_h,
+                    k_scale + i_b * k_scale_stride_b + i_h * k_scale_stride_h, o_row, m_n, i_t, rows, K_MAX, D, ROWS, K_FORMAT,
+                    K_PER_TOKEN, INTERPRET)
         b_x = prepared_rows(q + i_b * q_stride_b + i_h * q_stride_h, q_stride_n, o_n, m_n, q_weight, q_bias, eps, b_cos, b_sin,
                             D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
         if lse_shift is not None:
@@ -103,9 +60,9 @@ def prologue_quant_kernel(q, k, q_codes, k_codes, q_scale, k_scale, q_mean, k_me
             tl.store(lse_shift + i_b * shift_stride_b + i_h * shift_stride_h + o_n, b_shift, mask=m_n)
         if q_mean is not None:
             b_x -= tl.load(q_mean + o_mean)[None, :]
-        _write_codes(b_x, q_codes + i_b * q_codes_stride_b + i_h * q_codes_stride_h,
-                     q_scale + i_b * q_scale_stride_b + i_h * q_scale_stride_h, o_n, m_n, i_t, N, Q_MAX, D, ROWS, Q_FORMAT,
-                     True, INTERPRET)
+        write_codes(b_x, q_codes + i_b * q_codes_stride_b + i_h * q_codes_stride_h,
+                    q_scale + i_b * q_scale_stride_b + i_h * q_scale_stride_h, o_row, m_n, i_t, rows, Q_MAX, D, ROWS, Q_FORMAT,
+                    True, INTERPRET)
 
 
 def launch_prologue_quant(q: Operand, k: Operand, q_codes: Operand, k_codes: Operand, steps: Steps, *,

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from ..buffers import Buffer
 from ..formats import ROTATED, get_format
-from ..fp8 import to_fp8
 from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand, Sequences
-from .quant_qk import ROUND_MAGIC, STEP_2, TINY, TOKEN_ROWS, _cells
+from .quant_qk import TINY, TOKEN_ROWS
 from .shapes import ceil_div, row_strides, scale_count
+from .write_codes import write_codes
 
 
 class Tops(NamedTuple):
@@ -95,47 +95,9 @@ def quant_rotated_kernel(x, codes, scale, q_top, k_top, mean, lse_shift, k_mean,
             b_factor = tl.sqrt(b_q / b_k)
         b_x = _hadamard(b_x * b_factor[None, :], D)
 
-        if FORMAT == "int2":
-            b_mag = tl.sum(b_x * b_x, 1)
-            if PER_TOKEN:
-                b_mag = tl.sqrt(b_mag / D)
-            else:
-                b_mag = tl.sqrt(tl.sum(b_mag, 0) / (tl.minimum(n - i_t * ROWS, ROWS) * D).to(tl.float32))
-            b_scale = tl.maximum(b_mag, TINY) * STEP_2
-        else:
-            b_mag = tl.max(tl.abs(b_x), 1)
-            if not PER_TOKEN:
-                b_mag = tl.max(b_mag, 0)
-            b_scale = tl.maximum(b_mag, TINY) / MAX_CODE
-        p_scale = scale + i_b.to(tl.int64) * scale_stride_b + i_h.to(tl.int64) * scale_stride_h
-        if PER_TOKEN:
-            tl.store(p_scale + o_row, b_scale, mask=m_n)
-            b_inverse = (1.0 / b_scale)[:, None]
-        else:
-            tl.store(p_scale + scale_start, b_scale)
-            b_inverse = 1.0 / b_scale
-
-        p_codes = codes + i_b.to(tl.int64) * codes_stride_b + i_h.to(tl.int64) * codes_stride_h
-        if FORMAT == "int8":
-            b_codes = (b_x * b_inverse + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-            tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None])
-        elif FORMAT == "fp8":
-            b_codes = to_fp8(tl.minimum(tl.maximum(b_x * b_inverse, -MAX_CODE), MAX_CODE), INTERPRET)
-            tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None])
-        elif FORMAT == "int4":
-            b_cell = _cells(b_x, b_inverse * 0.5, -8.0, 7.0, INTERPRET) & 15
-            b_low, b_high = tl.split(tl.reshape(b_cell, [ROWS, D // 2, 2]))
-            o_p = tl.arange(0, D // 2)
-            tl.store(p_codes + o_row[:, None] * (D // 2) + o_p[None, :], (b_low | (b_high << 4)).to(tl.uint8),
-                     mask=m_n[:, None])
-        else:
-            b_cell = _cells(b_x, b_inverse * 0.5, -2.0, 1.0, INTERPRET) & 3
-            b_even, b_odd = tl.split(tl.reshape(b_cell, [ROWS, D // 4, 2, 2]))
-            b_0, b_2 = tl.split(b_even)
-            b_1, b_3 = tl.split(b_odd)
-            o_p = tl.arange(0, D // 4)
-            b_byte = b_0 | (b_1 << 2) | (b_2 << 4) | (b_3 << 6)
-            tl.store(p_codes + o_row[:, None] * (D // 4) + o_p[None, :], b_byte.to(tl.uint8), mask=m_n[:, None])
+        write_codes(b_x, codes + i_b.to(tl.int64) * codes_stride_b + i_h.to(tl.int64) * codes_stride_h,
+                    scale + i_b.to(tl.int64) * scale_stride_b + i_h.to(tl.int64) * scale_stride_h, o_row, m_n, scale_start,
+                    tl.minimum(n - i_t * ROWS, ROWS), MAX_CODE, D, ROWS, FORMAT, PER_TOKEN, INTERPRET)
 
 
 def launch_quant_rotated(x: Operand, codes: Operand, sequences: Sequences | None = None, *, tops: Tops, of: str,
