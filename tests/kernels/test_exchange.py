@@ -1,12 +1,10 @@
 """How codes lie in memory, and NumPy beside the exchange's kernels; the kernels themselves run in Triton's interpreter."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from interpreted_run import pass_in_the_interpreter
 from lowbit_video.kernels.exchange import reference
 from lowbit_video.kernels.exchange.layout import ALIGNMENT, Copy, Kind, joins, layout_of
 from lowbit_video.kernels.quant import reference as quant
@@ -175,7 +173,5 @@ def test_kernels_in_the_interpreter():
     """The kernels, and what the engine launches of them, in a process where Triton interprets."""
     pytest.importorskip("triton")
     tests = Path(__file__).parents[1]
-    files = [tests / "kernels" / "interpreted_exchange.py", tests / "lowbit_video" / "engine" / "interpreted_codes.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
-                          capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(tests / "kernels" / "interpreted_exchange.py",
+                            tests / "lowbit_video" / "engine" / "interpreted_codes.py")

@@ -1,21 +1,17 @@
 """The rotating quantisers: they compile for every arch and fit it, and give the oracle's codes in Triton's interpreter."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from interpreted_run import pass_in_the_interpreter
 
 triton = pytest.importorskip("triton")
 
 
 def test_rotation_in_the_interpreter():
-    file = Path(__file__).with_name("interpreted_rotation.py")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], capture_output=True,
-                          text=True, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(Path(__file__).with_name("interpreted_rotation.py"))
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing compiles")

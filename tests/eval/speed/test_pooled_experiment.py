@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from interpreted_run import ENVIRONMENT
+
 pytest.importorskip("triton")
 
 SCRIPT = """
@@ -25,7 +27,7 @@ print(json.dumps(pooled.check(case, "int8+fp8", 0.3, 0, "triton")))
 
 def test_checks(tmp_path):
     out = tmp_path / "found.json"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ENVIRONMENT
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(out)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     wrong = json.loads(done.stdout.splitlines()[-1])

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from interpreted_run import ENVIRONMENT
+
 pytest.importorskip("triton")
 
 SCRIPT = """
@@ -32,7 +34,7 @@ print(json.dumps(found))
 def test_checks(tmp_path):
     out = tmp_path / "found.json"
     tests = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(
         filter(None, (tests, os.environ.get("PYTHONPATH"))))}
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(out)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,14 +1,13 @@
 """The fused prologue's kernels: the oracle's codes in Triton's interpreter, and builds for sm_90 that spill nothing."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 triton = pytest.importorskip("triton")
+
+from interpreted_run import pass_in_the_interpreter  # noqa: E402
 
 from offline import Prologue  # noqa: E402
 
@@ -17,10 +16,7 @@ CASES = [Prologue((9, 0), 64, "float16", "layer", False), Prologue((9, 0), 64, "
 
 
 def test_prologue_in_the_interpreter():
-    file = Path(__file__).with_name("interpreted_prologue.py")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], capture_output=True,
-                          text=True, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(Path(__file__).with_name("interpreted_prologue.py"))
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing compiles")

@@ -1,16 +1,14 @@
 """Attention whose norms and positions are computed on the way: the same as of tensors that had them, or a reason why not."""
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import lowbit_video as lv
+from interpreted_run import pass_in_the_interpreter
 from lowbit_video.engine import prologue
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.packing import Packing
@@ -99,7 +97,4 @@ def test_the_workspace_has_partials_of_tiles():
 
 def test_calls_in_the_interpreter():
     pytest.importorskip("triton")
-    file = Path(__file__).with_name("interpreted_prologue_calls.py")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], capture_output=True,
-                          text=True, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(Path(__file__).with_name("interpreted_prologue_calls.py"))

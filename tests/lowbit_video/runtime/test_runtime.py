@@ -1,14 +1,13 @@
 """Runtimes: what they find, the driver they lend Triton, and the workspace of a call."""
 import inspect
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from interpreted_run import pass_in_the_interpreter
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.run import run
 from lowbit_video.engine.workspace import ALIGNMENT, layout_workspace
@@ -26,10 +25,7 @@ pytest.importorskip("triton")
 
 def test_kernels_in_the_interpreter():
     """The kernels themselves, through the public API, in a process where Triton interprets."""
-    file = Path(__file__).with_name("interpreted.py")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], capture_output=True,
-                          text=True, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(Path(__file__).with_name("interpreted.py"))
 
 
 def test_runtime_answers_alike_for_both_frameworks(framework):
