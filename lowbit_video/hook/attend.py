@@ -15,7 +15,7 @@ from ..graph.tracing import traced_by_paddle, traced_by_torch
 from ..runtime.detect import runtime_of
 
 FASTER = next(variant for variant in VARIANTS if variant.name == "hopper-exact")
-"""Measured to be faster than both frameworks' own attention: eval/speed/NOTES.md."""
+"""Measured to be faster than PyTorch's FlashAttention-2 and cuDNN (eval/speed/NOTES.md); Paddle's own was not in that run."""
 FASTER_FROM = 4096
 """Keys from which FASTER is taken: cross attention to a text stays the framework's. Measured from 17776 on; the portable
 kernel, slower there than FASTER, is ahead of the frameworks' FlashAttention-2 from 1024 on (eval/speed/results/sweep.md)."""
