@@ -118,7 +118,7 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
     recipe.save(out)
     from .plot import plot
 
-    title = f"{Path(settings.model).name or 'model'}, {_goal(plan.scheme, budget)}; {costs.said}"
+    title = f"{Path(settings.model).name or 'model'}, {goal}; {costs.said}"
     plot(out.with_suffix(".png"), allocation, problem.uniform(), problem.paid(allocation), names,
          [steps_text(*edges) for edges in problem.edges], title, costs.unit)
     say(f"{out}, {out.with_suffix('.png')}")
