@@ -28,7 +28,7 @@ from lowbit_video.precision import Precision
 from lowbit_video.rung import as_rung
 
 from .. import baselines
-from .names import FUSED, unfused
+from .names import APART, precision_of
 
 SDPA = F.scaled_dot_product_attention
 
@@ -42,12 +42,12 @@ DEFAULT = (*EXACT, SAGE, "int8+fp8", "int8+fp16", NONE)
 
 def pools(method: str) -> bool:
     """Whether a method may keep a part of the keys only."""
-    return method not in TITLES and (names_recipe(unfused(method)) or as_rung(unfused(method))[1] is not None)
+    return method not in TITLES and (names_recipe(precision_of(method)) or as_rung(precision_of(method))[1] is not None)
 
 
-def with_fused(names: list[str]) -> list[str]:
-    """The methods, and behind each of ours the same with its prologue fused."""
-    return [one for name in names for one in ([name] if name in TITLES or name.endswith(FUSED) else [name, name + FUSED])]
+def with_apart(names: list[str]) -> list[str]:
+    """The methods, and behind each of ours the same with norms and positions apart."""
+    return [one for name in names for one in ([name] if name in TITLES or name.endswith(APART) else [name, name + APART])]
 
 
 def why_not(method: str, device: str, dispatches: bool = False, fuses: bool = True) -> str | None:
@@ -55,7 +55,7 @@ def why_not(method: str, device: str, dispatches: bool = False, fuses: bool = Tr
 
     fuses: whether the model leaves norms and positions to its processors.
     """
-    if method.endswith(FUSED) and not fuses:
+    if method.endswith(APART) and not fuses:
         return "this model computes norms and positions itself"
     if dispatches and pools(method):
         return "no backend of diffusers' dispatcher takes a recipe or pools keys"
@@ -66,14 +66,14 @@ def why_not(method: str, device: str, dispatches: bool = False, fuses: bool = Tr
 
 def title(method: str) -> str:
     """How a method is called in tables."""
-    name = unfused(method)
+    name = precision_of(method)
     return f"recipe {Path(name).stem}{method[len(name):]}" if names_recipe(name) else TITLES.get(method, method)
 
 
 def check_methods(names: list[str]) -> None:
     """Raises ValueError for one that does not exist."""
     for name in names:
-        own = unfused(name)
+        own = precision_of(name)
         if names_recipe(own):
             Recipe.load(own)
         elif name not in TITLES:
@@ -81,7 +81,7 @@ def check_methods(names: list[str]) -> None:
                 as_rung(own)
             except ValueError:
                 raise ValueError(f"no method {name!r}; there are {', '.join(TITLES)}, precisions such as int8+fp8, 'int8+fp8 "
-                                 "pooled 0.3' or 'int8+fp8 fused', and recipes by their files") from None
+                                 "pooled 0.3' or 'int8+fp8 apart', and recipes by their files") from None
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,10 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
         for name in names:
             if name in low and not dispatches:
                 undo.callback(lowbit_video.remove, model)
-                wanted = unfused(name)
+                wanted = precision_of(name)
                 lowbit_video.apply(model, Recipe.load(wanted) if names_recipe(wanted) else wanted,
-                                   fallback=None if pools(name) else "exact", fused_prologue=name.endswith(FUSED) or None)
+                                   fallback=None if pools(name) else "exact",
+                                   fused_prologue=False if name.endswith(APART) else None)
                 own = {module: module.processor for module in modules}
             else:
                 own = {module: _of_method(processor, name) for module, processor in plain.items()}

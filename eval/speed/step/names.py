@@ -1,10 +1,10 @@
-"""How a method's name says that its prologue is fused."""
+"""How a method's name says that its prologue is not fused."""
 from __future__ import annotations
 
-FUSED = " fused"
-"""Behind a precision or a recipe: norms and positions are computed in the same readings of q and k as quantisation."""
+APART = " apart"
+"""Behind a precision or a recipe: norms and positions are computed before attention, each in a pass of its own."""
 
 
-def unfused(method: str) -> str:
-    """The precision or recipe of a method that may be followed by FUSED."""
-    return method.removesuffix(FUSED)
+def precision_of(method: str) -> str:
+    """The precision or recipe of a method that may be followed by APART."""
+    return method.removesuffix(APART)

@@ -21,15 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="names of eval/speed/step/models.py, or all (default: cogvideox-2b wan2.1-1.3b)")
     parser.add_argument("--methods", nargs="+", metavar="NAME",
                         help="pytorch, fa2, cudnn, fa4, sage, none (the ceiling) and precisions; the first is what the others "
-                             "are checked against (default: all of these, int8+fp8 and int8+fp16); 'int8+fp8 fused' has "
-                             "CogVideoX's norms and positions fused with quantisation")
+                             "are checked against (default: all of these, int8+fp8 and int8+fp16); 'int8+fp8 apart' has "
+                             "CogVideoX's norms and positions not fused with quantisation")
     parser.add_argument("--pooled", nargs="+", type=float, default=[], metavar="SHARE",
                         help="also int8+fp8 with these shares of the keys kept, such as 0.3, and the model's text always: "
                              "random weights choose at random, but as many")
     parser.add_argument("--recipe", nargs="+", default=[], metavar="FILE", help="also by these recipes, each at half of the "
                         "denoising")
-    parser.add_argument("--fused-prologue", action="store_true",
-                        help="each of our methods also fused: CogVideoX's norms and positions in the readings of quantisation")
+    parser.add_argument("--prologue-apart", action="store_true",
+                        help="each of our methods also with CogVideoX's norms and positions apart from quantisation")
     parser.add_argument("--modes", nargs="+", choices=("eager", "blocks", "model"), default=["eager", "blocks"],
                         help="as it is, repeated blocks compiled, compiled whole (default: eager blocks)")
     parser.add_argument("--budget-ms", type=float, default=6000.0, metavar="MS",
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = list(models.MODELS) if args.models == ["all"] else args.models
     if unknown := [name for name in chosen if name not in models.MODELS]:
         raise ValueError(f"no model {unknown[0]!r}; there are {', '.join(models.MODELS)}, or all")
-    fused = methods.with_fused if args.fused_prologue else list
-    wanted = list(dict.fromkeys(fused([*(args.methods or methods.DEFAULT), *args.recipe])))
+    also = methods.with_apart if args.prologue_apart else list
+    wanted = list(dict.fromkeys(also([*(args.methods or methods.DEFAULT), *args.recipe])))
     methods.check_methods(wanted)
     for share in args.pooled:
         Pooled(share)  # raises for what is no share
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
         entry = models.MODELS[name]
         pooled = [pooled_rung(POOLED, share, entry.leading_text(args.tiny)) for share in args.pooled]
-        measure.measure(name, entry, list(dict.fromkeys((*wanted, *fused(pooled)))), list(dict.fromkeys(args.modes)), device,
+        measure.measure(name, entry, list(dict.fromkeys((*wanted, *also(pooled)))), list(dict.fromkeys(args.modes)), device,
                         args.tiny, args.budget_ms, lambda text: print(f"  {text}", flush=True), save)
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from typing import Any
 from lowbit_video.files import write_whole
 from lowbit_video.hook.recipe.recipe import names_recipe
 
-from .names import unfused
+from .names import precision_of
 
 MODE_TITLES = {"eager": "eager", "blocks": "blocks compiled", "model": "compiled whole"}
 
@@ -69,7 +69,7 @@ def plot(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: P
         without = next((row["median_ms"] for row in rows if row["method"] == "none"), 0.0)
         rows = [row for row in rows if row["method"] != "none"]
         names = [row["title"] for row in rows]
-        low = ["+" in row["method"] or names_recipe(unfused(row["method"])) for row in rows]
+        low = ["+" in row["method"] or names_recipe(precision_of(row["method"])) for row in rows]
         if without:  # else the whole step has the colour of its attention
             axis.barh(names, [without] * len(rows), color="tab:gray", label="all but attention")
         axis.barh(names, [row["median_ms"] - without for row in rows], left=without,

@@ -26,7 +26,7 @@ def bench(folder, *more):
 
 def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
     before, sdpa = dispatch_models.state(), F.scaled_dot_product_attention
-    names = ["pytorch", "cudnn", "int8+fp8", "int8+fp8 fused", "none"]
+    names = ["pytorch", "cudnn", "int8+fp8", "int8+fp8 apart", "none"]
     assert bench(tmp_path / "new", "--models", "cogvideox-2b", "wan2.1-1.3b", "--methods", *names) == 0
     assert dispatch_models.state() == before and F.scaled_dot_product_attention is sdpa
     written = json.loads((tmp_path / "new" / "step.json").read_text())
@@ -35,7 +35,7 @@ def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
     assert (cogvideox["video_tokens"], cogvideox["batch"], cogvideox["layers"]) == (48, 2, 2)
     assert (wan["video_tokens"], wan["batch"], wan["layers"]) == (192, 1, 2)
     for result in (cogvideox, wan):
-        without = {} if result is cogvideox else {"int8+fp8 fused": "this model computes norms and positions itself"}
+        without = {} if result is cogvideox else {"int8+fp8 apart": "this model computes norms and positions itself"}
         assert result["left_out"] == {"cudnn": "needs an NVIDIA GPU"} | without and not result["failed"]
         rows = {(row["method"], row["mode"]): row for row in result["rows"]}
         assert set(rows) == {(name, mode) for name in names if name not in result["left_out"]
@@ -88,8 +88,8 @@ def test_what_is_wrong_is_told_and_not_timed(monkeypatch, tmp_path):
                                         (["--methods", "flash_9"], "no method 'flash_9'; there are pytorch"),
                                         (["--recipe", "no.toml"], "no such file: no.toml"),
                                         (["--pooled", "1.5"], "keep is 1.5"),
-                                        (["--methods", "fa2 fused"], "no method 'fa2 fused'"),
-                                        (["--recipe", "no.toml fused"], "no such file: no.toml"),
+                                        (["--methods", "fa2 apart"], "no method 'fa2 apart'"),
+                                        (["--recipe", "no.toml apart"], "no such file: no.toml"),
                                         (["--methods", "exact pooled 0.3"], "no method 'exact pooled 0.3'")])
 def test_what_does_not_exist_is_refused(capsys, tmp_path, more, told):
     assert bench(tmp_path, *more)
@@ -112,11 +112,11 @@ def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, t
     assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0) for name, entry in models.MODELS.items()}
     written = json.loads((tmp_path / "step.json").read_text())
     assert [result["model"] for result in written["models"]] == list(models.MODELS)
-    assert bench(tmp_path, "--models", "flux", "--methods", "pytorch", "int8+fp8", "int4+fp8 fused", "--recipe", "safe",
-                 "--pooled", "0.3", "--fused-prologue") == 0
-    ours = ["int8+fp8", "int8+fp8 fused", "int4+fp8 fused", "safe", "safe fused"]
-    assert asked["flux"][1] == ["pytorch", *ours, "int8+fp8 pooled 0.3", "int8+fp8 pooled 0.3 fused"]
-    assert methods.title("a/b.toml fused") == "recipe b fused" and methods.title("int8+fp8 fused") == "int8+fp8 fused"
+    assert bench(tmp_path, "--models", "flux", "--methods", "pytorch", "int8+fp8", "int4+fp8 apart", "--recipe", "safe",
+                 "--pooled", "0.3", "--prologue-apart") == 0
+    ours = ["int8+fp8", "int8+fp8 apart", "int4+fp8 apart", "safe", "safe apart"]
+    assert asked["flux"][1] == ["pytorch", *ours, "int8+fp8 pooled 0.3", "int8+fp8 pooled 0.3 apart"]
+    assert methods.title("a/b.toml apart") == "recipe b apart" and methods.title("int8+fp8 apart") == "int8+fp8 apart"
     asked.clear()
     assert main(["bench", "step", "--out", str(tmp_path)]) and not asked  # published sizes need a GPU
 
