@@ -248,7 +248,6 @@ VARIANTS: tuple[KernelVariant, ...] = (
         "hopper-exact", "hopper", (("fp16", "fp16"), ("bf16", "bf16")), ("fp16", "bf16"),
         ".attention.hopper.launch:launch_attn_fwd", min_arch=(9, 0), max_arch=(9, 0), head_dims=(64, 128), padded=False,
         dtypes=("float16", "bfloat16"), features=frozenset({"causal", "lse", "gqa"}), needs=("gluon", "all by tma", "a scale"),
-        automatic=False,  # until all GPU tests have run with it
         note="Gluon: TMA, warp specialisation"),
     KernelVariant(
         "triton-exact", "triton", _EXACT_QK, EXACT_FORMATS,

@@ -12,7 +12,7 @@ from ..runtime.protocol import Runtime
 
 _apart = threading.local()
 
-FUSED_PROLOGUE = False
+FUSED_PROLOGUE = True
 """Whether low-bit processors fuse norms and positions with quantisation where they can and are told nothing else."""
 
 LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "paddle.nn.layer.norm.LayerNorm")

@@ -445,7 +445,7 @@ MUTANTS = [
             ("scratch = (precision.smooth_q + precision.smooth_k", "scratch = (precision.smooth_k"),
             ("    if fused:", "    if False:")),
     *faults("lowbit_video/hook/prologue.py", "tests/lowbit_video/hook/test_prologue.py",
-            ("FUSED_PROLOGUE = False", "FUSED_PROLOGUE = True"),
+            ("FUSED_PROLOGUE = True", "FUSED_PROLOGUE = False"),
             ("any(getattr(module, hooks, None) for hooks in HOOKS)", "False"),
             ("if dims != (head_dim,) and", "if False and"), ("runtime.dtype_name(weight) != dtype", "False"),
             ("RMS_NORMS.get(name, False)", "False"), ('"layer" if name in LAYER_NORMS', '"layer" if name'),

@@ -51,15 +51,16 @@ def test_the_model_computes_the_same(rotary, precision, monkeypatch):
     outputs(model, **given)
 
 
-def test_off_unless_asked_for(monkeypatch):
+def test_on_unless_told_otherwise(monkeypatch):
     model, given = toy_model.model(), toy_model.inputs()
-    assert prologue.FUSED_PROLOGUE is False
+    assert prologue.FUSED_PROLOGUE is True
     apply(model, "int8+fp8")
     outputs(model, **given)
-    assert ran(model) == {"int8+fp8 (reference-lowbit)": 2}
-    monkeypatch.setattr(prologue, "FUSED_PROLOGUE", True)
+    assert ran(model) == {"int8+fp8 (reference-lowbit, fused prologue)": 2}
+    monkeypatch.setattr(prologue, "FUSED_PROLOGUE", False)
     outputs(model, **given)
     assert ran(model) == {"int8+fp8 (reference-lowbit)": 2, "int8+fp8 (reference-lowbit, fused prologue)": 2}
+    monkeypatch.undo()
     apply(model, LowBitAttnProcessor("int8+fp8", fused_prologue=False))
     outputs(model, **given)
     assert ran(model) == {"int8+fp8 (reference-lowbit)": 2}
@@ -86,10 +87,10 @@ def apart(change=lambda model: None, given=None, **options):
 
 def test_apply_takes_it_for_what_it_makes():
     model, given = toy_model.model(), toy_model.inputs()
-    apply(model, "int8+fp8", {"*.1": LowBitAttnProcessor("int8+fp8")}, fused_prologue=True)
+    apply(model, "int8+fp8", {"*.1": LowBitAttnProcessor("int8+fp8")}, fused_prologue=False)
     outputs(model, **given)
     assert [list(module.runs) for module in coverage(model).modules] == [
-        [("int8+fp8 (reference-lowbit, fused prologue)", 1, "")], [("int8+fp8 (reference-lowbit)", 1, "")]]
+        [("int8+fp8 (reference-lowbit)", 1, "")], [("int8+fp8 (reference-lowbit, fused prologue)", 1, "")]]
     with pytest.raises(TypeError, match="fused_prologue"):
         apply(model, "int8+fp8", fused_prologue="yes")
 
