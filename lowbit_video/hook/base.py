@@ -7,6 +7,7 @@ code knows no framework, so the same processor serves our Paddle model and diffu
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -38,15 +39,23 @@ class AttnProcessor:
     processor may serve any number of modules.
 
     records: what ran, per attention module. low_bit: whether the coverage report counts it as hooked. differentiable: whether
-    `attend` may be asked for gradients; it may be by default, as it may be anything. fused_prologue: whether `attend` takes
-    norms and positions as `before`, where a frame can leave them to it; None: if `prologue.FUSED_PROLOGUE`.
+    `attend` may be asked for gradients; it may be by default, as it may be anything. fused_prologue: whether norms and
+    positions are left to `attend` where a frame can leave them; None: if `prologue.FUSED_PROLOGUE`. always_apart: why they
+    never are, in words, or "", or None; apart_in_graphs: that in a graph, which has one way for all calls.
     """
 
     low_bit, differentiable = False, True
     fused_prologue: bool | None = False
+    always_apart: str | None = None
+    apart_in_graphs: str | None = None
 
     def __init__(self) -> None:
         self.records = Records()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "attend" and (reason := why_never(value)):  # one of users' own in its place
+            self.always_apart = self.apart_in_graphs = reason
 
     def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None,
                  image_rotary_emb: Any = None, *, temb: Any = None, scale: Any = None, rotary_emb: Any = None,
@@ -103,20 +112,27 @@ class AttnProcessor:
         """The same of q and k as their projections left them: behind `prepare(q, k)`, or, where that is asked for and can be,
         in the same readings as quantisation. steps: that as `hook.prologue` has it."""
         asked = prologue.FUSED_PROLOGUE if self.fused_prologue is None else self.fused_prologue
-        found = (self.why_apart(attn, mask) or steps()) if asked else ""
+        traced = self._is_traced(attn, q)
+        reason = self.why_apart(attn, mask, traced) if asked else ""
+        found = steps() if reason is None else reason
         if isinstance(found, str):
             return self.attention_of(attn, *prepare(q, k), v, mask, found)
         before = Before(found, prepare)
-        if not self._is_traced(attn, q):
+        if not traced:
             return self.run(attn, q, k, v, before=before)
         slot = attn.attention_slot
         return slot.operators.attention_behind_steps(attn, q, k, v, before, slot.key)
 
-    def why_apart(self, attn: Any, mask: Any) -> str | None:
-        """Why norms and positions come before all that is done to q, k and v here, in words, or None."""
+    def why_apart(self, attn: Any, mask: Any, traced: bool) -> str | None:
+        """Why norms and positions come before all that is done to q, k and v here: in words, or "", or None if they do not.
+
+        traced: whether a graph is made of this call.
+        """
         if mask is not None:
             return "a mask was given"
-        return None if attn.attention_slot.around is None else "the tokens are shared by several ranks"
+        if attn.attention_slot.around is not None:
+            return "the tokens are shared by several ranks"
+        return self.apart_in_graphs if traced else self.always_apart
 
     def _is_traced(self, attn: Any, q: Any) -> bool:
         """Whether a graph is made of this call, whose operators run what processor the module has then."""
@@ -165,6 +181,11 @@ class AttnProcessor:
     __repr__ = __str__
 
 
+def why_never(attend: Callable) -> str | None:
+    """Why an attention never gets norms and positions as `before`, or None if it takes them."""
+    return None if "before" in inspect.signature(attend).parameters else "this attend takes no norms and positions"
+
+
 def check_processor(processor: Any) -> None:
     """Raises TypeError for what cannot be a module's processor, such as a processor's class in place of an instance."""
     if isinstance(processor, type):
@@ -193,9 +214,10 @@ def _run_module(attn: Any, *tensors: Any, steps: Steps | None = None, apart: str
     if steps is None:
         return attn.processor.run(attn, *tensors, apart=apart)
     prepare = functools.partial(prepared, attn.attention_slot.runtime, steps)
-    if attn.processor.fused_prologue is False:  # set since the graph was made
+    never = "" if attn.processor.fused_prologue is False else attn.processor.always_apart
+    if never is not None:  # set since the graph was made
         q, k, *rest = tensors
-        return attn.processor.run(attn, *prepare(q, k), *rest)
+        return attn.processor.run(attn, *prepare(q, k), *rest, apart=never)
     return attn.processor.run(attn, *tensors, before=Before(steps, prepare))
 
 

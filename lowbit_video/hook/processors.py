@@ -18,7 +18,7 @@ from ..precision import Precision
 from ..rung import as_rung
 from ..runtime.detect import runtime_of
 from .attend import exact_attend, exact_attend_masked
-from .base import AttnProcessor
+from .base import AttnProcessor, why_never
 from .masks import packed, prefix_lengths
 from .prologue import Before, apart, apart_text
 
@@ -27,7 +27,8 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 class ExactAttnProcessor(AttnProcessor):
-    """Full-precision attention by the framework's own operator; the pipelines' default."""
+    """Full-precision attention by the framework's own operator, or by Hopper's exact kernel from 4096 keys on; the pipelines'
+    default."""
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False) -> Any:
@@ -69,10 +70,8 @@ class LowBitAttnProcessor(AttnProcessor):
         self.fused_prologue = None if fused_prologue is None else flag("fused_prologue", fused_prologue)
         self.low_bit, self.differentiable = not self.precision.exact, fallback == "exact"
         self.pools = self.options().pools is not None  # raises for a backend or a check_finite that does not exist
-
-    def why_apart(self, attn: Any, mask: Any) -> str | None:
-        """As every processor's, and what this one's precision says: so that a graph's compiler has what is not fused."""
-        return super().why_apart(attn, mask) or why_not_chosen(self.precision, self.pools)
+        never = "" if self.precision.exact else why_never(self.attend) or why_not_chosen(self.precision, self.pools)
+        self.always_apart = self.apart_in_graphs = never
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False, before: Before | None = None) -> Any:
@@ -80,7 +79,9 @@ class LowBitAttnProcessor(AttnProcessor):
 
         before: norms and positions that q and k still lack.
         """
-        if before is not None:
+        if before is not None and self.precision.exact:
+            q, k = before.prepare(q, k)
+        elif before is not None:
             return self._fused(q, k, v, self.options(is_causal, scale, return_lse), before)
         served = self._low_bit(q, k, v, self.options(is_causal, scale, return_lse))
         if served is None:

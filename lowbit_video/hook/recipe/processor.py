@@ -38,6 +38,11 @@ class RecipeAttnProcessor(AttnProcessor):
         self.low_bit, self.differentiable = any(rung.low_bit for rung in rungs), fallback == "exact"
         self.pools = any(rung.pools for rung in rungs)
         self.fused_prologue = rungs[0].fused_prologue
+        reasons = [rung.always_apart for rung in rungs if rung.always_apart is not None]
+        if len(reasons) == len(rungs):
+            self.always_apart = self.apart_in_graphs = max(reasons, key=len)
+        elif reasons:
+            self.apart_in_graphs = "not all rungs of this layer fuse them, and a graph has one way"
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False, before: Before | None = None) -> Any:

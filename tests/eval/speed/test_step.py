@@ -67,8 +67,9 @@ def test_pooled_keys_and_recipes_are_run_eager_and_compiled_without_a_break(monk
     rows = {(row["method"], row["mode"]): row for row in result["rows"]}
     assert set(rows) == {(name, mode) for name in names for mode in ("eager", "blocks", "model")}
     assert all(rows[name, mode]["sqnr_to_eager_db"] > 60 for name in names for mode in ("blocks", "model"))
-    assert result["ran"] == {"int8+fp8 pooled 0.3 (reference-lowbit)": 24,
-                             "steps 0.4-1: int8+fp8 pooled 0.5 (reference-lowbit)": 24}
+    apart = "; prologue apart: pooling needs the means of tiles of normed keys first"
+    assert result["ran"] == {f"int8+fp8 pooled 0.3 (reference-lowbit{apart})": 24,
+                             f"steps 0.4-1: int8+fp8 pooled 0.5 (reference-lowbit{apart})": 24}
     assert rows[names[1], "eager"]["title"] == "recipe r" and rows[names[2], "eager"]["sqnr_db"] < 59
     why_not = [methods.why_not(name, "cuda", dispatches=True) for name in names]
     assert why_not[0] is None and "no backend of diffusers' dispatcher" in why_not[1] == why_not[2]
@@ -136,7 +137,8 @@ def test_a_model_is_measured_on_its_own_keys_and_counts(monkeypatch):
     entry = models.MODELS["cogvideox-2b"]
     result = measure.measure("cogvideox-2b", entry, ["int8+fp8", "pytorch"], ["eager"], "cpu", True, 1.0, lambda text: None,
                              lambda result: None)
-    assert result["ran"] == {"int8+fp8 (reference-lowbit)": 10}  # as what is wanted, too; the last processors are PyTorch's
+    # as what is wanted, too; the last processors are PyTorch's
+    assert result["ran"] == {"int8+fp8 (reference-lowbit, fused prologue)": 10}
     assert methods.why_not("fa2", "cuda") is None
 
 

@@ -65,10 +65,10 @@ def test_a_module_that_fell_back_once_is_not_whole():
             model.blocks[1](given["video"], given["text"], attention_mask=attention_mask)
     report = coverage(model)
     assert [(name, calls, bool(reason)) for name, calls, reason in report.modules[1].runs] == [
-        ("int8+fp16 (reference-lowbit)", 1, False), ("exact (masked)", 1, True)]
+        ("int8+fp16 (reference-lowbit, fused prologue)", 1, False), ("exact (masked)", 1, True)]
     assert [m.name for m in report.fallbacks] == ["blocks.1"]
     assert report.summary() == "1 of 2 attention modules ran at low bit in every call (1 fell back)"
-    assert report.variants() == {"int8+fp16 (reference-lowbit)": 2, "exact (masked)": 1}
+    assert report.variants() == {"int8+fp16 (reference-lowbit, fused prologue)": 2, "exact (masked)": 1}
 
 
 def test_a_pipeline_names_what_is_untouched():

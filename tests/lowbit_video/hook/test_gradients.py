@@ -112,4 +112,4 @@ def test_with_the_fallback_training_is_exact_and_told():
     assert report.modules[0].runs[0][2] == "gradients are asked for, and this attention is inference only"
     with paddle.no_grad():
         model(given["video"], given["text"])
-    assert "int8+fp16 (reference-lowbit)" in lv.coverage(model).variants()
+    assert "int8+fp16 (reference-lowbit, fused prologue)" in lv.coverage(model).variants()

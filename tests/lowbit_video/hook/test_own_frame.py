@@ -60,7 +60,8 @@ def test_a_model_is_hooked_reported_and_given_back(name):
     if name in ALWAYS_MASKED:
         assert torch.equal(low, plain) and len(report.fallbacks) == 2 and "no low-bit kernel takes a mask" in str(report)
     else:
-        assert set(report.variants()) == {"int8+fp16 (reference-lowbit)"} and not report.fallbacks
+        fused = ", fused prologue" * (name in RETOLD)
+        assert set(report.variants()) == {f"int8+fp16 (reference-lowbit{fused})"} and not report.fallbacks
         assert FLOOR_DB.get(name, 65) < sqnr_db(low, plain) < 150
     assert lv.remove(model) and not lv.remove(model)
     assert {one: module.processor for one, module in targets.items()} == before

@@ -18,6 +18,7 @@ import toy_model  # noqa: E402
 
 RUNG = "int8+fp8 pooled 0.3 always 7"
 INPUTS = dict(video_tokens=1100, text_tokens=7)
+APART = "; prologue apart: pooling needs the means of tiles of normed keys first"
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_the_report_counts_what_is_kept_and_what_is_pooled(model, monkeypatch):
     video_of(model), video_of(model)
     kept, pooled = (sum(int(chosen.sum()) for chosen in seen), sum(int((~chosen).sum()) for chosen in seen))
     report = coverage(model)
-    variant = "int8+fp8 pooled 0.3 (reference-lowbit)"
+    variant = f"int8+fp8 pooled 0.3 (reference-lowbit{APART})"
     assert len(seen) == 2 and report.tiles() == {variant: (kept, pooled)}
     values = report.as_dict()
     assert values["tiles"] == {variant: {"kept": kept, "pooled": pooled}}
@@ -75,8 +76,8 @@ def test_each_rung_of_a_recipe_is_counted(model):
     apply(model, Recipe([{"rung": RUNG}, other, {"rung": "exact", "layers": "blocks.1"}]))
     video_of(model)
     tiles = coverage(model).tiles()
-    assert tiles == {"heads 0: int8+fp8 pooled 0.3 (reference-lowbit)": Pooled(0.3, 7).tiles(2, 1, 1107, 1107, 32),
-                     "heads 1: int8+fp8 pooled 0.5 (reference-lowbit)": Pooled(0.5).tiles(2, 1, 1107, 1107, 32)}
+    assert tiles == {f"heads 0: int8+fp8 pooled 0.3 (reference-lowbit{APART})": Pooled(0.3, 7).tiles(2, 1, 1107, 1107, 32),
+                     f"heads 1: int8+fp8 pooled 0.5 (reference-lowbit{APART})": Pooled(0.5).tiles(2, 1, 1107, 1107, 32)}
 
 
 def test_counts_of_several_shares():

@@ -287,6 +287,8 @@ def test_attend_is_replaceable_and_has_one_type():
     apply(model, processor)
     outputs(model)
     assert seen == [((2, 47, 2, 32), (2, 2, 47))] * 2
+    told = "int8+fp16 (reference-lowbit; prologue apart: this attend takes no norms and positions)"
+    assert coverage(model).variants() == {told: 2}
     q = paddle.randn([1, 9, 2, 32])
     exact, exact_lse = ExactAttnProcessor().attend(q, q, q, return_lse=True)
     low, low_lse = inner(q, q, q, return_lse=True)

@@ -204,3 +204,17 @@ def test_diffusers_model(dtype):
         if fused:
             assert ran(model) == {"int8+fp8 (reference-lowbit, fused prologue)": 2}
     assert np.abs(found[0] - found[1]).sum() <= (1e-3 if dtype == torch.float32 else 1e-2) * np.abs(found[1]).sum()
+
+
+def test_what_attends_without_norms_and_positions_gets_them_computed():
+    """A subclass whose attend does not take `before`, as one of users' own."""
+    class Own(LowBitAttnProcessor):
+        def attend(self, q, k, v, is_causal=False, scale=None, return_lse=False):
+            return super().attend(q, k, v, is_causal, scale, return_lse)
+
+    model, twin, given = toy_model.model(), toy_model.model(), toy_model.inputs()
+    apply(model, Own("int8+fp8"))
+    apply(twin, "int8+fp8", fused_prologue=False)
+    for one, other in zip(outputs(model, **given), outputs(twin, **given)):
+        np.testing.assert_array_equal(one, other)
+    assert ran(model) == {"int8+fp8 (reference-lowbit; prologue apart: this attend takes no norms and positions)": 2}

@@ -33,6 +33,7 @@ from helpers import qkv, sqnr_db  # noqa: E402
 MIXED = ("int8+fp8", "int4+fp16", "int4+fp16", "int8+fp8")
 STEPS = [{"rung": "int8+fp8"}, {"steps": "0-0.5", "rung": "int8+fp16"}]
 CALL = dict(num_inference_steps=4, num_frames=9, height=32, width=48, seed=3, progress=False)
+APART = "; prologue apart: pooling needs the means of tiles of normed keys first"
 
 
 def processor(*rungs, **hook):
@@ -133,7 +134,8 @@ def test_a_recipe_by_layer_is_as_precisions_by_module():
     apply(model, Recipe([{"rung": "int8+fp8"}, {"layers": "*.1", "rung": "int4+fp16"}]))
     for got, wanted in zip(outputs(model), outputs(twin)):
         np.testing.assert_array_equal(got, wanted)
-    assert runs(model) == [{"int8+fp8 (reference-lowbit)": 1}, {"int4+fp16 (reference-lowbit)": 1}]
+    assert runs(model) == [{"int8+fp8 (reference-lowbit, fused prologue)": 1},
+                           {"int4+fp16 (reference-lowbit, fused prologue)": 1}]
     assert [module.processor for module in coverage(model).modules] == ["RecipeAttnProcessor(int8+fp8)",
                                                                         "RecipeAttnProcessor(int4+fp16)"]
     assert remove(model) and [block.processor for block in model.blocks] == before
@@ -165,8 +167,10 @@ def test_a_step_runs_its_rung_and_the_report_tells_them_apart():
         with denoising_step(model, step, 4):
             outputs(model)
     assert runs(model) == [
-        {"steps 0-0.5: int8+fp16 (reference-lowbit)": 2, "steps 0.5-1: int8+fp8 (reference-lowbit)": 2},
-        {"steps 0-0.5: int8+fp16 (reference-lowbit)": 2, "steps 0.5-1, heads 0: int8+fp8 (reference-lowbit)": 2,
+        {"steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)": 2,
+         "steps 0.5-1: int8+fp8 (reference-lowbit, fused prologue)": 2},
+        {"steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)": 2,
+         "steps 0.5-1, heads 0: int8+fp8 (reference-lowbit, fused prologue)": 2,
          "steps 0.5-1, heads 1: exact (reference-exact)": 2}]
     assert coverage(model).summary() == ("1 of 2 attention modules ran at low bit in every call (1 exact in some calls, as the "
                                          "recipe says)")
@@ -190,9 +194,8 @@ def test_rungs_fuse_norms_and_positions_or_say_why_not():
                 {"steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)": 1,
                  "steps 0.5-1: int8+fp8 (reference-lowbit, fused prologue)": 1},
                 {"steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)": 1,
-                 "steps 0.5-1, heads 0: int8+fp8 pooled 0.9 (reference-lowbit; prologue apart: pooling needs the means of "
-                 "tiles of normed keys first)": 1,
-                 "steps 0.5-1, heads 1: exact (reference-exact; prologue apart: exact attention does not quantise)": 1}]
+                 "steps 0.5-1, heads 0: int8+fp8 pooled 0.9 (reference-lowbit" + APART + ")": 1,
+                 "steps 0.5-1, heads 1: exact (reference-exact)": 1}]
             assert "1 exact in some calls, as the recipe says" in coverage(model).summary()
             assert str(model.blocks[0].processor).endswith("(int8+fp16, int8+fp8, fused_prologue=True)")
     for one, other in zip(found[0] + found[1], found[2] + found[3]):
@@ -206,7 +209,7 @@ def test_outside_of_a_step_is_an_error_that_names_the_module():
         outputs(model)
     with denoising_step(model, 0, 2), denoising_step(model, 1, 2):
         outputs(model)
-    assert list(runs(model)[0]) == ["steps 0.5-1: int8+fp8 (reference-lowbit)"]
+    assert list(runs(model)[0]) == ["steps 0.5-1: int8+fp8 (reference-lowbit, fused prologue)"]
     with pytest.raises(UnsupportedError, match="in no step"):
         outputs(model)
     apply(model, Recipe([{"rung": "int8+fp8"}]))
@@ -229,8 +232,8 @@ def test_copies_and_nested_recipes_have_their_own_steps():
     with denoising_step(model, 0, 2), denoising_step(twin, 1, 2):
         outputs(model)
         outputs(twin)
-    assert list(runs(model)[0]) == ["steps 0-0.5: int8+fp16 (reference-lowbit)"]
-    assert list(runs(twin)[0])[-1] == "steps 0.5-1: int8+fp8 (reference-lowbit)"
+    assert list(runs(model)[0]) == ["steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)"]
+    assert list(runs(twin)[0])[-1] == "steps 0.5-1: int8+fp8 (reference-lowbit, fused prologue)"
     assert remove(twin) and str(twin.blocks[0].processor) == "RecipeAttnProcessor(exact)"
     assert len(model.blocks[0].processor.plan.spans) == 2 and clock_of(twin) is not clock_of(model)
 
@@ -246,9 +249,13 @@ def test_our_pipeline_tells_the_step(tmp_path, compiled):
         pipe.compile()
     got = pipe("snow", **CALL).frames
     assert np.abs(got - one).max() > 1e-4
+    how = ", fused prologue"
+    if compiled:
+        how = "; prologue apart: not all rungs of this layer fuse them, and a graph has one way"
     for module in runs(pipe):
-        assert module == {"steps 0-0.5: int8+fp16 (reference-lowbit)": 2, "steps 0.5-0.75: int2+fp16 (reference-lowbit)": 1,
-                          "steps 0.75-1: exact (reference-exact)": 1}
+        assert module == {f"steps 0-0.5: int8+fp16 (reference-lowbit{how})": 2,
+                          f"steps 0.5-0.75: int2+fp16 (reference-lowbit{how})": 1,
+                          f"steps 0.75-1: exact (reference-exact{how * compiled})": 1}
     with pytest.raises(ValueError, match="in no step"):
         pipe.transformer.transformer_blocks[0].attn1.processor.attend(*[paddle.randn([1, 4, 2, 32])] * 3)
 
@@ -276,10 +283,11 @@ def test_a_bare_model_is_read_by_its_timestep(tmp_path):
     for timestep, by_name in ((paddle.full([1], 999, dtype="int64"), True), (paddle.to_tensor([501.0]), False), (501, True),
                               (paddle.full([1], 500, dtype="int64"), False), (0.0, True)):
         call(timestep, by_name)
-    assert runs(model)[0] == {"steps 0-0.5: int8+fp16 (reference-lowbit)": 3, "steps 0.5-1: int8+fp8 (reference-lowbit)": 2}
+    assert runs(model)[0] == {"steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)": 3,
+                              "steps 0.5-1: int8+fp8 (reference-lowbit, fused prologue)": 2}
     with denoising_step(model, 0, 2):
         call(0)  # what is told counts
-    assert runs(model)[0]["steps 0-0.5: int8+fp16 (reference-lowbit)"] == 4
+    assert runs(model)[0]["steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)"] == 4
     with pytest.raises(UnsupportedError, match="timestep 1001, and its schedule has 1000"):
         call(1001)
     with pytest.raises(UnsupportedError, match=r"several timesteps, \[1, 2\]"):
@@ -305,7 +313,7 @@ def test_a_copied_model_reads_its_own_timesteps(tmp_path):
     twin = copy.deepcopy(model)
     remove(twin)
     call(999)
-    assert runs(model)[0] == {"steps 0-0.5: int8+fp16 (reference-lowbit)": 1}
+    assert runs(model)[0] == {"steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)": 1}
     assert clock_of(twin).users == 0 and clock_of(model).users == 1 and not twin._forward_pre_hooks
 
 
@@ -347,7 +355,8 @@ def test_the_report_says_the_share_that_is_kept():
     model = toy_model.model()
     apply(model, Recipe([{"rung": "int8+fp8"}, {"rung": "int8+fp8 pooled 0.5", "heads": "0"}]))
     outputs(model)
-    assert list(runs(model)[0]) == ["heads 0: int8+fp8 pooled 0.5 (reference-lowbit)", "heads 1: int8+fp8 (reference-lowbit)"]
+    assert list(runs(model)[0]) == [f"heads 0: int8+fp8 pooled 0.5 (reference-lowbit{APART})",
+                                    "heads 1: int8+fp8 (reference-lowbit, fused prologue)"]
 
 
 def test_ranks_share_heads_that_pool_and_a_ring_refuses_them(framework):

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.parity
 
 RECIPE = lv.Recipe([{"rung": "int8+fp8"}, {"steps": "0-0.5", "rung": "int8+fp16"},
                     {"layers": "*.1.*", "heads": [0], "steps": "0.5-1", "rung": "int4+fp16"}])
-FIRST, LAST = "steps 0-0.5: int8+fp16 (reference-lowbit)", "steps 0.5-1: int8+fp8 (reference-lowbit)"
+FIRST = "steps 0-0.5: int8+fp16 (reference-lowbit, fused prologue)"
+LAST = "steps 0.5-1: int8+fp8 (reference-lowbit, fused prologue)"
 
 
 def make():
@@ -77,6 +78,24 @@ def test_the_step_that_is_told_counts_in_a_graph_too():
             predict(compiled, 999)
         graphs.append(counters["stats"]["unique_graphs"])
     assert runs(model)[0] == {FIRST: 2, LAST: 2} and len(set(graphs)) == 1
+
+
+@pytest.mark.parametrize("late", ["int8+fp8 pooled 0.5", "exact"])
+def test_a_graph_computes_norms_itself_where_some_rung_does_not_fuse_them(late):
+    """Its compiler fuses them with other things; inside of the operator they would be computed step by step."""
+    model = make()
+    twin = copy.deepcopy(model)
+    recipe = lv.Recipe([{"rung": late}, {"steps": "0-0.5", "rung": "int8+fp16"}])
+    lv.apply(model, recipe)
+    lv.apply(twin, recipe)
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda made, examples: graphs.append(made.graph) or made)
+    for timestep in (999, 0):
+        torch.testing.assert_close(predict(compiled, timestep), predict(twin, timestep), atol=2e-3, rtol=0)
+    called = [str(node.target) for graph in graphs for node in graph.nodes]
+    assert any("module_attention" in name for name in called) and not any("behind" in name for name in called)
+    told = FIRST.replace(", fused prologue", "; prologue apart: not all rungs of this layer fuse them, and a graph has one way")
+    assert list(runs(twin)[0])[0] == FIRST and list(runs(model)[0])[0] == told
 
 
 def test_a_copy_and_a_removed_recipe_answer_for_themselves():
