@@ -114,6 +114,7 @@ def test_two_pieces_are_off_unless_asked_for(monkeypatch):
     outputs(model, **given)
     attn = model.blocks[0]
     assert attn.processor.takes_pieces(attn, None, given["video"]) and not attn.processor.takes_pieces(attn, 1, given["video"])
+    assert not LowBitAttnProcessor("int8+fp8").takes_pieces(attn, None, given["video"])
     monkeypatch.setattr("lowbit_video.hook.base.traced_by_paddle", lambda q: True)
     assert not attn.processor.takes_pieces(attn, None, given["video"])
 
