@@ -41,7 +41,7 @@ PORTABLE += [Attention(NEW, "int8", "int8", "fp8", 64), Attention(NEW, "int8", "
              Attention(NEW, "fp8", "fp8", "fp16", 128), Attention(NEW, "fp8", "fp8", "fp8", 64),
              Attention(NEW, "bf16", "bf16", "fp16", 64, "bfloat16")]
 PROLOGUE = [Prologue(NEW, 64, "float16", "layer", False), Prologue(NEW, 128, "float16", "layer", True, "int4"),
-            Prologue(NEW, 64, "float16", "layer", False, pieces=True),
+            Prologue(NEW, 64, "bfloat16", "layer", True, pieces=True),
             Prologue(NEW, 128, "float16", "layer", True, "int4", pieces=True)]
 CASES = HOPPER + PORTABLE + PROLOGUE
 

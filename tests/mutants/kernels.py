@@ -454,6 +454,8 @@ MUTANTS = [
             (" q_bias, eps, b_cos", " k_bias, eps, b_cos"),
             ("b_cos, b_sin = rotary_tile(cos, sin, o_n", "b_cos, b_sin = rotary_tile(sin, cos, o_n"),
             ("(k_rest, k_rest_stride_b", "(q_rest, k_rest_stride_b"), ("(q_rest, q_rest_stride_b", "(k_rest, q_rest_stride_b")),
+    *faults("kernels/prologue/quant.py", PROLOGUE + "test_prologue_kernels.py::test_it_compiles_without_spills",
+            ("maxnreg=REGISTERS if", "maxnreg=None if")),
     *faults("kernels/prologue/values.py", PROLOGUE + "interpreted_prologue.py",
             ("v + i_b * stride_b", "v"), ("o_row < N, D)", "o_row < seam, D)"), ("(o_n // 2 % 2) * 8", "(o_n // 2 % 2) * 4"),
             ("codes + i_b * codes_stride_b", "codes"), ("(i_b * H + i_h) * D + o_d)", "i_h * D + o_d)")),
