@@ -114,6 +114,8 @@ def _why_not_rest(rest: Rest, q: Any, options: AttentionOptions, runtime: Runtim
     if any(len(shape) != 4 for shape in shapes) or len({(*shape[:axis], *shape[axis + 1:]) for shape in shapes}) > 1 or (
             len(set(shapes[1:])) > 1):
         return f"the rest of q, k and v is {', '.join(str(list(shape)) for shape in shapes[1:])}, and q is {list(shapes[0])}"
+    if 0 in shapes[0] or 0 in shapes[1]:
+        return "one of two pieces has no tokens"
     for name, tensor in zip("qkv", rest):
         if runtime.dtype_name(tensor) != runtime.dtype_name(q) or runtime.place(tensor) != runtime.place(q):
             return (f"the rest of {name} is {runtime.dtype_name(tensor)} on {runtime.place(tensor)}, and q "

@@ -429,6 +429,7 @@ MUTANTS = [
             ('table and dtype != "float32" or', ""), ("norm, arrays.rotary, dtype", "norm, None, dtype"),
             ("one(k, arrays.k_norm, rest.k)", "one(k, arrays.q_norm, rest.k)"),
             ('("packed sequences" if packing else None)', "None"), ('if options.precision.pv != "fp8":', "if False:"),
+            ("if 0 in shapes[0] or 0 in shapes[1]:", "if False:"),
             ("k_norm, rest.k)", "k_norm, rest.q)"), ("len(set(shapes[1:])) > 1):", "False):"),
             ("len({(*shape[:axis], *shape[axis + 1:]) for shape in shapes}) > 1", "False"),
             ("runtime.dtype_name(tensor) != runtime.dtype_name(q) or", ""), ("q_len=request.q_len + more, ", ""),

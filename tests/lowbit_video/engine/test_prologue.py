@@ -115,6 +115,7 @@ def test_pieces_that_are_not_read(framework):
     assert "V in fp16 is read in one piece" in why(rest, "int8+fp16")
     assert "the rest of q, k and v is" in why(rest._replace(k=rest.k[:, 1:]))
     assert "the rest of q, k and v is" in why(rest._make(x[:, :, :2] for x in rest))
+    assert "one of two pieces has no tokens" in why(rest._make(x[:, :0] for x in rest))
     assert "the rest of v is float16 on" in why(rest._replace(v=framework.tensor(framework.numpy(rest.v), "float16")))
     wide = framework.tensor(np.zeros((1, 130, 3, 64)))
     if framework.name == "torch":

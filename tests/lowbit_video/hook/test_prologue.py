@@ -119,6 +119,14 @@ def test_two_pieces_are_off_unless_asked_for(monkeypatch):
     assert not attn.processor.takes_pieces(attn, None, given["video"])
 
 
+def test_a_text_of_no_tokens_is_no_piece(monkeypatch):
+    monkeypatch.setattr(prologue, "TWO_PIECES", True)
+    given = toy_model.inputs(text_tokens=0)
+    pieces, whole, told = both(given)
+    assert told == {"int8+fp8 (reference-lowbit; prologue apart: one of two pieces has no tokens)": 2}
+    assert sqnr_db(pieces[0], whole[0]) > 100 and pieces[1].shape[1] == 0
+
+
 def test_two_pieces_are_joined_where_steps_turn_out_to_be_apart(monkeypatch):
     monkeypatch.setattr(prologue, "TWO_PIECES", True)
     given = toy_model.inputs()
