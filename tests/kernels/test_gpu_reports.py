@@ -25,3 +25,13 @@ def test_kernels_that_wait_for_their_measurement_ask_for_a_new_run_once_calls_ge
         monkeypatch.setitem(vars(exact), "automatic", automatic)
         found.append(run_report.kernels())
     assert found[0] != found[1]
+
+
+def test_so_do_the_fused_prologue_and_its_two_pieces(monkeypatch):
+    found = [run_report.kernels()]
+    for switch in ("FUSED_PROLOGUE", "TWO_PIECES"):
+        monkeypatch.setattr(run_report.prologue, switch, True)
+        found.append(run_report.kernels())
+    assert len(set(found)) == 3
+    monkeypatch.setattr(run_report.prologue, "FUSED_PROLOGUE", False)
+    assert run_report.kernels() == found[0]
