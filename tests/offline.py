@@ -31,7 +31,8 @@ from lowbit_video.kernels.pooled.tile_stats import launch_key_tiles, launch_quer
 from lowbit_video.kernels.pooled.tiles import query_tile
 from lowbit_video.kernels.prologue.quant import launch_prologue_quant
 from lowbit_video.kernels.prologue.stats import launch_prologue_stats
-from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps
+from lowbit_video.kernels.prologue.steps import Norm, Rest, Rotary, Steps
+from lowbit_video.kernels.prologue.values import launch_prologue_values
 from lowbit_video.kernels.quant.quant_qk import launch_quant_qk
 from lowbit_video.kernels.quant.quant_v import launch_quant_v
 from lowbit_video.kernels.quant.token_stats import launch_stats
@@ -134,7 +135,8 @@ class Pooling(NamedTuple):
 
 
 class Prologue(NamedTuple):
-    """The builds of the fused prologue for tensors of one head dim, LayerNorm or RMSNorm, with rotary positions or without."""
+    """The builds of the fused prologue for tensors of one head dim, LayerNorm or RMSNorm, with rotary positions or without;
+    pieces: of text's and video's projections apart."""
 
     arch: tuple[int, int]
     head_dim: int
@@ -142,9 +144,11 @@ class Prologue(NamedTuple):
     norm: str
     rotary: bool
     format: str = "int8"
+    pieces: bool = False
 
     def __str__(self) -> str:
-        return f"{sm(self.arch)} prologue D{self.head_dim} {self.dtype} {self.norm}{' rotary' * self.rotary} {self.format}"
+        return (f"{sm(self.arch)} prologue D{self.head_dim} {self.dtype} {self.norm}{' rotary' * self.rotary} {self.format}"
+                f"{' in two pieces' * self.pieces}")
 
 
 class Hopper(NamedTuple):
@@ -270,13 +274,17 @@ def _launch_prologue(case: Prologue) -> None:
     """INT4 with all that smoothing asks: means of Q and K, and both corrections."""
     x, float32 = operand((2, 30, 17776, case.head_dim), case.dtype), buffer("float32")
     norm = Norm(case.norm, 1e-6, x.buffer, x.buffer if case.norm == "layer" else None, case.norm == "rms")
-    steps = Steps(norm, norm, Rotary(float32, float32, 226, 17550) if case.rotary else None)
+    video = operand((2, 30, 17550, case.head_dim), case.dtype)
+    steps = Steps(norm, norm, Rotary(float32, float32, 226, 17550) if case.rotary else None,
+                  Rest(video, video, video) if case.pieces else None)
     whole = case.format == "int4"
     codes = [codes_of(x, case.format, buffer("uint8"), float32, block)
              for block in (None, scale_block("k", "token" if whole else "block"))]
     given = lambda: float32 if whole else None
     launch_prologue_stats(x, x, x, steps, float32, q_mean=given(), k_mean=float32, v_scale=float32)
     launch_prologue_quant(x, x, *codes, steps, q_mean=given(), k_mean=float32, lse_shift=given(), score_bias=given())
+    if case.pieces:
+        launch_prologue_values(x, v_codes_of(x, buffer("uint8"), float32), steps)
 
 
 LAUNCH = {Attention: _launch_attention, Quantisers: _launch_quantisers, Exchange: _launch_exchange, Hopper: _launch_hopper,

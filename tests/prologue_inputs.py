@@ -1,7 +1,7 @@
 """Tensors as projections leave them, and steps whose tensors are a framework's."""
 import numpy as np
 
-from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps, mapped
+from lowbit_video.kernels.prologue.steps import Norm, Rest, Rotary, Steps, mapped
 
 
 def projected(framework, batch=1, tokens=150, heads=3, dim=32, dtype="float32", seed=0):
@@ -21,6 +21,13 @@ def made_steps(framework, dim=32, rotary=(10, 140), kind="layer", dtype="float32
         rotary = Rotary(np.cos(angles), np.sin(angles), *rotary)
     return mapped(Steps(*norms, rotary),
                   lambda name, array: framework.tensor(array, "float32" if name in ("cos", "sin") else dtype))
+
+
+def in_two(framework, tensors, seam):
+    """q, k and v [B, N, H, D] up to a token, each in memory of its own, and the rest, cut out of one."""
+    arrays = [framework.numpy(x) for x in tensors]
+    rest = framework.tensor(np.stack([x[:, seam:] for x in arrays], 2), str(arrays[0].dtype))
+    return [framework.tensor(x[:, :seam].copy(), str(x.dtype)) for x in arrays], Rest(*(rest[:, :, part] for part in range(3)))
 
 
 def by_hand(framework, q, k, steps):

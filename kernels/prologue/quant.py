@@ -13,17 +13,26 @@ from ..operands import Operand
 from ..quant.shapes import ceil_div, row_strides, scale_count
 from ..quant.write_codes import write_codes
 from .rows import prepared_rows, rotary_tile
-from .stats import how_built, norm_arguments, scalars
+from .stats import how_built, norm_arguments, rest_arguments, scalars
 from .steps import ROWS, Steps
+
+REGISTERS = 128
+"""Of a thread of eight warps that read two pieces, head dim 64 or less: two programs fit on a multiprocessor, as of one piece.
+
+With rotary positions ptxas takes 172 where it is left alone, and spills nothing at 128.
+"""
 
 
 @triton.jit(do_not_specialize=["H", "N", "begin", "turned", "q_scale_stride_b", "q_scale_stride_h", "k_scale_stride_b",
-                               "k_scale_stride_h", "shift_stride_b", "shift_stride_h", "score_stride_b", "score_stride_h"])
+                               "k_scale_stride_h", "shift_stride_b", "shift_stride_h", "score_stride_b", "score_stride_h",
+                               "seam"])
 def prologue_quant_kernel(q, k, q_codes, k_codes, q_scale, k_scale, q_mean, k_mean, lse_shift, score_bias, q_weight, q_bias,
                           k_weight, k_bias, cos, sin, q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
                           q_codes_stride_b, q_codes_stride_h, k_codes_stride_b, k_codes_stride_h, q_scale_stride_b,
                           q_scale_stride_h, k_scale_stride_b, k_scale_stride_h, shift_stride_b, shift_stride_h,
-                          score_stride_b, score_stride_h, sm_scale, eps, H, N, begin, turned, Q_MAX: tl.constexpr,
+                          score_stride_b, score_stride_h, q_rest, k_rest, q_rest_stride_b, q_rest_stride_h, q_rest_stride_n,
+                          k_rest_stride_b, k_rest_stride_h, k_rest_stride_n, seam, sm_scale, eps, H, N, begin, turned,
+                          Q_MAX: tl.constexpr,
                           K_MAX: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
                           Q_FORMAT: tl.constexpr, K_FORMAT: tl.constexpr, K_PER_TOKEN: tl.constexpr, NORM: tl.constexpr,
                           ROUNDS_FIRST: tl.constexpr, INTERPRET: tl.constexpr):
@@ -43,8 +52,9 @@ def prologue_quant_kernel(q, k, q_codes, k_codes, q_scale, k_scale, q_mean, k_me
     for i_one in range(0, tl.minimum(HEADS, H - i_first)):
         i_h = (i_first + i_one).to(tl.int64)
         o_mean = (i_b * H + i_h) * D + o_d
-        b_x = prepared_rows(k + i_b * k_stride_b + i_h * k_stride_h, k_stride_n, o_n, m_n, k_weight, k_bias, eps, b_cos, b_sin,
-                            D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
+        rest = (k_rest, k_rest_stride_b, k_rest_stride_h, k_rest_stride_n)
+        b_x = prepared_rows(k + i_b * k_stride_b + i_h * k_stride_h, k_stride_n, rest, seam, i_b, i_h, o_n, m_n, k_weight,
+                            k_bias, eps, b_cos, b_sin, D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
         if k_mean is not None:
             b_x = tl.where(m_n[:, None], b_x - tl.load(k_mean + o_mean)[None, :], 0.0)
         if score_bias is not None:
@@ -53,8 +63,9 @@ def prologue_quant_kernel(q, k, q_codes, k_codes, q_scale, k_scale, q_mean, k_me
         write_codes(b_x, k_codes + i_b * k_codes_stride_b + i_h * k_codes_stride_h,
                     k_scale + i_b * k_scale_stride_b + i_h * k_scale_stride_h, o_row, m_n, i_t, rows, K_MAX, D, ROWS, K_FORMAT,
                     K_PER_TOKEN, INTERPRET)
-        b_x = prepared_rows(q + i_b * q_stride_b + i_h * q_stride_h, q_stride_n, o_n, m_n, q_weight, q_bias, eps, b_cos, b_sin,
-                            D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
+        rest = (q_rest, q_rest_stride_b, q_rest_stride_h, q_rest_stride_n)
+        b_x = prepared_rows(q + i_b * q_stride_b + i_h * q_stride_h, q_stride_n, rest, seam, i_b, i_h, o_n, m_n, q_weight,
+                            q_bias, eps, b_cos, b_sin, D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
         if lse_shift is not None:
             b_shift = tl.sum(b_x * tl.load(k_mean + o_mean)[None, :], 1) * sm_scale
             tl.store(lse_shift + i_b * shift_stride_b + i_h * shift_stride_h + o_n, b_shift, mask=m_n)
@@ -84,7 +95,8 @@ def launch_prologue_quant(q: Operand, k: Operand, q_codes: Operand, k_codes: Ope
     launch(prologue_quant_kernel, (ceil_div(tokens, ROWS), ceil_div(heads, together), batch), q.buffer, k.buffer,
            q_codes.buffer, k_codes.buffer, q_codes.scale, k_codes.scale, q_mean, k_mean, lse_shift, score_bias, *buffers,
            *q.strides, *k.strides, *q_codes.strides[:2], *k_codes.strides[:2], *scale_strides(q_codes),
-           *scale_strides(k_codes), *rows, *rows, float(sm_scale), eps, heads, tokens, begin, turned,
+           *scale_strides(k_codes), *rows, *rows, *rest_arguments(steps, q.shape, "qk"),
+           float(sm_scale), eps, heads, tokens, begin, turned,
            Q_MAX=get_format(q_codes.format).max_code, K_MAX=get_format(k_codes.format).max_code, D=head_dim, ROWS=ROWS,
            HEADS=together, Q_FORMAT=q_codes.format, K_FORMAT=k_codes.format, K_PER_TOKEN=k_codes.block is None, **constants,
-           num_warps=warps)
+           num_warps=warps, maxnreg=REGISTERS if steps.rest is not None and warps == 8 and head_dim <= 64 else None)

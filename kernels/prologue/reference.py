@@ -41,9 +41,11 @@ def turned(x: np.ndarray, rotary: Rotary, dtype: str) -> np.ndarray:
     return x
 
 
-def prepared(x: np.ndarray, norm: Norm | None, rotary: Rotary | None, dtype: str) -> np.ndarray:
-    """Q or K [B, H, N, D] float32 as attention takes it, from what its projection left."""
+def prepared(x: np.ndarray, norm: Norm | None, rotary: Rotary | None, dtype: str, rest: np.ndarray | None = None) -> np.ndarray:
+    """Q or K [B, H, N, D] float32 as attention takes it, from what its projection left; rest: the tokens behind x's."""
     x = np.asarray(x, np.float32)
+    if rest is not None:
+        x = np.concatenate([x, np.asarray(rest, np.float32)], 2)
     if norm is not None:
         x = normed(x, norm, dtype)
     return x if rotary is None else turned(x, rotary, dtype)

@@ -28,11 +28,30 @@ def rotary_tile(cos, sin, o_n, begin, turned, D: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def prepared_rows(p_x, stride_n, o_n, m_n, weight, bias, eps, b_cos, b_sin, D: tl.constexpr, ROWS: tl.constexpr,
-                  NORM: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ROTARY: tl.constexpr, INTERPRET: tl.constexpr):
+def rows_of(p_x, stride_n, rest, seam, i_b, i_h, o_n, m_n, D: tl.constexpr):
+    """Rows [ROWS, D] of one head as they lie in memory; zeros where m_n is not set.
+
+    rest: (pointer, strides of batch, head and token) of the tokens from `seam` on; without a pointer all lie at p_x.
+    """
+    o_d = tl.arange(0, D)
+    if rest[0] is None:
+        b_x = tl.load(p_x + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=m_n[:, None], other=0.0)
+    else:
+        # where token 0 would stand if the rest were all
+        p_rest = rest[0] + i_b * rest[1] + i_h * rest[2] - seam.to(tl.int64) * rest[3]
+        b_stride_n = tl.where(o_n < seam, stride_n, rest[3]).to(tl.int64)
+        p_row = tl.where(o_n < seam, p_x, p_rest) + o_n * b_stride_n
+        b_x = tl.load(p_row[:, None] + o_d[None, :], mask=m_n[:, None], other=0.0)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
+def prepared_rows(p_x, stride_n, rest, seam, i_b, i_h, o_n, m_n, weight, bias, eps, b_cos, b_sin, D: tl.constexpr,
+                  ROWS: tl.constexpr, NORM: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ROTARY: tl.constexpr,
+                  INTERPRET: tl.constexpr):
     """Rows [ROWS, D] of one head in float32, normed and turned, each step rounded to x's dtype; zeros where m_n is not set."""
     o_d = tl.arange(0, D)
-    b_x = tl.load(p_x + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :], mask=m_n[:, None], other=0.0).to(tl.float32)
+    b_x = rows_of(p_x, stride_n, rest, seam, i_b, i_h, o_n, m_n, D)
     if NORM is not None:
         if NORM == "layer":
             b_x -= (tl.sum(b_x, 1) / D)[:, None]

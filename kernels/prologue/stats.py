@@ -5,22 +5,26 @@ The first reading of the fused prologue. Each program reduces a tile of tokens o
 """
 from __future__ import annotations
 
+from typing import Any
+
 from ..buffers import Buffer
 from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand
 from ..quant.shapes import ceil_div
 from ..quant.token_stats import FOLD, fold_stats_kernel
-from .rows import prepared_rows, rotary_tile
+from .rows import prepared_rows, rotary_tile, rows_of
 from .steps import ROWS, Steps
 
 HEADS = 6
 """Heads that share a tile of rotary tables."""
 
 
-@triton.jit(do_not_specialize=["H", "N", "begin", "turned"])
+@triton.jit(do_not_specialize=["H", "N", "begin", "turned", "seam"])
 def prologue_stats_kernel(q, k, v, partial, q_weight, q_bias, k_weight, k_bias, cos, sin, q_stride_b, q_stride_h, q_stride_n,
-                          k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, eps, H, N, begin, turned,
+                          k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, q_rest, k_rest, v_rest,
+                          q_rest_stride_b, q_rest_stride_h, q_rest_stride_n, k_rest_stride_b, k_rest_stride_h,
+                          k_rest_stride_n, v_rest_stride_b, v_rest_stride_h, v_rest_stride_n, seam, eps, H, N, begin, turned,
                           D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
                           ROUNDS_FIRST: tl.constexpr, WITH_Q: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
                           INTERPRET: tl.constexpr):
@@ -40,18 +44,21 @@ def prologue_stats_kernel(q, k, v, partial, q_weight, q_bias, k_weight, k_bias, 
         i_h = (i_first + i_one).to(tl.int64)
         p_out = partial + ((i_b * H + i_h) * tl.num_programs(0) + i_t) * D + o_d
         if WITH_Q:
-            b_x = prepared_rows(q + i_b * q_stride_b + i_h * q_stride_h, q_stride_n, o_n, m_n, q_weight, q_bias,
-                                eps, b_cos, b_sin, D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
+            rest = (q_rest, q_rest_stride_b, q_rest_stride_h, q_rest_stride_n)
+            b_x = prepared_rows(q + i_b * q_stride_b + i_h * q_stride_h, q_stride_n, rest, seam, i_b, i_h, o_n, m_n, q_weight,
+                                q_bias, eps, b_cos, b_sin, D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
             tl.store(p_out, tl.sum(b_x, 0))
             p_out += o_next
         if WITH_K:
-            b_x = prepared_rows(k + i_b * k_stride_b + i_h * k_stride_h, k_stride_n, o_n, m_n, k_weight, k_bias,
-                                eps, b_cos, b_sin, D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
+            rest = (k_rest, k_rest_stride_b, k_rest_stride_h, k_rest_stride_n)
+            b_x = prepared_rows(k + i_b * k_stride_b + i_h * k_stride_h, k_stride_n, rest, seam, i_b, i_h, o_n, m_n, k_weight,
+                                k_bias, eps, b_cos, b_sin, D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
             tl.store(p_out, tl.sum(b_x, 0))
             p_out += o_next
         if WITH_V:
-            p_v = v + i_b * v_stride_b + i_h * v_stride_h + o_n.to(tl.int64)[:, None] * v_stride_n + o_d[None, :]
-            tl.store(p_out, tl.max(tl.abs(tl.load(p_v, mask=m_n[:, None], other=0.0).to(tl.float32)), 0))
+            rest = (v_rest, v_rest_stride_b, v_rest_stride_h, v_rest_stride_n)
+            b_x = rows_of(v + i_b * v_stride_b + i_h * v_stride_h, v_stride_n, rest, seam, i_b, i_h, o_n, m_n, D)
+            tl.store(p_out, tl.max(tl.abs(b_x), 0))
 
 
 def how_built(steps: Steps, head_dim: int) -> tuple[int, int]:
@@ -76,14 +83,25 @@ def scalars(steps: Steps) -> tuple[float, int, int]:
     return float(steps.q_norm.eps) if steps.q_norm else 0.0, rotary.begin if rotary else 0, rotary.tokens if rotary else 0
 
 
+def rest_arguments(steps: Steps, shape: tuple[int, ...], which: str) -> list[Any]:
+    """Buffers of the rest of each tensor that `which` names, then their strides, and where they begin; all None without a rest.
+
+    shape: of both pieces together.
+    """
+    if steps.rest is None:
+        return [None] * (4 * len(which) + 1)
+    given = [getattr(steps.rest, name) for name in which]
+    return [*(one.buffer for one in given), *(stride for one in given for stride in one.strides), shape[2] - given[0].shape[2]]
+
+
 def launch_prologue_stats(q: Operand, k: Operand, v: Operand, steps: Steps, partial: Buffer, *, q_mean: Buffer | None = None,
                           k_mean: Buffer | None = None, v_scale: Buffer | None = None,
                           how: tuple[int, int] | None = None) -> None:
     """Any of q_mean, k_mean and v_scale, float32 [B, H, D], as `token_stats.launch_stats` finds them of normed and turned rows.
 
-    q, k, v: [B, H, N, D] as the projections left them, any strides but of the last dimension. steps: whose tensors are buffers,
-    and of which `steps.why_not` is None. partial: `partial_count` elements for each statistic. how: heads of a program, its
-    warps.
+    q, k, v: [B, H, N, D] as the projections left them, any strides but of the last dimension; with a rest, N counts its tokens
+    too. steps: whose tensors are buffers, its rest's operands, and of which `steps.why_not` is None. partial: `partial_count`
+    elements for each statistic. how: heads of a program, its warps.
     """
     batch, heads, tokens, head_dim = k.shape
     together, warps = how or how_built(steps, head_dim)
@@ -92,8 +110,8 @@ def launch_prologue_stats(q: Operand, k: Operand, v: Operand, steps: Steps, part
     buffers, constants = norm_arguments(steps)
     eps, begin, turned = scalars(steps)
     launch(prologue_stats_kernel, (tiles, ceil_div(heads, together), batch), q.buffer, k.buffer, v.buffer, partial, *buffers,
-           *q.strides, *k.strides, *v.strides, eps, heads, tokens, begin, turned, D=head_dim, ROWS=ROWS, HEADS=together,
-           **constants, **flags, num_warps=warps)
+           *q.strides, *k.strides, *v.strides, *rest_arguments(steps, k.shape, "qkv"), eps, heads, tokens, begin, turned,
+           D=head_dim, ROWS=ROWS, HEADS=together, **constants, **flags, num_warps=warps)
     rows = batch * heads
     q_rows = rows * flags["WITH_Q"]
     launch(fold_stats_kernel, (sum(flags.values()) * rows,), partial, q_mean, k_mean, v_scale, None, None, q_rows, rows, heads,

@@ -45,22 +45,38 @@ class Rotary(NamedTuple):
     tokens: int
 
 
+class Rest(NamedTuple):
+    """Q, K and V of the tokens behind those of a call's own q, k and v: another stream's, which lies in memory of its own.
+
+    q, k, v: [B, N of the rest, H, D] in the call's layout, strides of their own; the last dimension is contiguous.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+
+
 class Steps(NamedTuple):
-    """The steps of one attention: norms of Q and of K, of one kind, and positions that both have; None where there is none."""
+    """The steps of one attention: norms of Q and of K, of one kind, and positions that both have; None where there is none.
+
+    rest: where the tokens come in two pieces, the second; positions count through both.
+    """
 
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     rotary: Rotary | None = None
+    rest: Rest | None = None
 
 
 def mapped(steps: Steps, change: Callable[[str, Any], Any]) -> Steps:
     """The steps with `change(name, tensor)` in place of each tensor; names are "q_weight", "q_bias", "k_weight", "k_bias",
-    "cos" and "sin"."""
+    "cos", "sin", "q_rest", "k_rest" and "v_rest"."""
     one = lambda name, tensor: None if tensor is None else change(name, tensor)
     norms = [norm and norm._replace(weight=one(f"{of}_weight", norm.weight), bias=one(f"{of}_bias", norm.bias))
              for of, norm in zip("qk", (steps.q_norm, steps.k_norm))]
-    rotary = steps.rotary
-    return Steps(*norms, rotary and rotary._replace(cos=one("cos", rotary.cos), sin=one("sin", rotary.sin)))
+    rotary, rest = steps.rotary, steps.rest
+    return Steps(*norms, rotary and rotary._replace(cos=one("cos", rotary.cos), sin=one("sin", rotary.sin)),
+                 rest and Rest(*(one(f"{of}_rest", tensor) for of, tensor in zip("qkv", rest))))
 
 
 def partial_count(shape: tuple[int, ...]) -> int:
@@ -70,7 +86,7 @@ def partial_count(shape: tuple[int, ...]) -> int:
 
 
 def why_not(steps: Steps, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], dtype: str) -> str | None:
-    """Why the fused kernels do not serve tensors [B, H, N, D] of such steps, or None where they do."""
+    """Why the fused kernels do not serve tensors [B, H, N, D] of such steps, or None where they do; N counts a rest too."""
     heads, tokens, head_dim = q_shape[1:]
     if tuple(q_shape) != tuple(kv_shape):
         return f"q is {list(q_shape)} and k {list(kv_shape)}: one shape is read"

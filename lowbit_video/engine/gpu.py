@@ -44,11 +44,14 @@ class Call:
         self.variant, self.options, self.runtime, self.config = variant, options, runtime, config
         self.arch = runtime.arch(q) or INTERPRETED_ARCH
         self.packed, self.given = None if packing is None else packing.operands(), steps
-        self.steps = steps and prologue.with_buffers(steps, runtime)
         operand = lambda x, name: _operand(x, name, runtime, options.tensor_layout, packing)
+        self.steps = steps and prologue.with_buffers(steps, runtime, operand)
         self.q, self.k, self.v = operand(q, "q"), operand(k, "k"), operand(v, "v")
-        self.out = runtime.empty(runtime.shape(q), self.q.buffer.dtype, q)
+        self.out = runtime.empty(prologue.with_rest(runtime.shape(q), steps, options.tensor_layout, runtime),
+                                 self.q.buffer.dtype, q)
         self.out_operand = operand(self.out, "out")
+        if steps is not None and steps.rest is not None:  # strides are those of the first piece
+            self.q, self.k, self.v = (x._replace(shape=self.out_operand.shape) for x in (self.q, self.k, self.v))
         batch, heads, tokens, _ = self.q.shape
         rows = (batch, heads, tokens) if packing is None else (heads, tokens)
         self.lse = runtime.empty(rows, "float32", q) if options.return_lse else None
@@ -107,13 +110,16 @@ class Call:
     def _prepare(self) -> None:
         """Launches what norms, turns and quantises q and k in two readings."""
         from lowbit_video.kernels.prologue import quant, stats
+        from lowbit_video.kernels.prologue.values import launch_prologue_values
         from lowbit_video.kernels.quant.quant_v import launch_quant_v
 
         part, fp8 = self.parts.get, self.options.precision.pv == "fp8"
         means = dict(q_mean=part("q_mean"), k_mean=part("k_mean"))
         if part("partial") is not None:
             stats.launch_prologue_stats(self.q, self.k, self.v, self.steps, part("partial"), **means, v_scale=part("v_scale"))
-        if fp8:
+        if self.steps.rest is not None:
+            launch_prologue_values(self.v, self.v_codes, self.steps)
+        elif fp8:
             launch_quant_v(self.v, self.v_codes)
         quant.launch_prologue_quant(self.q, self.k, self.q_codes, self.k_codes, self.steps, **means,
                                     lse_shift=part("lse_shift"), score_bias=part("bias"), sm_scale=self.options.scale)

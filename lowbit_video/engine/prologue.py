@@ -1,16 +1,20 @@
 """Steps before attention on a call's own tensors: why the fused kernels do not serve them, and the same in NumPy on a CPU."""
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from lowbit_video.kernels.buffers import Buffer, Origin
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
+from lowbit_video.kernels.operands import Operand
 from lowbit_video.kernels.prologue import reference
-from lowbit_video.kernels.prologue.steps import Steps, mapped
+from lowbit_video.kernels.prologue.steps import Rest, Steps, mapped
 from lowbit_video.kernels.prologue.steps import why_not as why_not_of_shapes
+from lowbit_video.kernels.variants import Request
 
 from ..errors import UnsupportedError
 from ..precision import Precision
@@ -40,9 +44,38 @@ def described(steps: Steps) -> Steps:
     return mapped(steps, lambda name, tensor: True)
 
 
-def with_buffers(steps: Steps, runtime: Runtime) -> Steps:
-    """The steps as launchers take them."""
-    return mapped(steps, lambda name, tensor: Buffer(tensor.data_ptr(), runtime.dtype_name(tensor), Origin(name)))
+def with_buffers(steps: Steps, runtime: Runtime, operand: Callable[[Any, str], Operand]) -> Steps:
+    """The steps as launchers take them. operand: of a tensor of q's layout and its name."""
+    return mapped(steps, lambda name, tensor: operand(tensor, name) if name.endswith("_rest") else
+                  Buffer(tensor.data_ptr(), runtime.dtype_name(tensor), Origin(name)))
+
+
+def tokens_axis(tensor_layout: str) -> int:
+    """Which dimension of a call's tensors counts tokens."""
+    return 1 if tensor_layout == "NHD" else 2
+
+
+def with_rest(shape: tuple[int, ...], steps: Steps | None, tensor_layout: str, runtime: Runtime) -> tuple[int, ...]:
+    """The shape of q, k, v or the output with the tokens of a rest, if there is one."""
+    if steps is None or steps.rest is None:
+        return shape
+    axis = tokens_axis(tensor_layout)
+    return (*shape[:axis], shape[axis] + runtime.shape(steps.rest.q)[axis], *shape[axis + 1:])
+
+
+def whole_request(request: Request, steps: Steps | None, tensor_layout: str, runtime: Runtime) -> Request:
+    """A request of q, k and v as selection sees it with their rest."""
+    if steps is None or steps.rest is None:
+        return request
+    more = runtime.shape(steps.rest.q)[tokens_axis(tensor_layout)]
+    return dataclasses.replace(request, q_len=request.q_len + more, kv_len=request.kv_len + more)
+
+
+def joined(q: Any, k: Any, v: Any, steps: Steps | None, tensor_layout: str, runtime: Runtime) -> tuple[Any, Any, Any]:
+    """q, k and v with their rest behind them, copied; themselves without one."""
+    if steps is None or steps.rest is None:
+        return q, k, v
+    return tuple(runtime.concat(pieces, tokens_axis(tensor_layout)) for pieces in zip((q, k, v), steps.rest))
 
 
 def why_not_chosen(precision: Precision, pools: bool) -> str | None:
@@ -66,12 +99,34 @@ def why_not(steps: Steps, q: Any, k: Any, v: Any, options: AttentionOptions, pac
     if any(len(shape) != 4 for shape in shapes) or shapes[1] != shapes[2]:
         return f"q, k and v are {', '.join(str(list(shape)) for shape in shapes)}, and 4 dimensions and one shape are read"
     order = (0, 2, 1, 3) if options.tensor_layout == "NHD" else (0, 1, 2, 3)
-    as_read = [tuple(shape[axis] for axis in order) for shape in shapes]
+    reason = None if steps.rest is None else _why_not_rest(steps.rest, q, options, runtime)
+    if reason is not None:
+        return reason
+    as_read = [tuple(with_rest(shape, steps, options.tensor_layout, runtime)[axis] for axis in order) for shape in shapes]
     return why_not_of_shapes(steps, *as_read[:2], runtime.dtype_name(q)) or _why_not_tensors(steps, q, as_read[0][3], runtime)
 
 
+def _why_not_rest(rest: Rest, q: Any, options: AttentionOptions, runtime: Runtime) -> str | None:
+    """Why tokens in two pieces are not read as they lie, or None."""
+    if options.precision.pv != "fp8":
+        return f"V in {options.precision.pv} is read in one piece by the attention kernel"
+    axis, shapes = tokens_axis(options.tensor_layout), [runtime.shape(x) for x in (q, *rest)]
+    if any(len(shape) != 4 for shape in shapes) or len({(*shape[:axis], *shape[axis + 1:]) for shape in shapes}) > 1 or (
+            len(set(shapes[1:])) > 1):
+        return f"the rest of q, k and v is {', '.join(str(list(shape)) for shape in shapes[1:])}, and q is {list(shapes[0])}"
+    if 0 in shapes[0] or 0 in shapes[1]:
+        return "one of two pieces has no tokens"
+    for name, tensor in zip("qkv", rest):
+        if runtime.dtype_name(tensor) != runtime.dtype_name(q) or runtime.place(tensor) != runtime.place(q):
+            return (f"the rest of {name} is {runtime.dtype_name(tensor)} on {runtime.place(tensor)}, and q "
+                    f"{runtime.dtype_name(q)} on {runtime.place(q)}")
+        if runtime.strides(tensor)[-1] != 1:
+            return f"the last dimension of the rest of {name} is not contiguous"
+    return None
+
+
 def _why_not_tensors(steps: Steps, q: Any, head_dim: int, runtime: Runtime) -> str | None:
-    for name, tensor in tensors_of(steps).items():
+    for name, tensor in tensors_of(steps._replace(rest=None)).items():
         table = name in ("cos", "sin")
         shape, dtype = runtime.shape(tensor), runtime.dtype_name(tensor)
         wanted = (steps.rotary.tokens, head_dim) if table else (head_dim,)
@@ -87,9 +142,11 @@ def _why_not_tensors(steps: Steps, q: Any, head_dim: int, runtime: Runtime) -> s
 
 
 def prepared(q: Any, k: Any, steps: Steps, tensor_layout: str, runtime: Runtime) -> tuple[Any, Any]:
-    """q and k as attention takes them, by the oracle; on a CPU."""
+    """q and k as attention takes them, with their rest, by the oracle; on a CPU."""
     arrays, dtype = mapped(steps, lambda name, tensor: runtime.to_numpy(tensor)), runtime.dtype_name(q)
     order = (0, 2, 1, 3) if tensor_layout == "NHD" else (0, 1, 2, 3)  # its own inverse
-    one = lambda x, norm: runtime.from_numpy(np.ascontiguousarray(reference.prepared(
-        runtime.to_numpy(x).transpose(order), norm, arrays.rotary, dtype).transpose(order)), q, dtype)
-    return one(q, arrays.q_norm), one(k, arrays.k_norm)
+    rest = arrays.rest or Rest(None, None, None)
+    one = lambda x, norm, more: runtime.from_numpy(np.ascontiguousarray(reference.prepared(
+        runtime.to_numpy(x).transpose(order), norm, arrays.rotary, dtype,
+        None if more is None else more.transpose(order)).transpose(order)), q, dtype)
+    return one(q, arrays.q_norm, rest.q), one(k, arrays.k_norm, rest.k)

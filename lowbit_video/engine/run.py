@@ -22,8 +22,8 @@ def run(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | No
     """(out, lse or None, the variant that ran) of q, k, v as `lowbit_video.attention` takes them.
 
     With `packing` they are [tokens, heads, head_dim], as `lowbit_video.attention_varlen` takes them. Inference only.
-    steps: of tensors, what is done to q and k first, in the same readings as quantisation. Raises NotFused where the fused
-    kernels do not serve it.
+    steps: of tensors, what is done to q and k first, in the same readings as quantisation; with a rest, out has the tokens of
+    q and then the rest's. Raises NotFused where the fused kernels do not serve it.
     """
     if packing is None:
         tensors, lengths = (q, k, v), None
@@ -42,14 +42,17 @@ def run(q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | No
         reason = prologue.why_not(steps, q, k, v, options, packing, runtime)
         if reason is not None:
             raise prologue.NotFused(reason)
-    request = request_of(q, k, v, options, packing, runtime)
+    request = prologue.whole_request(request_of(q, k, v, options, packing, runtime), steps, options.tensor_layout, runtime)
     variant = select(request, options.backend)
     refuse_gradients(runtime, q, k, v, *beside)
     warn_if_slower(variant, request)
     more = {} if steps is None else {"steps": steps}
     if more and variant.device == "cpu":
+        *_, v = prologue.joined(q, k, v, steps, options.tensor_layout, runtime)
         (q, k), more = prologue.prepared(q, k, steps, options.tensor_layout, runtime), {}
     check_finite(options, runtime, q=q, k=k, v=v)
+    if more and steps.rest is not None:
+        check_finite(options, runtime, **steps.rest._asdict())
     out, lse = ENGINES[variant.device](variant, request, (q, k, v), options.scaled(request.head_dim), packing, runtime, key,
                                       **more)
     return out, lse, variant

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from lowbit_video.kernels.prologue.steps import Steps
+from lowbit_video.kernels.prologue.steps import Rest, Steps
 
+from ..engine.prologue import joined
 from ..errors import NonFiniteError, UnsupportedError
 from ..graph.slots import Slot
 from ..graph.tracing import traced_by_paddle, traced_by_torch
@@ -108,20 +109,28 @@ class AttnProcessor:
         return slot.operators.attention_of_module(attn, q, k, v, mask, slot.key, apart)
 
     def attention_behind(self, attn: Any, q: Any, k: Any, v: Any, mask: Any, prepare: Callable[[Any, Any], tuple[Any, Any]],
-                         steps: Callable[[], Steps | str]) -> Any:
+                         steps: Callable[[], Steps | str], rest: Rest | None = None) -> Any:
         """The same of q and k as their projections left them: behind `prepare(q, k)`, or, where that is asked for and can be,
-        in the same readings as quantisation. steps: that as `hook.prologue` has it."""
-        asked = prologue.FUSED_PROLOGUE if self.fused_prologue is None else self.fused_prologue
+        in the same readings as quantisation. steps: that as `hook.prologue` has it. rest: q, k and v of the tokens behind
+        theirs, from a frame that asked `takes_pieces`."""
         traced = self._is_traced(attn, q)
-        reason = self.why_apart(attn, mask, traced) if asked else ""
+        reason = self.why_apart(attn, mask, traced) if self._fuses() else ""
         found = steps() if reason is None else reason
         if isinstance(found, str):
+            q, k, v = joined(q, k, v, Steps(rest=rest), "NHD", attn.attention_slot.runtime)
             return self.attention_of(attn, *prepare(q, k), v, mask, found)
-        before = Before(found, prepare)
+        before = Before(found._replace(rest=rest), prepare)
         if not traced:
             return self.run(attn, q, k, v, before=before)
         slot = attn.attention_slot
         return slot.operators.attention_behind_steps(attn, q, k, v, before, slot.key)
+
+    def takes_pieces(self, attn: Any, mask: Any, like: Any) -> bool:
+        """Whether `attention_behind` reads q, k and v of two streams of tokens as they lie, for a call on tensors as `like`."""
+        return False
+
+    def _fuses(self) -> bool:
+        return prologue.FUSED_PROLOGUE if self.fused_prologue is None else self.fused_prologue
 
     def why_apart(self, attn: Any, mask: Any, traced: bool) -> str | None:
         """Why norms and positions come before all that is done to q, k and v here: in words, or "", or None if they do not.

@@ -9,7 +9,7 @@ from ..engine.codes import attend as attend_codes
 from ..engine.codes_target import Target
 from ..engine.options import AttentionOptions, options_of
 from ..engine.packing import Packing
-from ..engine.prologue import why_not_chosen
+from ..engine.prologue import joined, why_not_chosen
 from ..engine.run import run
 from ..errors import UnsupportedError
 from ..graph.tracing import traced_by_torch
@@ -17,6 +17,7 @@ from ..pooled import Pooled
 from ..precision import Precision
 from ..rung import as_rung
 from ..runtime.detect import runtime_of
+from . import prologue
 from .attend import exact_attend, exact_attend_masked
 from .base import AttnProcessor, why_never
 from .masks import packed, prefix_lengths
@@ -73,6 +74,11 @@ class LowBitAttnProcessor(AttnProcessor):
         never = "" if self.precision.exact else why_never(self.attend) or why_not_chosen(self.precision, self.pools)
         self.always_apart = self.apart_in_graphs = never
 
+    def takes_pieces(self, attn: Any, mask: Any, like: Any) -> bool:
+        """Where `TWO_PIECES` says so, for what is fused and has V in FP8; a graph's compiler concatenates for nothing."""
+        return (prologue.TWO_PIECES and self._fuses() and self.precision.pv == "fp8" and not self._is_traced(attn, like) and
+                self.why_apart(attn, mask, False) is None)
+
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False, before: Before | None = None) -> Any:
         """Attention at this processor's precision, or exact attention where `fallback` allows.
@@ -93,9 +99,11 @@ class LowBitAttnProcessor(AttnProcessor):
         try:
             out, lse, variant = run(q, k, v, options, steps=before.steps)
         except UnsupportedError as error:  # where nothing serves the call at all, the same call apart says so
+            q, k, v = joined(q, k, v, before.steps, "NHD", runtime_of(q))
             with apart(getattr(error, "reason", "no kernel serves the call")):
                 return self.attend(*before.prepare(q, k), v, options.is_causal, options.scale, options.return_lse)
-        self.note(f"{self._what()} ({variant.name}, fused prologue)")
+        pieces = "" if before.steps.rest is None else " of two pieces"
+        self.note(f"{self._what()} ({variant.name}, fused prologue{pieces})")
         return (out, lse) if options.return_lse else out
 
     def _low_bit(self, q: Any, k: Any, v: Any, options: AttentionOptions, packing: Packing | None = None) -> tuple | None:

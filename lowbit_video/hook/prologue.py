@@ -15,6 +15,10 @@ _apart = threading.local()
 FUSED_PROLOGUE = True
 """Whether low-bit processors fuse norms and positions with quantisation where they can and are told nothing else."""
 
+TWO_PIECES = False
+"""Whether those that do read text's and video's projections as two pieces where the kernels can: CogVideoX's hidden states are
+not concatenated then. It waits for its GPU tests (docs/kernels.md)."""
+
 LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "paddle.nn.layer.norm.LayerNorm")
 RMS_NORMS = {"torch.nn.modules.normalization.RMSNorm": False, "diffusers.models.normalization.RMSNorm": True}
 """Classes of norms, not their subclasses; of an RMSNorm whether it rounds before it multiplies by the weight too."""

@@ -19,6 +19,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
+from lowbit_video.hook import prologue
 from lowbit_video.kernels.variants import VARIANTS
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +30,10 @@ RECORD = HERE.parent / "kernels" / "ptx.json"
 def kernels() -> str:
     """What tells the recorded kernels, by their PTX, from others; those that no call gets without asking for them left out."""
     waiting = tuple(f"{variant.backend} {qk}+" for variant in VARIANTS if not variant.automatic for qk, _ in variant.qk)
-    builds = {name: found for name, found in json.loads(RECORD.read_text())["builds"].items() if not name.startswith(waiting)}
+    fused, pieces = prologue.FUSED_PROLOGUE, prologue.FUSED_PROLOGUE and prologue.TWO_PIECES
+    builds = {name: found for name, found in json.loads(RECORD.read_text())["builds"].items()
+              if not name.startswith(waiting) and
+              (" prologue " not in name or (pieces if name.endswith(" in two pieces") else fused))}
     return hashlib.sha256(json.dumps(builds, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -6,7 +6,8 @@ from lowbit_video.engine import replay as plans
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.run import run
 from lowbit_video.eval.speed.experiments import prologue
-from lowbit_video.kernels.prologue.steps import mapped
+from lowbit_video.eval.speed.experiments import prologue_pieces as pieces
+from lowbit_video.kernels.prologue.steps import Rest, mapped
 from lowbit_video.runtime import cuda_driver
 
 pytestmark = pytest.mark.gpu
@@ -15,6 +16,14 @@ CASES = [prologue.Case(2, 1000, 5, 64, "float16", "layer", (226, 774)),
          prologue.Case(1, 777, 8, 128, "bfloat16", "rms", (0, 700)),
          prologue.Case(1, 300, 3, 64, "bfloat16", "layer", None, "int4+fp8", True),
          prologue.Case(1, 129, 2, 64, "float16", "layer", (1, 128), "int8+fp16")]
+
+TEXT_TOKENS = (1, 226, 255, 256)
+PIECES = [prologue.Case(2, 700, 5, 64, "float16", "layer", None),
+          prologue.Case(1, 513, 7, 64, "bfloat16", "layer", (0, 0)),
+          prologue.Case(1, 513, 2, 128, "bfloat16", "rms", (0, 0)),
+          prologue.Case(2, 400, 3, 128, "float16", "layer", (0, 0), "int4+fp8", True),
+          prologue.Case(1, 300, 3, 32, "float16", "rms", None, "int8+fp8", True)]
+"""Of each the rotary tokens are those behind the text's."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -50,3 +59,30 @@ def test_a_call_does_not_wait_for_the_device(gpu):
     run(made.q, made.k, made.v, options, steps=made.steps)
     assert not gpu.happened(ahead), "the call returned after the device had caught up"
     ahead.synchronize()
+
+
+@pytest.mark.parametrize("case", PIECES, ids=str)
+@pytest.mark.parametrize("text_tokens", TEXT_TOKENS)
+def test_two_pieces_leave_what_one_does(gpu, case, text_tokens):
+    """All that is written before attention, to the bit: as views of the whole, and as copies with other strides."""
+    if case.rotary:
+        case = case._replace(rotary=(text_tokens, case.tokens - text_tokens))
+    found = pieces.check(pieces.Pieces(prologue.Made(case, gpu.like), text_tokens))
+    assert found["good"], found
+
+
+@pytest.mark.parametrize("case", PIECES[:3], ids=str)
+def test_a_repeated_call_reads_its_own_pieces(gpu, case):
+    """And the whole call is that of one piece, by a plan and by its launchers."""
+    if case.rotary:
+        case = case._replace(rotary=(226, case.tokens - 226))
+    made, options = prologue.Made(case, gpu.like), AttentionOptions(case.spec, return_lse=True)
+    found = []
+    for factor in (1, 2):
+        q, k, v = (x * factor for x in (made.q, made.k, made.v))
+        rest = Rest(*(x[:, 226:].clone() for x in (q, k, v)))
+        found.append((run(*(x[:, :226].clone() for x in (q, k, v)), options, steps=made.steps._replace(rest=rest)),
+                      run(q, k, v, options, steps=made.steps)))
+    for two, one in found:
+        for part, wanted in zip(two[:2], one[:2]):
+            np.testing.assert_array_equal(gpu.numpy(part), gpu.numpy(wanted))

@@ -25,3 +25,14 @@ def test_kernels_that_wait_for_their_measurement_ask_for_a_new_run_once_calls_ge
         monkeypatch.setitem(vars(exact), "automatic", automatic)
         found.append(run_report.kernels())
     assert found[0] != found[1]
+
+
+def test_so_do_the_fused_prologue_and_its_two_pieces(monkeypatch):
+    found = []
+    for switches in ((False, False), (True, False), (True, True)):
+        for name, on in zip(("FUSED_PROLOGUE", "TWO_PIECES"), switches):
+            monkeypatch.setattr(run_report.prologue, name, on)
+        found.append(run_report.kernels())
+    assert len(set(found)) == 3
+    monkeypatch.setattr(run_report.prologue, "FUSED_PROLOGUE", False)
+    assert run_report.kernels() == found[0]

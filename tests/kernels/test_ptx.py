@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing compiles", allow_module_level=True)
 
-from offline import Attention, Hopper, Quantisers, build, code_of  # noqa: E402
+from offline import Attention, Hopper, Prologue, Quantisers, build, code_of  # noqa: E402
 
 RECORD = Path(__file__).with_name("ptx.json")
 HOPPER = [Hopper(head_dim, pv, causal, lse) for head_dim, pv, causal, lse in
@@ -40,6 +40,10 @@ PORTABLE += [Attention(NEW, "int8", "int8", "fp8", 64), Attention(NEW, "int8", "
              Attention(NEW, "int4", "int4", "fp8", 128, granularity="token", smooth_q=True),
              Attention(NEW, "fp8", "fp8", "fp16", 128), Attention(NEW, "fp8", "fp8", "fp8", 64),
              Attention(NEW, "bf16", "bf16", "fp16", 64, "bfloat16")]
+PROLOGUE = [Prologue(NEW, 64, "float16", "layer", False), Prologue(NEW, 128, "float16", "layer", True, "int4"),
+            Prologue(NEW, 64, "bfloat16", "layer", True, pieces=True),
+            Prologue(NEW, 128, "float16", "layer", True, "int4", pieces=True)]
+CASES = HOPPER + PORTABLE + PROLOGUE
 
 
 def summary(kernels):
@@ -55,13 +59,13 @@ def record():
     return told["builds"]
 
 
-@pytest.mark.parametrize("case", HOPPER + PORTABLE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_code_is_the_recorded_one(case, record, built):
     assert summary(built(case)) == record[str(case)]
 
 
 def test_nothing_else_is_recorded(record):
-    assert list(record) == [str(case) for case in HOPPER + PORTABLE]
+    assert list(record) == [str(case) for case in CASES]
 
 
 def test_only_where_code_comes_from_is_left_out():
@@ -73,5 +77,5 @@ def test_only_where_code_comes_from_is_left_out():
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(2) as pool:
-        builds = {str(case): summary(kernels) for case, kernels in zip(HOPPER + PORTABLE, pool.map(build, HOPPER + PORTABLE))}
+        builds = {str(case): summary(kernels) for case, kernels in zip(CASES, pool.map(build, CASES))}
     RECORD.write_text(json.dumps(dict(triton=triton.__version__, builds=builds), indent=1) + "\n")

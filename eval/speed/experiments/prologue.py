@@ -3,7 +3,8 @@
     python -m lowbit_video.eval.speed.experiments.prologue [--out FILE.json] [--framework paddle] [--cases NAME ...]
     TRITON_INTERPRET=1 python -m lowbit_video.eval.speed.experiments.prologue --tiny     # checks on a CPU
 
-Codes and scales of some heads are compared one by one, and every row of them with float64. Exits with 1 where a check fails.
+Codes and scales of some heads are compared one by one, and every row of them with float64; of two pieces all, to the bit
+(`prologue_pieces`, which says whether these pay). Exits with 1 where a check fails.
 """
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ from lowbit_video.kernels.quant import reference
 from lowbit_video.runtime import detect
 
 from ..inputs import fill_normal
+from . import prologue_pieces
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 HALF_STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
@@ -79,10 +81,10 @@ class Made:
         width = case.heads * case.head_dim
         shape = [case.batch, case.tokens, case.heads, case.head_dim]
         if case.projection:
-            whole = self._normal([case.batch, case.tokens, 3 * width], like, 1).reshape([*shape[:2], 3, *shape[2:]])
+            whole = self.normal([case.batch, case.tokens, 3 * width], like, 1).reshape([*shape[:2], 3, *shape[2:]])
             self.q, self.k, self.v = (whole[:, :, part] for part in range(3))
         else:
-            self.q, self.k, self.v = (self._normal([*shape[:2], width], like, seed, 0.5).reshape(shape) for seed in (1, 2, 3))
+            self.q, self.k, self.v = (self.normal([*shape[:2], width], like, seed, 0.5).reshape(shape) for seed in (1, 2, 3))
         rng = np.random.default_rng(4)
         tensor = lambda array, dtype: self.runtime.from_numpy(array.astype(np.float32), like, dtype)
         vector = lambda around: tensor(around + 0.2 * rng.standard_normal(case.head_dim), case.dtype)
@@ -96,15 +98,15 @@ class Made:
                                         backend="triton" if self.runtime.is_cpu(like) else "auto")
         reason = prologue.why_not(self.steps, self.q, self.k, self.v, self.options, None, self.runtime)
         assert reason is None, reason
-        self.plain, self.fused = self._call(*self.ready(), self.v), self._call(self.q, self.k, self.v, steps=self.steps)
+        self.plain, self.fused = self.call(*self.ready(), self.v), self.call(self.q, self.k, self.v, steps=self.steps)
 
-    def _normal(self, shape: list[int], like: Any, seed: int, offset: float = 0.0) -> Any:
+    def normal(self, shape: list[int], like: Any, seed: int, offset: float = 0.0) -> Any:
         x = self.runtime.empty(shape, self.case.dtype, like)
         with self.runtime.launch_guard(like):
             fill_normal(x, (1, 1, int(np.prod(shape[:2])), shape[2]), seed, offset)
         return x
 
-    def _call(self, *tensors: Any, **more: Any) -> Call:
+    def call(self, *tensors: Any, **more: Any) -> Call:
         variant = select(request_of(*tensors, self.options, None, self.runtime), self.options.backend)
         return Call(variant, self.options.scaled(self.case.head_dim), *tensors, runtime=self.runtime, **more)
 
@@ -247,11 +249,21 @@ def times(made: Made, like: Any, seconds: float) -> dict[str, Any]:
                 apart_to_fused=round(ms["apart"] / ms["fused"], 2))
 
 
+def in_pieces(made: Made, like: Any, seconds: float) -> dict[str, Any]:
+    """The check of two pieces, and with any seconds their times."""
+    from ..timing import Timer
+
+    pieces = prologue_pieces.Pieces(made)
+    found = dict(check=prologue_pieces.check(pieces))
+    return found | (prologue_pieces.times(pieces, Timer(made.runtime, like), seconds) if seconds else {})
+
+
 def step(name: str, like: Any, seconds: float, tiny: bool = False) -> dict[str, Any]:
-    """A whole step of a diffusers model with random weights, by processors that fuse and that do not."""
+    """A whole step of a diffusers model with random weights, by processors that fuse, in two pieces too, and that do not."""
     import torch
 
     from lowbit_video import LowBitAttnProcessor, apply, coverage, remove
+    from lowbit_video.hook import prologue as switches
     from lowbit_video.hook.base import set_processor
     from lowbit_video.hook.report import attention_modules
 
@@ -260,24 +272,32 @@ def step(name: str, like: Any, seconds: float, tiny: bool = False) -> dict[str, 
     from ..timing import Timer, time_together
 
     model, given = MODELS[name].make(str(like.device), torch.float32 if tiny else torch.bfloat16, tiny)
-    ways = {way: LowBitAttnProcessor("int8+fp8", fused_prologue=way == "fused") for way in ("apart", "fused")}
+    ways = {way: LowBitAttnProcessor("int8+fp8", fused_prologue=way != "apart") for way in ("apart", "fused", "pieces")}
 
     def run_by(way: str) -> Any:
         for module in attention_modules(model).values():
             set_processor(module, ways[way])
-        with torch.no_grad():
-            return model(**given, return_dict=False)[0]
+        before, switches.TWO_PIECES = switches.TWO_PIECES, way == "pieces"
+        try:
+            with torch.no_grad():
+                return model(**given, return_dict=False)[0]
+        finally:
+            switches.TWO_PIECES = before
 
     apply(model, ways["apart"])
-    outs = {way: run_by(way).double().cpu().numpy() for way in ways}
-    ran = coverage(model).variants()  # of the last one
+    outs, ran = {}, {}
+    for way in ways:
+        outs[way] = run_by(way).double().cpu().numpy()
+        ran[way] = coverage(model).variants()
     timed = time_together(Timer(detect.runtime_of(like), like), {way: lambda way=way: run_by(way) for way in ways},
                           budget_ms=1e3 * seconds)
     remove(model)
     modules = len(attention_modules(model))
-    good = bool(np.isfinite(outs["fused"]).all()) and len(ran) == 1 and "fused prologue" in next(iter(ran))
+    good = all(bool(np.isfinite(outs[way]).all()) and [word in name for name in ran[way]] == [True]
+               for way, word in (("fused", "fused prologue)"), ("pieces", "fused prologue of two pieces)")))
     return dict(ms={way: round(timing.median_ms, 3) for way, timing in timed.items()}, modules=modules, ran=ran,
-                sqnr_db=round(float(sqnr_db(outs["fused"], outs["apart"])), 1), check=dict(good=good))
+                sqnr_db={way: round(float(sqnr_db(outs[way], outs["apart"])), 1) for way in ("fused", "pieces")},
+                check=dict(good=good))
 
 
 def main() -> int:
@@ -286,6 +306,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", metavar="NAME", help=f"default: {', '.join(CASES)}")
     parser.add_argument("--framework", default="torch", choices=("torch", "paddle"))
     parser.add_argument("--tiny", action="store_true", help="small shapes, checks only: for a CPU and Triton's interpreter")
+    parser.add_argument("--pieces", action="store_true", help="time two pieces alone beside one, and a step")
     parser.add_argument("--seconds", type=float, default=1.0, help="of the GPU for a case's calls")
     parser.add_argument("--most", type=float, default=80.0, help="seconds after which no case begins")
     parser.add_argument("--step", metavar="MODEL", default="cogvideox-2b",
@@ -311,8 +332,10 @@ def main() -> int:
         try:
             made = Made(table[name], like)
             tell(name, dict(case=table[name]._asdict(), check=check(made)))
-            if not args.tiny:
+            if not args.tiny and not args.pieces:
                 tell(name, times(made, like, args.seconds))
+            if made.options.precision.pv == "fp8":
+                tell(f"{name}, two pieces", in_pieces(made, like, 0 if args.tiny else args.seconds))
         except Exception as error:  # noqa: BLE001 - the others are still wanted
             tell(name, dict(failed=repr(error)[:600], where=traceback.format_exc()[-1500:]))
         made = None
@@ -331,8 +354,11 @@ def summary(report: dict[str, Any], seconds: float) -> int:
     print(f"{'ms':<22}" + "".join(title.rjust(12) for title in titles))
     for name, found in report["cases"].items():
         ms = found.get("ms")
-        if ms and "call apart" not in ms:
-            print(f"{name:<22}{ms['apart']:12.3f}{ms['fused']:12.3f}  a whole step, {found['sqnr_db']} dB")
+        if ms and "codes of two" in ms:
+            print(f"{name:<22} up to codes {ms['codes of one']:.3f} of one piece, {ms['codes of two']:.3f} of two")
+        elif ms and "call apart" not in ms:
+            print(f"{name:<22}{ms['apart']:12.3f}{ms['fused']:12.3f}{ms['pieces']:12.3f} of two pieces  a whole step, "
+                  f"{found['sqnr_db']} dB")
         elif ms:
             print(f"{name:<22}{ms['apart']:12.3f}{ms['fused']:12.3f}{ms['fused statistics']:12.3f}{ms['fused codes']:12.3f}"
                   f"{found['fused_to_bytes_once']:11.2f}x{ms['call apart']:12.3f}{ms['call fused']:12.3f}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from lowbit_video.kernels.prologue.steps import Rest
+
 from ...runtime.protocol import Runtime
 from ..prologue import steps_of
 from .rotary import rotated
@@ -25,17 +27,22 @@ def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidde
         raise ValueError("joint attention of text and video was called without encoder_hidden_states; give the text's tokens")
     runtime = attn.attention_slot.runtime
     text_tokens = encoder_hidden_states.shape[1]
-    joint = runtime.concat([encoder_hidden_states, hidden_states], 1)
-    batch, tokens = joint.shape[0], joint.shape[1]
-    q = attn.to_q(joint).reshape([batch, tokens, attn.heads, -1])
-    k = attn.to_k(joint).reshape([batch, tokens, attn.heads, -1])
-    v = attn.to_v(joint).reshape([batch, tokens, attn.heads, -1])
+    if processor.takes_pieces(attn, attention_mask, hidden_states):
+        (q, k, v), rest = _projected(attn, encoder_hidden_states), Rest(*_projected(attn, hidden_states))
+    else:
+        (q, k, v), rest = _projected(attn, runtime.concat([encoder_hidden_states, hidden_states], 1)), None
     out = processor.attention_behind(
         attn, q, k, v, attention_mask, functools.partial(_prepared, runtime, attn, image_rotary_emb, text_tokens),
-        functools.partial(steps_of, runtime, (attn.norm_q, attn.norm_k), q, image_rotary_emb, text_tokens))
-    out = attn.to_out[0](out.reshape([batch, tokens, -1]))
+        functools.partial(steps_of, runtime, (attn.norm_q, attn.norm_k), q, image_rotary_emb, text_tokens), rest)
+    out = attn.to_out[0](out.reshape([out.shape[0], out.shape[1], -1]))
     out = attn.to_out[1](out)
     return out[:, text_tokens:], out[:, :text_tokens]
+
+
+def _projected(attn: Any, tokens: Any) -> tuple[Any, Any, Any]:
+    """q, k and v [B, N, H, D] of tokens [B, N, C]."""
+    shape = [tokens.shape[0], tokens.shape[1], attn.heads, -1]
+    return attn.to_q(tokens).reshape(shape), attn.to_k(tokens).reshape(shape), attn.to_v(tokens).reshape(shape)
 
 
 def _prepared(runtime: Runtime, attn: Any, rotary: tuple[Any, Any] | None, text_tokens: int, q: Any, k: Any) -> tuple[Any, Any]:

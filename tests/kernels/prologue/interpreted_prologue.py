@@ -18,13 +18,15 @@ sys.path.append(str(Path(__file__).parents[1]))
 from interpreted_portable import buffer, operand, poisoned, quantise  # noqa: E402
 
 from lowbit_video.kernels.formats import QK_FORMATS  # noqa: E402
-from lowbit_video.kernels.operands import codes_of  # noqa: E402
+from lowbit_video.kernels.operands import codes_of, v_codes_of  # noqa: E402
 from lowbit_video.kernels.prologue import reference  # noqa: E402
 from lowbit_video.kernels.prologue.quant import launch_prologue_quant  # noqa: E402
 from lowbit_video.kernels.prologue.stats import launch_prologue_stats  # noqa: E402
-from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps, mapped, partial_count, why_not  # noqa: E402
+from lowbit_video.kernels.prologue.steps import Norm, Rest, Rotary, Steps, mapped, partial_count, why_not  # noqa: E402
+from lowbit_video.kernels.prologue.values import launch_prologue_values  # noqa: E402
 from lowbit_video.kernels.quant import reference as quant  # noqa: E402
 from lowbit_video.kernels.quant import shapes  # noqa: E402
+from lowbit_video.kernels.quant.quant_v import launch_quant_v  # noqa: E402
 
 TIES = 5e-4
 """Of all codes, the share that may differ by one: where float32 sums in another order round a 16-bit step otherwise.
@@ -59,7 +61,19 @@ def steps_of(kind, dim, rotary=None, dtype=np.float16, affine=True, rounds_first
 
 
 def as_buffers(steps):
-    return mapped(steps, lambda _, array: buffer(array))
+    return mapped(steps, lambda name, array: operand(array) if name.endswith("rest") else buffer(array))
+
+
+def in_two(qkv, seam):
+    """Q, K and V up to a token, each in memory of its own behind which nothing is a number, and the rest, cut out of one."""
+    heads = [np.ascontiguousarray(x[:, :, :seam].swapaxes(1, 2)) for x in qkv]
+    first = []
+    for x in heads:
+        wide = np.full((x.shape[0], seam + 130, x.shape[2], x.shape[3]), np.nan, x.dtype)
+        wide[:, :seam] = x
+        first.append(wide[:, :seam].swapaxes(1, 2))
+    rest = np.stack([x[:, :, seam:].swapaxes(1, 2) for x in qkv], 2)
+    return first, Rest(*(rest[:, :, part].swapaxes(1, 2) for part in range(3)))
 
 
 class Run:
@@ -68,24 +82,29 @@ class Run:
     def __init__(self, qkv, steps, formats=("int8", "int8"), block=128, smooth_q=False, corrections=False, how=None):
         q, k, v = qkv
         batch, heads, tokens, dim = q.shape
-        assert why_not(steps, q.shape, k.shape, q.dtype.name) is None
+        tokens += steps.rest.q.shape[2] if steps.rest else 0
+        whole = lambda x: operand(x)._replace(shape=(batch, heads, tokens, dim))
+        assert why_not(steps, whole(q).shape, whole(k).shape, q.dtype.name) is None
         given, self.kept = as_buffers(steps), (steps, qkv)
-        self.partial = poisoned((partial_count(q.shape) * (2 + smooth_q),))
+        self.partial = poisoned((partial_count(whole(q).shape) * (2 + smooth_q),))
         self.q_mean, self.k_mean, self.v_scale = (poisoned((batch, heads, dim)) for _ in range(3))
-        launch_prologue_stats(*map(operand, qkv), given, buffer(self.partial), k_mean=buffer(self.k_mean),
+        launch_prologue_stats(*map(whole, qkv), given, buffer(self.partial), k_mean=buffer(self.k_mean),
                               v_scale=buffer(self.v_scale), q_mean=buffer(self.q_mean) if smooth_q else None,
                               how=how)
         self.codes, self.scale, made = [], [], []
         for x, format, rows in zip((q, k), formats, (None, block)):
-            self.codes.append(poisoned(shapes.code_shape(x.shape, format), np.uint8))
-            self.scale.append(poisoned(shapes.scale_shape(x.shape, rows)))
-            made.append(codes_of(operand(x), format, buffer(self.codes[-1]), buffer(self.scale[-1]), rows))
-        self.shift, self.bias = poisoned(q.shape[:3]), poisoned(q.shape[:3])
-        launch_prologue_quant(operand(q), operand(k), *made, given, k_mean=buffer(self.k_mean),
+            self.codes.append(poisoned(shapes.code_shape(whole(x).shape, format), np.uint8))
+            self.scale.append(poisoned(shapes.scale_shape(whole(x).shape, rows)))
+            made.append(codes_of(whole(x), format, buffer(self.codes[-1]), buffer(self.scale[-1]), rows))
+        self.shift, self.bias = poisoned((batch, heads, tokens)), poisoned((batch, heads, tokens))
+        launch_prologue_quant(whole(q), whole(k), *made, given, k_mean=buffer(self.k_mean),
                               q_mean=buffer(self.q_mean) if smooth_q else None,
                               lse_shift=buffer(self.shift) if corrections else None,
                               score_bias=buffer(self.bias) if corrections and smooth_q else None, sm_scale=0.125,
                               how=how)
+        self.v_codes = poisoned(shapes.v_code_shape(whole(v).shape), np.uint8)
+        codes = v_codes_of(whole(v), buffer(self.v_codes), buffer(self.v_scale))
+        launch_prologue_values(whole(v), codes, given) if steps.rest else launch_quant_v(whole(v), codes)
 
 
 def prepared(qkv, steps):
@@ -168,6 +187,29 @@ def test_heads_that_share_tables_change_nothing():
         for one, other in zip(getattr(alone, name), getattr(some, name)):
             np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(alone.k_mean, some.k_mean)
+
+
+PIECES = [
+    ((1, 2, 300, 64), np.float16, "layer", (226, 74), 226, "int8"), ((2, 1, 130, 32), np.float16, "layer", (1, 129), 1, "int8"),
+    ((1, 1, 257, 64), ml_dtypes.bfloat16, "rms", (256, 1), 256, "fp8"),
+    ((1, 1, 256, 128), ml_dtypes.bfloat16, "layer", (255, 1), 255, "int8"),
+    ((1, 2, 131, 128), np.float16, "rms", None, 128, "int4"), ((1, 1, 140, 32), np.float32, "layer", (0, 60), 60, "int2"),
+    ((1, 7, 30, 32), np.float16, None, (10, 20), 29, "int8")]
+"""[B, H, N, D], dtype, norm, rotary tokens, tokens of the first piece, format: seams at, before and behind a tile's edge."""
+
+
+@pytest.mark.parametrize("shape, dtype, kind, rotary, seam, format", PIECES, ids=str)
+def test_two_pieces_leave_what_one_does(shape, dtype, kind, rotary, seam, format):
+    """To the bit, all that is written; the pieces' strides differ."""
+    qkv, steps = draw(shape, dtype), steps_of(kind, shape[3], rotary, dtype)
+    more = dict(formats=(format, format), block=None if format == "int4" else 128, smooth_q=True, corrections=True)
+    first, rest = in_two(qkv, seam)
+    one, two = Run(qkv, steps, **more), Run(first, steps._replace(rest=rest), **more)
+    for name in ("q_mean", "k_mean", "v_scale", "v_codes", "shift", "bias"):
+        np.testing.assert_array_equal(getattr(two, name), getattr(one, name), name)
+    for number in range(2):
+        np.testing.assert_array_equal(two.codes[number], one.codes[number])
+        np.testing.assert_array_equal(two.scale[number], one.scale[number])
 
 
 def test_every_row_is_near_its_ideal():

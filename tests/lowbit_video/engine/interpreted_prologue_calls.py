@@ -7,9 +7,10 @@ import os
 import numpy as np
 import pytest
 
+import lowbit_video as lv
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.run import run
-from prologue_inputs import by_hand, made_steps, projected
+from prologue_inputs import by_hand, in_two, made_steps, projected
 
 import quick_interpreter  # noqa: F401
 
@@ -30,3 +31,14 @@ def test_a_call_is_that_of_what_had_them(framework, precision, layout, kind, rot
     assert variant.backend == "triton"
     np.testing.assert_allclose(framework.numpy(out), framework.numpy(wanted), atol=4e-3)
     np.testing.assert_allclose(framework.numpy(lse), framework.numpy(wanted_lse), atol=2e-3)
+
+
+def test_a_call_of_two_pieces_is_that_of_one(framework):
+    qkv, steps = projected(framework, tokens=130, heads=1), made_steps(framework, rotary=(20, 110))
+    options = AttentionOptions("int8+fp8", return_lse=True, backend="triton")
+    first, rest = in_two(framework, qkv, 20)
+    one, two = run(*qkv, options, steps=steps), run(*first, options, steps=steps._replace(rest=rest))
+    for wanted, found in zip(one[:2], two[:2]):
+        np.testing.assert_array_equal(framework.numpy(found), framework.numpy(wanted))
+    with pytest.raises(lv.NonFiniteError, match="k has"):
+        run(*first, options, steps=steps._replace(rest=rest._replace(k=rest.k * float("nan"))))

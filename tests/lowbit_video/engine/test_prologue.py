@@ -10,13 +10,14 @@ import pytest
 import lowbit_video as lv
 from interpreted_run import pass_in_the_interpreter
 from lowbit_video.engine import prologue
+from lowbit_video.engine.checks import request_of
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.packing import Packing
 from lowbit_video.engine.run import run
 from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.precision import Precision
 from lowbit_video.runtime.detect import runtime_of
-from prologue_inputs import by_hand, made_steps, projected
+from prologue_inputs import by_hand, in_two, made_steps, projected
 
 
 @pytest.mark.parametrize("precision, layout, kind, rotary", [
@@ -85,6 +86,45 @@ def test_steps_whose_tensors_do_not_fit(framework):
         strided = steps._replace(rotary=rotary._replace(cos=wide[:, :32]))
         assert "cos is not contiguous" in prologue.why_not(strided, q, k, v, AttentionOptions("int8+fp16"), None, runtime)
     assert prologue.why_not(steps, q, k, v, AttentionOptions("int8+fp16"), None, runtime) is None
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("seam", [1, 149])
+def test_tokens_in_two_pieces(framework, layout, seam):
+    """Are attention of all of them, to the bit; a value that is not finite is found in the second piece too."""
+    qkv, steps = projected(framework), made_steps(framework)
+    first, rest = in_two(framework, qkv, seam)
+    order = lambda x: x if layout == "NHD" else runtime_of(x).permute(x, (0, 2, 1, 3))
+    options = AttentionOptions("int8+fp8", layout, return_lse=True)
+    whole = run(*map(order, qkv), options, steps=steps)
+    pieces = run(*map(order, first), options, steps=steps._replace(rest=rest._make(map(order, rest))))
+    for one, two in zip(whole[:2], pieces[:2]):
+        np.testing.assert_array_equal(framework.numpy(two), framework.numpy(one))
+    rest = rest._replace(v=rest.v * float("inf"))
+    with pytest.raises(lv.NonFiniteError, match="v has"):
+        run(*map(order, first), options, steps=steps._replace(rest=rest._make(map(order, rest))))
+
+
+def test_pieces_that_are_not_read(framework):
+    (q, k, v), steps = projected(framework), made_steps(framework)
+    first, rest = in_two(framework, (q, k, v), 20)
+    runtime = runtime_of(q)
+    why = lambda rest, spec="int8+fp8", more=steps: prologue.why_not(
+        more._replace(rest=rest), *first, AttentionOptions(spec), None, runtime)
+    assert why(rest) is None
+    assert "V in fp16 is read in one piece" in why(rest, "int8+fp16")
+    assert "the rest of q, k and v is" in why(rest._replace(k=rest.k[:, 1:]))
+    assert "the rest of q, k and v is" in why(rest._make(x[:, :, :2] for x in rest))
+    assert "one of two pieces has no tokens" in why(rest._make(x[:, :0] for x in rest))
+    assert "the rest of v is float16 on" in why(rest._replace(v=framework.tensor(framework.numpy(rest.v), "float16")))
+    wide = framework.tensor(np.zeros((1, 130, 3, 64)))
+    if framework.name == "torch":
+        assert "the last dimension of the rest of k is not contiguous" in why(rest._replace(k=wide[..., ::2]))
+    request = prologue.whole_request(request_of(*first, AttentionOptions("int8+fp8"), None, runtime),
+                                     steps._replace(rest=rest), "NHD", runtime)
+    assert (request.q_len, request.kv_len) == (150, 150)
+    far = steps._replace(rotary=steps.rotary._replace(begin=11))
+    assert "do not lie among 150 tokens" in why(rest, more=far)
 
 
 def test_the_workspace_has_partials_of_tiles():

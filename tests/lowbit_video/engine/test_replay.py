@@ -24,7 +24,7 @@ from lowbit_video.kernels import compiled, launch
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import LOG2_E
 from lowbit_video.kernels.operands import Operand, codes_of
-from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps
+from lowbit_video.kernels.prologue.steps import Norm, Rest, Rotary, Steps
 from lowbit_video.kernels.shipped.kinds import kind_of, parameters
 from lowbit_video.kernels.stand_in import TensorDescriptor as Descriptor
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant
@@ -161,7 +161,7 @@ def device(monkeypatch):
     from triton.runtime.driver import driver
 
     from lowbit_video.kernels.pooled import choose, part, tile_stats
-    from lowbit_video.kernels.prologue import quant, stats
+    from lowbit_video.kernels.prologue import quant, stats, values
     from lowbit_video.kernels.quant import quant_v, token_stats
 
     log, long, kept = Log(), [], []
@@ -169,7 +169,8 @@ def device(monkeypatch):
                          (quant_v, "quant_v_kernel"), (token_stats, "token_stats_kernel"), (token_stats, "fold_stats_kernel"),
                          *((tile_stats, f"{name}_tiles_kernel") for name in ("key", "fold", "query")), (choose, "score_kernel"),
                          (choose, "list_kernel"), (part, "pooled_part_kernel"), (stats, "prologue_stats_kernel"),
-                         (stats, "fold_stats_kernel"), (quant, "prologue_quant_kernel")):
+                         (stats, "fold_stats_kernel"), (quant, "prologue_quant_kernel"),
+                         (values, "prologue_values_kernel")):
         monkeypatch.setattr(module, name, Kernel(getattr(module, name), f"{module.__name__}.{name}", log, long))
     monkeypatch.setattr(plans, "cuda_driver", Driver)
     monkeypatch.setattr(driver, "_active", types.SimpleNamespace(get_current_device=lambda: 0), raising=False)
@@ -278,6 +279,26 @@ def test_a_repeated_call_norms_by_its_own_weights(device, backend):
     fused(tensors(), steps()._replace(rotary=None))
     assert len(device.long) == ways + 6 + 5 + 5
     assert fused(tensors(), steps(), scale=0.2) != first
+
+
+def test_a_repeated_call_reads_its_own_pieces(device):
+    """Text's and video's projections apart: nothing is joined, and the second call's are read where the first one's were."""
+    def fused(text, video):
+        device.log.clear()
+        before, made = len(device.kept), steps()._replace(rest=Rest(*video))
+        run(*text, AttentionOptions("int8+fp8"), steps=made)
+        fresh = {f"fresh {number}": t for number, t in enumerate(device.kept[before:])}
+        return flat(device.log, dict(zip("qkv", text)) | tensors_of(made) | fresh)
+
+    text, video = (lambda: tensors(30, 1)), (lambda: tensors(170, 1))
+    first = fused(text(), video())
+    assert [name.rpartition(".")[2] for name, *_ in first] == [f"{name}_kernel" for name in (
+        "prologue_stats", "fold_stats", "prologue_values", "prologue_quant", "attn_fwd")]
+    assert {(f"{of}_rest", 0) for of in "qkv"} <= {value for value in first[0][3] if isinstance(value, tuple)}
+    ways = len(device.long)
+    assert fused(text(), video()) == first and len(device.long) == ways
+    fused(tensors(31, 1), tensors(169, 1))
+    assert len(device.long) == ways + 5
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])

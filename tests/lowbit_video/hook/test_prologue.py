@@ -76,6 +76,83 @@ def test_what_is_asked_for_is_told_and_checked():
         LowBitAttnProcessor(fused_prologue="yes")
 
 
+@pytest.mark.parametrize("rotary", [True, False], ids=["rotary", "none"])
+def test_text_and_video_in_two_pieces(rotary, monkeypatch):
+    """The same bits, and no concatenation before attention."""
+    given = toy_model.inputs()
+    given["rotary"] = given["rotary"] if rotary else None
+    whole, *_ = both(given)
+    monkeypatch.setattr(prologue, "TWO_PIECES", True)
+    joined, concat = [], paddle.concat
+    monkeypatch.setattr(paddle, "concat", lambda tensors, axis: joined.append(tensors[0].ndim) or concat(tensors, axis))
+    pieces, _, told = both(given)
+    assert told == {"int8+fp8 (reference-lowbit, fused prologue of two pieces)": 2}
+    for one, other in zip(whole, pieces):
+        assert sqnr_db(one, other) > 100  # products of other shapes sum in another order
+    model = toy_model.model()
+    apply(model, LowBitAttnProcessor("int8+fp8", fused_prologue=True))
+    joined.clear()
+    outputs(model, **given)
+    assert 3 not in joined, "hidden states were concatenated"
+
+
+def test_two_pieces_are_off_unless_asked_for(monkeypatch):
+    """And where they are asked for taken only by what reads them."""
+    assert prologue.TWO_PIECES is False
+    monkeypatch.setattr(prologue, "TWO_PIECES", True)
+    given = toy_model.inputs()
+    for precision, options, wanted in (
+            ("int8+fp16", dict(fused_prologue=True), "int8+fp16 (reference-lowbit, fused prologue)"),
+            ("int8+fp8", dict(fused_prologue=False), "int8+fp8 (reference-lowbit)"),
+            ("int8+fp8", dict(fused_prologue=True, pooled=Pooled(0.9)), "pooling needs"),
+            ("exact", dict(fused_prologue=True), "exact")):
+        model = toy_model.model()
+        apply(model, LowBitAttnProcessor(precision, **options))
+        outputs(model, **given)
+        assert wanted in list(ran(model))[0] and "pieces" not in list(ran(model))[0]
+    model = toy_model.model()
+    apply(model, LowBitAttnProcessor("int8+fp8", fused_prologue=True))
+    outputs(model, **given)
+    attn = model.blocks[0]
+    assert attn.processor.takes_pieces(attn, None, given["video"]) and not attn.processor.takes_pieces(attn, 1, given["video"])
+    assert not LowBitAttnProcessor("int8+fp8", fused_prologue=False).takes_pieces(attn, None, given["video"])
+    monkeypatch.setattr("lowbit_video.hook.base.traced_by_paddle", lambda q: True)
+    assert not attn.processor.takes_pieces(attn, None, given["video"])
+
+
+def test_a_text_of_no_tokens_is_no_piece(monkeypatch):
+    monkeypatch.setattr(prologue, "TWO_PIECES", True)
+    given = toy_model.inputs(text_tokens=0)
+    pieces, whole, told = both(given)
+    assert told == {"int8+fp8 (reference-lowbit; prologue apart: one of two pieces has no tokens)": 2}
+    assert sqnr_db(pieces[0], whole[0]) > 100 and pieces[1].shape[1] == 0
+
+
+def test_two_pieces_are_joined_where_steps_turn_out_to_be_apart(monkeypatch):
+    monkeypatch.setattr(prologue, "TWO_PIECES", True)
+    given = toy_model.inputs()
+
+    def of_another_eps(model):  # seen when the call is served
+        for block in model.blocks:
+            block.norm_k._epsilon = 1e-3
+
+    def hooked(model):  # seen before
+        for block in model.blocks:
+            block.norm_q.register_forward_post_hook(lambda layer, given, out: out)
+
+    for change, why in ((of_another_eps, "q's and k's norms are not of one kind"), (hooked, "the LayerNorm has hooks")):
+        found = []
+        for fused in (True, False):
+            model = toy_model.model()
+            change(model)
+            apply(model, LowBitAttnProcessor("int8+fp8", fused_prologue=fused))
+            found.append(outputs(model, **given))
+            if fused:
+                assert list(ran(model)) == [f"int8+fp8 (reference-lowbit; prologue apart: {why})"]
+        for one, other in zip(*found):
+            assert sqnr_db(one, other) > 100
+
+
 def apart(change=lambda model: None, given=None, **options):
     model = toy_model.model()
     change(model)
@@ -183,9 +260,10 @@ def test_norms_by_their_class():
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_diffusers_model(dtype):
+@pytest.mark.parametrize("dtype, pieces", [("float32", True), ("bfloat16", False)])
+def test_diffusers_model(dtype, pieces, monkeypatch):
     """Beside the same with norms and positions by its own modules, at its own dtype."""
+    monkeypatch.setattr(prologue, "TWO_PIECES", pieces)
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     import diffusers
@@ -202,7 +280,7 @@ def test_diffusers_model(dtype):
         with torch.no_grad():
             found.append(model(**given, return_dict=False)[0].float().numpy())
         if fused:
-            assert ran(model) == {"int8+fp8 (reference-lowbit, fused prologue)": 2}
+            assert ran(model) == {f"int8+fp8 (reference-lowbit, fused prologue{' of two pieces' * pieces})": 2}
     assert np.abs(found[0] - found[1]).sum() <= (1e-3 if dtype == torch.float32 else 1e-2) * np.abs(found[1]).sum()
 
 
