@@ -58,7 +58,7 @@ def add_parsers(subparsers) -> None:
         "step", help="time a whole denoising step of a model by each attention, eager and compiled",
         description="Times one denoising step of diffusers' video models at full size, random weights, with PyTorch's "
                     "attention, FlashAttention-2, cuDNN, FlashAttention-4 and SageAttention where they are installed, ours, "
-                    "and no attention at all, each checked first.")
+                    "and no attention at all, each checked first; and of this project's CogVideoX in Paddle.")
     from .step.run import add_arguments as add_step_arguments
 
     add_step_arguments(step)

@@ -11,6 +11,7 @@ SCENES = "tests/eval/world/test_long_world.py::"
 LAYERS = "tests/eval/compare/test_layers.py::"
 SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
+PADDLE_STEP = "tests/eval/speed/test_step_paddle.py::"
 POOLED = "tests/eval/calibrate/test_pooled_rungs.py::"
 PAIRED = "tests/eval/metrics/test_paired.py::"
 SCALES = "tests/eval/calibrate/test_scales.py::"
@@ -20,6 +21,30 @@ TEMPORAL = "tests/eval/metrics/test_temporal.py::"
 TENSOR = "tests/eval/metrics/test_tensor_metrics.py::"
 
 MUTANTS = [
+    *faults("eval/speed/step/paddle_side.py",
+            PADDLE_STEP + "test_compiled_methods_share_a_graph_but_those_whose_prologue_is_fused",
+            ('way.name if way.name.endswith(FUSED) else ""', '""'),
+            ('way.name if way.name.endswith(FUSED) else ""', "way.name")),
+    *faults("eval/speed/step/paddle_side.py", PADDLE_STEP + "test_a_model_is_as_before_afterwards_and_runs_as_the_method_says",
+            ("                    del model.run_blocks\n", "                    pass\n"), ("way.active(), ", "")),
+    *faults("eval/speed/step/paddle_methods.py",
+            PADDLE_STEP + "test_a_model_is_as_before_afterwards_and_runs_as_the_method_says",
+            ("lambda own=own: set_processors(own)", "lambda: set_processors(own)"),
+            ("        set_processors(plain)\n", "        pass\n"), ("        lowbit_video.remove(model)\n", "        pass\n")),
+    *faults("eval/speed/step/measure.py", PADDLE_STEP + "test_one_that_fails_is_told_and_the_others_are_timed",
+            ("            del steps[method]\n", ""), ('result["failed"][f"timing, {mode}"]', 'result["failed"][mode]')),
+    *faults("eval/speed/step/run.py", PADDLE_STEP + "test_both_frameworks_have_our_exact_attention",
+            ("    if both and not args.methods:", "    if both:"),
+            ("    if both and not args.methods:", "    if not args.methods:")),
+    *faults("eval/speed/step/run.py",
+            PADDLE_STEP + "test_each_framework_has_a_process_and_what_one_measured_outlives_the_others_end",
+            ("            part.unlink()\n", ""), ("        if status:\n", "        if False:\n")),
+    *faults("eval/speed/step/table.py", PADDLE_STEP + "test_the_table_has_paddles_time_over_pytorchs",
+            ("{ours / base:.3f}", "{base / ours:.3f}"), ('one["model"] == result["model"] and ', "")),
+    *faults("eval/speed/random_weights.py",
+            PADDLE_STEP + "test_a_model_and_what_it_takes_are_the_same_every_time_and_random[float32]",
+            ("return shape[0] if len(shape) == 2 else math.prod(shape[1:])", "return shape[0]"),
+            ("np.float32(spread)", "np.float32(1)"), ('        paddle.set_default_dtype("float32")\n', "        pass\n")),
     *faults("eval/report/bootstrap.py", SUMMARY + "test_columns_are_drawn_together",
             ("array[picks] for array in arrays",
              "array[np.random.default_rng(i).permuted(picks)] for i, array in enumerate(arrays)")),
