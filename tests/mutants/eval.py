@@ -11,6 +11,7 @@ SCENES = "tests/eval/world/test_long_world.py::"
 LAYERS = "tests/eval/compare/test_layers.py::"
 SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
+PARTS = "tests/eval/speed/test_step_parts.py::"
 PADDLE_STEP = "tests/eval/speed/test_step_paddle.py::"
 POOLED = "tests/eval/calibrate/test_pooled_rungs.py::"
 PAIRED = "tests/eval/metrics/test_paired.py::"
@@ -41,10 +42,33 @@ MUTANTS = [
             ("            part.unlink()\n", ""), ("        if status:\n", "        if False:\n")),
     *faults("eval/speed/step/table.py", PADDLE_STEP + "test_the_table_has_paddles_time_over_pytorchs",
             ("{ours / base:.3f}", "{base / ours:.3f}"), ('one["model"] == result["model"] and ', "")),
+    *faults("eval/speed/step/parts.py", PARTS + "test_time_belongs_to_the_part_in_which_it_passes",
+            ("self._mark(), time.perf_counter()", "self._marks and self._marks[-1][1], time.perf_counter()"),
+            ("self._stack[-1] = ATTENTION  #", "pass  #")),
+    *faults("eval/speed/step/parts.py",
+            PARTS + "test_a_step_goes_through_its_parts_in_order[int8+fp8 fused-attention2]",
+            ('if (part := role_of(name)) and not (fused and part == "QK norms")}', "if (part := role_of(name))}"),
+            ("self._projected % 4 == 0", "self._projected % 3 == 0"),
+            ("FINAL if self._blocks == self._layers else GATES", "GATES"),
+            ("self._marks, self._projected, self._blocks = [], 0, 0", "self._projected, self._blocks = 0, 0")),
+    *faults("eval/speed/step/waits.py", PARTS + "test_reads_on_the_host_are_counted[float-numpy]",
+            ("            counts[name] += 1\n", "            counts[name] = 1\n")),
+    *faults("eval/speed/step/waits.py", PARTS + "test_operators_that_run_on_the_cpu_are_counted_where_paddle_tells",
+            ("    if not FALLBACK.search(logged(lambda: paddle.randn([2]))):\n        return None\n", "")),
+    *faults("eval/speed/step/waits.py", PARTS + "test_what_paddle_logs_is_caught_and_only_meanwhile",
+            ("            os.dup2(own, 2)\n", ""),
+            ("        try:\n            call()\n        finally:\n            paddle.base.core.set_vlog_level({file: 0})",
+             "        try:\n            call()\n        finally:\n            paddle.base.core.set_vlog_level({file: 3})"),
+            ("    paddle.base.core.set_vlog_level({file: 0})\n\n\n", "    pass\n\n\n")),
+    *faults("eval/speed/step/part_table.py", PARTS + "test_the_table_sets_both_frameworks_parts_side_by_side",
+            ("{ms[1] / ms[0]:.2f}", "{ms[0] / ms[1]:.2f}")),
     *faults("eval/speed/random_weights.py",
             PADDLE_STEP + "test_a_model_and_what_it_takes_are_the_same_every_time_and_random[float32]",
             ("return shape[0] if len(shape) == 2 else math.prod(shape[1:])", "return shape[0]"),
-            ("np.float32(spread)", "np.float32(1)"), ('        paddle.set_default_dtype("float32")\n', "        pass\n")),
+            ("np.float32(spread)", "np.float32(1)")),
+    *faults("eval/speed/random_weights.py",
+            PADDLE_STEP + "test_a_model_and_what_it_takes_are_the_same_every_time_and_random[bfloat16]",
+            ('        paddle.set_default_dtype("float32")\n', "        pass\n")),
     *faults("eval/report/bootstrap.py", SUMMARY + "test_columns_are_drawn_together",
             ("array[picks] for array in arrays",
              "array[np.random.default_rng(i).permuted(picks)] for i, array in enumerate(arrays)")),

@@ -14,7 +14,8 @@ from lowbit_video.hook.report import attention_modules
 from lowbit_video.runtime.detect import runtime_of
 
 from .. import accuracy, timing
-from .names import EXACT, NONE, title
+from . import parts
+from .names import EXACT, FUSED, NONE, title
 from .side import Side
 
 FLOOR_DB = {"exact": 25.0, "low bit": 10.0}
@@ -22,12 +23,17 @@ FLOOR_DB = {"exact": 25.0, "low bit": 10.0}
 
 
 def measure(side: Side, name: str, methods: Sequence[str], modes: Sequence[str], tiny: bool, budget_ms: float,
-            say: Callable[[str], None], save: Callable[[dict], None]) -> dict[str, Any]:
-    """What `bench step` writes of one model; `save` gets it after each mode. A method that fails is told, not timed."""
+            say: Callable[[str], None], save: Callable[[dict], None], profile: bool = False) -> dict[str, Any]:
+    """What `bench step` writes of one model; `save` gets it after each mode. A method that fails is told, not timed.
+
+    profile: also by part of the model, in eager mode.
+    """
     entry = side.entry(name)
     model, given = side.make(entry, tiny)
     tokens = entry.tokens(model.config, tiny)
     left_out = {method: reason for method in methods if (reason := side.why_not(method, entry))}
+    if profile and not entry.fuses:
+        left_out["profile"] = "its parts are those of CogVideoX"
     left_out |= {f"mode {mode}": reason for mode in modes if (reason := side.modes[mode])}
     dtype = next(runtime_of(x).dtype_name(x) for x in model.parameters())
     result: dict[str, Any] = dict(framework=side.name, model=name, batch=entry.batch, video_tokens=tokens, dtype=dtype,
@@ -52,6 +58,8 @@ def measure(side: Side, name: str, methods: Sequence[str], modes: Sequence[str],
                 result["rows"] += rows
             except Exception as error:  # noqa: BLE001
                 result["failed"][f"timing, {mode}"] = f"{type(error).__name__}: {error}"[:600]
+            if profile and mode == "eager" and entry.fuses:
+                result["profiles"] = _profiles(side, model, {row["method"]: steps[row["method"]] for row in rows}, result, say)
             for way in ways.values():
                 way.put()  # the report is of the processors that are there
                 result["ran"] |= lowbit_video.coverage(model).variants()
@@ -60,6 +68,19 @@ def measure(side: Side, name: str, methods: Sequence[str], modes: Sequence[str],
     del model, given, steps
     gc.collect()
     return result
+
+
+def _profiles(side: Side, model: Any, steps: dict[str, Callable], result: dict[str, Any], say: Callable[[str], None]
+              ) -> list[dict[str, Any]]:
+    """Where each method's time goes; what fails is told."""
+    found = []
+    for method, step in steps.items():
+        try:
+            found.append(parts.profile(side, model, method, step, fused=method.endswith(FUSED)))
+            say(f"parts of {title(method)}: {found[-1]['marked_ms']:.2f} ms, host {found[-1]['host_ms']:.2f} ms")
+        except Exception as error:  # noqa: BLE001
+            result["failed"][f"{method}, profile"] = f"{type(error).__name__}: {error}"[:600]
+    return found
 
 
 def _wanted(steps: dict[str, Callable], result: dict[str, Any], say: Callable[[str], None]) -> np.ndarray | None:

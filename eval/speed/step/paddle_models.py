@@ -27,6 +27,7 @@ class PaddleModel:
     latents: tuple[int, int, int]
     batch: int = 2
     text: int | None = None
+    fuses: bool = True
 
     def make(self, dtype: str, tiny: bool = False) -> tuple[Any, dict[str, Any]]:
         """(model, what its forward takes) on Paddle's current device, always the same values for a device."""

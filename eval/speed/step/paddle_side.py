@@ -14,6 +14,7 @@ from lowbit_video.runtime import cuda_driver, paddle_runtime
 from .names import FUSED
 from .paddle_methods import methods_of, why_not
 from .paddle_models import MODELS, PaddleModel
+from .waits import fallbacks_of, prepare, reads_of
 
 
 class PaddleSide:
@@ -23,6 +24,7 @@ class PaddleSide:
     modes: Mapping[str, str] = {"eager": "", "blocks": "", "model": "what surrounds the blocks stays eager in Paddle"}
 
     def __init__(self) -> None:
+        prepare()
         self.device = paddle_runtime.default_device()
         paddle.set_device(self.device)
         self._mode = "eager"
@@ -78,6 +80,9 @@ class PaddleSide:
         device_memory.restart_peak(self.device)
         step()
         return device_memory.peak_gib(self.device)
+
+    def waits(self, step: Callable[[], Any]) -> dict[str, Mapping[str, int] | None]:
+        return {"reads": reads_of(step), "on the CPU": fallbacks_of(step)}
 
     def like(self) -> paddle.Tensor:
         return paddle_runtime.anchor(self.device)

@@ -28,7 +28,8 @@ NEEDS = {"torch": "`bench step` times diffusers' models on PyTorch, and {} canno
 PADDLE_MODELS = tuple(f"cogvideox-{size}" for size in CONFIGS)
 POOLED = "int8+fp8"
 """The precision whose keys `--pooled` pools."""
-WORKER_ARGUMENTS = ("framework", "models", "methods", "pooled", "recipe", "fused_prologue", "modes", "budget_ms", "tiny")
+WORKER_ARGUMENTS = ("framework", "models", "methods", "pooled", "recipe", "fused_prologue", "modes", "profile", "budget_ms",
+                    "tiny")
 """What a framework's process is told."""
 
 
@@ -54,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", nargs="+", choices=("eager", "blocks", "model"), default=["eager", "blocks"],
                         help="as it is, repeated blocks compiled (in Paddle: all blocks as one graph), compiled whole "
                              "(default: eager blocks)")
+    parser.add_argument("--profile", action="store_true",
+                        help="also where an eager step's time goes, by part of CogVideoX's model: norms, projections, "
+                             "attention and so on; the host's time, and what makes it wait for the device")
     parser.add_argument("--budget-ms", type=float, default=6000.0, metavar="MS",
                         help="device time of the slowest method's runs; all run equally often (default: 6000)")
     parser.add_argument("--tiny", action="store_true", help="small models, on a CPU where there is no GPU: a dry run")
@@ -130,13 +134,13 @@ def measure_all(framework: str, args: argparse.Namespace, file: Path) -> dict[st
 
         def save(result: dict[str, Any]) -> None:
             written["models"][-1] = result
-            for row in result["rows"]:
+            for row in (*result["rows"], *result.get("profiles", ())):
                 row["title"] = names.title(row["method"])
             write_json(file, written)
 
         pooled = [pooled_rung(POOLED, share, MODELS[name].leading_text(args.tiny)) for share in args.pooled]
         measure(side, name, list(dict.fromkeys((*wanted, *fused(pooled)))), list(dict.fromkeys(args.modes)), args.tiny,
-                args.budget_ms, lambda text: print(f"  {text}", flush=True), save)
+                args.budget_ms, lambda text: print(f"  {text}", flush=True), save, args.profile)
         side.release()
     return written
 

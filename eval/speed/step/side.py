@@ -48,6 +48,10 @@ class Side(Protocol):
     def peak_gib(self, step: Callable[[], Any]) -> float | None:
         """The most memory that tensors have while a step runs, weights included; None where the device does not tell."""
 
+    def waits(self, step: Callable[[], Any]) -> dict[str, Mapping[str, int] | None]:
+        """What makes the host wait for the device in a step: "reads" by what reads a tensor on the host, "on the CPU" by
+        operator that the device lacks; None of what the framework does not tell here."""
+
     def like(self) -> Any:
         """A small tensor on the device."""
 

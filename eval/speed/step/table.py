@@ -9,6 +9,7 @@ from lowbit_video.files import write_whole
 from lowbit_video.hook.recipe.recipe import names_recipe
 
 from .names import EXACT, FRAMEWORKS, OURS, unfused
+from .part_table import profiles
 
 MODE_TITLES: dict[str, str] = {"eager": "eager", "blocks": "blocks compiled", "model": "compiled whole"}
 
@@ -34,6 +35,7 @@ def markdown(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> 
         lines += [f"Left out: {method}, {reason}." for method, reason in result["left_out"].items()]
         lines += [f"Failed: {what}: {why}" for what, why in result["failed"].items()]
     lines += _beside(results)
+    lines += profiles(results)
     lines += [f"\nThe process of {name} ended with status {status}: what is above of it is what it had measured by then."
               for name, status in about.get("ended", {}).items()]
     return "\n".join(lines) + "\n"

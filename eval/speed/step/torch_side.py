@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +75,21 @@ class TorchSide:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() / 2**30
+
+    def waits(self, step: Callable[[], Any]) -> dict[str, Mapping[str, int] | None]:
+        """By where in the code PyTorch itself says that an operation waits for the device."""
+        if self.device == "cpu":
+            return {"reads": None, "on the CPU": {}}
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        return {"reads": dict(Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told
+                                      if "synchroniz" in str(one.message))), "on the CPU": {}}
 
     def like(self) -> torch.Tensor:
         return torch.empty(1, device=self.device)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters  # noqa: E402
 import dispatch_models  # noqa: E402
 import lowbit_video  # noqa: E402
 from lowbit_video.app.cli import main  # noqa: E402
-from lowbit_video.eval.speed.step import measure, methods, models, names, table, torch_side  # noqa: E402
+from lowbit_video.eval.speed.step import measure, methods, models, names, parts, table, torch_side  # noqa: E402
 from lowbit_video.hook.report import attention_modules  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -99,8 +99,8 @@ def test_what_does_not_exist_is_refused(capsys, tmp_path, more, told):
 def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, tmp_path):
     asked = {}
 
-    def measured(side, name, asked_methods, modes, tiny, budget_ms, say, save):
-        asked[name] = side.entry(name), asked_methods, modes, side.device, tiny, budget_ms
+    def measured(side, name, asked_methods, modes, tiny, budget_ms, say, save, profile):
+        asked[name] = side.entry(name), asked_methods, modes, side.device, tiny, budget_ms, profile
         result = dict(model=name, video_tokens=1, batch=1, dtype="float32", left_out={}, rows=[],
                       failed={"pytorch, eager": "why"} if name == "ltx" else {})
         save(result)
@@ -109,7 +109,7 @@ def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, t
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(table, "plot", lambda *given: None)
     assert bench(tmp_path, "--models", "all", "--methods", "pytorch", "--modes", "eager", "--budget-ms", "7") == 1
-    assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0) for name, entry in models.MODELS.items()}
+    assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0, False) for name, entry in models.MODELS.items()}
     written = json.loads((tmp_path / "step.json").read_text())
     assert [result["model"] for result in written["models"]] == list(models.MODELS)
     assert bench(tmp_path, "--models", "flux", "--methods", "pytorch", "int8+fp8", "int4+fp8 fused", "--recipe", "safe",
@@ -352,3 +352,34 @@ def test_both_frameworks_are_timed_one_after_the_other_and_set_side_by_side(tmp_
     assert list(torchs) == list(paddles) == ["exact", "none"]
     page = (tmp_path / "step.md").read_text()
     assert f"| {torchs['exact']:.1f} | {paddles['exact']:.1f} | {paddles['exact'] / torchs['exact']:.3f} |" in page
+
+
+def test_pytorchs_step_has_the_parts_of_paddles():
+    paddle_side = pytest.importorskip("lowbit_video.eval.speed.step.paddle_side", reason="needs Paddle")
+    found = {}
+    for side in (torch_side.TorchSide(), paddle_side.PaddleSide()):
+        entry = side.entry("cogvideox-2b")
+        model, given = side.make(entry, tiny=True)
+        for method in ("none", "int8+fp8 fused"):
+            with side.methods_of(model, entry, [method], None) as ways:
+                timeline = parts.Timeline(model, lambda: 0, lambda a, b: 1.0, fused=method.endswith("fused"))
+                with timeline.watching():
+                    side.step(model, given, ways[method])()
+            found[side.name, method] = [part for part, *_ in timeline._marks]
+        assert not any(module._forward_hooks for module in model.modules()) if side.name == "torch" else True
+    for method in ("none", "int8+fp8 fused"):
+        torchs, paddles = ([part for part in found[name, method] if part not in ("embeddings", "final")]
+                           for name in ("torch", "paddle"))
+        assert torchs == paddles and {"embeddings", "final"} < set(found["torch", method])
+
+
+def test_parts_are_cogvideoxs_and_other_models_say_so():
+    side = torch_side.TorchSide()
+    run = lambda name: measure.measure(side, name, ["pytorch"], ["eager"], True, 1.0, lambda text: None, lambda result: None,
+                                       True)
+    result = run("cogvideox-2b")
+    one, = result["profiles"]
+    assert set(one["parts"]) == set(parts.PARTS) and one["waits"] == {"reads": None, "on the CPU": {}}
+    assert not result["failed"] and not result["left_out"]
+    result = run("ltx")
+    assert result["left_out"] == {"profile": "its parts are those of CogVideoX"} and "profiles" not in result
