@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -50,3 +52,31 @@ def randomise(parameter: Any, seed: int, spread: float) -> None:
 def fan_in(shape: list[int]) -> int:
     """How many inputs an output of this weight has: [in, out] of a linear layer, [out, in, ...] of a convolution."""
     return shape[0] if len(shape) == 2 else math.prod(shape[1:])
+
+
+class RandomWeights:
+    """What stands in for a model's weights in files (`StoredWeights`): made where they are to be, each time the same.
+
+    spread: as for `random_paddle`. seconds: what it took, one number for each time.
+    """
+
+    def __init__(self, dtype: str, spread: Callable[[str, list[int]], float]) -> None:
+        self.dtype, self._spread = dtype, spread
+        self.seconds: list[float] = []
+
+    def read(self, model: Any) -> None:
+        """Gives the model's parameters memory and values, on Paddle's current device."""
+        import paddle
+
+        begin = time.perf_counter()
+        in_float32 = getattr(model, "float32_tensors", ()) if self.dtype == "float16" else ()
+        with paddle.no_grad():
+            for number, (name, parameter) in enumerate(model.state_dict().items()):
+                dtype = "float32" if any(re.search(pattern, name) for pattern in in_float32) else self.dtype
+                tensor = paddle.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, dtype)
+                if deviation := self._spread(name, parameter.shape):
+                    randomise(tensor, number, deviation)
+                tensor._share_buffer_to(parameter)
+        if (device := paddle.get_device()) != "cpu":
+            paddle.device.synchronize(device)
+        self.seconds.append(time.perf_counter() - begin)

@@ -20,6 +20,7 @@ SOLVE = "tests/eval/calibrate/test_solve.py::"
 SUMMARY = "tests/eval/report/test_summary.py::"
 TEMPORAL = "tests/eval/metrics/test_temporal.py::"
 TENSOR = "tests/eval/metrics/test_tensor_metrics.py::"
+VIDEO = "tests/eval/speed/test_video.py::"
 
 MUTANTS = [
     *faults("eval/speed/step/paddle_side.py",
@@ -62,6 +63,30 @@ MUTANTS = [
             ("    paddle.base.core.set_vlog_level({file: 0})\n\n\n", "    pass\n\n\n")),
     *faults("eval/speed/step/part_table.py", PARTS + "test_the_table_sets_both_frameworks_parts_side_by_side",
             ("{ms[1] / ms[0]:.2f}", "{ms[0] / ms[1]:.2f}")),
+    *faults("eval/speed/random_weights.py",
+            VIDEO + "test_weights_are_made_in_the_type_asked_for_but_those_that_stay_float32[float16]",
+            ('if self.dtype == "float16" else ()\n        with', 'if False else ()\n        with')),
+    *faults("eval/speed/random_weights.py", VIDEO + "test_biases_are_zero_and_the_last_convolution_is_small",
+            ('0.0 if name.endswith("bias") else 1.0, dtype', "1.0, dtype")),
+    *faults("eval/speed/video/pipeline.py", VIDEO + "test_biases_are_zero_and_the_last_convolution_is_small",
+            ("random_model.PIXEL_SPREAD if", "1.0 if"),
+            ("(random_model.VAE if tiny else {}) | kind", "(random_model.VAE if tiny else {}) or kind")),
+    *faults("eval/speed/video/pipeline.py",
+            VIDEO + "test_with_low_memory_weights_are_made_each_time_and_their_time_is_told_apart",
+            ('if low_memory and name != "vae":', "if low_memory:"),
+            ("    if low_memory:\n        pipe.on", "    if False:\n        pipe.on")),
+    *faults("eval/speed/video/run.py",
+            VIDEO + "test_with_low_memory_weights_are_made_each_time_and_their_time_is_told_apart",
+            ("        seconds[stage] -= making[part]\n", "        pass\n"),
+            ("sum(one.seconds[before[name]:])", "sum(one.seconds)")),
+    *faults("eval/speed/video/run.py", VIDEO + "test_the_command_makes_a_video_of_each_precision_and_writes_stages",
+            ("count - counted.get(variant, 0)", "count"), ('seconds["denoise"] / steps', 'sum(seconds.values()) / steps')),
+    *faults("eval/speed/video/run.py", VIDEO + "test_tiles_and_what_fails_are_as_asked_and_the_model_is_as_before",
+            ("        pipe.vae.enable_tiling()\n", "        pass\n"),
+            ("            lowbit_video.remove(pipe)\n", "            pass\n"),
+            ("first = video if first is None else first", "first = video")),
+    *faults("eval/speed/video/run.py", VIDEO + "test_a_table_says_how_much_faster_each_stage_is",
+            ("first['total_s'] / one['total_s']", "one['total_s'] / first['total_s']")),
     *faults("eval/speed/random_weights.py",
             PADDLE_STEP + "test_a_model_and_what_it_takes_are_the_same_every_time_and_random[float32]",
             ("return shape[0] if len(shape) == 2 else math.prod(shape[1:])", "return shape[0]"),
