@@ -32,9 +32,10 @@ class PaddleModel:
     def make(self, dtype: str, tiny: bool = False) -> tuple[Any, dict[str, Any]]:
         """(model, what its forward takes) on Paddle's current device, always the same values for a device."""
         model = random_paddle(lambda: CogVideoXTransformer3DModel(**(TINY if tiny else self.config)), dtype, spread)
-        for block in model.transformer_blocks:
-            for norm in (block.attn1.norm_q, block.attn1.norm_k):
-                norm.weight.set_value(paddle.full_like(norm.weight, QK_GAIN))
+        with paddle.no_grad():
+            for block in model.transformer_blocks:
+                for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                    norm.weight.scale_(QK_GAIN)  # they are one
         config, like, rng = model.config, model.proj_out.weight, np.random.default_rng(0)
         normal = lambda *shape: detect.runtime_of(like).from_numpy(rng.standard_normal(shape, np.float32), like, dtype)
         frames, height, width = TINY_LATENTS if tiny else self.latents
