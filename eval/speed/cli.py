@@ -1,4 +1,4 @@
-"""`lowbit-video bench ...`: attention kernels, a whole step, several GPUs, and tiles for this GPU."""
+"""`lowbit-video bench ...`: attention kernels, a whole step, a whole video, several GPUs, and tiles for this GPU."""
 from __future__ import annotations
 
 import argparse
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def add_parsers(subparsers) -> None:
-    """Registers `kernels`, `tune`, `parallel` and `step`."""
+    """Registers `kernels`, `tune`, `parallel`, `step` and `video`."""
     kernels = subparsers.add_parser(
         "kernels", help="time every attention kernel on this GPU beside exact attention",
         description="Times every attention kernel on this GPU beside FlashAttention-2, cuDNN, exact attention, and "
@@ -58,11 +58,21 @@ def add_parsers(subparsers) -> None:
         "step", help="time a whole denoising step of a model by each attention, eager and compiled",
         description="Times one denoising step of diffusers' video models at full size, random weights, with PyTorch's "
                     "attention, FlashAttention-2, cuDNN, FlashAttention-4 and SageAttention where they are installed, ours, "
-                    "and no attention at all, each checked first.")
+                    "and no attention at all, each checked first; and of this project's CogVideoX in Paddle.")
     from .step.run import add_arguments as add_step_arguments
 
     add_step_arguments(step)
     step.set_defaults(run=run_step)
+
+
+    video = subparsers.add_parser(
+        "video", help="time a whole video of CogVideoX by stage, exact beside low bit",
+        description="Makes whole videos with this project's Paddle pipeline at full size, random weights of every part: "
+                    "seconds of text encoding, denoising and decoding, and the most memory of each, by precision.")
+    from .video.run import add_arguments as add_video_arguments
+
+    add_video_arguments(video)
+    video.set_defaults(run=run_video)
 
 
 def _common(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = ("float16", "bfloat16")) -> None:
@@ -125,6 +135,12 @@ def run_parallel(args: argparse.Namespace) -> int:
 
 def run_step(args: argparse.Namespace) -> int:
     from .step.run import run
+
+    return run(args)
+
+
+def run_video(args: argparse.Namespace) -> int:
+    from .video.run import run
 
     return run(args)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 import lowbit_video
 from lowbit_video.eval.speed import accuracy, bench, timing
+from lowbit_video.eval.speed.random_weights import fan_in, random_paddle
 from lowbit_video.files import write_json, write_whole
 from lowbit_video.hook.report import attention_modules
 from lowbit_video.runtime import detect
@@ -176,19 +177,7 @@ def step_of(config: Mapping[str, Any], dtype: str) -> tuple[Any, Callable[[], An
     import paddle
     import ppdiffusers
 
-    initializer = paddle.nn.initializer
-    paddle.set_default_dtype(dtype)
-    initializer.set_global_initializer(initializer.Constant(1.0), initializer.Constant(0.0))
-    try:
-        model = ppdiffusers.Transformer2DModel(**config)
-    finally:
-        initializer.set_global_initializer(None)
-        paddle.set_default_dtype("float32")
-    model.eval()
-    with paddle.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            if spread := _spread(name, parameter.shape):
-                _randomise(parameter, number, spread)
+    model = random_paddle(lambda: ppdiffusers.Transformer2DModel(**config), dtype, _spread)
     rng, like = np.random.default_rng(0), next(iter(model.parameters()))
     normal = lambda *shape: detect.runtime_of(like).from_numpy(rng.standard_normal(shape).astype(np.float32), like, dtype)
     size = config["sample_size"]
@@ -213,22 +202,7 @@ def _spread(name: str, shape: list[int]) -> float:
         return GATE_SPREAD
     if len(shape) < 2:
         return 0.0
-    inputs = shape[0] if len(shape) == 2 else math.prod(shape[1:])  # [in, out]; of a convolution [out, in, height, width]
-    return (QK_GAIN if ".to_q." in name or ".to_k." in name else GAIN) / math.sqrt(inputs)
-
-
-def _randomise(parameter: Any, seed: int, spread: float) -> None:
-    """Normal values, drawn where the parameter is."""
-    runtime = detect.runtime_of(parameter)
-    if runtime.is_cpu(parameter):
-        values = np.random.default_rng(seed).standard_normal(parameter.shape, np.float32) * np.float32(spread)
-        parameter.set_value(runtime.from_numpy(values, parameter, runtime.dtype_name(parameter)))
-        return
-    from lowbit_video.eval.speed.inputs import fill_normal
-
-    with runtime.launch_guard(parameter):
-        fill_normal(parameter, (1, 1, 1, math.prod(parameter.shape)), seed)
-    parameter.scale_(spread)
+    return (QK_GAIN if ".to_q." in name or ".to_k." in name else GAIN) / math.sqrt(fan_in(shape))
 
 
 def markdown(result: Mapping[str, Any]) -> str:

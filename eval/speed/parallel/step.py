@@ -9,8 +9,9 @@ import numpy as np
 
 from lowbit_video import apply, parallelize
 
+from ..cogvideox import LATENTS
 from .clock import Clock
-from .models import LATENTS, paddle_transformer, torch_transformer
+from .models import paddle_transformer, torch_transformer
 
 ROUNDS = 5
 AHEAD_PASSES = 8

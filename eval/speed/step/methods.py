@@ -10,8 +10,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,34 +18,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lowbit_video
-from lowbit_video.hook.base import set_processor
 from lowbit_video.hook.dispatcher.names import backend_names
-from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
 from lowbit_video.hook.report import attention_modules
 from lowbit_video.precision import Precision
-from lowbit_video.rung import as_rung
 
 from .. import baselines
-from .names import APART, precision_of
+from .names import APART, NONE, OURS, PADDLE, PYTORCH, SAGE, TITLES, pools
+from .ways import Method, apply_ours, set_processors
 
 SDPA = F.scaled_dot_product_attention
-
-PYTORCH, NONE = "pytorch", "none"
-EXACT = {PYTORCH: "PyTorch", "fa2": "FlashAttention-2", "cudnn": "cuDNN", "fa4": "FlashAttention-4"}
-"""Exact methods by the name that `--methods` takes. PyTorch: what it chooses by itself."""
-SAGE = "sage"
-TITLES = {**EXACT, SAGE: "SageAttention", NONE: "no attention"}
-DEFAULT = (*EXACT, SAGE, "int8+fp8", "int8+fp16", NONE)
-
-
-def pools(method: str) -> bool:
-    """Whether a method may keep a part of the keys only."""
-    return method not in TITLES and (names_recipe(precision_of(method)) or as_rung(precision_of(method))[1] is not None)
-
-
-def with_apart(names: list[str]) -> list[str]:
-    """The methods, and behind each of ours the same with norms and positions apart."""
-    return [one for name in names for one in ([name] if name in TITLES or name.endswith(APART) else [name, name + APART])]
 
 
 def why_not(method: str, device: str, dispatches: bool = False, fuses: bool = True) -> str | None:
@@ -55,49 +34,17 @@ def why_not(method: str, device: str, dispatches: bool = False, fuses: bool = Tr
 
     fuses: whether the model leaves norms and positions to its processors.
     """
+    if method == PADDLE:
+        return "it takes Paddle's tensors"
     if method.endswith(APART) and not fuses:
         return "this model computes norms and positions itself"
     if dispatches and pools(method):
         return "no backend of diffusers' dispatcher takes a recipe or pools keys"
+    if dispatches and method == OURS:
+        return "no backend of diffusers' dispatcher is this project's exact attention"
     if method in ("fa2", "cudnn", "fa4", SAGE) and device == "cpu":
         return "needs an NVIDIA GPU"
     return {"fa4": baselines._flash_4_why_not, SAGE: baselines._sage_why_not}.get(method, lambda: None)()
-
-
-def title(method: str) -> str:
-    """How a method is called in tables."""
-    name = precision_of(method)
-    return f"recipe {Path(name).stem}{method[len(name):]}" if names_recipe(name) else TITLES.get(method, method)
-
-
-def check_methods(names: list[str]) -> None:
-    """Raises ValueError for one that does not exist."""
-    for name in names:
-        own = precision_of(name)
-        if names_recipe(own):
-            Recipe.load(own)
-        elif name not in TITLES:
-            try:
-                as_rung(own)
-            except ValueError:
-                raise ValueError(f"no method {name!r}; there are {', '.join(TITLES)}, precisions such as int8+fp8, 'int8+fp8 "
-                                 "pooled 0.3' or 'int8+fp8 apart', and recipes by their files") from None
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way, set up for a model. context: makes what is around the step. put: gives the model's modules its processors."""
-
-    name: str
-    context: Callable[[], contextlib.AbstractContextManager]
-    put: Callable[[], None]
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """While it lasts the model's attention is computed this way."""
-        self.put()
-        with self.context():
-            yield
 
 
 @contextlib.contextmanager
@@ -111,7 +58,7 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
     low = [name for name in names if name not in TITLES]
     put: dict[str, Callable[[], None]] = {}
     with contextlib.ExitStack() as undo:
-        undo.callback(_set_processors, plain)
+        undo.callback(set_processors, plain)
         if dispatches:
             from diffusers.models.attention_dispatch import AttentionBackendName
 
@@ -121,10 +68,7 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
         for name in names:
             if name in low and not dispatches:
                 undo.callback(lowbit_video.remove, model)
-                wanted = precision_of(name)
-                lowbit_video.apply(model, Recipe.load(wanted) if names_recipe(wanted) else wanted,
-                                   fallback=None if pools(name) else "exact",
-                                   fused_prologue=False if name.endswith(APART) else None)
+                apply_ours(model, name)
                 own = {module: module.processor for module in modules}
             else:
                 own = {module: _of_method(processor, name) for module, processor in plain.items()}
@@ -133,7 +77,7 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
                 for processor in own.values():
                     if hasattr(processor, "_attention_backend"):  # HunyuanVideo's refiner of text asks torch itself
                         processor._attention_backend = backend
-            put[name] = lambda own=own: _set_processors(own)
+            put[name] = lambda own=own: set_processors(own)
         yield {name: Method(name, _context(name, leading_keys), put[name]) for name in names}
 
 
@@ -148,11 +92,6 @@ def _of_method(processor: Any, method: str) -> Any:
 def _class_of_method(kind: type, method: str) -> type:
     """One for all blocks, which then share a graph."""
     return type(f"{kind.__name__}_{method}", (kind,), {})
-
-
-def _set_processors(processors: dict[Any, Any]) -> None:
-    for module, processor in processors.items():
-        set_processor(module, processor)
 
 
 def _context(name: str, leading_keys: int | None) -> Callable[[], contextlib.AbstractContextManager]:

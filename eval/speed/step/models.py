@@ -13,6 +13,8 @@ from typing import Any
 import diffusers
 import torch
 
+from .. import cogvideox
+
 Inputs = dict[str, Any]
 PROMPT = 60
 """Text tokens of a prompt, where a mask hides the others."""
@@ -123,21 +125,14 @@ def _flux(config: Any, latents: tuple[int, int, int], batch: int) -> Inputs:
                 guidance=torch.full((batch,), 3.5))
 
 
-_COGVIDEOX = dict(kind="CogVideoXTransformer3DModel", inputs=_cogvideox, batch=2, dispatches=False,
-                  tiny=dict(num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=4, time_embed_dim=16,
-                            text_embed_dim=16, num_layers=2, sample_width=8, sample_height=8, sample_frames=9,
-                            max_text_seq_length=6, use_rotary_positional_embeddings=True))
-_5B = dict(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True)
+_COGVIDEOX = dict(kind="CogVideoXTransformer3DModel", inputs=_cogvideox, batch=2, dispatches=False, tiny=cogvideox.TINY)
 _WAN = dict(kind="WanTransformer3DModel", inputs=_wan, latents=(21, 60, 104), tiny_latents=(3, 16, 16),
             tiny=dict(num_attention_heads=2, attention_head_dim=64, ffn_dim=64, num_layers=1, in_channels=4, out_channels=4,
                       text_dim=32, freq_dim=32))
 
 MODELS: dict[str, StepModel] = {
-    "cogvideox-2b": StepModel(**_COGVIDEOX, latents=(13, 60, 90), config=dict(num_layers=30)),
-    "cogvideox-5b": StepModel(**_COGVIDEOX, latents=(13, 60, 90), config=_5B),
-    "cogvideox-1.5-5b": StepModel(**_COGVIDEOX, latents=(22, 96, 170),
-                                  config=dict(**_5B, patch_size_t=2, sample_height=300, sample_width=300, sample_frames=81,
-                                              patch_bias=False)),
+    **{f"cogvideox-{size}": StepModel(**_COGVIDEOX, latents=cogvideox.LATENTS[size], config=config)
+       for size, config in cogvideox.CONFIGS.items()},
     "mochi": StepModel("MochiTransformer3DModel", (15, 60, 106), _mochi, batch=2, dispatches=False, tiny_latents=(2, 8, 8),
                        tiny=dict(num_attention_heads=2, attention_head_dim=32, num_layers=2, pooled_projection_dim=16,
                                  in_channels=4, text_embed_dim=16, time_embed_dim=8, max_sequence_length=8)),

@@ -8,9 +8,10 @@ from typing import Any
 from lowbit_video.files import write_whole
 from lowbit_video.hook.recipe.recipe import names_recipe
 
-from .names import precision_of
+from .names import EXACT, FRAMEWORKS, OURS, precision_of
+from .part_table import profiles
 
-MODE_TITLES = {"eager": "eager", "blocks": "blocks compiled", "model": "compiled whole"}
+MODE_TITLES: dict[str, str] = {"eager": "eager", "blocks": "blocks compiled", "model": "compiled whole"}
 
 
 def markdown(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
@@ -19,11 +20,11 @@ def markdown(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> 
     lines = [f"# One denoising step on {about['gpu']}", "", f"{versions}; commit {about['commit']}.", "",
              "Random weights at published sizes. Medians in ms, all methods of a model in turns; in brackets the speed-up over "
              "the fastest exact attention of that column. Attention: its share of the step, quantisation counted, by a step "
-             "without any attention. SQNR: of the eager step beside PyTorch's own attention."]
+             "without any attention. SQNR: of the eager step beside that by the first method of its table."]
     for result in results:
         modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
         last = modes[-1] if modes else ""
-        lines += ["", f"## {result['model']}: {result['video_tokens']} tokens, batch {result['batch']}, {result['dtype']}", "",
+        lines += ["", f"## {_heading(result)}: {result['video_tokens']} tokens, batch {result['batch']}, {result['dtype']}", "",
                   f"| attention | {' | '.join(MODE_TITLES[mode] for mode in modes)} | attention | peak GiB | SQNR dB |",
                   "|" + " --- |" * (len(modes) + 4)]
         for method in dict.fromkeys(row["method"] for row in result["rows"]):
@@ -33,7 +34,48 @@ def markdown(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> 
         lines += [""] * bool(result["left_out"] or result["failed"])
         lines += [f"Left out: {method}, {reason}." for method, reason in result["left_out"].items()]
         lines += [f"Failed: {what}: {why}" for what, why in result["failed"].items()]
+    lines += _beside(results)
+    lines += profiles(results)
+    lines += [f"\nThe process of {name} ended with status {status}: what is above of it is what it had measured by then."
+              for name, status in about.get("ended", {}).items()]
     return "\n".join(lines) + "\n"
+
+
+def _heading(result: Mapping[str, Any]) -> str:
+    """The model, and whose: what was written before there were two frameworks is PyTorch's."""
+    framework = result.get("framework", "torch")
+    return result["model"] + ("" if framework == "torch" else f", {FRAMEWORKS[framework]}")
+
+
+def _beside(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tables of Paddle's time over PyTorch's, of each model that both have: what one method took in one mode."""
+    lines = []
+    for result in results:
+        other = next((one for one in results if one["model"] == result["model"] and one.get("framework") == "torch"), None)
+        if result.get("framework") != "paddle" or other is None:
+            continue
+        took = {(row["method"], row["mode"]): row["median_ms"] for row in other["rows"]}
+        shared = [row for row in result["rows"] if (row["method"], row["mode"]) in took]
+        lines += ["", f"## {result['model']}: Paddle over PyTorch", "",
+                  "One after the other on the same card, each in a process of its own.", "",
+                  "| attention | mode | PyTorch ms | Paddle ms | Paddle / PyTorch |", "|" + " --- |" * 5]
+        for row in shared:
+            base, ours = took[row["method"], row["mode"]], row["median_ms"]
+            lines.append(f"| {row['title']} | {MODE_TITLES[row['mode']]} | {base:.1f} | {ours:.1f} | {ours / base:.3f} |")
+        if best := _best_exact(result, other):
+            lines += ["", best]
+    return lines
+
+
+def _best_exact(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The fastest exact eager steps of both, in a line."""
+    fastest = [min((row for row in result["rows"] if row["method"] in EXACT and row["mode"] == "eager"),
+                   key=lambda row: row["median_ms"], default=None) for result in (other, ours)]
+    if None in fastest:
+        return ""
+    said = [f"{FRAMEWORKS[name]}'s fastest exact eager step is by {row['title']}, {row['median_ms']:.1f} ms"
+            for name, row in zip(FRAMEWORKS, fastest)]
+    return f"{said[0]}; {said[1]}."
 
 
 def _time(row: Mapping[str, Any] | None) -> str:
@@ -69,14 +111,14 @@ def plot(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: P
         without = next((row["median_ms"] for row in rows if row["method"] == "none"), 0.0)
         rows = [row for row in rows if row["method"] != "none"]
         names = [row["title"] for row in rows]
-        low = ["+" in row["method"] or names_recipe(precision_of(row["method"])) for row in rows]
+        low = ["+" in row["method"] or row["method"] == OURS or names_recipe(precision_of(row["method"])) for row in rows]
         if without:  # else the whole step has the colour of its attention
             axis.barh(names, [without] * len(rows), color="tab:gray", label="all but attention")
         axis.barh(names, [row["median_ms"] - without for row in rows], left=without,
                   color=["tab:blue" if ours else "tab:orange" for ours in low])
         for place, row in enumerate(rows):
             axis.text(row["median_ms"], place, f" {row['median_ms']:.0f}", va="center", fontsize=7)
-        axis.set_title(f"{result['model']}, {result['video_tokens']} tokens, {MODE_TITLES.get(mode, mode)}", fontsize=9)
+        axis.set_title(f"{_heading(result)}, {result['video_tokens']} tokens, {MODE_TITLES.get(mode, mode)}", fontsize=9)
         axis.set_xlim(0, 1.12 * max([row["median_ms"] for row in rows], default=1.0))
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)

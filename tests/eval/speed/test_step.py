@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters  # noqa: E402
 import dispatch_models  # noqa: E402
 import lowbit_video  # noqa: E402
 from lowbit_video.app.cli import main  # noqa: E402
-from lowbit_video.eval.speed.step import measure, methods, models, table  # noqa: E402
+from lowbit_video.eval.speed.step import measure, methods, models, names, parts, table, torch_side  # noqa: E402
 from lowbit_video.hook.report import attention_modules  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -26,8 +26,8 @@ def bench(folder, *more):
 
 def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
     before, sdpa = dispatch_models.state(), F.scaled_dot_product_attention
-    names = ["pytorch", "cudnn", "int8+fp8", "int8+fp8 apart", "none"]
-    assert bench(tmp_path / "new", "--models", "cogvideox-2b", "wan2.1-1.3b", "--methods", *names) == 0
+    asked = ["pytorch", "cudnn", "int8+fp8", "int8+fp8 apart", "none"]
+    assert bench(tmp_path / "new", "--models", "cogvideox-2b", "wan2.1-1.3b", "--methods", *asked) == 0
     assert dispatch_models.state() == before and F.scaled_dot_product_attention is sdpa
     written = json.loads((tmp_path / "new" / "step.json").read_text())
     assert written["about"]["tiny"] and written["about"]["gpu"] == "no GPU"
@@ -38,7 +38,7 @@ def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
         without = {} if result is cogvideox else {"int8+fp8 apart": "this model computes norms and positions itself"}
         assert result["left_out"] == {"cudnn": "needs an NVIDIA GPU"} | without and not result["failed"]
         rows = {(row["method"], row["mode"]): row for row in result["rows"]}
-        assert set(rows) == {(name, mode) for name in names if name not in result["left_out"]
+        assert set(rows) == {(name, mode) for name in asked if name not in result["left_out"]
                              for mode in ("eager", "blocks")}
         for mode in ("eager", "blocks"):
             exact, low, none = (rows[name, mode] for name in ("pytorch", "int8+fp8", "none"))
@@ -59,21 +59,21 @@ def test_pooled_keys_and_recipes_are_run_eager_and_compiled_without_a_break(monk
     monkeypatch.setitem(models.MODELS, "cogvideox-2b", replace(entry, tiny_latents=(5, 16, 16)))
     recipe = lowbit_video.Recipe([{"rung": "int8+fp8 pooled 0.5 always 6"}, {"rung": "exact", "steps": "0-0.4"}])
     recipe.save(tmp_path / "r.toml")
-    names = ["pytorch", str(tmp_path / "r.toml"), "int8+fp8 pooled 0.3 always 6"]
-    assert bench(tmp_path, "--models", "cogvideox-2b", "--methods", "pytorch", "--pooled", "0.3", "--recipe", names[1],
+    asked = ["pytorch", str(tmp_path / "r.toml"), "int8+fp8 pooled 0.3 always 6"]
+    assert bench(tmp_path, "--models", "cogvideox-2b", "--methods", "pytorch", "--pooled", "0.3", "--recipe", asked[1],
                  "--modes", "eager", "blocks", "model") == 0
     result, = json.loads((tmp_path / "step.json").read_text())["models"]
     assert not result["failed"] and not result["left_out"]
     rows = {(row["method"], row["mode"]): row for row in result["rows"]}
-    assert set(rows) == {(name, mode) for name in names for mode in ("eager", "blocks", "model")}
-    assert all(rows[name, mode]["sqnr_to_eager_db"] > 60 for name in names for mode in ("blocks", "model"))
+    assert set(rows) == {(name, mode) for name in asked for mode in ("eager", "blocks", "model")}
+    assert all(rows[name, mode]["sqnr_to_eager_db"] > 60 for name in asked for mode in ("blocks", "model"))
     apart = "; prologue apart: pooling needs the means of tiles of normed keys first"
     assert result["ran"] == {f"int8+fp8 pooled 0.3 (reference-lowbit{apart})": 24,
                              f"steps 0.4-1: int8+fp8 pooled 0.5 (reference-lowbit{apart})": 24}
-    assert rows[names[1], "eager"]["title"] == "recipe r" and rows[names[2], "eager"]["sqnr_db"] < 59
-    why_not = [methods.why_not(name, "cuda", dispatches=True) for name in names]
+    assert rows[asked[1], "eager"]["title"] == "recipe r" and rows[asked[2], "eager"]["sqnr_db"] < 59
+    why_not = [methods.why_not(name, "cuda", dispatches=True) for name in asked]
     assert why_not[0] is None and "no backend of diffusers' dispatcher" in why_not[1] == why_not[2]
-    assert methods.why_not(names[2], "cuda") is methods.why_not("int8+fp8", "cuda", True) is None
+    assert methods.why_not(asked[2], "cuda") is methods.why_not("int8+fp8", "cuda", True) is None
 
 
 def test_what_is_wrong_is_told_and_not_timed(monkeypatch, tmp_path):
@@ -100,8 +100,8 @@ def test_what_does_not_exist_is_refused(capsys, tmp_path, more, told):
 def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, tmp_path):
     asked = {}
 
-    def measured(name, entry, names, modes, device, tiny, budget_ms, say, save):
-        asked[name] = entry, names, modes, device, tiny, budget_ms
+    def measured(side, name, asked_methods, modes, tiny, budget_ms, say, save, profile):
+        asked[name] = side.entry(name), asked_methods, modes, side.device, tiny, budget_ms, profile
         result = dict(model=name, video_tokens=1, batch=1, dtype="float32", left_out={}, rows=[],
                       failed={"pytorch, eager": "why"} if name == "ltx" else {})
         save(result)
@@ -110,36 +110,36 @@ def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, t
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(table, "plot", lambda *given: None)
     assert bench(tmp_path, "--models", "all", "--methods", "pytorch", "--modes", "eager", "--budget-ms", "7") == 1
-    assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0) for name, entry in models.MODELS.items()}
+    assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0, False) for name, entry in models.MODELS.items()}
     written = json.loads((tmp_path / "step.json").read_text())
     assert [result["model"] for result in written["models"]] == list(models.MODELS)
     assert bench(tmp_path, "--models", "flux", "--methods", "pytorch", "int8+fp8", "int4+fp8 apart", "--recipe", "safe",
                  "--pooled", "0.3", "--prologue-apart") == 0
     ours = ["int8+fp8", "int8+fp8 apart", "int4+fp8 apart", "safe", "safe apart"]
     assert asked["flux"][1] == ["pytorch", *ours, "int8+fp8 pooled 0.3", "int8+fp8 pooled 0.3 apart"]
-    assert methods.title("a/b.toml apart") == "recipe b apart" and methods.title("int8+fp8 apart") == "int8+fp8 apart"
+    assert names.title("a/b.toml apart") == "recipe b apart" and names.title("int8+fp8 apart") == "int8+fp8 apart"
     asked.clear()
     assert main(["bench", "step", "--out", str(tmp_path)]) and not asked  # published sizes need a GPU
 
 
 def test_a_model_is_measured_on_its_own_keys_and_counts(monkeypatch):
-    keys = []
-    monkeypatch.setattr(measure, "methods_of", lambda *given: keys.append(given[-1]) or methods.methods_of(*given))
-    monkeypatch.setattr(measure, "_compile", lambda *given: counters["graph_break"].update(new=0))
+    keys, side = [], torch_side.TorchSide()
+    monkeypatch.setattr(torch_side, "methods_of", lambda *given: keys.append(given[-1]) or methods.methods_of(*given))
     counters["graph_break"]["of before"] = 1
-    entry, saved = models.MODELS["hunyuanvideo"], []
-    result = measure.measure("hunyuanvideo", entry, ["pytorch", "cudnn", "int8+fp8"], ["eager"], "cpu", True, 1.0,
+    saved = []
+    result = measure.measure(side, "hunyuanvideo", ["pytorch", "cudnn", "int8+fp8", "paddle"], ["eager"], True, 1.0,
                              lambda text: None, lambda result: saved.append(len(result["rows"])))
-    assert keys == [result["video_tokens"] + 60] == [48 + 60] and saved == [2]
-    assert result["left_out"] == {"cudnn": "needs an NVIDIA GPU"} and not result["failed"] and result["layers"] == 3
+    assert keys == [result["video_tokens"] + 60] == [48 + 60] and saved == [2, 2] and result["framework"] == "torch"
+    assert result["left_out"] == {"cudnn": "needs an NVIDIA GPU", "paddle": "it takes Paddle's tensors"}
+    assert not result["failed"] and result["layers"] == 3
     assert result["ran"] == {"int8+fp8 (reference-lowbit, leading keys)": 8}  # 2 modules, a check and 3 turns
     assert "of before" not in counters["graph_break"]
-    entry = models.MODELS["cogvideox-2b"]
-    result = measure.measure("cogvideox-2b", entry, ["int8+fp8", "pytorch"], ["eager"], "cpu", True, 1.0, lambda text: None,
+    result = measure.measure(side, "cogvideox-2b", ["int8+fp8", "pytorch"], ["eager"], True, 1.0, lambda text: None,
                              lambda result: None)
-    # as what is wanted, too; the last processors are PyTorch's
+    # as is wanted, too; the last processors are PyTorch's
     assert result["ran"] == {"int8+fp8 (reference-lowbit, fused prologue)": 10}
     assert methods.why_not("fa2", "cuda") is None
+    assert methods.why_not("exact", "cuda") is None and "exact attention" in methods.why_not("exact", "cuda", dispatches=True)
 
 
 def noisy(wanted, db):
@@ -150,6 +150,7 @@ def noisy(wanted, db):
 
 def test_a_step_is_held_against_pytorchs_and_against_itself_in_eager_mode():
     counters.clear()
+    side = torch_side.TorchSide()
     wanted = torch.randn(1000, generator=torch.Generator().manual_seed(0))
 
     def checked(method, db, mode="eager", eager=None):
@@ -157,19 +158,19 @@ def test_a_step_is_held_against_pytorchs_and_against_itself_in_eager_mode():
             counters["stats"]["unique_graphs"] += 2
             return noisy(wanted, db)
 
-        return measure._checked(method, mode, step, wanted, {} if eager is None else eager, "cpu")
+        return measure._checked(side, method, mode, step, measure.array(wanted), {} if eager is None else eager)
 
     eager = {}
     assert checked("int8+fp8", 15, eager=eager)["sqnr_db"] == pytest.approx(15, abs=0.1) and list(eager) == ["int8+fp8"]
     assert checked("none", -5)["graphs"] == 2
-    for method, db, floor in (("int8+fp8", 8, 10), ("fa2", 15, 25)):
-        with pytest.raises(AssertionError, match=f"{db}.. dB beside PyTorch's own attention, wanted {floor}"):
+    for method, db, floor in (("int8+fp8", 8, 10), ("fa2", 15, 25), ("exact", 15, 25)):
+        with pytest.raises(AssertionError, match=f"{db}.. dB beside the first method's prediction, wanted {floor}"):
             checked(method, db)
     with pytest.raises(AssertionError, match="not finite"):
-        measure._checked("none", "eager", lambda: wanted / 0, wanted, {}, "cpu")
-    assert checked("fa2", 30, "blocks", {"fa2": noisy(wanted, 30)})["sqnr_to_eager_db"] == float("inf")
+        measure._checked(side, "none", "eager", lambda: wanted / 0, measure.array(wanted), {})
+    assert checked("fa2", 30, "blocks", {"fa2": measure.array(noisy(wanted, 30))})["sqnr_to_eager_db"] == float("inf")
     with pytest.raises(AssertionError, match="beside itself in eager mode"):
-        checked("int8+fp8", 15, "blocks", {"int8+fp8": -wanted})
+        checked("int8+fp8", 15, "blocks", {"int8+fp8": measure.array(-wanted)})
     counters["graph_break"]["why"] = 1
     with pytest.raises(AssertionError, match="broken by {'why': 1}"):
         checked("int8+fp8", 15, "model")
@@ -178,7 +179,7 @@ def test_a_step_is_held_against_pytorchs_and_against_itself_in_eager_mode():
 
 def test_times_are_milliseconds_and_compared_with_the_fastest_exact_method():
     rows = [dict(method="pytorch", mode="eager")]
-    measure._time(rows, {"pytorch": lambda: time.sleep(0.004)}, "cpu", 1.0)
+    measure._time(torch_side.TorchSide(), rows, {"pytorch": lambda: time.sleep(0.004)}, 1.0)
     assert 4 <= rows[0]["median_ms"] < 400 and rows[0]["runs"] == 3
     rows = [dict(method=method, mode="eager", median_ms=ms)
             for method, ms in (("pytorch", 300.0), ("fa2", 250.0), ("int8+fp8", 200.0), ("none", 100.0))]
@@ -192,11 +193,11 @@ def test_what_is_compiled_is_whole_and_what_was_compiled_is_not_any_more(monkeyp
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append((type(self).__name__, how)))
     model = torch.nn.Sequential()
     model.blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
-    how = dict(fullgraph=True, backend="eager")
+    how, side = dict(fullgraph=True, backend="eager"), torch_side.TorchSide()
     for mode, compiled in (("eager", []), ("blocks", [("Linear", how)] * 2), ("model", [("Sequential", how)])):
         asked.clear()
         model.blocks[0]._compiled_call_impl = model._compiled_call_impl = print
-        measure._compile(model, mode, "eager")
+        side.begin_mode(model, mode)
         assert asked == compiled and model._compiled_call_impl is model.blocks[0]._compiled_call_impl is None
 
 
@@ -342,3 +343,45 @@ def test_shares_and_bars_are_of_the_last_mode_and_noise_of_eager_steps(monkeypat
     monkeypatch.setattr(axes.Axes, "barh", lambda self, names, widths, left=0, **how: bars.append((names, widths, left)))
     table.plot(about, [result], tmp_path / "step.png")
     assert bars == [(["int8+fp8"], [20.0], 0), (["int8+fp8"], [40.0], 20.0)]
+
+
+def test_both_frameworks_are_timed_one_after_the_other_and_set_side_by_side(tmp_path):
+    assert bench(tmp_path, "--framework", "torch", "paddle", "--methods", "exact", "none", "--modes", "eager") == 0
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert [(result["framework"], result["model"]) for result in written["models"]] == [("torch", "cogvideox-2b"),
+                                                                                        ("paddle", "cogvideox-2b")]
+    torchs, paddles = ({row["method"]: row["median_ms"] for row in result["rows"]} for result in written["models"])
+    assert list(torchs) == list(paddles) == ["exact", "none"]
+    page = (tmp_path / "step.md").read_text()
+    assert f"| {torchs['exact']:.1f} | {paddles['exact']:.1f} | {paddles['exact'] / torchs['exact']:.3f} |" in page
+
+
+def test_pytorchs_step_has_the_parts_of_paddles():
+    paddle_side = pytest.importorskip("lowbit_video.eval.speed.step.paddle_side", reason="needs Paddle")
+    found = {}
+    for side in (torch_side.TorchSide(), paddle_side.PaddleSide()):
+        entry = side.entry("cogvideox-2b")
+        model, given = side.make(entry, tiny=True)
+        for method in ("none", "int8+fp8"):
+            with side.methods_of(model, entry, [method], None) as ways:
+                timeline = parts.Timeline(model, lambda: 0, lambda a, b: 1.0, fused=method == "int8+fp8")
+                with timeline.watching():
+                    side.step(model, given, ways[method])()
+            found[side.name, method] = [part for part, *_ in timeline._marks]
+        assert not any(module._forward_hooks for module in model.modules()) if side.name == "torch" else True
+    for method in ("none", "int8+fp8"):
+        torchs, paddles = ([part for part in found[name, method] if part not in ("embeddings", "final")]
+                           for name in ("torch", "paddle"))
+        assert torchs == paddles and {"embeddings", "final"} < set(found["torch", method])
+
+
+def test_parts_are_cogvideoxs_and_other_models_say_so():
+    side = torch_side.TorchSide()
+    run = lambda name: measure.measure(side, name, ["pytorch"], ["eager"], True, 1.0, lambda text: None, lambda result: None,
+                                       True)
+    result = run("cogvideox-2b")
+    one, = result["profiles"]
+    assert set(one["parts"]) == set(parts.PARTS) and one["waits"] == {"reads": None, "on the CPU": {}}
+    assert not result["failed"] and not result["left_out"]
+    result = run("ltx")
+    assert result["left_out"] == {"profile": "its parts are those of CogVideoX"} and "profiles" not in result

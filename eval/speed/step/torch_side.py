@@ -1,0 +1,99 @@
+"""PyTorch's side of `bench step`: diffusers' models, torch.compile, CUDA's counters."""
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch._dynamo.utils import counters
+
+from .methods import methods_of, why_not
+from .models import MODELS, StepModel
+
+
+class TorchSide:
+    """A `side.Side`. Modes: as it is; its repeated blocks compiled; the whole model compiled, without a break (`fullgraph`)."""
+
+    name = "torch"
+    modes: Mapping[str, str] = {"eager": "", "blocks": "", "model": ""}
+
+    def __init__(self) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        logging.set_verbosity_error()
+
+    def gpu_name(self) -> str:
+        return torch.cuda.get_device_name() if self.device == "cuda" else "no GPU"
+
+    def entry(self, name: str) -> StepModel:
+        return MODELS[name]
+
+    def make(self, entry: StepModel, tiny: bool) -> tuple[Any, dict[str, Any]]:
+        return entry.make(self.device, torch.float32 if self.device == "cpu" else torch.bfloat16, tiny)
+
+    def why_not(self, method: str, entry: StepModel) -> str | None:
+        return why_not(method, self.device, entry.dispatches, entry.fuses)
+
+    def methods_of(self, model: Any, entry: StepModel, names: Sequence[str], leading_keys: int | None
+                   ) -> contextlib.AbstractContextManager[Mapping[str, Any]]:
+        return methods_of(model, entry.dispatches, list(names), leading_keys)
+
+    def step(self, model: Any, given: dict[str, Any], way: Any) -> Callable[[], torch.Tensor]:
+        def step() -> torch.Tensor:
+            with torch.no_grad(), way.active():
+                return model(**given, return_dict=False)[0]
+
+        return step
+
+    def begin_mode(self, model: Any, mode: str) -> None:
+        """Compiles in place, so that a method's processors and backends are the model's own."""
+        torch._dynamo.reset()
+        counters.clear()
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        how = dict(fullgraph=True, backend="inductor" if self.device == "cuda" else "eager")
+        for module in model.modules():
+            module._compiled_call_impl = None
+        if mode == "blocks":
+            for block in (block for part in model.children() if isinstance(part, torch.nn.ModuleList) for block in part):
+                block.compile(**how)  # blocks of a kind share a graph; CogVideoX names none as repeated
+        elif mode == "model":
+            model.compile(**how)
+
+    def graphs(self) -> int:
+        return counters["stats"]["unique_graphs"]
+
+    def breaks(self) -> dict[str, int]:
+        return dict(counters["graph_break"])
+
+    def peak_gib(self, step: Callable[[], Any]) -> float | None:
+        if self.device == "cpu":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2**30
+
+    def waits(self, step: Callable[[], Any]) -> dict[str, Mapping[str, int] | None]:
+        """By where in the code PyTorch itself says that an operation waits for the device."""
+        if self.device == "cpu":
+            return {"reads": None, "on the CPU": {}}
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        return {"reads": dict(Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told
+                                      if "synchroniz" in str(one.message))), "on the CPU": {}}
+
+    def like(self) -> torch.Tensor:
+        return torch.empty(1, device=self.device)
+
+    def release(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""How long a whole video takes, by stage; `bench video` starts it."""
