@@ -14,6 +14,7 @@ from ..rung import as_rung
 from .base import NO_CONTEXT_PARALLEL, AttnProcessor, check_processor, set_processor, slot_of
 from .frames.own import checked, own_attention
 from .frames.replaced import check_replaced
+from .order import warn_of_order
 from .processors import LowBitAttnProcessor
 from .recipe.clock import StepClock, clock_of
 from .recipe.processor import RecipeAttnProcessor
@@ -23,10 +24,10 @@ from .report import attention_modules, named_modules, transformer_of
 
 
 class Applied:
-    """What one `apply` changed; `remove()`, or leaving it as a context manager, takes it back."""
+    """What one `apply` changed; `remove()`, or leaving it as a context manager, takes it back. recipe: if one was applied."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, model: Any, recipe: Recipe | None = None) -> None:
+        self._model, self.recipe = weakref.ref(model), recipe
         self._before: list[tuple[weakref.ref, Any]] = []
         self._clock: StepClock | None = None
 
@@ -53,7 +54,7 @@ class Applied:
         model = self._model()
         if id(model) not in memo:
             return self
-        twin = Applied(memo[id(model)])
+        twin = Applied(memo[id(model)], self.recipe)
         twin._clock = copy.deepcopy(self._clock, memo)
         for reference, processor in self._before:
             module = reference()
@@ -90,6 +91,7 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
     fallback, backend, check_finite, fused_prologue: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
+    Warns where a recipe was calibrated with the tokens in another order than the model has them in (`order_tokens`).
     Raises TypeError for what is no model, precision or mapping, ValueError for a pattern that names no module or a model
     without attention modules, UnsupportedError for an attention class that no frame declares (`declare_attention`), a
     processor that a frame needs and cannot run, or one that does more than the frame in its place. No processor is changed
@@ -141,7 +143,8 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
             except UnsupportedError as error:
                 raise UnsupportedError(f"{name} of {type(model).__name__}: {error}{_dispatches(targets)}") from None
             processor.records.of(targets[name]).name = name
-    handle = Applied(model)
+    warn_of_order(recipe, model)
+    handle = Applied(model, recipe)
     for name, processor in processors.items():
         handle._set(targets[name], processor, own.get(name))
     if any(isinstance(processor, RecipeAttnProcessor) and len(processor.plan.spans) > 1 for processor in made.values()):

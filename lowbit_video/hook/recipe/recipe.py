@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...arguments import shown
+from ...token_order import check_order
 from ..report import attention_modules, transformer_of
 from .rule import Rule, as_rule
 from .table import Table, table_of
@@ -51,7 +52,8 @@ class Recipe:
     about: where the recipe comes from, by the keys in ABOUT; plain values and lists of them.
     source: how errors name it.
 
-    Raises ValueError, naming source and rule, for no rules, for a rule that cannot be meant and for an unknown key.
+    Raises ValueError, naming source and rule, for no rules, for a rule that cannot be meant, for an unknown key and for an
+    order of tokens that does not exist.
     """
 
     rules: Sequence[Rule | Mapping[str, Any]]
@@ -66,6 +68,11 @@ class Recipe:
         unknown = [shown(key) for key in self.about if key not in ABOUT]
         if unknown:
             raise ValueError(f"{self.source}: about has unknown keys {', '.join(unknown)}; there are: {', '.join(ABOUT)}")
+        if "order" in self.about:
+            try:
+                check_order(self.about["order"])
+            except ValueError as error:
+                raise ValueError(f"{self.source}, about: {error}") from None
         rules = []
         for number, given in enumerate(self.rules, 1):
             try:
