@@ -135,11 +135,11 @@ def measure(pipe: Any, prompt: str, rungs: Sequence[str], probe: str, ranges: Se
     return Measured(errors, np.array(gains), peaks, tokens, head_dim)
 
 
-def look(pipe: Any, prompt: str, settings: Settings, seed: int, progress: Progress) -> tuple[int, int]:
-    """Tokens of the attention, and how many of them are text at the beginning: of one step."""
+def look(pipe: Any, prompt: str, settings: Settings, seed: int, progress: Progress) -> tuple[int, int, int]:
+    """Tokens of the attention, how many of them are text at the beginning, and the head dim: of one step."""
     seen = Look()
     latents_of(pipe, prompt, replace(settings, steps=1), seed, StepClock(progress), seen, "look", "looked at: tokens and text")
-    return seen.tokens, seen.text
+    return seen.tokens, seen.text, seen.head_dim
 
 
 def latents_of(pipe: Any, prompt: str, settings: Settings, seed: int, clock: StepClock, attention: Any, label: str, text: str

@@ -85,7 +85,7 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
         raise ValueError("the number of denoising steps is not known; give --steps")
     ranges = step_groups(settings.steps, plan.ranges)
     by_bits = plan.scheme == "seed" or budget.bits is not None
-    rungs, left_out = _rungs(pipe, prompts[0], settings, seed, plan, by_bits, say)
+    rungs, costs, left_out = _rungs(pipe, prompts[0], settings, seed, plan, by_bits, speed, say)
     measured_rungs = [rung for rung in dict.fromkeys((*rungs, plan.probe)) if rung != "exact"]
     order = order_of(pipe)
     kept = kept or out.parent / f"{out.stem}_measured"
@@ -98,10 +98,6 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
         _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
                                      samples=plan.samples, rows=plan.rows, backend=backend, progress=progress))
     measured = [_load(file) for file in files.values()]
-    costs = bits_of(rungs) if by_bits else costs_of(rungs, measured[0].tokens, measured[0].head_dim, speed)
-    for rung in costs.lacking:
-        left_out.append(f"not priced, so not chosen: {rung}")
-        say(left_out[-1])
     problem = Problem.of(measured, measured_rungs, costs, ranges, settings.steps, plan.by_head)
     allocation = problem.solve(budget) if plan.scheme == "measured" else problem.by_scales(budget)
     names = list(attention_modules(transformer_of(pipe)))
@@ -203,17 +199,17 @@ def rules_of(cells: np.ndarray, layers: Sequence[str], edges: Sequence[tuple[flo
     return [Rule(base), *rules]
 
 
-def _rungs(pipe, prompt, settings, seed, plan, by_bits, say) -> tuple[list[str], list[str]]:
-    """The rungs to choose from, and why there are no others, which is said."""
-    seen = plan.pooled.shares and not by_bits
-    tokens, text = look(pipe, prompt, settings, seed, Progress(["look"], say)) if seen else (0, 0)
+def _rungs(pipe, prompt, settings, seed, plan, by_bits, speed, say) -> tuple[list[str], Costs, list[str]]:
+    """The rungs to choose from, what they cost, and why there are no others, which is said; known before any is measured."""
+    tokens, text, head_dim = (0, 0, 0) if by_bits else look(pipe, prompt, settings, seed, Progress(["look"], say))
     why_not = plan.pooled.why_not(tokens, by_bits)
     rungs = list(dict.fromkeys((*plan.rungs, *(() if why_not else plan.pooled.rungs(tokens, text)))))
-    lacking = bits_of(rungs).lacking if by_bits else ()
-    left_out = [*[why_not] * bool(why_not), *(f"without bits, so not chosen: {rung}" for rung in lacking)]
+    costs = bits_of(rungs) if by_bits else costs_of(rungs, tokens, head_dim, speed)
+    lacks = "without bits" if by_bits else "not priced"
+    left_out = [*[why_not] * bool(why_not), *(f"{lacks}, so not chosen: {rung}" for rung in costs.lacking)]
     for reason in left_out:
         say(reason)
-    return [rung for rung in rungs if rung not in lacking], left_out
+    return list(costs.of), costs, left_out
 
 
 def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:

@@ -1,4 +1,5 @@
 """`calibrate`: what errs most gets the better rung, the same prompts give the same recipe, a second start goes on."""
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lowbit_video import Recipe, apply  # noqa: E402
 from lowbit_video.app.cli import build_parser, main  # noqa: E402
 from lowbit_video.eval.calibrate import run as running  # noqa: E402
 from lowbit_video.eval.calibrate.measure import Probe, latents_of, measure, relative_error  # noqa: E402
+from lowbit_video.eval.calibrate.pooled import PooledPlan  # noqa: E402
 from lowbit_video.eval.calibrate.run import Plan, calibrate  # noqa: E402
 from lowbit_video.eval.calibrate.solve import Budget, db  # noqa: E402
 from lowbit_video.eval.compare.layers import StepClock  # noqa: E402
@@ -114,6 +116,30 @@ def test_a_recipe_is_written_checked_and_made_again_alike(pipe, tmp_path, monkey
     assert out.read_text() == first and any("2 of 2 prompts are measured already" in line for line in lines)
     with pytest.raises(AssertionError, match="measured again"):
         calibrate(pipe, ["a red ball"], Budget(cost=1.03), out, **{**again, "settings": Settings("models/toy", steps=2)})
+
+
+def test_rungs_without_a_price_are_told_before_any_is_measured(pipe, tmp_path, monkeypatch):
+    row = {"causal": False, "batch": 1, "heads": 2}
+    rows = [{**row, "head_dim": dim, "tokens": 512, "precision": precision, "total_ms": ms} for dim, precision, ms in (
+        (32, "int8+fp8", 1.0), (32, "int8+fp16", 1.5), (64, "int8+fp8", 1.0), (64, "int4+fp8", 2.0))]
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": rows}))
+    asked = dict(settings=SETTINGS, speed=tmp_path / "speed.json")
+    seen, lines = [], []
+
+    def noted(pipe, prompt, rungs, *rest, **named):
+        seen.append(rungs)
+        return measure(pipe, prompt, rungs, *rest, **named)
+
+    monkeypatch.setattr(running, "measure", noted)
+    recipe = calibrate(pipe, ["a"], Budget(cost=1.2), tmp_path / "r.toml", plan=Plan(("int8+fp16", "int4+fp8", "int8+fp8"),
+                       ranges=1, pooled=PooledPlan(())), say=lines.append, **asked)
+    why = ["no pooled rungs: not asked for", "not priced, so not chosen: int4+fp8"]
+    assert seen == [["int8+fp16", "int8+fp8", "int4+fp16"]] and recipe.about["left_out"] == why
+    assert [line for line in lines if line in why] == why and recipe.about["rungs"] == ["int8+fp16: 1.5", "int8+fp8: 1"]
+    with pytest.raises(ValueError, match=r"rungs are exact, int4\+fp8, and none of them has a time in .*speed.json at 512 "
+                       r"tokens, head dim 32; name some of int8\+fp8, int8\+fp16, or give another table: --speed"):
+        calibrate(pipe, ["a"], Budget(cost=1.2), tmp_path / "r.toml", plan=Plan(("exact", "int4+fp8"), ranges=1), **asked)
+    assert len(seen) == 1
 
 
 def test_a_layer_that_errs_more_is_given_more(pipe, tmp_path):
