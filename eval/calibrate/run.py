@@ -90,13 +90,14 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
     order = order_of(pipe)
     kept = kept or out.parent / f"{out.stem}_measured"
     files = {prompt: _file(kept, prompt, seed, settings, plan, measured_rungs, order) for prompt in prompts}
-    todo = [prompt for prompt, file in files.items() if not file.is_file()]
+    peaks = plan.scheme == "seed"
+    todo = [prompt for prompt, file in files.items() if not file.is_file() or (peaks and _load(file).peaks is None)]
     if len(todo) < len(prompts):
         say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are measured already, in {kept}")
     progress = Progress([*measuring.labels(ranges) * len(todo), *["check"] * 2 * len(held_out)], say)
     for prompt in todo:
         _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
-                                     samples=plan.samples, rows=plan.rows, backend=backend, progress=progress))
+                                     samples=plan.samples, rows=plan.rows, backend=backend, progress=progress, peaks=peaks))
     measured = [_load(file) for file in files.values()]
     problem = Problem.of(measured, measured_rungs, costs, ranges, settings.steps, plan.by_head)
     allocation = problem.solve(budget) if plan.scheme == "measured" else problem.by_scales(budget)
@@ -125,14 +126,14 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
 class Problem:
     """errors [R, L, G, H or 1]: what a cell adds to the squared error, at the rungs that have a price. costs [R]. edges: of
     each range, in shares of the denoising, rounded down so that a step begins in its range. heads: of a layer. peaks [L, G,
-    H or 1, 3]: a cell's largest magnitudes of Q, K and V, over all prompts."""
+    H or 1, 3]: a cell's largest magnitudes of Q, K and V, over all prompts; None where some prompt has none."""
 
     rungs: list[str]
     errors: np.ndarray
     costs: np.ndarray
     edges: list[tuple[float, float]]
     heads: int
-    peaks: np.ndarray
+    peaks: np.ndarray | None
 
     @classmethod
     def of(cls, measured: Sequence[Measured], names: Sequence[str], costs: Costs, ranges: Sequence[range], steps: int,
@@ -145,8 +146,8 @@ class Problem:
         share = lambda step: step * 10**STEP_DIGITS // steps / 10**STEP_DIGITS
         edges = [(share(one.start), share(one.stop)) for one in ranges]
         errors = errors if by_head else errors.sum(-1, keepdims=True)
-        peaks = np.max([one.peaks for one in measured], axis=0)
-        peaks = peaks if by_head else peaks.max(2, keepdims=True)
+        peaks = None if any(one.peaks is None for one in measured) else np.max([one.peaks for one in measured], axis=0)
+        peaks = peaks if by_head or peaks is None else peaks.max(2, keepdims=True)
         return cls(rungs, errors, np.array([costs.of[rung] for rung in rungs]), edges, mean.shape[-1], peaks)
 
     def _shares(self) -> np.ndarray:
@@ -258,9 +259,9 @@ def _file(folder: Path, prompt: str, seed: int, settings: Settings, plan: Plan, 
 def _save(file: Path, measured: Measured) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(file) as part, open(part, "wb") as opened:
-        np.savez(opened, **asdict(measured))
+        np.savez(opened, **{name: value for name, value in asdict(measured).items() if value is not None})
 
 
 def _load(file: Path) -> Measured:
     with np.load(file, allow_pickle=False) as held:
-        return Measured(held["errors"], held["gains"], held["peaks"], int(held["tokens"]), int(held["head_dim"]))
+        return Measured(held["errors"], held["gains"], held.get("peaks"), int(held["tokens"]), int(held["head_dim"]))
