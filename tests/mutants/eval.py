@@ -14,6 +14,7 @@ MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
 POOLED = "tests/eval/calibrate/test_pooled_rungs.py::"
 PAIRED = "tests/eval/metrics/test_paired.py::"
 SCALES = "tests/eval/calibrate/test_scales.py::"
+SEVERAL = "tests/eval/test_bench_parallel.py::"
 SOLVE = "tests/eval/calibrate/test_solve.py::"
 SUMMARY = "tests/eval/report/test_summary.py::"
 TEMPORAL = "tests/eval/metrics/test_temporal.py::"
@@ -192,6 +193,13 @@ MUTANTS = [
             ("-(-next(iter(clips.values())).shape[2] // tile_side)",
              "max(1, next(iter(clips.values())).shape[2] // tile_side)"),
             ("clip.shape[1] // factor, clip.shape[2] // factor", "clip.shape[2] // factor, clip.shape[1] // factor")),
+    *faults("eval/speed/parallel/worker.py", SEVERAL + "test_a_recipe_is_of_the_step_and_a_precision_of_a_layer",
+            ("args.recipe or args.precision", "args.precision"), ("(shape, args.precision,", "(shape, args.recipe,")),
+    *faults("eval/speed/parallel/step.py", SEVERAL + "test_a_step_by_a_recipe_is_that_at_half_of_the_denoising",
+            ("denoising_step(model, 1, 2) if recipe", "denoising_step(model, 0, 2) if recipe")),
+    *faults("eval/speed/parallel/launch.py", SEVERAL + "test_a_recipe_is_read_before_anything_is_started",
+            ("        Recipe.load(recipe)\n", ""), ("    as_precision(args.precision)\n", ""),
+            ("else str(Path(recipe).resolve())", "else recipe")),
     *faults("eval/calibrate/solve.py", SOLVE + "test_every_point_of_the_curve_is_the_best_for_its_cost",
             ("errors[rung] >= errors[kept[-1]]", "False"), ("<= slope(kept[-1], rung)", "> slope(kept[-1], rung)"),
             ("-gained / paid", "gained / paid"),

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lowbit_video
 from lowbit_video.hook.base import set_processor
 from lowbit_video.hook.dispatcher.names import backend_names
-from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
+from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.hook.report import attention_modules
-from lowbit_video.precision import Precision
+from lowbit_video.precision import Precision, names_recipe
 from lowbit_video.rung import as_rung
 
 from .. import baselines

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...arguments import shown
+from ...precision import PRESETS
 from ...token_order import check_order
 from ..report import attention_modules, transformer_of
 from .rule import Rule, as_rule
@@ -35,13 +36,6 @@ ABOUT = ("title", "model", "prompts", "seed", "steps", "order", "metric", "budge
          "found_error_db", "cost_table", "rungs", "left_out", "hardware", "versions", "commit", "date", "command")
 """What a recipe may say of where it comes from; costs are shares of int8+fp8's time, or bits of Q and K, as cost_table says.
 rungs: those that could be chosen, each with its cost; left_out: which could not, and why."""
-PRESETS = ("safe", "fast")
-"""Recipes of this package that need no calibration."""
-
-
-def names_recipe(text: str) -> bool:
-    """Whether a text that may be a precision is a recipe: a file that ends in .toml, or a preset's name."""
-    return text in PRESETS or text.endswith(".toml")
 
 
 @dataclass(frozen=True)

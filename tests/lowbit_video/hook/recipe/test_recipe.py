@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from lowbit_video import Recipe
-from lowbit_video.hook.recipe.recipe import PRESETS
 from lowbit_video.hook.recipe.rule import Rule, heads_text, steps_text
 from lowbit_video.hook.recipe.table import LayerPlan, Span
 from lowbit_video.hook.recipe.toml import read_toml, write_toml
+from lowbit_video.precision import PRESETS
 
 
 class Model:
