@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ...arguments import shown
+from ...errors import UnsupportedError
 from ...precision import PRESETS
 from ...token_order import check_order
-from ..report import attention_modules, transformer_of
+from ..report import recipe_modules, transformer_of
 from .rule import Rule, as_rule
 from .table import Table, table_of
 from .toml import read_toml, write_toml
@@ -103,7 +104,10 @@ class Recipe:
         for cells that no rule meets.
         """
         model = transformer_of(model_or_pipe)
-        heads = {name: int(module.heads) for name, module in attention_modules(model).items()}
+        modules = recipe_modules(model)
+        if unknown := [name for name, module in modules.items() if not hasattr(module, "heads")]:
+            raise UnsupportedError(f"{unknown[0]} of {type(model).__name__} does not say how many heads it has (heads)")
+        heads = {name: int(module.heads) for name, module in modules.items()}
         if not heads:
             raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
         return table_of(self.rules, heads, self.source)
