@@ -1,8 +1,10 @@
-"""`lowbit-video eval`: compare, layers, report. Imports nothing but the standard library until a command runs."""
+"""`lowbit-video eval`: compare, layers, report. Imports no framework until a command runs."""
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from lowbit_video.token_order import ORDERS
 
 DEFAULT_OUT = "outputs/eval"
 DEFAULT_PRECISIONS = "int8+fp16,int8+fp8,int4+fp16,int2+fp16"
@@ -23,6 +25,8 @@ def add_parsers(subparsers) -> None:
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line; # begins a comment")
     parser.add_argument("--seeds", type=numbers, default=[0], metavar="0,1", help="one video per prompt and seed; default 0")
     add_candidates(parser)
+    parser.add_argument("--order", choices=ORDERS, default="raster", help="of the video's tokens in attention, of all runs; a "
+                        "recipe's is the one that it was calibrated with; default: raster")
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts: a quick look")
     parser.add_argument("--metrics", type=names, metavar="A,B", help="default: all that can run here")
     parser.add_argument("--weights", action="append", default=[], type=named_path, metavar="NAME=PATH",
@@ -132,6 +136,7 @@ def settings_of(args):
 
 def run_compare(args) -> int:
     """`eval compare`."""
+    from lowbit_video.hook.order import order_tokens
     from lowbit_video.pipelines.shared.small_model import model_or_small
 
     from .compare.candidates import as_candidate
@@ -145,6 +150,8 @@ def run_compare(args) -> int:
     args.model = model_or_small(args.model)
     choose(args.metrics, dict(args.weights))  # mistakes first, the model afterwards
     pipe, settings = load(args)
+    if args.order != "raster":  # which every model has, also one that takes no other
+        order_tokens(pipe, args.order)
     try:
         compare(pipe, prompts, candidates, args.out, seeds=args.seeds, settings=settings, metrics=args.metrics,
                 weights=dict(args.weights), limit=args.limit, backend=args.backend, fallback=args.fallback, say=say)

@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 
-from lowbit_video import apply, coverage, parallelize, pipelines, remove
+from lowbit_video import Recipe, apply, coverage, parallelize, pipelines, remove
 from lowbit_video.app.cli import Parser, guarded
 from lowbit_video.app.job import SMALL_PROMPT
 from lowbit_video.app.ranks import connected, describe, is_first
@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--model", help="folder (default: the small trained model)")
     parser.add_argument("--prompt", default=SMALL_PROMPT)
     parser.add_argument("--precision", default="int8+fp16")
+    parser.add_argument("--recipe", metavar="FILE", help="in place of the precision: a recipe's file, or safe or fast")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--frames", type=int, default=17)
     for name in ("ulysses", "ring", "cfg", "vae"):
@@ -41,6 +42,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    wanted = args.precision if args.recipe is None else Recipe.load(args.recipe)
     os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's notes would run through the progress bar; errors still show
     device, model = resolve_device("auto"), model_or_small(args.model)
     with connected(device) as wire:
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         with parallelize(pipe, args.ulysses_degree, args.ring_degree, args.cfg_degree, args.vae_degree, args.exchange,
                          args.exchange_output, wire) as handle:
             exact = make()
-            apply(pipe, args.precision)
+            apply(pipe, wanted)
             handle.mesh.traffic.clear()
             low = make()
             report, ran = handle.report(), coverage(pipe)
@@ -61,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         worst = lambda a, b: f"{psnr(a.frames[0], b.frames[0]).min():.1f} dB"
         ranks, seconds = f"{report['ranks']} ranks", [sum(made.timings.values()) for made in (low, low_alone)]
         print(f"\nPSNR of the worst frame\n  exact, {ranks} against one: {worst(exact, exact_alone)}\n"
-              f"  {args.precision}, {ranks} against one: {worst(low, low_alone)}\n"
-              f"  {args.precision} against exact on one: {worst(low_alone, exact_alone)} by one rank, "
+              f"  {wanted}, {ranks} against one: {worst(low, low_alone)}\n"
+              f"  {wanted} against exact on one: {worst(low_alone, exact_alone)} by one rank, "
               f"{worst(low, exact_alone)} by {ranks}\nseconds: {seconds[0]:.1f} on {ranks}, {seconds[1]:.1f} on one")
     return 0
 

@@ -13,12 +13,25 @@ ROTATED = " rotate"
 """What stands behind the text of a precision whose Q and K are rotated."""
 MIXED_QK = (("int8", "int4"), ("int8", "int2"))
 GRANULARITIES = ("block", "token")
+PRESETS = ("safe", "fast")
+"""Recipes of this package that need no calibration; what recipes are stands in hook/recipe."""
 
 
 def precision_specs() -> tuple[str, ...]:
     """Every precision string there is, the exact ones first."""
     pairs = [(name, name) for name in QK_FORMATS] + list(MIXED_QK)
     return EXACT_SPECS + tuple(f"{q if q == k else f'{q}/{k}'}+{pv}" for q, k in pairs for pv in PV_FORMATS)
+
+
+def names_recipe(text: str) -> bool:
+    """Whether a text that may be a precision is a recipe: a file that ends in .toml, or a preset's name."""
+    return text in PRESETS or text.endswith(".toml")
+
+
+def no_recipe(named: str) -> str:
+    """What is said where a recipe is given and one precision is meant."""
+    return (f"{named} is a recipe, and one precision is wanted here; recipes go into models: lowbit_video.apply(pipe, "
+            "Recipe.load(...)), and `generate`, `bench step` and `bench parallel` take --recipe FILE")
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,8 @@ class Precision:
 
     "+fp16" means P and V in the tensors' own 16-bit type: bfloat16 tensors keep bfloat16's range.
 
-    Raises ValueError for a spec or granularity that does not exist, listing those that do; TypeError for a smoothing or a
-    rotation that is neither True nor False.
+    Raises ValueError for a spec or granularity that does not exist, listing those that do, and for a recipe's name; TypeError
+    for a smoothing or a rotation that is neither True nor False.
     Source: SageAttention (arXiv 2410.02367) for K smoothing, SageAttention2 (arXiv 2411.10958) for Q
     smoothing; there Q's mean is per block, here per head, so its correction is one vector per head. SmoothQuant
     (2211.10438) and QuaRot (2404.00456) for the two halves of rotation.
@@ -60,6 +73,8 @@ class Precision:
                 raise ValueError(f"precision {self.spec!r} and rotate={self.rotate} contradict each other; give one of them")
             object.__setattr__(self, "spec", self.spec.removesuffix(ROTATED))
             object.__setattr__(self, "rotate", True)
+        if isinstance(self.spec, str) and names_recipe(self.spec):
+            raise ValueError(no_recipe(repr(self.spec)))
         if not isinstance(self.spec, str) or self.spec not in precision_specs():
             raise ValueError(f"unknown precision {shown(self.spec)}; there are: {', '.join(precision_specs())}, and "
                              f"those at low bit with {ROTATED!r} behind them")
@@ -96,4 +111,6 @@ def as_precision(precision: Precision | str) -> Precision:
         return precision
     if isinstance(precision, str):
         return Precision(precision)
+    if type(precision).__name__ == "Recipe":
+        raise TypeError(no_recipe(str(precision)))
     raise TypeError(f"precision is a string such as 'int8+fp16' or a Precision, not {type(precision).__name__}")

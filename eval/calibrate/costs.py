@@ -56,7 +56,7 @@ def costs_of(rungs: Sequence[str], tokens: int, head_dim: int, path: Path = TABL
 
     Of its shapes that has int8+fp8 which comes nearest, in head dim first, then in length; of a precision its fastest kernel.
     tokens, head_dim: of the attention; the tiles that a pooled rung keeps are counted of these.
-    Raises ValueError for no such file, or one without int8+fp8.
+    Raises ValueError for no such file, or one without int8+fp8, and for rungs of which none has a time in that shape.
     """
     if not Path(path).is_file():
         raise ValueError(f"no such file: {path}; give the JSON of `lowbit-video bench kernels`: --speed FILE")
@@ -79,5 +79,8 @@ def costs_of(rungs: Sequence[str], tokens: int, head_dim: int, path: Path = TABL
             if pooled is not None and not pooled.all_kept:
                 kept, left = counted_tiles(pooled.keep, pooled.always, tokens, tokens, head_dim)
                 ratios[rung] = ratios[rung] * kept / (kept + left) + POOLING
+    if not ratios:
+        raise ValueError(f"rungs are {', '.join(rungs)}, and none of them has a time in {path} at {shape[1]} tokens, head dim "
+                         f"{shape[0]}; name some of {', '.join(times[shape])}, or give another table: --speed FILE")
     said = f"{Path(path).name} of {held.get('about', {}).get('gpu', 'an unnamed GPU')}, {shape[1]} tokens, head dim {shape[0]}"
     return Costs(ratios, said, tuple(rung for rung in rungs if rung not in ratios))

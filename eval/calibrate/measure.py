@@ -29,12 +29,12 @@ from .pooled import Look, rows_of_tiles
 @dataclass(frozen=True)
 class Measured:
     """errors: [R, L, G, H], squared error of a rung's output over the squared output of the whole layer. gains: [G], squared
-    error of the final latent for a range's errors of 1. peaks: [L, G, H, 3], the largest magnitudes of Q, K and V. tokens,
-    head_dim: of the attention."""
+    error of the final latent for a range's errors of 1. peaks: [L, G, H, 3], the largest magnitudes of Q, K and V, where they
+    were asked for. tokens, head_dim: of the attention."""
 
     errors: np.ndarray
     gains: np.ndarray
-    peaks: np.ndarray
+    peaks: np.ndarray | None
     tokens: int
     head_dim: int
 
@@ -47,13 +47,15 @@ class Probe(ExactAttnProcessor):
     """Exact attention of one module; at some steps every rung is measured beside it.
 
     rungs: their processors. rows: about how many query rows are compared, evenly spaced; where some rung pools keys, in whole
-        tiles, for the rows of a tile choose together. steps: those that are measured.
+        tiles, for the rows of a tile choose together. steps: those that are measured. peaked: whether the largest magnitudes
+        are wanted, for which all of Q, K and V is copied to the host.
     squared: step -> one [R, H] a call; whole: step -> squared outputs; peaks: step -> one [H, 3] a call.
     """
 
-    def __init__(self, rungs: Sequence[LowBitAttnProcessor], rows: int, clock: StepClock, steps: set[int]) -> None:
+    def __init__(self, rungs: Sequence[LowBitAttnProcessor], rows: int, clock: StepClock, steps: set[int],
+                 peaked: bool = False) -> None:
         super().__init__()
-        self.rungs, self.rows, self.clock, self.steps = rungs, rows, clock, steps
+        self.rungs, self.rows, self.clock, self.steps, self.peaked = rungs, rows, clock, steps, peaked
         self.squared: dict[int, list[np.ndarray]] = {}
         self.whole: dict[int, list[float]] = {}
         self.peaks: dict[int, list[np.ndarray]] = {}
@@ -76,9 +78,10 @@ class Probe(ExactAttnProcessor):
         low = [compared(rung.attend(few, k, v, scale=scale)) for rung in self.rungs]
         self.squared.setdefault(self.clock.step, []).append(np.stack([np.square(x - exact).sum((0, 1, 3)) for x in low]))
         self.whole.setdefault(self.clock.step, []).append(float(np.square(exact).sum()))
-        tops = [np.abs(runtime.to_numpy(x)).max((0, 1, 3)) for x in (q, k, v)]
-        self.peaks.setdefault(self.clock.step, []).append(
-            np.stack([top.repeat(len(tops[0]) // len(top)) for top in tops], -1))  # heads that share keys share their peaks
+        if self.peaked:
+            tops = [np.abs(runtime.to_numpy(x)).max((0, 1, 3)) for x in (q, k, v)]
+            self.peaks.setdefault(self.clock.step, []).append(
+                np.stack([top.repeat(len(tops[0]) // len(top)) for top in tops], -1))  # heads that share keys share their peaks
         return out
 
     def _compared(self) -> tuple[list[slice], int]:
@@ -111,20 +114,20 @@ def labels(ranges: Sequence[range]) -> list[str]:
 
 
 def measure(pipe: Any, prompt: str, rungs: Sequence[str], probe: str, ranges: Sequence[range], settings: Settings, *, seed: int,
-            samples: int, rows: int, backend: str, progress: Progress) -> Measured:
+            samples: int, rows: int, backend: str, progress: Progress, peaks: bool = False) -> Measured:
     """Measures one prompt.
 
     rungs: without "exact", whose error is 0. probe: the one of them that is run in each range. ranges: of steps, all of them.
-    samples: steps of a range that are recorded. rows: query rows that are compared.
+    samples: steps of a range that are recorded. rows: query rows that are compared. peaks: whether magnitudes are measured.
     """
     clock = StepClock(progress)
     names = list(attention_modules(transformer_of(pipe)))
     steps = [sampled(one, samples) for one in ranges]
     made = [LowBitAttnProcessor(rung, backend=backend) for rung in rungs]
-    recorders = {name: Probe(made, rows, clock, set().union(*steps)) for name in names}
+    recorders = {name: Probe(made, rows, clock, set().union(*steps), peaks) for name in names}
     exact = latents_of(pipe, prompt, settings, seed, clock, recorders, "record", f"recorded: {prompt[:60]}")
     errors = np.stack([np.stack([recorders[name].error(some) for some in steps], 1) for name in names], 1)
-    peaks = np.stack([np.stack([recorders[name].peak(some) for some in steps]) for name in names])
+    tops = np.stack([np.stack([recorders[name].peak(some) for some in steps]) for name in names]) if peaks else None
     gains = []
     for one, local in zip(ranges, errors[rungs.index(probe)].sum((0, 2))):
         gated = Gated(LowBitAttnProcessor(probe, backend=backend), clock, one)
@@ -132,14 +135,14 @@ def measure(pipe: Any, prompt: str, rungs: Sequence[str], probe: str, ranges: Se
                              f"{probe} in steps {one.start}-{one.stop - 1}")
         gains.append(relative_error(latents, exact) / max(local, 1e-30))
     _, tokens, _, head_dim = recorders[names[0]].shape
-    return Measured(errors, np.array(gains), peaks, tokens, head_dim)
+    return Measured(errors, np.array(gains), tops, tokens, head_dim)
 
 
-def look(pipe: Any, prompt: str, settings: Settings, seed: int, progress: Progress) -> tuple[int, int]:
-    """Tokens of the attention, and how many of them are text at the beginning: of one step."""
+def look(pipe: Any, prompt: str, settings: Settings, seed: int, progress: Progress) -> tuple[int, int, int]:
+    """Tokens of the attention, how many of them are text at the beginning, and the head dim: of one step."""
     seen = Look()
     latents_of(pipe, prompt, replace(settings, steps=1), seed, StepClock(progress), seen, "look", "looked at: tokens and text")
-    return seen.tokens, seen.text
+    return seen.tokens, seen.text, seen.head_dim
 
 
 def latents_of(pipe: Any, prompt: str, settings: Settings, seed: int, clock: StepClock, attention: Any, label: str, text: str

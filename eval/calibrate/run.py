@@ -85,23 +85,20 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
         raise ValueError("the number of denoising steps is not known; give --steps")
     ranges = step_groups(settings.steps, plan.ranges)
     by_bits = plan.scheme == "seed" or budget.bits is not None
-    rungs, left_out = _rungs(pipe, prompts[0], settings, seed, plan, by_bits, say)
+    rungs, costs, left_out = _rungs(pipe, prompts[0], settings, seed, plan, by_bits, speed, say)
     measured_rungs = [rung for rung in dict.fromkeys((*rungs, plan.probe)) if rung != "exact"]
     order = order_of(pipe)
     kept = kept or out.parent / f"{out.stem}_measured"
     files = {prompt: _file(kept, prompt, seed, settings, plan, measured_rungs, order) for prompt in prompts}
-    todo = [prompt for prompt, file in files.items() if not file.is_file()]
+    peaks = plan.scheme == "seed"
+    todo = [prompt for prompt, file in files.items() if not file.is_file() or (peaks and _load(file).peaks is None)]
     if len(todo) < len(prompts):
         say(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are measured already, in {kept}")
     progress = Progress([*measuring.labels(ranges) * len(todo), *["check"] * 2 * len(held_out)], say)
     for prompt in todo:
         _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
-                                     samples=plan.samples, rows=plan.rows, backend=backend, progress=progress))
+                                     samples=plan.samples, rows=plan.rows, backend=backend, progress=progress, peaks=peaks))
     measured = [_load(file) for file in files.values()]
-    costs = bits_of(rungs) if by_bits else costs_of(rungs, measured[0].tokens, measured[0].head_dim, speed)
-    for rung in costs.lacking:
-        left_out.append(f"not priced, so not chosen: {rung}")
-        say(left_out[-1])
     problem = Problem.of(measured, measured_rungs, costs, ranges, settings.steps, plan.by_head)
     allocation = problem.solve(budget) if plan.scheme == "measured" else problem.by_scales(budget)
     names = list(attention_modules(transformer_of(pipe)))
@@ -129,14 +126,14 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
 class Problem:
     """errors [R, L, G, H or 1]: what a cell adds to the squared error, at the rungs that have a price. costs [R]. edges: of
     each range, in shares of the denoising, rounded down so that a step begins in its range. heads: of a layer. peaks [L, G,
-    H or 1, 3]: a cell's largest magnitudes of Q, K and V, over all prompts."""
+    H or 1, 3]: a cell's largest magnitudes of Q, K and V, over all prompts; None where some prompt has none."""
 
     rungs: list[str]
     errors: np.ndarray
     costs: np.ndarray
     edges: list[tuple[float, float]]
     heads: int
-    peaks: np.ndarray
+    peaks: np.ndarray | None
 
     @classmethod
     def of(cls, measured: Sequence[Measured], names: Sequence[str], costs: Costs, ranges: Sequence[range], steps: int,
@@ -149,8 +146,8 @@ class Problem:
         share = lambda step: step * 10**STEP_DIGITS // steps / 10**STEP_DIGITS
         edges = [(share(one.start), share(one.stop)) for one in ranges]
         errors = errors if by_head else errors.sum(-1, keepdims=True)
-        peaks = np.max([one.peaks for one in measured], axis=0)
-        peaks = peaks if by_head else peaks.max(2, keepdims=True)
+        peaks = None if any(one.peaks is None for one in measured) else np.max([one.peaks for one in measured], axis=0)
+        peaks = peaks if by_head or peaks is None else peaks.max(2, keepdims=True)
         return cls(rungs, errors, np.array([costs.of[rung] for rung in rungs]), edges, mean.shape[-1], peaks)
 
     def _shares(self) -> np.ndarray:
@@ -203,17 +200,17 @@ def rules_of(cells: np.ndarray, layers: Sequence[str], edges: Sequence[tuple[flo
     return [Rule(base), *rules]
 
 
-def _rungs(pipe, prompt, settings, seed, plan, by_bits, say) -> tuple[list[str], list[str]]:
-    """The rungs to choose from, and why there are no others, which is said."""
-    seen = plan.pooled.shares and not by_bits
-    tokens, text = look(pipe, prompt, settings, seed, Progress(["look"], say)) if seen else (0, 0)
+def _rungs(pipe, prompt, settings, seed, plan, by_bits, speed, say) -> tuple[list[str], Costs, list[str]]:
+    """The rungs to choose from, what they cost, and why there are no others, which is said; known before any is measured."""
+    tokens, text, head_dim = (0, 0, 0) if by_bits else look(pipe, prompt, settings, seed, Progress(["look"], say))
     why_not = plan.pooled.why_not(tokens, by_bits)
     rungs = list(dict.fromkeys((*plan.rungs, *(() if why_not else plan.pooled.rungs(tokens, text)))))
-    lacking = bits_of(rungs).lacking if by_bits else ()
-    left_out = [*[why_not] * bool(why_not), *(f"without bits, so not chosen: {rung}" for rung in lacking)]
+    costs = bits_of(rungs) if by_bits else costs_of(rungs, tokens, head_dim, speed)
+    lacks = "without bits" if by_bits else "not priced"
+    left_out = [*[why_not] * bool(why_not), *(f"{lacks}, so not chosen: {rung}" for rung in costs.lacking)]
     for reason in left_out:
         say(reason)
-    return [rung for rung in rungs if rung not in lacking], left_out
+    return list(costs.of), costs, left_out
 
 
 def _check(pipe, prompt, recipe, settings, seed, progress, say) -> float:
@@ -262,9 +259,9 @@ def _file(folder: Path, prompt: str, seed: int, settings: Settings, plan: Plan, 
 def _save(file: Path, measured: Measured) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(file) as part, open(part, "wb") as opened:
-        np.savez(opened, **asdict(measured))
+        np.savez(opened, **{name: value for name, value in asdict(measured).items() if value is not None})
 
 
 def _load(file: Path) -> Measured:
     with np.load(file, allow_pickle=False) as held:
-        return Measured(held["errors"], held["gains"], held["peaks"], int(held["tokens"]), int(held["head_dim"]))
+        return Measured(held["errors"], held["gains"], held.get("peaks"), int(held["tokens"]), int(held["head_dim"]))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.hook.apply import apply
-from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
+from lowbit_video.hook.recipe.recipe import Recipe
+from lowbit_video.precision import names_recipe
 from lowbit_video.rung import as_rung
 
 from .floor import ReorderedExactProcessor

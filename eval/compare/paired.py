@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lowbit_video.files import write_whole
+from lowbit_video.hook.order import order_of
 from lowbit_video.hook.report import coverage
 from lowbit_video.pipelines.shared.video_files import BadFramesError
 
@@ -113,7 +114,7 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
 
     Args:
         pipe: called as pipe(prompt, seed=..., output_type="np", callback_on_step_end=..., ...) -> .frames; hooked by
-            `lowbit_video.apply`.
+            `lowbit_video.apply`. All videos of a folder have the tokens in its order.
         prompts: captions; see `read_prompts`.
         candidates: precisions, "module:Class" names, or `Candidate`s.
         out: the folder of results.
@@ -128,7 +129,8 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
         The path of results.jsonl.
 
     Raises:
-        ValueError: no prompts, seeds or candidates; an unknown one; settings other than those the folder was begun with.
+        ValueError: no prompts, seeds or candidates; an unknown one; settings or an order of tokens other than those the
+            folder was begun with.
     """
     settings = settings or Settings()
     candidates = [as_candidate(c) for c in candidates]
@@ -145,6 +147,11 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
     store = Store(out)
     try:
         check_settings(store, settings)
+        order = order_of(pipe)
+        for run in store.runs()[:1]:
+            if (begun := run.get("order", "raster")) != order:
+                raise ValueError(f"{store.folder} was begun with the tokens in the order {begun!r}, not {order!r}; give "
+                                 "another --out")
         labels = [EXACT, FLOOR, *[c.label for c in candidates]]
         plan = [(p, s, r) for p in prompts for s in seeds for r in labels]
         todo = [key for key in plan if not store.has(*key)]
@@ -157,7 +164,7 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
             return store.path
         check_clips(store.folder, settings.fps)
         store.append({"kind": "run", "settings": settings.as_dict(), "prompts": prompts, "seeds": list(seeds), "runs": labels,
-                      "metrics": [m.name for m in chosen], "missing": lacking, "backend": backend,
+                      "metrics": [m.name for m in chosen], "missing": lacking, "backend": backend, "order": order,
                       "environment": environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
         _run(pipe, store, todo, candidates, settings, chosen, weights, {"backend": backend, "fallback": fallback}, say)
     finally:

@@ -23,7 +23,7 @@ from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.files import write_json, write_whole
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
-from lowbit_video.precision import EXACT_SPECS, Precision
+from lowbit_video.precision import EXACT_SPECS, Precision, names_recipe
 from lowbit_video.runtime import cuda_driver
 
 from ..compare import settings
@@ -380,6 +380,8 @@ def chosen(filters: list[str] | None) -> Callable[[str, str], bool]:
         try:
             Precision(text)
         except ValueError:
+            if names_recipe(text):
+                raise
             if text not in known:
                 raise ValueError(f"no variant or precision {text!r}; there are: {', '.join(sorted(known))}") from None
     specs = {f for f in filters if "+" in f}

@@ -9,7 +9,8 @@ from lowbit_video.eval.calibrate.pooled import Look
 from lowbit_video.eval.compare.candidates import Candidate
 from lowbit_video.files import write_whole
 from lowbit_video.hook.apply import apply
-from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
+from lowbit_video.hook.recipe.recipe import Recipe
+from lowbit_video.precision import names_recipe
 from lowbit_video.rung import as_rung
 
 FIGURES = ("psnr", "ssim")

@@ -11,8 +11,8 @@ from lowbit_video.kernels.variants import BACKENDS
 from lowbit_video.pipelines.shared.generation import read_generation
 
 from ..distributed.exchange import EXCHANGES, OUTPUTS
-from ..hook.recipe.recipe import PRESETS, Recipe
-from ..precision import precision_specs
+from ..hook.recipe.recipe import Recipe
+from ..precision import PRESETS, precision_specs
 from ..rung import as_rung
 from ..token_order import ORDERS, check_order
 

@@ -14,20 +14,22 @@ from ..rung import as_rung
 from .base import NO_CONTEXT_PARALLEL, AttnProcessor, check_processor, set_processor, slot_of
 from .frames.own import checked, own_attention
 from .frames.replaced import check_replaced
+from .order import warn_of_order
 from .processors import LowBitAttnProcessor
 from .recipe.clock import StepClock, clock_of
 from .recipe.processor import RecipeAttnProcessor
 from .recipe.recipe import Recipe
 from .recipe.table import LayerPlan
-from .report import attention_modules, named_modules, transformer_of
+from .report import attention_modules, dispatching_modules, named_modules, recipe_modules, transformer_of
 
 
 class Applied:
-    """What one `apply` changed; `remove()`, or leaving it as a context manager, takes it back."""
+    """What one `apply` changed; `remove()`, or leaving it as a context manager, takes it back. recipe: if one was applied."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, model: Any, recipe: Recipe | None = None) -> None:
+        self._model, self.recipe = weakref.ref(model), recipe
         self._before: list[tuple[weakref.ref, Any]] = []
+        self._placed: list[Any] = []
         self._clock: StepClock | None = None
 
     def _set(self, module: Any, processor: Any, own: Any = None) -> None:
@@ -44,6 +46,9 @@ class Applied:
                 if hasattr(module, "own_processor") and not isinstance(processor, AttnProcessor):
                     del module.own_processor
         self._before.clear()
+        for placed in reversed(self._placed):
+            placed.take_back()
+        self._placed.clear()
         if self._clock is not None and self._model() is not None:
             self._clock.uninstall(self._model())
             self._clock = None
@@ -53,8 +58,9 @@ class Applied:
         model = self._model()
         if id(model) not in memo:
             return self
-        twin = Applied(memo[id(model)])
+        twin = Applied(memo[id(model)], self.recipe)
         twin._clock = copy.deepcopy(self._clock, memo)
+        twin._placed = [one for one in (placed.copied(memo) for placed in self._placed) if one is not None]
         for reference, processor in self._before:
             module = reference()
             if id(module) in memo:
@@ -85,11 +91,13 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
     model_or_pipe: a pipeline (only its transformer is touched) or a model, Paddle or torch; none whose tokens diffusers'
         `enable_parallelism` cut (UnsupportedError).
     precision: for every attention module, "int8+fp8" or with pooled keys "int8+fp8 pooled 0.3 always 226" (`Pooled`); or a
-        Recipe, which has one for each layer, head and step; None leaves those alone that no pattern names.
+        Recipe, which has one for each layer, head and step, and which goes into models that ask diffusers' dispatcher too
+        (Wan, HunyuanVideo, LTX, ...), where modules are rungs by their names; None leaves those alone that no pattern names.
     modules: name patterns (`fnmatch`) to a precision, a processor, or None for "leave alone";
         where several match a module the last one wins. "transformer_blocks.0.*": "fp16", ...
     fallback, backend, check_finite, fused_prologue: as in LowBitAttnProcessor.
     returns: a handle; `remove(model)` or `handle.remove()` restores exactly what was there.
+    Warns where a recipe was calibrated with the tokens in another order than the model has them in (`order_tokens`).
     Raises TypeError for what is no model, precision or mapping, ValueError for a pattern that names no module or a model
     without attention modules, UnsupportedError for an attention class that no frame declares (`declare_attention`), a
     processor that a frame needs and cannot run, or one that does more than the frame in its place. No processor is changed
@@ -97,13 +105,14 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
     """
     model = transformer_of(model_or_pipe)
     _check_whole(model)
-    targets = attention_modules(model)
+    recipe = precision if isinstance(precision, Recipe) else None
+    dispatched = recipe is not None and bool(dispatching_modules(model))
+    targets = attention_modules(model) if recipe is None else recipe_modules(model)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
     if modules is not None and not isinstance(modules, Mapping):
         raise TypeError(f"modules is {shown(modules)}; give a dict of name patterns to precisions, such as "
                         "{'transformer_blocks.0.*': 'fp16'}")
-    recipe = precision if isinstance(precision, Recipe) else None
     choice: dict[str, Any] = dict.fromkeys(targets, precision) if recipe is None else dict(recipe.resolve(model).layers)
     for pattern, wanted in (modules or {}).items():
         names = [name for name in targets if isinstance(pattern, str) and fnmatch.fnmatchcase(name, pattern)]
@@ -111,6 +120,14 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
             raise ValueError(f"the pattern {shown(pattern)} names no attention module; there are: {some_of(list(targets))}; "
                              "try a pattern such as 'transformer_blocks.0.*'")
         choice.update(dict.fromkeys(names, wanted))
+    warn_of_order(recipe, model)
+    handle = Applied(model, recipe)
+    if dispatched:
+        from .dispatcher.recipe import place
+
+        handle._placed = place(model, targets, choice, fused_prologue, fallback=fallback, backend=backend,
+                               check_finite=check_finite)
+        return _done(handle, model_or_pipe, any(len(placed.attention.plan.spans) > 1 for placed in handle._placed))
     made: dict[Any, AttnProcessor] = {}
 
     def processor_for(wanted: Any) -> Any:
@@ -141,10 +158,16 @@ def apply(model_or_pipe: Any, precision: str | Precision | AttnProcessor | Recip
             except UnsupportedError as error:
                 raise UnsupportedError(f"{name} of {type(model).__name__}: {error}{_dispatches(targets)}") from None
             processor.records.of(targets[name]).name = name
-    handle = Applied(model)
     for name, processor in processors.items():
         handle._set(targets[name], processor, own.get(name))
-    if any(isinstance(processor, RecipeAttnProcessor) and len(processor.plan.spans) > 1 for processor in made.values()):
+    return _done(handle, model_or_pipe, any(isinstance(processor, RecipeAttnProcessor) and len(processor.plan.spans) > 1
+                                            for processor in made.values()))
+
+
+def _done(handle: Applied, model_or_pipe: Any, steps: bool) -> Applied:
+    """The handle, kept by its model. steps: whether some rule is for steps, so that timesteps are looked at."""
+    model = transformer_of(model_or_pipe)
+    if steps:
         handle._clock = clock_of(model)
         schedule = getattr(getattr(model_or_pipe, "scheduler", None), "config", None)
         handle._clock.install(model, getattr(schedule, "num_train_timesteps", None))
@@ -186,4 +209,4 @@ def _dispatches(modules: Mapping[str, Any]) -> str:
     if not any(hasattr(module.processor, "_attention_backend") for module in modules.values()):
         return ""
     return ("; this model asks diffusers' dispatcher for its attention: take a backend of that in place of apply(), "
-            "docs/diffusers.md")
+            "docs/diffusers.md, or give apply() a Recipe")

@@ -8,11 +8,13 @@ choose compact ones.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from typing import Any
 
 from ..errors import UnsupportedError
 from ..token_order import check_order
+from .recipe.recipe import Recipe
 from .report import transformer_of
 
 HOOKED = ("diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXTransformer3DModel",)
@@ -48,6 +50,7 @@ def order_tokens(model_or_pipe: Any, order: str) -> Ordered:
         dropped (torch.compiler.reset), for they do not see that hooks come and go.
     order: "raster", as the model was trained and as it is left; "tiles", boxes of 4 frames by 2 by 2; "hilbert", along a curve.
     returns: a handle; `remove()` restores what was there, and so does `order_tokens(model, "raster")` what the model was.
+    Warns where a recipe that the model has was calibrated with another order.
     Raises ValueError for an order that does not exist, UnsupportedError for a model that is not declared or whose whole forward
     Paddle compiled.
     """
@@ -55,6 +58,8 @@ def order_tokens(model_or_pipe: Any, order: str) -> Ordered:
     model = _plain(model_or_pipe)
     handle = Ordered(model, order_of(model))
     _set(model, order)
+    for applied in getattr(model, "lowbit_applied", ()):
+        warn_of_order(applied.recipe, model)
     return handle
 
 
@@ -63,6 +68,15 @@ def order_of(model_or_pipe: Any) -> str:
     model = _plain(model_or_pipe)
     hooks = getattr(model, "lowbit_order", None)
     return getattr(model, "token_order", "raster") if hooks is None else hooks.order
+
+
+def warn_of_order(recipe: Recipe | None, model: Any) -> None:
+    """Warns where a recipe says that it was calibrated with the tokens in another order than the model has them in."""
+    meant, has = (recipe.about.get("order") if recipe else None), order_of(model)
+    if meant not in (None, has):
+        warnings.warn(f"{recipe.source} was calibrated with the tokens in the order {meant!r}, and this model has them in "
+                      f"{has!r}: other keys lie in a tile, and pooled ones err more than the recipe promises; call "
+                      f"lowbit_video.order_tokens(pipe, {meant!r}) first (on the command line --order {meant})", stacklevel=3)
 
 
 def _plain(model_or_pipe: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..precision import EXACT_SPECS
+from .dispatcher.names import RECIPE
 
 
 @dataclass
@@ -113,6 +114,12 @@ def models_of(model_or_pipe: Any) -> dict[str, Any]:
     name = next(name for name in DENOISERS if getattr(model_or_pipe, name, None) is model)
     second = getattr(model_or_pipe, "transformer_2", None)
     return {name: model, **({} if second is None else {"transformer_2": second})}
+
+
+def recipe_modules(model: Any) -> dict[str, Any]:
+    """The modules that a recipe is about, by name: of a model that asks diffusers' dispatcher those that do, else all that take
+    a processor."""
+    return dispatching_modules(model) or attention_modules(model)
 
 
 def dispatching_modules(model: Any) -> dict[str, Any]:
@@ -291,8 +298,9 @@ def _dispatched_coverage(component: str, name: str, module: Any) -> ModuleCovera
     """A module that dispatches: its backend, and its calls if `register_diffusers` was given its model."""
     own = module.processor._attention_backend
     backend = _active_backend() if own is None else str(getattr(own, "value", own))
-    processor = f"{type(module.processor).__name__}, backend {backend}"
     watched = getattr(module, "attention_calls", None)
+    by_recipe = backend == RECIPE and watched is not None and watched.attention is not None
+    processor = f"{type(module.processor).__name__}, {watched.attention if by_recipe else f'backend {backend}'}"
     runs = () if watched is None else tuple((variant, count, reason)
                                             for (variant, reason), count in watched.record.calls.items())
     hooked = backend.startswith("lowbit_") or bool(runs)  # the backend may have been set for a while
@@ -300,7 +308,8 @@ def _dispatched_coverage(component: str, name: str, module: Any) -> ModuleCovera
         reason = "not counted: lowbit_video.register_diffusers(model) before the run counts its calls"
     else:
         reason = "" if runs else "not called yet" if hooked else "not hooked: it has a backend of diffusers"
-    return ModuleCoverage(component, name, processor, runs, reason, hooked)
+    tiles = () if watched is None else tuple((variant, *counts) for variant, counts in watched.record.tiles.items())
+    return ModuleCoverage(component, name, processor, runs, reason, hooked, tiles)
 
 
 def _count_attention(part: Any) -> int:

@@ -55,6 +55,8 @@ def test_filters_name_precisions_variants_and_backends():
     assert bench.chosen(["hopper-int8"])("int8+fp16", "hopper-int8")
     with pytest.raises(ValueError, match="no variant or precision 'int9'"):
         bench.chosen(["int9"])
+    with pytest.raises(ValueError, match="'mine.toml' is a recipe, and one precision is wanted here"):
+        bench.chosen(["mine.toml"])
 
 
 def test_every_gpu_variant_is_a_benchmark_case():

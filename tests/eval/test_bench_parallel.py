@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
+from lowbit_video import Recipe, coverage  # noqa: E402
 from lowbit_video.app import cli  # noqa: E402
 from lowbit_video.distributed.group import Group, Traffic  # noqa: E402
 from lowbit_video.eval.speed.parallel import attention, decode, step, table, worker  # noqa: E402
 from lowbit_video.eval.speed.parallel.arguments import add_arguments  # noqa: E402
 from lowbit_video.eval.speed.parallel.clock import Clock  # noqa: E402
 from lowbit_video.eval.speed.shapes import Shape  # noqa: E402
+from lowbit_video.pipelines.cogvideox.random_model import TRANSFORMER  # noqa: E402
+from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel  # noqa: E402
 from lowbit_video.runtime import cuda_driver, detect  # noqa: E402
 from ranks import run_threads  # noqa: E402
 
@@ -38,7 +41,8 @@ def started(monkeypatch):
     return seen
 
 
-GIVEN = ["--parts", "attention", "step", "--shapes", "8k", "--models", "5b", "2b", "--precision", "int8+fp16", "--tiles"]
+GIVEN = ["--parts", "attention", "step", "--shapes", "8k", "--models", "5b", "2b", "--precision", "int8+fp16", "--tiles",
+         "--recipe", "safe"]
 
 
 @pytest.mark.parametrize("framework", ["paddle", "torch"])
@@ -59,15 +63,42 @@ def test_a_process_for_each_gpu_is_told_everything(framework, started, tmp_path,
     add_arguments(parser)
     told = parser.parse_args(rest)
     assert vars(told) == dict(framework=framework, parts=["attention", "step"], shapes="8k", models=["5b", "2b"], tiles=True,
-                              precision="int8+fp16", out=out)
+                              precision="int8+fp16", recipe="safe", out=out)
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
-def test_where_to_write_does_not_depend_on_the_folder_of_a_process(started):
+def test_where_files_lie_does_not_depend_on_the_folder_of_a_process(started, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "parallel"]) == 7
     command, _, _ = started[0]
-    assert command[command.index("--out") + 1] == str(Path("outputs/bench/parallel.json").resolve())
-    assert "--tiles" not in command and command[command.index("--devices") + 1] == "0,1"
+    assert command[command.index("--out") + 1] == str(tmp_path / "outputs/bench/parallel.json")
+    assert "--tiles" not in command and "--recipe" not in command and command[command.index("--devices") + 1] == "0,1"
+
+
+def test_a_recipe_is_read_before_anything_is_started(started, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for given, says in ((["--recipe", "mine.toml"], "no such file: mine.toml"),
+                        (["--precision", "mine.toml"], "'mine.toml' is a recipe, and one precision is wanted here")):
+        assert cli.main(["bench", "parallel", *given]) == 2 and says in capsys.readouterr().err
+    assert not started
+    Recipe([{"rung": "exact"}]).save(tmp_path / "mine.toml")
+    assert cli.main(["bench", "parallel", "--recipe", "mine.toml"]) == 7
+    command = started[0][0]
+    assert command[command.index("--recipe") + 1] == str(tmp_path / "mine.toml")
+
+
+def test_a_recipe_is_of_the_step_and_a_precision_of_a_layer(monkeypatch, tmp_path):
+    said = []
+    wire = types.SimpleNamespace(rank=1, size=2, barrier=lambda: None)
+    monkeypatch.setattr(worker, "wire_and_like", lambda framework: (wire, None))
+    monkeypatch.setattr(worker, "Clock", lambda *given: None)
+    monkeypatch.setattr(attention, "measure", lambda shape, precision, *rest: said.append(precision))
+    monkeypatch.setattr(step, "measure", lambda model, precision, *rest: said.append(precision))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for more in ([], ["--recipe", "mine.toml"]):
+        worker._measure(parser.parse_args(["--parts", "attention", "step", "--shapes", "1,2,64,64", *more]))
+    assert said == ["int8+fp8", "int8+fp8", "int8+fp8", "mine.toml"]
 
 
 @pytest.mark.parametrize("gpus", ["5", "1", "0"])
@@ -217,6 +248,21 @@ def test_a_step_by_every_split_beside_one_gpu(monkeypatch):
     assert ways["one"]["sqnr_db"] is None and ways["cfg2"]["sqnr_db"] is None
     assert ways["one"]["bytes"] is None and ways["ring2"]["bytes"]["sent"] == {}  # what was counted before the step is gone
     assert {(exchange, output) for _, exchange, output in traffic} == {("auto", "int8")} and result["output"] == "int8"
+
+
+def test_a_step_by_a_recipe_is_that_at_half_of_the_denoising(monkeypatch, tmp_path):
+    Recipe([{"rung": "exact"}, {"steps": "0.5-0.6", "rung": "int4+fp16"}]).save(tmp_path / "mine.toml")
+    model = CogVideoXTransformer3DModel(**{**TRANSFORMER, "in_channels": 16})
+    model.eval()
+    monkeypatch.setattr(step, "TEXT_CHANNELS", model.config.text_embed_dim)
+    monkeypatch.setitem(step.LATENTS, "2b", (3, 4, 6))
+    monkeypatch.setattr(step, "paddle_transformer", lambda name: model)
+    monkeypatch.setattr(step, "splits", lambda size: {})
+    only = lambda wire: step.measure("2b", str(tmp_path / "mine.toml"), "paddle", wire, FakeClock(wire), lambda text: None)
+    [result] = run_threads(1, only)
+    assert {run[0] for module in coverage(model).modules for run in module.runs} == {
+        "steps 0.5-0.6: int4+fp16 (reference-lowbit)"}
+    assert result["precision"].endswith("mine.toml") and list(result["ways"]) == ["one"]
 
 
 @pytest.mark.parametrize("wrong", [None, "all"])

@@ -1,11 +1,13 @@
-"""The recipe that is shipped with the small model fits it."""
+"""Recipes that are shipped: the small model's fits it, and each can be read and is listed where readers look."""
 from pathlib import Path
 
 import pytest
 
 from lowbit_video import Recipe
+from lowbit_video.precision import PRESETS
 
-FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "small_cogvideox"
 
 
 def test_the_shipped_recipe_fits_the_small_model():
@@ -19,3 +21,16 @@ def test_the_shipped_recipe_fits_the_small_model():
     assert recipe.about["predicted_cost"] <= 1.03 < recipe.about["predicted_cost"] + 0.01
     shares = table.shares()
     assert recipe.about["predicted_cost"] == pytest.approx(shares["int8+fp8"] + 1.0523 * shares["int8+fp16"], abs=1e-3)
+
+
+def test_each_recipe_that_is_shipped_is_listed_and_says_where_it_comes_from():
+    page, readme = (ROOT / "docs" / "recipes.md").read_text(), (ROOT / "README.md").read_text()
+    shipped = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.toml"))
+    assert Path("examples/small_cogvideox/recipe.toml") in shipped
+    for path in shipped:
+        about = Recipe.load(ROOT / path).about
+        assert f"(../{path})" in page, f"docs/recipes.md does not link {path}"
+        assert {"model", "prompts", "order", "budget", "predicted_error_db", "found_error_db", "commit"} <= set(about)
+        assert (ROOT / about["model"]).is_dir()
+    presets = {path.stem for path in (ROOT / "lowbit_video" / "hook" / "recipe").glob("*.toml")}
+    assert presets == set(PRESETS) and all(f"`{name}`" in page and f'"{name}"' in readme for name in presets)

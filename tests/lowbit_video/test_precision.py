@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from lowbit_video import Precision
+from lowbit_video import LowBitAttnProcessor, Precision, Recipe, warmup
 from lowbit_video.precision import as_precision, precision_specs
+from lowbit_video.rung import as_rung
 
 
 @pytest.mark.parametrize("spec, q, k, pv, granularity, smooth_q", [
@@ -53,6 +54,13 @@ def test_rotation_is_said_by_text_or_by_argument():
         Precision("int8+fp8 rotate", rotate=False)
     with pytest.raises(TypeError, match="rotate is 'no'; give True or False"):
         Precision("int8+fp8", rotate="no")
+
+
+@pytest.mark.parametrize("given, error", [("safe", ValueError), ("mine.toml", ValueError), (Recipe.load("fast"), TypeError)])
+def test_a_recipe_is_told_where_it_goes(given, error):
+    for take in (as_precision, as_rung, LowBitAttnProcessor, lambda given: warmup([(1, 8, 2, 64)], given)):
+        with pytest.raises(error, match="is a recipe, and one precision is wanted here; .*Recipe.load.* take --recipe FILE"):
+            take(given)
 
 
 def test_every_listed_precision_exists():

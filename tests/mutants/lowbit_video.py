@@ -381,7 +381,7 @@ MUTANTS = [
             ("is_causal, scale, return_lse, before) for part in", "False, scale, return_lse, before) for part in"),
             ("is_causal, scale, return_lse, before) for part in", "is_causal, None, return_lse, before) for part in")),
     *faults("lowbit_video/hook/recipe/processor.py", RECIPES + "test_heads_that_share_keys",
-            ("_take(v, 2, kv)", "_take(v, 2, kv[::-1])"), ("len(kv) * each != len(part.heads)", "False")),
+            ("take(v, 2, kv)", "take(v, 2, kv[::-1])"), ("len(kv) * each != len(own)", "False")),
     *faults("lowbit_video/hook/recipe/processor.py", RECIPES + "test_masks_are_each_rungs_own",
             ("len(mask.shape) == 4 and mask.shape[1] != 1", "False")),
     *faults("lowbit_video/hook/recipe/processor.py", RECIPES + "test_options_reach_every_rung_and_the_description",

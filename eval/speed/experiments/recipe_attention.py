@@ -21,8 +21,9 @@ from lowbit_video.hook.attend import exact_attend
 from lowbit_video.hook.processors import LowBitAttnProcessor
 from lowbit_video.hook.recipe.clock import StepClock
 from lowbit_video.hook.recipe.processor import RecipeAttnProcessor
-from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
+from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.hook.recipe.table import LayerPlan, Span, table_of
+from lowbit_video.precision import names_recipe
 from lowbit_video.runtime import detect
 
 from ..inputs import make_inputs

@@ -18,5 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["2b"], choices=MODELS, help="whose step (default: 2b)")
     parser.add_argument("--tiles", action="store_true", help="decode by tiles as well")
     parser.add_argument("--precision", default="int8+fp8", help="of attention (default: %(default)s)")
+    parser.add_argument("--recipe", metavar="FILE", help="of the step, at half of the denoising, in place of --precision, "
+                        "which attention of a layer keeps: a recipe's file, or safe or fast; a layer whose heads have several "
+                        "rungs cannot be shared, and says so")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/parallel.json"), metavar="FILE",
                         help="default: %(default)s")

@@ -8,16 +8,27 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lowbit_video.hook.recipe.recipe import Recipe
+from lowbit_video.precision import PRESETS, as_precision
 from lowbit_video.runtime import cuda_driver
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Runs one process for each GPU; returns their exit status. ValueError where there are too few GPUs."""
+    """Runs one process for each GPU; returns their exit status.
+
+    Raises ValueError where there are too few GPUs, for a precision that does not exist and a recipe that cannot be read.
+    """
+    as_precision(args.precision)
+    recipe = args.recipe
+    if recipe is not None:
+        Recipe.load(recipe)
+        recipe = recipe if recipe in PRESETS else str(Path(recipe).resolve())
     there = cuda_driver.device_count()
     if not 2 <= args.gpus <= there:
         raise ValueError(f"--gpus {args.gpus}: this machine has {there} NVIDIA GPUs, and two at least are needed")
     given = ["--framework", args.framework, "--parts", *args.parts, "--shapes", args.shapes, "--models", *args.models,
-             "--precision", args.precision, "--out", str(args.out.resolve()), *(["--tiles"] if args.tiles else [])]
+             "--precision", args.precision, "--out", str(args.out.resolve()), *(["--tiles"] if args.tiles else []),
+             *(["--recipe", recipe] if recipe else [])]
     environment = {"OMP_NUM_THREADS": "4", **os.environ}
     if args.framework == "torch":
         command = ["-m", "torch.distributed.run", f"--nproc_per_node={args.gpus}", "-m",

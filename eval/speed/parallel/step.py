@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_video import apply, parallelize
+from lowbit_video import Recipe, apply, denoising_step, parallelize
+from lowbit_video.precision import names_recipe
 
 from ..cogvideox import LATENTS
 from .clock import Clock
@@ -33,10 +34,14 @@ def splits(size: int) -> dict[str, dict[str, int]]:
 
 def measure(model_name: str, precision: str, framework: str, wire: Any, clock: Clock, say: Callable[[str], None],
             exchange: str = "auto", output: str = "16bit") -> dict[str, Any]:
-    """Times of a step by every split, in turns, bytes, and how far each is from one GPU's prediction."""
+    """Times of a step by every split, in turns, bytes, and how far each is from one GPU's prediction.
+
+    precision: or a recipe's file or name, of which the step is that at half of the denoising.
+    """
     runtime = clock.runtime
     model = (torch_transformer if framework == "torch" else paddle_transformer)(model_name)
-    apply(model, precision)
+    recipe = names_recipe(precision)
+    apply(model, Recipe.load(precision) if recipe else precision)
     rng = np.random.default_rng(0)
     frames, height, width = LATENTS[model_name]
     normal = lambda *shape: runtime.from_numpy(rng.standard_normal(shape).astype(np.float32), clock.like, "float16")
@@ -47,10 +52,12 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
 
     @contextlib.contextmanager
     def shared(name: str) -> Iterator[None]:
+        half = denoising_step(model, 1, 2) if recipe else contextlib.nullcontext()  # of a timestep the host would wait for
         if ways[name] is None:
-            yield
+            with half:
+                yield
             return
-        with parallelize(model, **ways[name], exchange=exchange, output=output, wire=wire) as handle:
+        with half, parallelize(model, **ways[name], exchange=exchange, output=output, wire=wire) as handle:
             handle.mesh.traffic.clear()
             yield
             sent[name] = handle.mesh.traffic.as_dict()

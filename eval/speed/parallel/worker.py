@@ -51,7 +51,7 @@ def _measure(args: argparse.Namespace) -> None:
             save()
     if "step" in args.parts:
         for model in args.models:
-            result["steps"].append(step.measure(model, args.precision, args.framework, wire, clock, say))
+            result["steps"].append(step.measure(model, args.recipe or args.precision, args.framework, wire, clock, say))
             save()
     if "decode" in args.parts and args.framework == "paddle":
         result["decode"] = decode.measure(wire, clock, say, args.tiles)

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
+from lowbit_video.hook.recipe.recipe import Recipe
+from lowbit_video.precision import names_recipe
 from lowbit_video.rung import as_rung
 
 APART = " apart"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.files import write_whole
-from lowbit_video.hook.recipe.recipe import names_recipe
+from lowbit_video.precision import names_recipe
 
 from .names import EXACT, FRAMEWORKS, OURS, precision_of
 from .part_table import profiles

@@ -8,7 +8,8 @@ from typing import Any
 
 import lowbit_video
 from lowbit_video.hook.base import set_processor
-from lowbit_video.hook.recipe.recipe import Recipe, names_recipe
+from lowbit_video.hook.recipe.recipe import Recipe
+from lowbit_video.precision import names_recipe
 
 from .names import APART, pools, precision_of
 

@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import _templated_context_parallel_atte
 
 from ...errors import UnsupportedError
 from ...runtime import torch_runtime
+from .names import RECIPE
 from .operator import attend
 
 
@@ -25,6 +26,9 @@ def backend_function(name: str) -> Callable:
         """Attention of [B, S, H, D] tensors: out, or with return_lse (out, lse float32 [B, S, H], natural logarithm)."""
         _refuse(dropout_p=dropout_p, window_size=window_size, softcap=softcap, return_attn_probs=return_attn_probs)
         _check(query, key, attn_mask, is_causal, enable_gqa)
+        if _parallel_config is not None and name == RECIPE:
+            raise UnsupportedError("several ranks share this call by diffusers' enable_parallelism, which no recipe serves; "
+                                   "take a backend of one precision such as lowbit_int8_fp8, or one rank")
         if _parallel_config is None:
             out, lse = attend(query, key, value, attn_mask, is_causal, scale, return_lse, name)
             return (out, lse.permute(0, 2, 1)) if return_lse else out

@@ -4,6 +4,8 @@ from __future__ import annotations
 from ...precision import EXACT_SPECS, precision_specs
 
 PREFIX, STRICT = "lowbit_", "_strict"
+RECIPE = PREFIX + "recipe"
+"""The backend that asks for each call which recipe its module has; `apply(model, recipe)` sets it."""
 
 
 def backend_names() -> dict[str, tuple[str, str | None]]:

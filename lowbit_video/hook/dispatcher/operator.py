@@ -6,9 +6,9 @@ from typing import Optional
 import torch
 
 from ...errors import UnsupportedError
-from .attention import ATTENTIONS
+from .attentions import ATTENTIONS
 from .masks import read_lengths, why_no_lengths
-from .watch import calling, record_of
+from .watch import caller_of, calling
 
 
 @torch.library.custom_op("lowbit_video::key_lengths", mutates_args=())
@@ -27,7 +27,7 @@ def dispatched_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optio
                   lengths: Optional[torch.Tensor], caller: Optional[torch.Tensor], is_causal: bool,  # noqa: UP045
                   scale: float | None, return_lse: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`DispatchedAttention.serve`: (out, lse), lse empty unless asked for. caller: `watch.calling()`."""
-    out, lse = ATTENTIONS[backend].serve(record_of(caller), q, k, v, mask, None if lengths is None else tuple(lengths.tolist()),
+    out, lse = ATTENTIONS[backend].serve(caller_of(caller), q, k, v, mask, None if lengths is None else tuple(lengths.tolist()),
                                          is_causal, scale, return_lse)
     return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
 
@@ -48,7 +48,7 @@ dispatched_op.register_autograd(_no_gradients)
 def attend(q, k, v, mask, is_causal, scale, return_lse, backend):
     """(out, lse [B, H, Nq] or None) of a call, at once or as an operator of the graph that torch.compile traces."""
     if not torch.compiler.is_compiling():
-        return ATTENTIONS[backend].serve(record_of(calling()), q, k, v, mask, None, is_causal, scale, return_lse)
+        return ATTENTIONS[backend].serve(caller_of(calling()), q, k, v, mask, None, is_causal, scale, return_lse)
     lengths = None if mask is None or why_no_lengths(mask, k.shape[0], k.shape[1]) else key_lengths_op(mask)
     out, lse = dispatched_op(q, k, v, mask, lengths, calling(), is_causal, scale, return_lse, backend)
     return out, lse if return_lse else None

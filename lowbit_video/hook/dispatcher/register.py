@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import UnsupportedError
 from ..report import dispatching_modules, models_of
 from . import registry
-from .names import backend_names
+from .names import RECIPE, backend_names
 
 _before: list[Any] = []
 """The backend that was active in the process before ours were known, once they are."""
@@ -38,7 +38,7 @@ def register_diffusers(*models_or_pipes: Any) -> tuple[str, ...]:
     from .backend import backend_function
     from .watch import Watched
 
-    registry.add(dispatch, {name: backend_function(name) for name in names})
+    registry.add(dispatch, {name: backend_function(name) for name in (*names, RECIPE)})
     if not _before:
         _before.append(dispatch._AttentionBackendRegistry._active_backend)
         wanted = os.environ.get("DIFFUSERS_ATTN_BACKEND")
@@ -52,7 +52,7 @@ def register_diffusers(*models_or_pipes: Any) -> tuple[str, ...]:
 
 
 def unregister_diffusers(*models_or_pipes: Any) -> None:
-    """Takes `register_diffusers` back.
+    """Takes `register_diffusers` back, and recipes that `apply` gave to these models.
 
     models_or_pipes: counted no more; where their attention has one of these backends, it gets the one that it had before.
         None given: this for all, the names are gone, and the process has the active backend of before.
@@ -62,7 +62,7 @@ def unregister_diffusers(*models_or_pipes: Any) -> None:
         return
     from .watch import watched_modules
 
-    names, dispatch = backend_names(), registry.dispatch_module(())
+    names, dispatch = (*backend_names(), RECIPE), registry.dispatch_module(())
     modules = watched_modules()
     if models_or_pipes:
         given = [module for one in models_or_pipes for model in models_of(one).values()
@@ -82,7 +82,7 @@ def unregister_diffusers(*models_or_pipes: Any) -> None:
         _before.clear()
 
 
-def _refuse_users(names: dict, watched: list[Any]) -> None:
+def _refuse_users(names: tuple[str, ...], watched: list[Any]) -> None:
     """Raises ValueError where a module that is not watched would be left with a name that nobody knows."""
     import torch
 

@@ -41,21 +41,21 @@ def watched_modules() -> list[torch.nn.Module]:
     return [module for module in modules if module is not None and getattr(module, "attention_calls", None) is not None]
 
 
-def record_of(number: torch.Tensor | None) -> Record | None:
-    """The record of a module by its number; None without one, and for a module that is watched no more."""
-    watched = None if number is None else _watched.get(int(number))
-    return None if watched is None else watched.record
+def caller_of(number: torch.Tensor | None) -> Watched | None:
+    """What a module is watched by, by the module's number; None without one, and for a module that is watched no more."""
+    return None if number is None else _watched.get(int(number))
 
 
 class Watched:
     """A watched module's record and its hooks; the module keeps it as its `attention_calls`.
 
-    before: the backend that the module's processor had of its own when watching began, or None.
+    before: the backend that the module's processor had of its own when watching began, or None. attention: what its recipe
+    runs, or None.
     """
 
     def __init__(self, module: torch.nn.Module, name: str) -> None:
         self.record, self.before = Record(name), vars(module.processor).get("_attention_backend")
-        self.module = weakref.ref(module)
+        self.module, self.attention = weakref.ref(module), None
         number = next(_numbers)
         _watched[number] = self
         self._hooks = [module.register_forward_pre_hook(_Say(torch.tensor(number))),

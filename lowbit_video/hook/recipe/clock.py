@@ -21,9 +21,10 @@ from ..report import transformer_of
 
 TRAIN_TIMESTEPS = 1000
 COUNT_DOWN = ("AllegroTransformer3DModel", "CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel",
-              "LatteTransformer3DModel", "SD3Transformer2DModel")
+              "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel", "LatteTransformer3DModel",
+              "SD3Transformer2DModel", "WanTransformer3DModel")
 """Models, by class, whose timesteps fall from the schedule's last to its first; another may count up, as Mochi's does, or from
-1 to 0."""
+1 to 0, as Flux' does."""
 TELL = "tell the step around the call: with lowbit_video.denoising_step(model, step, steps): ..."
 
 
@@ -33,7 +34,7 @@ def denoising_step(model_or_pipe: Any, step: int, steps: int) -> Iterator[None]:
 
     model_or_pipe: as `apply` takes it. step: from 0. steps: how many there are.
     Needed only where the step cannot be known otherwise: the pipelines of `lowbit_video.pipelines` say it themselves, and of
-    diffusers' CogVideoX, ConsisID, Allegro, Latte and SD3 it is known by the timestep.
+    diffusers' CogVideoX, ConsisID, Allegro, Latte, SD3, Wan, HunyuanVideo and LTX it is known by the timestep.
     Raises ValueError or TypeError for a step that is not one of 0 to steps - 1.
     """
     steps = whole("steps", steps, 1)

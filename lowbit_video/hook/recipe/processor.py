@@ -33,7 +33,7 @@ class RecipeAttnProcessor(AttnProcessor):
         super().__init__()
         self.plan, self.clock = plan, clock
         hook = {"fallback": fallback, "backend": backend, "check_finite": check_finite, "fused_prologue": fused_prologue}
-        self._parts = {span: _parts_of(plan, span, hook) for span in plan.spans}
+        self._parts = {span: tuple(_Rung(*group, hook) for group in groups_of(plan, span)) for span in plan.spans}
         rungs = [part for parts in self._parts.values() for part in parts]
         self.low_bit, self.differentiable = any(rung.low_bit for rung in rungs), fallback == "exact"
         self.pools = any(rung.pools for rung in rungs)
@@ -50,10 +50,11 @@ class RecipeAttnProcessor(AttnProcessor):
         parts = self._now()
         if len(parts) == 1:
             return parts[0].attend(q, k, v, is_causal, scale, return_lse, before)
-        outs = [part.attend(*self._cut(part, q, k, v), is_causal, scale, return_lse, before) for part in parts]
+        outs = [part.attend(*cut(part, part.heads, self.plan, q, k, v), is_causal, scale, return_lse, before) for part in parts]
+        heads = [part.heads for part in parts]
         if not return_lse:
-            return _joined(parts, outs, 2)
-        return _joined(parts, [out for out, _ in outs], 2), _joined(parts, [lse for _, lse in outs], 1)
+            return joined(heads, outs, 2)
+        return joined(heads, [out for out, _ in outs], 2), joined(heads, [lse for _, lse in outs], 1)
 
     def attend_masked(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
         """The same under a mask, which each rung takes or refuses."""
@@ -61,8 +62,9 @@ class RecipeAttnProcessor(AttnProcessor):
         if len(parts) == 1:
             return parts[0].attend_masked(q, k, v, mask)
         by_head = len(mask.shape) == 4 and mask.shape[1] != 1
-        return _joined(parts, [part.attend_masked(*self._cut(part, q, k, v), _take(mask, 1, part.heads) if by_head else mask)
-                               for part in parts], 2)
+        return joined([part.heads for part in parts],
+                      [part.attend_masked(*cut(part, part.heads, self.plan, q, k, v),
+                                          take(mask, 1, part.heads) if by_head else mask) for part in parts], 2)
 
     def options(self, is_causal: bool = False, scale: float | None = None, return_lse: bool = False) -> AttentionOptions:
         """The choices of a call, whose heads have one rung. Raises UnsupportedError where they have several."""
@@ -74,8 +76,7 @@ class RecipeAttnProcessor(AttnProcessor):
         return self._only().of_codes(codes, is_causal, return_lse, smoothed_lse, tokens_first, target)
 
     def _now(self) -> tuple[_Rung, ...]:
-        spans = self.plan.spans
-        return self._parts[spans[0] if len(spans) == 1 else self.plan.at(self.clock.share())]
+        return self._parts[self.plan.now(self.clock)]
 
     def _only(self) -> _Rung:
         parts = self._now()
@@ -84,19 +85,6 @@ class RecipeAttnProcessor(AttnProcessor):
                                    "heads or keys that several ranks share have one; give the layer one rung in each step, or "
                                    "share guidance alone (cfg=2, ulysses=1, ring=1)")
         return parts[0]
-
-    def _cut(self, part: _Rung, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-        """A rung's heads. Raises UnsupportedError where the call has other heads than the plan, or shares keys across rungs."""
-        heads, kv_heads = q.shape[2], k.shape[2]
-        if heads != self.plan.heads:
-            raise UnsupportedError(f"the call has {heads} heads, and the recipe was resolved for {self.plan.heads}")
-        each = heads // kv_heads
-        kv = tuple(dict.fromkeys(head // each for head in part.heads))
-        if len(kv) * each != len(part.heads):
-            raise UnsupportedError(f"{each} query heads share each of the {kv_heads} key heads, and the recipe gives {part} to "
-                                   f"heads {heads_text(part.heads)}: give those that share keys one rung, such as heads "
-                                   f"{heads_text(head * each + i for head in kv for i in range(each))}")
-        return _take(q, 2, part.heads), _take(k, 2, kv), _take(v, 2, kv)
 
     def __str__(self) -> str:
         rungs = dict.fromkeys(rung for span in self.plan.spans for rung in span.rungs)
@@ -126,17 +114,35 @@ class _Rung(LowBitAttnProcessor):
         return self._what()
 
 
-def _parts_of(plan: LayerPlan, span: Span, hook: dict[str, Any]) -> tuple[_Rung, ...]:
+def groups_of(plan: LayerPlan, span: Span) -> list[tuple[str, tuple[int, ...], str]]:
+    """(rung, its heads, which steps and heads it is of in words) of each rung of a span; ""; where they are all."""
     groups = span.groups()
-    parts = []
+    found = []
     for rung, heads in groups.items():
         words = ([f"steps {steps_text(span.start, span.end)}"] if len(plan.spans) > 1 else []) + \
             ([f"heads {heads_text(heads)}"] if len(groups) > 1 else [])
-        parts.append(_Rung(rung, heads, f"{', '.join(words)}: " if words else "", hook))
-    return tuple(parts)
+        found.append((rung, heads, f"{', '.join(words)}: " if words else ""))
+    return found
 
 
-def _take(t: Any, axis: int, indices: Sequence[int]) -> Any:
+def cut(rung: Any, own: tuple[int, ...], plan: LayerPlan, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """The heads `own`, which have a rung, of [B, N, H, D] tensors.
+
+    Raises UnsupportedError where the call has other heads than the plan, or shares keys across rungs.
+    """
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads != plan.heads:
+        raise UnsupportedError(f"the call has {heads} heads, and the recipe was resolved for {plan.heads}")
+    each = heads // kv_heads
+    kv = tuple(dict.fromkeys(head // each for head in own))
+    if len(kv) * each != len(own):
+        raise UnsupportedError(f"{each} query heads share each of the {kv_heads} key heads, and the recipe gives {rung} to "
+                               f"heads {heads_text(own)}: give those that share keys one rung, such as heads "
+                               f"{heads_text(head * each + i for head in kv for i in range(each))}")
+    return take(q, 2, own), take(k, 2, kv), take(v, 2, kv)
+
+
+def take(t: Any, axis: int, indices: Sequence[int]) -> Any:
     """The tensor at some indices of a dimension; a view where they lie side by side.
 
     By slices: a list as an index gives wrong values of Paddle 3.3.1's tensors that are not contiguous.
@@ -145,8 +151,8 @@ def _take(t: Any, axis: int, indices: Sequence[int]) -> Any:
     return cuts[0] if len(cuts) == 1 else runtime_of(t).concat(cuts, axis)
 
 
-def _joined(parts: Sequence[_Rung], tensors: list[Any], axis: int) -> Any:
-    """What the rungs computed, head by head in the call's order."""
-    order = [head for part in parts for head in part.heads]
+def joined(heads: Sequence[tuple[int, ...]], tensors: list[Any], axis: int) -> Any:
+    """What rungs computed of their heads, head by head in the call's order."""
+    order = [head for own in heads for head in own]
     whole = runtime_of(tensors[0]).concat(tensors, axis)
-    return _take(whole, axis, [order.index(head) for head in range(len(order))])
+    return take(whole, axis, [order.index(head) for head in range(len(order))])

@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ...arguments import shown
-from ..report import attention_modules, transformer_of
+from ...errors import UnsupportedError
+from ...precision import PRESETS
+from ...token_order import check_order
+from ..report import recipe_modules, transformer_of
 from .rule import Rule, as_rule
 from .table import Table, table_of
 from .toml import read_toml, write_toml
@@ -34,13 +37,6 @@ ABOUT = ("title", "model", "prompts", "seed", "steps", "order", "metric", "budge
          "found_error_db", "cost_table", "rungs", "left_out", "hardware", "versions", "commit", "date", "command")
 """What a recipe may say of where it comes from; costs are shares of int8+fp8's time, or bits of Q and K, as cost_table says.
 rungs: those that could be chosen, each with its cost; left_out: which could not, and why."""
-PRESETS = ("safe", "fast")
-"""Recipes of this package that need no calibration."""
-
-
-def names_recipe(text: str) -> bool:
-    """Whether a text that may be a precision is a recipe: a file that ends in .toml, or a preset's name."""
-    return text in PRESETS or text.endswith(".toml")
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,8 @@ class Recipe:
     about: where the recipe comes from, by the keys in ABOUT; plain values and lists of them.
     source: how errors name it.
 
-    Raises ValueError, naming source and rule, for no rules, for a rule that cannot be meant and for an unknown key.
+    Raises ValueError, naming source and rule, for no rules, for a rule that cannot be meant, for an unknown key and for an
+    order of tokens that does not exist.
     """
 
     rules: Sequence[Rule | Mapping[str, Any]]
@@ -66,6 +63,11 @@ class Recipe:
         unknown = [shown(key) for key in self.about if key not in ABOUT]
         if unknown:
             raise ValueError(f"{self.source}: about has unknown keys {', '.join(unknown)}; there are: {', '.join(ABOUT)}")
+        if "order" in self.about:
+            try:
+                check_order(self.about["order"])
+            except ValueError as error:
+                raise ValueError(f"{self.source}, about: {error}") from None
         rules = []
         for number, given in enumerate(self.rules, 1):
             try:
@@ -102,7 +104,10 @@ class Recipe:
         for cells that no rule meets.
         """
         model = transformer_of(model_or_pipe)
-        heads = {name: int(module.heads) for name, module in attention_modules(model).items()}
+        modules = recipe_modules(model)
+        if unknown := [name for name, module in modules.items() if not hasattr(module, "heads")]:
+            raise UnsupportedError(f"{unknown[0]} of {type(model).__name__} does not say how many heads it has (heads)")
+        heads = {name: int(module.heads) for name, module in modules.items()}
         if not heads:
             raise ValueError(f"{type(model).__name__} has no attention module that takes a processor (processor, to_q, ...)")
         return table_of(self.rules, heads, self.source)

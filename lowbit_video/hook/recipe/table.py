@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...arguments import some_of
 from .rule import Rule, heads_text, steps_text
@@ -38,6 +39,10 @@ class LayerPlan:
     def at(self, share: float) -> Span:
         """The span of a step. share: of the denoising that is done before it, 0 to 1."""
         return next((span for span in self.spans if span.start <= share < span.end), self.spans[-1])
+
+    def now(self, clock: Any) -> Span:
+        """The span of the step that a clock says (`StepClock`), which is asked only where there are several."""
+        return self.spans[0] if len(self.spans) == 1 else self.at(clock.share())
 
 
 @dataclass(frozen=True)

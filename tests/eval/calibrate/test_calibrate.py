@@ -1,4 +1,5 @@
 """`calibrate`: what errs most gets the better rung, the same prompts give the same recipe, a second start goes on."""
+import json
 import sys
 from pathlib import Path
 
@@ -12,14 +13,17 @@ from toy_pipeline import ToyPipeline  # noqa: E402
 
 from lowbit_video import Recipe, apply  # noqa: E402
 from lowbit_video.app.cli import build_parser, main  # noqa: E402
+from lowbit_video.eval.calibrate import measure as measuring  # noqa: E402
 from lowbit_video.eval.calibrate import run as running  # noqa: E402
 from lowbit_video.eval.calibrate.measure import Probe, latents_of, measure, relative_error  # noqa: E402
+from lowbit_video.eval.calibrate.pooled import PooledPlan  # noqa: E402
 from lowbit_video.eval.calibrate.run import Plan, calibrate  # noqa: E402
 from lowbit_video.eval.calibrate.solve import Budget, db  # noqa: E402
 from lowbit_video.eval.compare.layers import StepClock  # noqa: E402
 from lowbit_video.eval.compare.progress import Progress  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings  # noqa: E402
 from lowbit_video.hook.processors import LowBitAttnProcessor  # noqa: E402
+from lowbit_video.runtime import paddle_runtime  # noqa: E402
 
 SETTINGS = Settings("models/toy", steps=4)
 PLAN = Plan(rungs=("exact", "int8+fp16", "int8+fp8"), ranges=2)
@@ -74,7 +78,7 @@ def test_rows_are_a_sample_and_steps_not_sampled_are_not_measured():
     import paddle
 
     clock = StepClock(silent(["one"]))
-    probe = Probe([LowBitAttnProcessor("int8+fp16")], 10, clock, {1})
+    probe = Probe([LowBitAttnProcessor("int8+fp16")], 10, clock, {1}, peaked=True)
     q = paddle.randn([1, 95, 2, 32])
     probe.attend(q, q, q)
     assert not probe.squared
@@ -116,6 +120,30 @@ def test_a_recipe_is_written_checked_and_made_again_alike(pipe, tmp_path, monkey
         calibrate(pipe, ["a red ball"], Budget(cost=1.03), out, **{**again, "settings": Settings("models/toy", steps=2)})
 
 
+def test_rungs_without_a_price_are_told_before_any_is_measured(pipe, tmp_path, monkeypatch):
+    row = {"causal": False, "batch": 1, "heads": 2}
+    rows = [{**row, "head_dim": dim, "tokens": 512, "precision": precision, "total_ms": ms} for dim, precision, ms in (
+        (32, "int8+fp8", 1.0), (32, "int8+fp16", 1.5), (64, "int8+fp8", 1.0), (64, "int4+fp8", 2.0))]
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": rows}))
+    asked = dict(settings=SETTINGS, speed=tmp_path / "speed.json")
+    seen, lines = [], []
+
+    def noted(pipe, prompt, rungs, *rest, **named):
+        seen.append(rungs)
+        return measure(pipe, prompt, rungs, *rest, **named)
+
+    monkeypatch.setattr(running, "measure", noted)
+    recipe = calibrate(pipe, ["a"], Budget(cost=1.2), tmp_path / "r.toml", plan=Plan(("int8+fp16", "int4+fp8", "int8+fp8"),
+                       ranges=1, pooled=PooledPlan(())), say=lines.append, **asked)
+    why = ["no pooled rungs: not asked for", "not priced, so not chosen: int4+fp8"]
+    assert seen == [["int8+fp16", "int8+fp8", "int4+fp16"]] and recipe.about["left_out"] == why
+    assert [line for line in lines if line in why] == why and recipe.about["rungs"] == ["int8+fp16: 1.5", "int8+fp8: 1"]
+    with pytest.raises(ValueError, match=r"rungs are exact, int4\+fp8, and none of them has a time in .*speed.json at 512 "
+                       r"tokens, head dim 32; name some of int8\+fp8, int8\+fp16, or give another table: --speed"):
+        calibrate(pipe, ["a"], Budget(cost=1.2), tmp_path / "r.toml", plan=Plan(("exact", "int4+fp8"), ranges=1), **asked)
+    assert len(seen) == 1
+
+
 def test_a_layer_that_errs_more_is_given_more(pipe, tmp_path):
     planted = ToyPipeline()
     for name in ("to_q", "to_k"):
@@ -149,9 +177,36 @@ def test_the_seeds_scheme_gives_larger_values_more_bits(tmp_path):
     assert out.with_suffix(".png").stat().st_size > 10_000
     ours = calibrate(planted, ["a red ball"], Budget(bits=about["predicted_cost"] + 1e-3), out, **asked,
                      plan=Plan(seed.rungs, ranges=2))
-    assert any("1 of 1 prompts are measured already" in line for line in lines)  # either scheme goes by one measurement
+    assert any("1 of 1 prompts are measured already" in line for line in lines)  # which has more than errors need
     assert ours.about["predicted_error_db"] >= about["predicted_error_db"] and ours.about["budget"].endswith("bit")
     assert ours.about["predicted_cost"] <= about["predicted_cost"] + 1e-3
+
+
+def test_q_k_and_v_are_copied_to_the_host_for_the_seeds_scheme_alone(tmp_path, monkeypatch):
+    copied = []
+
+    class Runtime:
+        def __getattr__(self, name):
+            return getattr(paddle_runtime, name)
+
+        def to_numpy(self, tensor):
+            copied.append(tuple(tensor.shape))
+            return paddle_runtime.to_numpy(tensor)
+
+    monkeypatch.setattr(measuring, "runtime_of", lambda tensor: Runtime())
+    whole = [(2, 486, 2, 32)] * 3
+    again = lambda scheme, budget: calibrate(
+        ToyPipeline(layers=1), ["a"], budget, tmp_path / "r.toml", settings=SETTINGS, say=lambda line: None,
+        plan=Plan(("exact", "int8+fp16", "int4+fp16"), ranges=1, rows=9, scheme=scheme, pooled=PooledPlan(())))
+    again("measured", Budget(bits=7))
+    assert copied and not set(whole) & set(copied)
+    copied.clear()
+    again("seed", None)  # what was measured lacks the magnitudes
+    assert [shape for shape in copied if shape in whole] == whole
+    copied.clear()
+    again("seed", None)
+    again("measured", Budget(bits=7))
+    assert not copied and len(list((tmp_path / "r_measured").iterdir())) == 1
 
 
 def test_bad_requests_are_named_before_any_work(pipe, tmp_path, capsys):

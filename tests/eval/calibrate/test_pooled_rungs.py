@@ -43,7 +43,7 @@ def test_rungs_keep_the_models_text_and_short_sequences_have_none():
 
 def test_a_models_text_is_seen():
     settings = Settings("models/toy", steps=4)
-    assert look(ToyPipeline(), "a", settings, 0, silent("look")) == (480 + TEXT_TOKENS, TEXT_TOKENS)
+    assert look(ToyPipeline(), "a", settings, 0, silent("look")) == (480 + TEXT_TOKENS, TEXT_TOKENS, 32)
 
 
 def test_a_pooled_rung_costs_what_it_keeps_and_its_choice():

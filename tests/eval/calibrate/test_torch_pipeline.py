@@ -42,11 +42,11 @@ def test_latents_and_errors_are_paddles(pipe):
     both = [pipelines.load(MODEL, dtype="float32", device="cpu"), pipe]
     ours, theirs = (latents_of(one, PROMPT, SETTINGS, 3, StepClock(silent("one")), None, "one", "") for one in both)
     np.testing.assert_allclose(theirs, ours, atol=2e-3)
-    assert look(pipe, PROMPT, SETTINGS, 0, silent("look")) == (272, 32)
+    assert look(pipe, PROMPT, SETTINGS, 0, silent("look")) == (272, 32, 64)
     how = dict(seed=3, samples=1, rows=64, backend="auto")
     rungs = ["int8+fp8 pooled 0.5 always 32", "int4+fp16"]
     ours, theirs = (measure(one, PROMPT, rungs, "int4+fp16", [range(0, 1), range(1, 2)], SETTINGS, **how,
-                            progress=silent("record", "probe", "probe")) for one in both)
+                            progress=silent("record", "probe", "probe"), peaks=True) for one in both)
     np.testing.assert_allclose(theirs.errors, ours.errors, rtol=0.1)
     np.testing.assert_allclose(theirs.gains, ours.gains, rtol=0.1)
     np.testing.assert_allclose(theirs.peaks, ours.peaks, rtol=0.01)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,20 @@ def test_a_recipe_is_a_candidate_by_its_file_or_its_name(pipe, tmp_path):
         as_candidate(tmp_path / "none.toml")
     with pytest.raises(ValueError, match="mine.toml is a recipe, and layers are measured at one precision each"):
         by_module(mine, ["transformer_blocks.0.attn1"])
+
+
+def test_all_videos_of_a_folder_have_one_order_of_tokens(pipe, tmp_path, monkeypatch):
+    Recipe([{"rung": "int8+fp16"}], {"order": "hilbert"}).save(tmp_path / "mine.toml")
+    again = lambda *more: compare(pipe, PROMPTS[:1], [tmp_path / "mine.toml", *more], tmp_path / "out", metrics=["psnr"],
+                                  settings=Settings("toy", steps=1), say=lambda text: None)
+    with pytest.warns(UserWarning, match="mine.toml was calibrated with the tokens in the order 'hilbert'"):
+        again()
+    monkeypatch.setattr(pipe.transformer, "token_order", "hilbert", raising=False)  # which a toy says and does not do
+    with pytest.raises(ValueError, match="out was begun with the tokens in the order 'raster', not 'hilbert'"):
+        again("int8+fp8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        applied(pipe, as_candidate(tmp_path / "mine.toml")).remove()
 
 
 @pytest.mark.parametrize("stored, wanted", [

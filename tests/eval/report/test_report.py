@@ -222,11 +222,11 @@ def test_a_whole_evaluation_of_a_random_model_by_command(tmp_path, capsys):
     small = ["--model", str(tmp_path / "model"), "--steps", "2", "--frames", "8", "--height", "32", "--width", "48"]
     common = ["--precisions", "int8+fp16", "--out"]
     assert main(["eval", "compare", "--prompts", str(tmp_path / "p.txt"), *small, *common, str(tmp_path / "out"),
-                 "--metrics", "psnr,ssim,motion_smoothness", "--limit", "1"]) == 0
+                 "--metrics", "psnr,ssim,motion_smoothness", "--limit", "1", "--order", "hilbert"]) == 0
     assert main(["eval", "layers", "--prompt", "a red ball", *small, *common, str(tmp_path / "out" / "layers.npz")]) == 0
     out = capsys.readouterr().out
     assert "[3/3] int8+fp16" in out and "final latent error" in out
     assert (tmp_path / "out" / "report.html").is_file()
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [line.get("run") for line in lines] == [None, "exact", "floor", "int8+fp16"]
-    assert lines[0]["settings"]["steps"] == 2 and lines[3]["figures"]["psnr"] > 20
+    assert lines[0]["order"] == "hilbert" and lines[0]["settings"]["steps"] == 2 and lines[3]["figures"]["psnr"] > 20

@@ -1,5 +1,6 @@
 """The order of tokens in our transformer: nothing but rounding changes, alone, hooked, compiled and on several ranks."""
 import copy
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,29 @@ def test_what_is_no_order_or_no_known_model_is_refused():
         order_tokens(model, "zigzag")
     with pytest.raises(UnsupportedError, match="Linear cannot have its tokens ordered: .* declared are the CogVideoX"):
         order_tokens(paddle.nn.Linear(2, 2), "tiles")
+
+
+def test_a_recipe_of_another_order_is_told_whichever_comes_first():
+    model, _ = load("transformer_2b")
+    recipe = lambda order: Recipe([{"rung": "exact"}], {"order": order} if order else {}, source="mine.toml")
+    says = "mine.toml was calibrated with the tokens in the order 'hilbert', and this model has them in '{}'.*--order hilbert"
+    with pytest.warns(UserWarning, match=says.format("raster")) as told:
+        handle = apply(model, recipe("hilbert"))
+    assert [warning.filename for warning in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        order_tokens(model, "hilbert")
+    with pytest.warns(UserWarning, match=says.format("tiles")) as told:
+        order_tokens(model, "tiles")
+    assert [warning.filename for warning in told] == [__file__]
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        order_tokens(model, "hilbert")
+        for right in ("hilbert", None):
+            apply(model, recipe(right)).remove()
+        apply(model, "int8+fp16")
+        order_tokens(model, "raster")
+    order_tokens(model, "tiles")
+    with pytest.warns(UserWarning, match="in the order 'raster', and this model has them in 'tiles'"):
+        apply(model, recipe("raster"))

@@ -160,7 +160,7 @@ def test_another_threads_calls_are_not_the_modules():
     hook = model.blocks[0].attn1.to_q.register_forward_hook(look)
     predict(model, inputs)
     hook.remove()
-    assert seen[0] is None and watch.record_of(seen[1]).name == "blocks.0.attn1"
+    assert seen[0] is None and watch.caller_of(seen[1]).record.name == "blocks.0.attn1"
 
 
 def test_a_model_with_a_backend_of_diffusers_is_reported_as_that():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from lowbit_video import Recipe
-from lowbit_video.hook.recipe.recipe import PRESETS
 from lowbit_video.hook.recipe.rule import Rule, heads_text, steps_text
 from lowbit_video.hook.recipe.table import LayerPlan, Span
 from lowbit_video.hook.recipe.toml import read_toml, write_toml
+from lowbit_video.precision import PRESETS
 
 
 class Model:
@@ -123,6 +123,7 @@ def test_a_rule_that_cannot_be_meant_names_file_and_rule(file, rule, says):
     ("format = 1\ndefault = 1", "has unknown keys 'default'; there are: format, about, rules"),
     ("format = 1\nabout = 3\n[[rules]]\nrung='exact'", "about is 3"),
     ("format = 1\n[about]\nmodell = 3\n[[rules]]\nrung='exact'", "about has unknown keys 'modell'; there are: title, model"),
+    ("format = 1\n[about]\norder = 'zigzag'\n[[rules]]\nrung='exact'", "about: unknown token order 'zigzag'; there are"),
 ])
 def test_a_file_that_is_no_recipe_is_named(file, text, says):
     with pytest.raises(ValueError, match=f"mine.toml.*{says}"):
