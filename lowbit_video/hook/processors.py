@@ -75,9 +75,14 @@ class LowBitAttnProcessor(AttnProcessor):
         self.always_apart = self.apart_in_graphs = never
 
     def takes_pieces(self, attn: Any, mask: Any, like: Any) -> bool:
-        """Where `TWO_PIECES` says so, for what is fused and has V in FP8; a graph's compiler concatenates for nothing."""
+        """Where `TWO_PIECES` says so, for what is fused and has V in FP8; a graph's compiler concatenates for nothing.
+
+        Not where what computes q, k and v has hooks, which would run for each stream: offloading would bring weights twice.
+        """
         return (prologue.TWO_PIECES and self._fuses() and self.precision.pv == "fp8" and not self._is_traced(attn, like) and
-                self.why_apart(attn, mask, False) is None)
+                self.why_apart(attn, mask, False) is None and
+                not any(prologue.has_hooks(module) for module in (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
+                        if module is not None))
 
     def attend(self, q: Any, k: Any, v: Any, is_causal: bool = False, scale: float | None = None,
                return_lse: bool = False, before: Before | None = None) -> Any:

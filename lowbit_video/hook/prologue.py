@@ -15,7 +15,7 @@ _apart = threading.local()
 FUSED_PROLOGUE = True
 """Whether low-bit processors fuse norms and positions with quantisation where they can and are told nothing else."""
 
-TWO_PIECES = False
+TWO_PIECES = True
 """Whether those that do read text's and video's projections as two pieces where the kernels can: CogVideoX's hidden states are
 not concatenated then. It waits for its GPU tests (docs/kernels.md)."""
 
@@ -62,13 +62,18 @@ def steps_of(runtime: Runtime, norms: tuple[Any, Any], like: Any, rotary: tuple[
     return Steps(*found, Rotary(*rotary, begin, runtime.shape(rotary[0])[0]))
 
 
+def has_hooks(module: Any) -> bool:
+    """Whether something runs around a module's own forward, as offloading of its weights does."""
+    return "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in HOOKS)
+
+
 def _norm_of(module: Any, head_dim: int, dtype: str, runtime: Runtime) -> Norm | str:
     """A module's norm over a head's channels."""
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name not in LAYER_NORMS and name not in RMS_NORMS:
         return f"the norm {name} is not among {', '.join((*LAYER_NORMS, *RMS_NORMS))}"
-    if "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in HOOKS):
+    if has_hooks(module):
         return f"the {kind.__qualname__} has hooks"
     dims = next(tuple(value) for attribute in ("normalized_shape", "_normalized_shape", "dim")
                 if (value := getattr(module, attribute, None)) is not None)

@@ -47,8 +47,9 @@ def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
             assert low["attention_share"] == pytest.approx(1 - none["median_ms"] / low["median_ms"])
             assert all(row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["runs"] == 3 for row in (exact, low, none))
             assert none["sqnr_db"] < 25 < low["sqnr_db"] < 120 < exact["sqnr_db"]
-        both = {"int8+fp8 (reference-lowbit)": 16, "int8+fp8 (reference-lowbit, fused prologue)": 16}
-        assert result["ran"] == dict(list(both.items())[:1 + (result is cogvideox)])  # 2 modules, a check, 3 turns in each mode
+        both = {"int8+fp8 (reference-lowbit)": 16, "int8+fp8 (reference-lowbit, fused prologue of two pieces)": 8,
+                "int8+fp8 (reference-lowbit, fused prologue)": 8}
+        assert result["ran"] == dict(list(both.items())[:1 + 2 * (result is cogvideox)])  # 2 modules, a check, 3 turns in each mode
     page = (tmp_path / "new" / "step.md").read_text()
     assert page in capsys.readouterr().out and "## wan2.1-1.3b: 192 tokens, batch 1, float32" in page
     assert (tmp_path / "new" / "step.png").stat().st_size > 5000
@@ -137,7 +138,7 @@ def test_a_model_is_measured_on_its_own_keys_and_counts(monkeypatch):
     result = measure.measure(side, "cogvideox-2b", ["int8+fp8", "pytorch"], ["eager"], True, 1.0, lambda text: None,
                              lambda result: None)
     # as is wanted, too; the last processors are PyTorch's
-    assert result["ran"] == {"int8+fp8 (reference-lowbit, fused prologue)": 10}
+    assert result["ran"] == {"int8+fp8 (reference-lowbit, fused prologue of two pieces)": 10}
     assert methods.why_not("fa2", "cuda") is None
     assert methods.why_not("exact", "cuda") is None and "exact attention" in methods.why_not("exact", "cuda", dispatches=True)
 

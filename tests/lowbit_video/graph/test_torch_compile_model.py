@@ -104,6 +104,7 @@ def test_exact_attention_in_a_graph_runs_eagerly_and_so_may_take_a_kernel(monkey
 
 @pytest.mark.parametrize("rotary", [False, True], ids=["none", "rotary"])
 def test_norms_and_positions_are_the_operators_where_a_processor_fuses_them(rotary, monkeypatch):
+    monkeypatch.setattr(prologue, "TWO_PIECES", False)  # as a graph has them
     model, twin, given, graphs = fusing(rotary), fusing(rotary), inputs(2, rotary=rotary), []
 
     def keep(graph, examples):

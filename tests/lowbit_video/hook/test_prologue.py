@@ -41,7 +41,8 @@ def test_the_model_computes_the_same(rotary, precision, monkeypatch):
     given = toy_model.inputs()
     given["rotary"] = given["rotary"] if rotary else None
     fused, apart, told = both(given, precision)
-    assert told == {f"{precision} (reference-lowbit, fused prologue)": 2}
+    pieces = " of two pieces" * precision.endswith("fp8")
+    assert told == {f"{precision} (reference-lowbit, fused prologue{pieces})": 2}
     for one, other in zip(fused, apart):
         assert sqnr_db(one, other) > 50
     model = toy_model.model()
@@ -56,10 +57,10 @@ def test_on_unless_told_otherwise(monkeypatch):
     assert prologue.FUSED_PROLOGUE is True
     apply(model, "int8+fp8")
     outputs(model, **given)
-    assert ran(model) == {"int8+fp8 (reference-lowbit, fused prologue)": 2}
+    assert ran(model) == {"int8+fp8 (reference-lowbit, fused prologue of two pieces)": 2}
     monkeypatch.setattr(prologue, "FUSED_PROLOGUE", False)
     outputs(model, **given)
-    assert ran(model) == {"int8+fp8 (reference-lowbit)": 2, "int8+fp8 (reference-lowbit, fused prologue)": 2}
+    assert ran(model) == {"int8+fp8 (reference-lowbit)": 2, "int8+fp8 (reference-lowbit, fused prologue of two pieces)": 2}
     monkeypatch.undo()
     apply(model, LowBitAttnProcessor("int8+fp8", fused_prologue=False))
     outputs(model, **given)
@@ -81,8 +82,9 @@ def test_text_and_video_in_two_pieces(rotary, monkeypatch):
     """The same bits, and no concatenation before attention."""
     given = toy_model.inputs()
     given["rotary"] = given["rotary"] if rotary else None
+    monkeypatch.setattr(prologue, "TWO_PIECES", False)
     whole, *_ = both(given)
-    monkeypatch.setattr(prologue, "TWO_PIECES", True)
+    monkeypatch.undo()
     joined, concat = [], paddle.concat
     monkeypatch.setattr(paddle, "concat", lambda tensors, axis: joined.append(tensors[0].ndim) or concat(tensors, axis))
     pieces, _, told = both(given)
@@ -96,10 +98,8 @@ def test_text_and_video_in_two_pieces(rotary, monkeypatch):
     assert 3 not in joined, "hidden states were concatenated"
 
 
-def test_two_pieces_are_off_unless_asked_for(monkeypatch):
-    """And where they are asked for taken only by what reads them."""
-    assert prologue.TWO_PIECES is False
-    monkeypatch.setattr(prologue, "TWO_PIECES", True)
+def test_two_pieces_are_taken_by_what_reads_them_alone(monkeypatch):
+    assert prologue.TWO_PIECES is True
     given = toy_model.inputs()
     for precision, options, wanted in (
             ("int8+fp16", dict(fused_prologue=True), "int8+fp16 (reference-lowbit, fused prologue)"),
@@ -116,12 +116,16 @@ def test_two_pieces_are_off_unless_asked_for(monkeypatch):
     attn = model.blocks[0]
     assert attn.processor.takes_pieces(attn, None, given["video"]) and not attn.processor.takes_pieces(attn, 1, given["video"])
     assert not LowBitAttnProcessor("int8+fp8", fused_prologue=False).takes_pieces(attn, None, given["video"])
+    for module in (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k):
+        hook = module.register_forward_pre_hook(lambda *call: None)  # as what brings and takes its weights
+        assert not attn.processor.takes_pieces(attn, None, given["video"])
+        hook.remove()
+        assert attn.processor.takes_pieces(attn, None, given["video"])
     monkeypatch.setattr("lowbit_video.hook.base.traced_by_paddle", lambda q: True)
     assert not attn.processor.takes_pieces(attn, None, given["video"])
 
 
-def test_a_text_of_no_tokens_is_no_piece(monkeypatch):
-    monkeypatch.setattr(prologue, "TWO_PIECES", True)
+def test_a_text_of_no_tokens_is_no_piece():
     given = toy_model.inputs(text_tokens=0)
     pieces, whole, told = both(given)
     assert told == {"int8+fp8 (reference-lowbit; prologue apart: one of two pieces has no tokens)": 2}
@@ -129,7 +133,6 @@ def test_a_text_of_no_tokens_is_no_piece(monkeypatch):
 
 
 def test_two_pieces_are_joined_where_steps_turn_out_to_be_apart(monkeypatch):
-    monkeypatch.setattr(prologue, "TWO_PIECES", True)
     given = toy_model.inputs()
 
     def of_another_eps(model):  # seen when the call is served
@@ -167,7 +170,7 @@ def test_apply_takes_it_for_what_it_makes():
     apply(model, "int8+fp8", {"*.1": LowBitAttnProcessor("int8+fp8")}, fused_prologue=False)
     outputs(model, **given)
     assert [list(module.runs) for module in coverage(model).modules] == [
-        [("int8+fp8 (reference-lowbit)", 1, "")], [("int8+fp8 (reference-lowbit, fused prologue)", 1, "")]]
+        [("int8+fp8 (reference-lowbit)", 1, "")], [("int8+fp8 (reference-lowbit, fused prologue of two pieces)", 1, "")]]
     with pytest.raises(TypeError, match="fused_prologue"):
         apply(model, "int8+fp8", fused_prologue="yes")
 
