@@ -146,6 +146,17 @@ def concat(tensors: Sequence[paddle.Tensor], axis: int) -> paddle.Tensor:
     return paddle.concat(list(tensors), axis)
 
 
+def cut(t: paddle.Tensor, at: int, axis: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Slices, which are views; in a program being traced the two outputs of one `split`.
+
+    A program has no views, and the kernels of `slice` and `unsqueeze` that Paddle has for custom devices make nothing else.
+    """
+    if not paddle.in_dynamic_mode():
+        return tuple(paddle.split(t, [at, -1], axis))
+    whole = (slice(None),) * (axis % t.ndim)  # indexing takes less of the host than `paddle.slice`
+    return t[(*whole, slice(at))], t[(*whole, slice(at, None))]
+
+
 def exact_attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, *, is_causal: bool = False,
                     scale: float | None = None) -> paddle.Tensor:
     """Paddle's own attention, [B, N, H, D] in and out; GQA by repeating heads."""

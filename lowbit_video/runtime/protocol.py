@@ -70,6 +70,9 @@ class Runtime(Protocol):
     def concat(self, tensors: Sequence[Any], axis: int) -> Any:
         """The tensors, one behind the other."""
 
+    def cut(self, t: Any, at: int, axis: int) -> tuple[Any, Any]:
+        """What lies before a place on an axis, and the rest: views, where no graph is traced."""
+
     def exact_attention(self, q: Any, k: Any, v: Any, *, is_causal: bool = False, scale: float | None = None) -> Any:
         """The framework's own attention, [B, N, H, D] in and out."""
 

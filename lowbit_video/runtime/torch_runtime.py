@@ -126,6 +126,10 @@ def concat(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
     return torch.cat(list(tensors), axis)
 
 
+def cut(t: torch.Tensor, at: int, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return t.narrow(axis, 0, at), t.narrow(axis, at, t.shape[axis] - at)
+
+
 def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False,
                     scale: float | None = None) -> torch.Tensor:
     """torch's own attention, [B, N, H, D] in and out."""

@@ -18,6 +18,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from lowbit_video.hook.base import check_processor
+from lowbit_video.runtime import paddle_runtime
 from lowbit_video.token_order import raster_order, token_order
 
 from ..shared.config import MAX_EPSILON, check_between, keep_config
@@ -173,7 +174,7 @@ class CogVideoXLayerNormZero(nn.Layer):
 
     def forward(self, hidden_states, encoder_hidden_states, temb):
         """Returns video tokens, text tokens, video gate and text gate (gates [B, 1, C])."""
-        parts = paddle.chunk(self.linear(F.silu(temb)).unsqueeze(1), 6, axis=-1)
+        parts = paddle.chunk(self.linear(F.silu(temb)).reshape([0, 1, -1]), 6, axis=-1)  # 0: the batch, as it is
         shift, scale, gate, text_shift, text_scale, text_gate = parts
         hidden_states = self.norm(hidden_states) * (1 + scale) + shift
         encoder_hidden_states = self.norm(encoder_hidden_states) * (1 + text_scale) + text_shift
@@ -190,7 +191,7 @@ class AdaLayerNorm(nn.Layer):
 
     def forward(self, x, temb):
         """[B, N, C] -> [B, N, C]."""
-        shift, scale = paddle.chunk(self.linear(F.silu(temb)).unsqueeze(1), 2, axis=-1)
+        shift, scale = paddle.chunk(self.linear(F.silu(temb)).reshape([0, 1, -1]), 2, axis=-1)
         return self.norm(x) * (1 + scale) + shift
 
 
@@ -247,10 +248,10 @@ class CogVideoXBlock(nn.Layer):
 
         video, text, gate, text_gate = self.norm2(hidden_states, encoder_hidden_states, temb)
         # one product over all tokens is faster than two
-        text_length = encoder_hidden_states.shape[1]
         joint = self.ff(paddle.concat([text, video], axis=1))
-        hidden_states = hidden_states + gate * joint[:, text_length:]
-        encoder_hidden_states = encoder_hidden_states + text_gate * joint[:, :text_length]
+        text, video = paddle_runtime.cut(joint, text.shape[1], 1)
+        hidden_states = hidden_states + gate * video
+        encoder_hidden_states = encoder_hidden_states + text_gate * text
         return hidden_states, encoder_hidden_states
 
 

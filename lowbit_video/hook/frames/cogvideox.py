@@ -36,7 +36,8 @@ def joint_attention(processor: Any, attn: Any, hidden_states: Any, encoder_hidde
         functools.partial(steps_of, runtime, (attn.norm_q, attn.norm_k), q, image_rotary_emb, text_tokens), rest)
     out = attn.to_out[0](out.reshape([out.shape[0], out.shape[1], -1]))
     out = attn.to_out[1](out)
-    return out[:, text_tokens:], out[:, :text_tokens]
+    text, video = runtime.cut(out, text_tokens, 1)
+    return video, text
 
 
 def _projected(attn: Any, tokens: Any) -> tuple[Any, Any, Any]:
@@ -59,4 +60,5 @@ def _prepared(runtime: Runtime, attn: Any, rotary: tuple[Any, Any] | None, text_
 
 def _rotate_video(runtime: Runtime, x: Any, text_tokens: int, rotary: tuple[Any, Any]) -> Any:
     """x [B, N, H, D] with its video tokens rotated; the text tokens, which come first, stay."""
-    return runtime.concat([x[:, :text_tokens], rotated(runtime, x[:, text_tokens:], rotary)], 1)
+    text, video = runtime.cut(x, text_tokens, 1)
+    return runtime.concat([text, rotated(runtime, video, rotary)], 1)

@@ -11,6 +11,7 @@ def rotated(runtime: Runtime, x: Any, rotary: tuple[Any, Any]) -> Any:
     cos, sin = rotary
     wide = x.float()
     pairs = wide.reshape([*wide.shape[:3], -1, 2])
-    turned = runtime.concat([-pairs[..., 1:], pairs[..., :1]], -1).reshape(wide.shape)
+    first, second = runtime.cut(pairs, 1, -1)
+    turned = runtime.concat([-second, first], -1).reshape(wide.shape)
     out = wide * cos.reshape([1, cos.shape[0], 1, cos.shape[1]]) + turned * sin.reshape([1, sin.shape[0], 1, sin.shape[1]])
     return out.to(x.dtype)

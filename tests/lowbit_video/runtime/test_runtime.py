@@ -41,6 +41,16 @@ def test_runtime_answers_alike_for_both_frameworks(framework):
     assert runtime.is_cpu(detect.anchor(framework.name, "cpu"))
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_cut_gives_views_of_both_parts(framework, axis):
+    array = np.arange(2 * 5 * 4, dtype="float32").reshape(2, 5, 4)
+    t = framework.tensor(array)
+    runtime = detect.runtime_of(t)
+    for part, wanted, place in zip(runtime.cut(t, 3, axis), np.split(array, [3], axis), (0, 3), strict=True):
+        assert np.array_equal(framework.numpy(part), wanted)
+        assert part.data_ptr() == t.data_ptr() + array.itemsize * place * runtime.strides(t)[axis]
+
+
 def test_default_device_is_the_cpu_without_a_gpu():
     if cuda_driver.device_count():
         pytest.skip("this machine has a GPU")
@@ -71,7 +81,7 @@ def test_default_device_finds_a_custom_device_only_if_its_memory_is_cudas(monkey
 def test_a_runtime_answers_all_that_the_protocol_asks(framework):
     runtime = detect.runtime_named(framework.name)
     asked = {name: member for name, member in vars(Runtime).items() if inspect.isfunction(member) and not name.startswith("_")}
-    assert len(asked) == 23 and runtime.NAME == framework.name
+    assert len(asked) == 24 and runtime.NAME == framework.name
     for name, member in asked.items():
         wanted = list(inspect.signature(member).parameters.values())[1:]
         given = list(inspect.signature(getattr(runtime, name)).parameters.values())

@@ -6,9 +6,11 @@ import numpy as np
 import paddle
 import pytest
 
+from lowbit_video import LowBitAttnProcessor, apply
 from lowbit_video.pipelines.cogvideox import transformer as module
 from lowbit_video.pipelines.cogvideox.rotary import get_3d_rotary_pos_embed, get_resize_crop_region_for_grid
 from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel
+from lowbit_video.pipelines.shared.compiling import compiled
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 KINDS = ("transformer_2b", "transformer_5b", "transformer_5b_learned", "transformer_15")
@@ -104,6 +106,35 @@ def test_compiled(kind):
         compiled = paddle.jit.to_static(model.forward, full_graph=True)
         got = compiled(**given).numpy()
     assert np.abs(got - want).max() <= 1e-5
+
+
+RUN_BY_CUSTOM_DEVICES = {
+    # no kernels of a device: names of values, constants on the host, and what Python runs
+    "builtin.parameter", "builtin.combine", "builtin.split", "builtin.shadow_output", "pd_op.data", "pd_op.full_int_array",
+    # Paddle's own, for any custom device and layout; those of unsqueeze and slice are for views only, which a graph has not
+    "pd_op.reshape",
+    # what a plug-in for inference brings
+    "pd_op.full", "pd_op.cast", "pd_op.scale", "pd_op.add", "pd_op.multiply", "pd_op.matmul", "pd_op.layer_norm",
+    "pd_op.silu", "pd_op.gelu", "pd_op.concat", "pd_op.split", "pd_op.split_with_num",
+}
+"""Of Paddle 3.3.1; a graph with any other operator is refused there."""
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_the_graph_of_the_blocks_runs_on_custom_devices(fused):
+    model, _ = load("transformer_15")  # one block, and it has rotary positions
+    model.to(dtype="float64")  # another type than rotary positions have, as on a GPU: their casts are in the graph
+    apply(model, LowBitAttnProcessor("int8+fp16", fused_prologue=fused))
+    heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
+    tokens = [paddle.zeros([2, length, heads * dim], "float64") for length in (24, 5)]
+    tables = (paddle.ones([24, dim]),) * 2
+    with paddle.no_grad():
+        program, _ = compiled(model).run_blocks.get_concrete_program(
+            *tokens, paddle.zeros([2, model.config.time_embed_dim], "float64"), tables)
+    names = {op.name() for op in program.main_program.global_block().ops}
+    attention = {name for name in names if name.startswith("py_op.lowbit_attention_" + "behind" * fused)}
+    assert len(attention) == len(model.transformer_blocks)
+    assert names - attention <= RUN_BY_CUSTOM_DEVICES
 
 
 class Recorder:
