@@ -29,7 +29,7 @@ def measure(name: str, entry: StepModel, methods: Sequence[str], modes: Sequence
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, given = entry.make(device, dtype, tiny)
     tokens = entry.tokens(model.config, tiny)
-    left_out = {method: reason for method in methods if (reason := why_not(method, device, entry.dispatches, entry.fuses))}
+    left_out = {method: reason for method in methods if (reason := why_not(method, device, entry.fuses))}
     names = [method for method in methods if method not in left_out]
     result: dict[str, Any] = dict(model=name, batch=entry.batch, video_tokens=tokens, dtype=str(dtype).removeprefix("torch."),
                                   layers=len(attention_modules(model)), left_out=left_out, failed={}, rows=[], ran={})

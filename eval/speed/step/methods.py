@@ -23,7 +23,7 @@ import lowbit_video
 from lowbit_video.hook.base import set_processor
 from lowbit_video.hook.dispatcher.names import backend_names
 from lowbit_video.hook.recipe.recipe import Recipe
-from lowbit_video.hook.report import attention_modules
+from lowbit_video.hook.report import attention_modules, dispatching_modules
 from lowbit_video.precision import Precision, names_recipe
 from lowbit_video.rung import as_rung
 
@@ -50,15 +50,13 @@ def with_fused(names: list[str]) -> list[str]:
     return [one for name in names for one in ([name] if name in TITLES or name.endswith(FUSED) else [name, name + FUSED])]
 
 
-def why_not(method: str, device: str, dispatches: bool = False, fuses: bool = True) -> str | None:
-    """Why a method is left out on a device, and of a model whose attention goes through diffusers' dispatcher; or None.
+def why_not(method: str, device: str, fuses: bool = True) -> str | None:
+    """Why a method is left out on a device, and of a model; or None.
 
     fuses: whether the model leaves norms and positions to its processors.
     """
     if method.endswith(FUSED) and not fuses:
         return "this model computes norms and positions itself"
-    if dispatches and pools(method):
-        return "no backend of diffusers' dispatcher takes a recipe or pools keys"
     if method in ("fa2", "cudnn", "fa4", SAGE) and device == "cpu":
         return "needs an NVIDIA GPU"
     return {"fa4": baselines._flash_4_why_not, SAGE: baselines._sage_why_not}.get(method, lambda: None)()
@@ -110,6 +108,7 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
     plain = {module: module.processor for module in modules}
     low = [name for name in names if name not in TITLES]
     put: dict[str, Callable[[], None]] = {}
+    contexts = {name: _context(name, leading_keys) for name in names}
     with contextlib.ExitStack() as undo:
         undo.callback(_set_processors, plain)
         if dispatches:
@@ -125,6 +124,10 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
                 lowbit_video.apply(model, Recipe.load(wanted) if names_recipe(wanted) else wanted,
                                    fallback=None if pools(name) else "exact", fused_prologue=name.endswith(FUSED) or None)
                 own = {module: module.processor for module in modules}
+            elif name in low and pools(name):
+                put[name] = _of_recipe(model, name)
+                contexts[name] = lambda: lowbit_video.denoising_step(model, 1, 2)
+                continue
             else:
                 own = {module: _of_method(processor, name) for module, processor in plain.items()}
             if dispatches:
@@ -133,7 +136,22 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
                     if hasattr(processor, "_attention_backend"):  # HunyuanVideo's refiner of text asks torch itself
                         processor._attention_backend = backend
             put[name] = lambda own=own: _set_processors(own)
-        yield {name: Method(name, _context(name, leading_keys), put[name]) for name in names}
+        yield {name: Method(name, contexts[name], put[name]) for name in names}
+
+
+def _of_recipe(model: Any, method: str) -> Callable[[], None]:
+    """What puts a recipe or a pooled rung into a model that asks diffusers' dispatcher, which is as before."""
+    recipe = Recipe.load(method) if names_recipe(method) else Recipe([{"rung": method}])
+    with lowbit_video.apply(model, recipe, fallback="exact"):
+        own = {module: _of_method(module.processor, method) for module in attention_modules(model).values()}
+        attentions = {module: module.attention_calls.attention for module in dispatching_modules(model).values()}
+
+    def put() -> None:
+        _set_processors(own)
+        for module, attention in attentions.items():
+            module.attention_calls.attention = attention
+
+    return put
 
 
 def _of_method(processor: Any, method: str) -> Any:

@@ -70,9 +70,29 @@ def test_pooled_keys_and_recipes_are_run_eager_and_compiled_without_a_break(monk
     assert result["ran"] == {"int8+fp8 pooled 0.3 (reference-lowbit)": 24,
                              "steps 0.4-1: int8+fp8 pooled 0.5 (reference-lowbit)": 24}
     assert rows[names[1], "eager"]["title"] == "recipe r" and rows[names[2], "eager"]["sqnr_db"] < 59
-    why_not = [methods.why_not(name, "cuda", dispatches=True) for name in names]
-    assert why_not[0] is None and "no backend of diffusers' dispatcher" in why_not[1] == why_not[2]
-    assert methods.why_not(names[2], "cuda") is methods.why_not("int8+fp8", "cuda", True) is None
+    assert not any(methods.why_not(name, "cuda") for name in names)
+
+
+def test_recipes_and_pooled_keys_of_models_that_dispatch(monkeypatch, tmp_path):
+    entry = models.MODELS["wan2.1-1.3b"]
+    monkeypatch.setitem(models.MODELS, "wan2.1-1.3b", replace(entry, tiny_latents=(5, 16, 16)))
+    monkeypatch.setattr("lowbit_video.kernels.variants.POOLED_FROM", 300)  # self attention is long enough, text is not
+    paths = [str(tmp_path / f"{name}.toml") for name in ("one", "other")]
+    lowbit_video.Recipe([{"rung": "int4+fp8"}, {"rung": "int8+fp16", "steps": "0.5-0.6", "heads": "0"}]).save(paths[0])
+    lowbit_video.Recipe([{"rung": "exact"}, {"rung": "int8+fp16", "layers": "blocks.0.attn1"}]).save(paths[1])
+    assert bench(tmp_path, "--models", "wan2.1-1.3b", "--methods", "pytorch", "int8+fp8", "--pooled", "0.3", "--recipe", *paths,
+                 "--modes", "eager", "blocks") == 0
+    result, = json.loads((tmp_path / "step.json").read_text())["models"]
+    assert not result["failed"] and not result["left_out"]
+    names = ["int8+fp8", *paths, "int8+fp8 pooled 0.3"]
+    rows = {(row["method"], row["mode"]): row for row in result["rows"]}
+    assert set(rows) == {(name, mode) for name in ("pytorch", *names) for mode in ("eager", "blocks")}
+    assert all(rows[name, "blocks"]["sqnr_to_eager_db"] > 60 for name in names)
+    quality = [rows[name, "eager"]["sqnr_db"] for name in (paths[1], "int8+fp8", paths[0])]
+    assert quality == sorted(quality, reverse=True) and len(set(quality)) == 3
+    ran = set(result["ran"])
+    assert {"steps 0.5-0.6, heads 0: int8+fp16 (reference-lowbit)", "exact", "int8+fp8 (reference-lowbit)"} < ran
+    assert "int8+fp8 pooled 0.3 (reference-lowbit)" in ran and not any("steps 0-" in what for what in ran)
 
 
 def test_what_is_wrong_is_told_and_not_timed(monkeypatch, tmp_path):
