@@ -147,11 +147,6 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
     store = Store(out)
     try:
         check_settings(store, settings)
-        order = order_of(pipe)
-        for run in store.runs()[:1]:
-            if (begun := run.get("order", "raster")) != order:
-                raise ValueError(f"{store.folder} was begun with the tokens in the order {begun!r}, not {order!r}; give "
-                                 "another --out")
         labels = [EXACT, FLOOR, *[c.label for c in candidates]]
         plan = [(p, s, r) for p in prompts for s in seeds for r in labels]
         todo = [key for key in plan if not store.has(*key)]
@@ -163,6 +158,11 @@ def compare(pipe, prompts: Sequence[str], candidates: Sequence, out, *, seeds: S
         if not todo:
             return store.path
         check_clips(store.folder, settings.fps)
+        order = order_of(pipe)
+        for run in store.runs()[:1]:
+            if (begun := run.get("order", "raster")) != order:
+                raise ValueError(f"{store.folder} was begun with the tokens in the order {begun!r}, not {order!r}; give "
+                                 "another --out")
         store.append({"kind": "run", "settings": settings.as_dict(), "prompts": prompts, "seeds": list(seeds), "runs": labels,
                       "metrics": [m.name for m in chosen], "missing": lacking, "backend": backend, "order": order,
                       "environment": environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%S")})

@@ -74,3 +74,46 @@ def test_a_compiled_call_is_the_eager_one(call):
     compiled = torch.compile(call, fullgraph=True)
     for given in (None, mask):
         assert torch.equal(compiled(q, k, v, given), call(q, k, v, given))
+
+
+def test_a_recipe_serves_each_head_by_its_rung(call):
+    from lowbit_video.hook.dispatcher.recipe import RecipeAttention
+    from lowbit_video.hook.recipe.clock import StepClock
+    from lowbit_video.hook.recipe.table import LayerPlan, Span
+    from lowbit_video.hook.report import Record
+
+    class Caller:
+        record = Record("here")
+
+    q, k, v = tensors(LONG)
+    attention = RecipeAttention(LayerPlan((Span(0.0, 1.0, ("int8+fp16", "exact")),)), StepClock(), {"fallback": None})
+    for _ in range(2):  # recorded, then replayed
+        out, _ = attention.serve(Caller, q, k, v, None, None, False, None, False)
+        for head, backend in enumerate((INT8 + "_strict", "native")):
+            alone = call(*(t[:, :, head:head + 1].contiguous() for t in (q, k, v)), backend=backend)
+            assert sqnr_db(out[:, :, head:head + 1], alone) > 60
+    assert [calls for calls in Caller.record.calls.values()] == [2, 2]
+
+
+def test_a_models_steps_run_by_a_recipe_eager_and_compiled(call):
+    import torch
+
+    from dispatch_models import make, predict
+    from lowbit_video import Recipe, apply, coverage, remove
+
+    model, inputs = make("wan")
+    model = model.to("cuda", torch.bfloat16)
+    inputs = {name: t.to("cuda", torch.bfloat16 if t.is_floating_point() else t.dtype) for name, t in inputs.items()}
+    at = lambda timestep: {**inputs, "timestep": torch.full_like(inputs["timestep"], timestep)}
+    exact = predict(model, at(100))
+    apply(model, Recipe([{"rung": "int8+fp16"}, {"steps": "0-0.5", "rung": "exact"}, {"layers": "*.attn2", "rung": "exact"}]))
+    predict(model, at(900))
+    eager = predict(model, at(100))
+    ran = {module.name: [(what.partition(" (")[0], calls) for what, calls, _ in module.runs]
+           for module in coverage(model).modules}
+    assert ran["blocks.0.attn1"] == [("steps 0-0.5: exact", 1), ("steps 0.5-1: int8+fp16", 1)]
+    assert ran["blocks.1.attn2"] == [("exact", 2)] and "reference" not in str(coverage(model))
+    model.compile_repeated_blocks(fullgraph=True)
+    compiled = predict(model, at(100))
+    remove(model)
+    assert sqnr_db(eager, exact) > 20 and sqnr_db(compiled, eager) > 20 and not torch.equal(eager, exact)

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lowbit_video
 from lowbit_video.hook.dispatcher.names import backend_names
-from lowbit_video.hook.report import attention_modules
-from lowbit_video.precision import Precision
+from lowbit_video.hook.recipe.recipe import Recipe
+from lowbit_video.hook.report import attention_modules, dispatching_modules
+from lowbit_video.precision import Precision, names_recipe
 
 from .. import baselines
 from .names import APART, NONE, OURS, PADDLE, PYTORCH, SAGE, TITLES, pools
@@ -38,8 +39,6 @@ def why_not(method: str, device: str, dispatches: bool = False, fuses: bool = Tr
         return "it takes Paddle's tensors"
     if method.endswith(APART) and not fuses:
         return "this model computes norms and positions itself"
-    if dispatches and pools(method):
-        return "no backend of diffusers' dispatcher takes a recipe or pools keys"
     if dispatches and method == OURS:
         return "no backend of diffusers' dispatcher is this project's exact attention"
     if method in ("fa2", "cudnn", "fa4", SAGE) and device == "cpu":
@@ -57,6 +56,7 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
     plain = {module: module.processor for module in modules}
     low = [name for name in names if name not in TITLES]
     put: dict[str, Callable[[], None]] = {}
+    contexts = {name: _context(name, leading_keys) for name in names}
     with contextlib.ExitStack() as undo:
         undo.callback(set_processors, plain)
         if dispatches:
@@ -70,6 +70,10 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
                 undo.callback(lowbit_video.remove, model)
                 apply_ours(model, name)
                 own = {module: module.processor for module in modules}
+            elif name in low and pools(name):
+                put[name] = _of_recipe(model, name)
+                contexts[name] = lambda: lowbit_video.denoising_step(model, 1, 2)
+                continue
             else:
                 own = {module: _of_method(processor, name) for module, processor in plain.items()}
             if dispatches:
@@ -78,7 +82,22 @@ def methods_of(model: Any, dispatches: bool, names: list[str], leading_keys: int
                     if hasattr(processor, "_attention_backend"):  # HunyuanVideo's refiner of text asks torch itself
                         processor._attention_backend = backend
             put[name] = lambda own=own: set_processors(own)
-        yield {name: Method(name, _context(name, leading_keys), put[name]) for name in names}
+        yield {name: Method(name, contexts[name], put[name]) for name in names}
+
+
+def _of_recipe(model: Any, method: str) -> Callable[[], None]:
+    """What puts a recipe or a pooled rung into a model that asks diffusers' dispatcher, which is as before."""
+    recipe = Recipe.load(method) if names_recipe(method) else Recipe([{"rung": method}])
+    with lowbit_video.apply(model, recipe, fallback="exact"):
+        own = {module: _of_method(module.processor, method) for module in attention_modules(model).values()}
+        attentions = {module: module.attention_calls.attention for module in dispatching_modules(model).values()}
+
+    def put() -> None:
+        set_processors(own)
+        for module, attention in attentions.items():
+            module.attention_calls.attention = attention
+
+    return put
 
 
 def _of_method(processor: Any, method: str) -> Any:

@@ -47,9 +47,11 @@ def test_a_dry_run_checks_times_and_writes(tmp_path, capsys):
             assert low["attention_share"] == pytest.approx(1 - none["median_ms"] / low["median_ms"])
             assert all(row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["runs"] == 3 for row in (exact, low, none))
             assert none["sqnr_db"] < 25 < low["sqnr_db"] < 120 < exact["sqnr_db"]
-        both = {"int8+fp8 (reference-lowbit)": 16, "int8+fp8 (reference-lowbit, fused prologue of two pieces)": 8,
-                "int8+fp8 (reference-lowbit, fused prologue)": 8}
-        assert result["ran"] == dict(list(both.items())[:1 + 2 * (result is cogvideox)])  # 2 modules, a check, 3 turns in each mode
+        kinds = ("(reference-lowbit)", 16), ("(reference-lowbit, fused prologue of two pieces)", 8), (
+            "(reference-lowbit, fused prologue)", 8)
+        both = {f"int8+fp8 {kind}": count for kind, count in kinds}
+        # 2 modules, a check, 3 turns in each mode
+        assert result["ran"] == dict(list(both.items())[:1 + 2 * (result is cogvideox)])
     page = (tmp_path / "new" / "step.md").read_text()
     assert page in capsys.readouterr().out and "## wan2.1-1.3b: 192 tokens, batch 1, float32" in page
     assert (tmp_path / "new" / "step.png").stat().st_size > 5000
@@ -72,9 +74,29 @@ def test_pooled_keys_and_recipes_are_run_eager_and_compiled_without_a_break(monk
     assert result["ran"] == {f"int8+fp8 pooled 0.3 (reference-lowbit{apart})": 24,
                              f"steps 0.4-1: int8+fp8 pooled 0.5 (reference-lowbit{apart})": 24}
     assert rows[asked[1], "eager"]["title"] == "recipe r" and rows[asked[2], "eager"]["sqnr_db"] < 59
-    why_not = [methods.why_not(name, "cuda", dispatches=True) for name in asked]
-    assert why_not[0] is None and "no backend of diffusers' dispatcher" in why_not[1] == why_not[2]
-    assert methods.why_not(asked[2], "cuda") is methods.why_not("int8+fp8", "cuda", True) is None
+    assert not any(methods.why_not(name, "cuda", dispatches=True) for name in asked)
+
+
+def test_recipes_and_pooled_keys_of_models_that_dispatch(monkeypatch, tmp_path):
+    entry = models.MODELS["wan2.1-1.3b"]
+    monkeypatch.setitem(models.MODELS, "wan2.1-1.3b", replace(entry, tiny_latents=(5, 16, 16)))
+    monkeypatch.setattr("lowbit_video.kernels.variants.POOLED_FROM", 300)  # self attention is long enough, text is not
+    paths = [str(tmp_path / f"{name}.toml") for name in ("one", "other")]
+    lowbit_video.Recipe([{"rung": "int4+fp8"}, {"rung": "int8+fp16", "steps": "0.5-0.6", "heads": "0"}]).save(paths[0])
+    lowbit_video.Recipe([{"rung": "exact"}, {"rung": "int8+fp16", "layers": "blocks.0.attn1"}]).save(paths[1])
+    assert bench(tmp_path, "--models", "wan2.1-1.3b", "--methods", "pytorch", "int8+fp8", "--pooled", "0.3", "--recipe", *paths,
+                 "--modes", "eager", "blocks") == 0
+    result, = json.loads((tmp_path / "step.json").read_text())["models"]
+    assert not result["failed"] and not result["left_out"]
+    names = ["int8+fp8", *paths, "int8+fp8 pooled 0.3"]
+    rows = {(row["method"], row["mode"]): row for row in result["rows"]}
+    assert set(rows) == {(name, mode) for name in ("pytorch", *names) for mode in ("eager", "blocks")}
+    assert all(rows[name, "blocks"]["sqnr_to_eager_db"] > 60 for name in names)
+    quality = [rows[name, "eager"]["sqnr_db"] for name in (paths[1], "int8+fp8", paths[0])]
+    assert quality == sorted(quality, reverse=True) and len(set(quality)) == 3
+    ran = set(result["ran"])
+    assert {"steps 0.5-0.6, heads 0: int8+fp16 (reference-lowbit)", "exact", "int8+fp8 (reference-lowbit)"} < ran
+    assert "int8+fp8 pooled 0.3 (reference-lowbit)" in ran and not any("steps 0-" in what for what in ran)
 
 
 def test_what_is_wrong_is_told_and_not_timed(monkeypatch, tmp_path):
