@@ -15,6 +15,8 @@ from torch._dynamo.utils import counters
 from .methods import methods_of, why_not
 from .models import MODELS, StepModel
 
+CALLED = "called a synchronizing CUDA operation"
+"""What PyTorch warns of; that it may not see all of them it says once, in other words."""
 
 class TorchSide:
     """A `side.Side`. Modes: as it is; its repeated blocks compiled; the whole model compiled, without a break (`fullgraph`)."""
@@ -89,7 +91,7 @@ class TorchSide:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
         return {"reads": dict(Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told
-                                      if "synchroniz" in str(one.message))), "on the CPU": {}}
+                                      if CALLED in str(one.message))), "on the CPU": {}}
 
     def like(self) -> torch.Tensor:
         return torch.empty(1, device=self.device)
