@@ -18,6 +18,7 @@ from .models import MODELS, StepModel
 CALLED = "called a synchronizing CUDA operation"
 """What PyTorch warns of; that it may not see all of them it says once, in other words."""
 
+
 class TorchSide:
     """A `side.Side`. Modes: as it is; its repeated blocks compiled; the whole model compiled, without a break (`fullgraph`)."""
 
