@@ -18,7 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowbit_video.eval.compare.candidates import EXACT, FLOOR, Candidate, applied, as_candidate
 from lowbit_video.eval.compare.paired import coverage_note
 from lowbit_video.eval.speed.baselines import BASELINES
+from lowbit_video.hook.apply import apply
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from lowbit_video.runtime.detect import runtime_of
 
 DTYPES = ("float16", "bfloat16", "float32")
 OTHER_EXACT = "exact ({})"
@@ -66,6 +68,10 @@ class TorchMaker:
         self.cuda, self.half, self.generation = device.startswith("cuda"), dtype != "float32", generation
         self.device_name = torch.cuda.get_device_name(device) if self.cuda else "cpu"
         self.reference = REFERENCES["torch" if self.cuda and self.half else "torch, as it chooses"]
+
+    def exact(self) -> contextlib.AbstractContextManager:
+        """The reference: diffusers' pipeline as it comes."""
+        return contextlib.nullcontext()
 
     def other_exact(self) -> tuple[list[Candidate], dict[str, str]]:
         """Further exact kernels of 16-bit tensors on a GPU, and why the others cannot run here."""
@@ -131,6 +137,11 @@ class PaddleMaker:
         self.pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype, device=device)
         self.device_name, self.generation = self.pipe.device, generation
 
+    def exact(self) -> contextlib.AbstractContextManager:
+        """The reference: Paddle's own attention, for the pipeline's may take this project's exact kernel, the floor's."""
+        own = lambda q, k, v, scale: runtime_of(q).exact_attention(q, k, v, scale=scale)
+        return apply(self.pipe, OtherExactProcessor("Paddle", own))
+
     def other_exact(self) -> tuple[list[Candidate], dict[str, str]]:
         """None beside Paddle's own and this project's."""
         return [], {name: "it takes PyTorch tensors" for name in OTHERS}
@@ -168,7 +179,8 @@ def runs_of(maker, precisions: list[str], others_asked=OTHERS) -> tuple[list[Can
 def hooked(maker, run: Candidate, backend: str) -> Iterator[Callable[[], dict]]:
     """The run's attention in the maker's pipeline; gives a function that says what it ran."""
     if run.label == EXACT:
-        yield dict
+        with maker.exact():
+            yield dict
         return
     with applied(maker.pipe, run, backend=backend):
         yield lambda: coverage_note(maker.pipe)
