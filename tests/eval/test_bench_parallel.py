@@ -261,7 +261,7 @@ def test_a_step_by_a_recipe_is_that_at_half_of_the_denoising(monkeypatch, tmp_pa
     only = lambda wire: step.measure("2b", str(tmp_path / "mine.toml"), "paddle", wire, FakeClock(wire), lambda text: None)
     [result] = run_threads(1, only)
     assert {run[0] for module in coverage(model).modules for run in module.runs} == {
-        "steps 0.5-0.6: int4+fp16 (reference-lowbit)"}
+        "steps 0.5-0.6: int4+fp16 (reference-lowbit, fused prologue)"}
     assert result["precision"].endswith("mine.toml") and list(result["ways"]) == ["one"]
 
 

@@ -40,8 +40,9 @@ def test_the_command_makes_a_video_of_each_precision_and_writes_stages(tmp_path,
     assert [written[name] for name in ("frames", "height", "width", "steps", "dtype", "low_memory", "tiles")] == [
         9, 32, 48, 3, "float32", False, False]
     exact, low, pooled = written["videos"]
-    for one, kind in ((exact, "exact (reference-exact)"), (low, "int8+fp8 (reference-lowbit)"),
-                      (pooled, "int8+fp8 pooled 0.5 (reference-lowbit)")):
+    for one, kind in ((exact, "exact (reference-exact)"), (low, "int8+fp8 (reference-lowbit, fused prologue of two pieces)"),
+                      (pooled, "int8+fp8 pooled 0.5 (reference-lowbit; prologue apart: pooling needs the means of tiles of "
+                               "normed keys first)")):
         assert one["ran"] == {kind: 6}  # 2 modules, 3 steps: the short video before does not count
         assert list(one["seconds"]) == ["text_encode", "denoise", "decode"] and all(x > 0 for x in one["seconds"].values())
         assert one["total_s"] == pytest.approx(sum(one["seconds"].values())) and one["memory_gib"] is None
