@@ -53,8 +53,10 @@ demo-parallel: $(VENV)/.cpu  ## one video on two processes over gloo, and again 
 test parity: export OMP_NUM_THREADS ?= 1
 # Where nothing compiled is kept, both workers and each of some sixty processes compile this tree again: a second or more a time.
 test parity: export PYTHONDONTWRITEBYTECODE :=
+# No test but a fuzz needs these plug-ins, which load for half a second in each process.
 test: $(VENV)/.test  ## the test suite; GPU tests skip by name where there is no GPU
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore=tests/parity --ignore=tests/fuzz $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -p no:hypothesispytest -p no:anyio \
+		--ignore=tests/parity --ignore=tests/fuzz $(ARGS)
 
 mutants: $(VENV)/.test  ## plant the faults listed in tests/mutants one at a time; each must make its test fail
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants.plant $(ARGS)

@@ -167,11 +167,13 @@ def _of_threads(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _inline_asm(text: Any, constraints: Any, given: list, dtype: Any, is_pure: bool, pack: int) -> Tensor:
     """As Triton numbers them: `pack` results, then `pack` registers of each operand. A text that votes runs warp by warp."""
     given = np.broadcast_arrays(*given)
-    shape, parts = given[0].shape, [_by_thread(x, pack) for x in given]
+    shape, parts = given[0].shape, [np.ascontiguousarray(_by_thread(x, pack).T) for x in given]  # [registers, threads]
     assert len(_plain(constraints).split(",")) == pack * (1 + len(given))
-    made = []
-    for warp in np.split(np.arange(len(parts[0])), len(parts[0]) // WARP if "vote" in _plain(text) else 1):
-        registers = {f"${pack * (1 + j) + i}": part[warp, i] for j, part in enumerate(parts) for i in range(pack)}
+    made, threads = [], parts[0].shape[1]
+    together = WARP if "vote" in _plain(text) else threads
+    for first in range(0, threads, together):
+        warp = slice(first, first + together)
+        registers = {f"${pack * (1 + j) + i}": part[i, warp] for j, part in enumerate(parts) for i in range(pack)}
         run_ptx(_plain(text), registers)
         made.append(np.stack([np.asarray(registers[f"${i}"]) for i in range(pack)], -1))
     whole = _of_threads(np.concatenate(made), shape)

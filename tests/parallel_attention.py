@@ -1,6 +1,7 @@
 """Attention of tokens that ranks share, as threads: what they make together, beside one rank's."""
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from helpers import naive_attention, qkv, sqnr_db
 
 EXACT_DB = 120.0
 """What is left of exact attention when float32 sums are taken in another order."""
+
+
+_EXACT: dict[tuple[Any, ...], tuple[Any, tuple[np.ndarray, np.ndarray]]] = {}
 
 
 class Result(NamedTuple):
@@ -48,8 +52,13 @@ class Case(NamedTuple):
         return Result(framework.numpy(out), None if lse is None else framework.numpy(lse), [])
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:
-        """(out, lse) in float64."""
-        return naive_attention(*self.arrays, self.scale, self.causal)
+        """(out, lse) in float64; of the same `arrays` once."""
+        if any(array.flags.writeable for array in self.arrays):
+            return naive_attention(*self.arrays, self.scale, self.causal)
+        key = *map(id, self.arrays), self.scale, self.causal
+        if key not in _EXACT:
+            _EXACT[key] = self.arrays, naive_attention(*self.arrays, self.scale, self.causal)  # while kept, they own their ids
+        return _EXACT[key][1]
 
 
 def wrap(attend, mesh: Mesh, shares, kv_shares=None, output="16bit", exchange="auto"):
@@ -124,5 +133,10 @@ def assert_exact(got: Result, exact, case: Case) -> None:
         np.testing.assert_allclose(got.lse, exact[1], atol=2e-5)
 
 
+@functools.cache
 def arrays(tokens=450, heads=5, batch=2, dim=32, seed=0, **more):
-    return qkv(batch=batch, heads=heads, q_len=tokens, dim=dim, seed=seed, **more)
+    """Read only: those of the same sizes are the same ones."""
+    made = qkv(batch=batch, heads=heads, q_len=tokens, dim=dim, seed=seed, **more)
+    for array in made:
+        array.flags.writeable = False
+    return made

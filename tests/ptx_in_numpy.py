@@ -1,6 +1,7 @@
 """The PTX that kernels write by hand, run on NumPy arrays: a register of many threads is an array."""
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from typing import Any
@@ -15,11 +16,10 @@ def run_ptx(text: str, registers: dict[str, Any]) -> None:
     A store that happens is an error: the only ones there are stand for fences, on conditions that are never true.
     """
     skipping = None
-    for line in re.sub(r"\.reg[^;]*;", "", text).strip().strip("{}").split(";"):
-        label, _, rest = line.strip().rpartition(": ")
-        if line.strip().rstrip(":") == skipping or label == skipping:
-            skipping, line = None, rest
-        op, *words = line.replace(",", " ").replace("{", " ").replace("}", " ").split() or [""]
+    for line, label, here, behind in _instructions(text):
+        if line.rstrip(":") == skipping or label == skipping:
+            skipping, here = None, behind
+        op, *words = here
         if skipping is not None or not op or op.endswith(":"):
             continue
         if op.startswith("@"):
@@ -31,6 +31,15 @@ def run_ptx(text: str, registers: dict[str, Any]) -> None:
                 raise AssertionError(f"unknown instruction {line!r}")
             continue
         registers[words[0]] = _value(op, [_read(word, registers) for word in words[1:]], words)
+
+
+@functools.cache
+def _instructions(text: str) -> list[tuple[str, str, list[str], list[str]]]:
+    """(line, its label, its words, the words behind its label) of each."""
+    words = lambda line: line.replace(",", " ").replace("{", " ").replace("}", " ").split() or [""]
+    lines = [line.strip() for line in re.sub(r"\.reg[^;]*;", "", text).strip().strip("{}").split(";")]
+    labels = [(line, *line.rpartition(": ")) for line in lines]
+    return [(line, label, words(line), words(rest)) for line, label, _, rest in labels]
 
 
 def _read(word: str, registers: dict[str, Any]) -> Any:

@@ -43,7 +43,7 @@ def test_two_steps_are_finite_follow_the_prompt_and_take_the_hook():
 
 @pytest.mark.parametrize("precision, prompt, size", [
     ("int8+fp16", "a small red circle moves left over a blue background", dict(height=64, width=96)),
-    ("int4+fp8", "a large white square moves right over a green background", dict(num_frames=17))],
+    ("int4+fp8", "a large white square moves right over a green background", dict(num_frames=17, height=96, width=144))],
     ids=["int8+fp16", "int4+fp8"])
 def test_a_low_bit_video_shows_what_was_asked(precision, prompt, size):
     stored = json.loads((MODEL / "generation.json").read_text())

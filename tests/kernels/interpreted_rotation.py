@@ -20,6 +20,8 @@ from lowbit_video.kernels.quant import reference, shapes  # noqa: E402
 from lowbit_video.kernels.quant.channel_tops import fold_ranges_kernel, launch_channel_tops  # noqa: E402
 from lowbit_video.kernels.quant.quant_rotated import Tops, launch_quant_rotated  # noqa: E402
 
+import quick_interpreter  # noqa: E402, F401
+
 
 def buffer(array):
     return None if array is None else Buffer(array.ctypes.data, array.dtype.name)

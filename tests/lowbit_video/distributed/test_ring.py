@@ -259,7 +259,7 @@ def test_what_cannot_be_meant_is_refused(framework):
         ring(exact_attend, None, exchange="int2")
     with pytest.raises(ValueError, match="exchange 'int4' would make fp8.fp8 attention 'fp8/int4.fp8', which does not exist"):
         together(framework, Case(arrays(tokens=300), "fp8+fp8"), 1, 2, exchange="int4", patience=5)
-    case = Case(arrays(tokens=300, heads=2), "int8+fp8")
+    case = Case(tuple(x.copy() for x in arrays(tokens=300, heads=2)), "int8+fp8")
     for precision in ("int8+fp8", "exact"):
         with pytest.raises(UnsupportedError, match=r"queries \[100, 200\], keys \[200, 100\]; use ulysses"):
             together(framework, Case(case.arrays, precision, True), 1, 2, shares=[100, 200], kv_shares=[200, 100], patience=5)

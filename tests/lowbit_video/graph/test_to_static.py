@@ -1,6 +1,8 @@
 """Attention under paddle.jit.to_static: one operator in the graph, the same result, calls still counted."""
+import builtins
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import toy_model  # noqa: E402
 from helpers import qkv  # noqa: E402
 
 MODES = pytest.mark.parametrize("full_graph", [True, False], ids=["ast", "sot"])
+OF_PADDLE_OR_NUMPY: dict[types.CodeType, bool] = {}
 INNARDS = {"pd_op.softmax", "pd_op.flash_attn", "pd_op.scaled_dot_product_attention", "pd_op.round"}
 
 
@@ -27,8 +30,10 @@ def as_many_graphs_as_there_are_tests(monkeypatch):
 
     What it does beside takes more than half of the time, the more so the more modules are loaded, and is left out: for a log
     that is off it writes out the stack before every instruction, `sys.modules` with it, it collects garbage after a trace, and
-    it goes through all built-in types to find whether a value that is no type is one of them.
+    it goes through all built-in names for every value, to find whether it is a type among them. AST's tracing goes through all
+    functions of Paddle and NumPy for every call of a function, also of one that it knows.
     """
+    from paddle.jit.dy2static import convert_call_func
     from paddle.jit.sot.opcode_translator.executor import executor_cache
     from paddle.jit.sot.opcode_translator.executor.variable_stack import VariableStack
     from paddle.jit.sot.opcode_translator.executor.variables import callable as callables
@@ -36,8 +41,19 @@ def as_many_graphs_as_there_are_tests(monkeypatch):
     executor_cache.OpcodeExecutorCache().clear()
     monkeypatch.setattr(VariableStack, "__repr__", lambda stack: "")
     monkeypatch.setattr(executor_cache, "gc", types.SimpleNamespace(collect=lambda: None))
-    real, kinds = callables.is_builtin_fn, (type, types.BuiltinFunctionType)
-    monkeypatch.setattr(callables, "is_builtin_fn", lambda value: isinstance(value, kinds) and real(value))
+    kinds = {weakref.ref, *(value for value in vars(builtins).values() if isinstance(value, type))}
+    monkeypatch.setattr(callables, "is_builtin_fn", lambda value: (
+        value in kinds if isinstance(value, type) else isinstance(value, types.BuiltinFunctionType)))
+    real = convert_call_func.is_unsupported
+
+    def of_paddle_or_numpy(function):
+        if not hasattr(function, "__code__"):
+            return real(function)
+        if function.__code__ not in OF_PADDLE_OR_NUMPY:
+            OF_PADDLE_OR_NUMPY[function.__code__] = real(function)
+        return OF_PADDLE_OR_NUMPY[function.__code__]
+
+    monkeypatch.setattr(convert_call_func, "is_unsupported", of_paddle_or_numpy)
 
 
 def run(model, given):
