@@ -161,8 +161,11 @@ def key_of(number: int) -> str:
 
 
 def _detached(t):
-    """The tensor, to be given to an operator without gradients: SOT looks for them under no_grad too."""
-    return t if t.stop_gradient else t.detach()
+    """The tensor, to be given to an operator without gradients: SOT looks for them under no_grad too.
+
+    Not in AST mode, where detaching puts an operator into the program that custom devices cannot lower.
+    """
+    return t if t.stop_gradient or not paddle.in_dynamic_mode() else t.detach()
 
 
 def attention_of_module(attn, q, k, v, mask, key, apart=""):

@@ -124,6 +124,8 @@ RUN_BY_CUSTOM_DEVICES = {
 def test_the_graph_of_the_blocks_runs_on_custom_devices(fused):
     model, _ = load("transformer_15")  # one block, and it has rotary positions
     model.to(dtype="float64")  # another type than rotary positions have, as on a GPU: their casts are in the graph
+    for parameter in model.parameters():
+        parameter.stop_gradient = False  # as of a model that is made, not read
     apply(model, LowBitAttnProcessor("int8+fp16", fused_prologue=fused))
     heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
     tokens = [paddle.zeros([2, length, heads * dim], "float64") for length in (24, 5)]
