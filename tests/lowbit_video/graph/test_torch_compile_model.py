@@ -20,9 +20,10 @@ FRAMES, HEAD_DIM = 2, 32
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
+    monkeypatch.setattr(prologue, "TWO_PIECES", False)  # as graphs have text and video; two products round otherwise
 
 
 def make(layers=2, **more):
@@ -103,8 +104,7 @@ def test_exact_attention_in_a_graph_runs_eagerly_and_so_may_take_a_kernel(monkey
 
 
 @pytest.mark.parametrize("rotary", [False, True], ids=["none", "rotary"])
-def test_norms_and_positions_are_the_operators_where_a_processor_fuses_them(rotary, monkeypatch):
-    monkeypatch.setattr(prologue, "TWO_PIECES", False)  # as a graph has them
+def test_norms_and_positions_are_the_operators_where_a_processor_fuses_them(rotary):
     model, twin, given, graphs = fusing(rotary), fusing(rotary), inputs(2, rotary=rotary), []
 
     def keep(graph, examples):
