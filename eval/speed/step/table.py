@@ -20,7 +20,8 @@ def markdown(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> 
     lines = [f"# One denoising step on {about['gpu']}", "", f"{versions}; commit {about['commit']}.", "",
              "Random weights at published sizes. Medians in ms, all methods of a model in turns; in brackets the speed-up over "
              "the fastest exact attention of that column. Attention: its share of the step, quantisation counted, by a step "
-             "without any attention. SQNR: of the eager step beside that by the first method of its table."]
+             "without any attention, which has its norms and positions apart. SQNR: of the eager step beside that by the first "
+             "method of its table."]
     for result in results:
         modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
         last = modes[-1] if modes else ""
