@@ -83,7 +83,8 @@ def test_text_and_video_in_two_pieces(rotary, monkeypatch):
     given = toy_model.inputs()
     given["rotary"] = given["rotary"] if rotary else None
     monkeypatch.setattr(prologue, "TWO_PIECES", False)
-    whole, *_ = both(given)
+    whole, _, told = both(given)
+    assert told == {"int8+fp8 (reference-lowbit, fused prologue)": 2}
     monkeypatch.undo()
     joined, concat = [], paddle.concat
     monkeypatch.setattr(paddle, "concat", lambda tensors, axis: joined.append(tensors[0].ndim) or concat(tensors, axis))
