@@ -75,6 +75,7 @@ def test_pooled_keys_and_recipes_are_run_eager_and_compiled_without_a_break(monk
                              f"steps 0.4-1: int8+fp8 pooled 0.5 (reference-lowbit{apart})": 24}
     assert rows[asked[1], "eager"]["title"] == "recipe r" and rows[asked[2], "eager"]["sqnr_db"] < 59
     assert not any(methods.why_not(name, "cuda", dispatches=True) for name in asked)
+    assert "no backend" in methods.why_not("exact", "cuda", dispatches=True) and methods.why_not("exact", "cuda") is None
 
 
 def test_recipes_and_pooled_keys_of_models_that_dispatch(monkeypatch, tmp_path):
