@@ -502,7 +502,7 @@ MUTANTS = [
             ("is_causal, scale, return_lse, before) for part", "is_causal, scale, return_lse) for part"),
             ("attend(q, k, v, is_causal, scale, return_lse, before)", "attend(q, k, v, is_causal, scale, return_lse)"),
             ("self.fused_prologue = rungs[0].fused_prologue", "pass")),
-    *faults("lowbit_video/hook/report.py", RECIPES + "test_rungs_fuse_norms_and_positions_or_say_why_not",
+    *faults("lowbit_video/hook/report.py", RECIPES + "test_our_pipeline_tells_the_step",
             ('variant.partition(" (")[0].rpartition(": ")[2]', 'variant.rpartition(": ")[2].partition(" (")[0]')),
     *faults("lowbit_video/graph/steps.py", "tests/lowbit_video/graph/test_to_static.py::"
             "test_norms_and_positions_are_the_operators_where_a_processor_fuses_them",

@@ -256,6 +256,7 @@ def test_our_pipeline_tells_the_step(tmp_path, compiled):
         assert module == {f"steps 0-0.5: int8+fp16 (reference-lowbit{how})": 2,
                           f"steps 0.5-0.75: int2+fp16 (reference-lowbit{how})": 1,
                           f"steps 0.75-1: exact (reference-exact{how * compiled})": 1}
+    assert "exact in some calls, as the recipe says" in coverage(pipe).summary()
     with pytest.raises(ValueError, match="in no step"):
         pipe.transformer.transformer_blocks[0].attn1.processor.attend(*[paddle.randn([1, 4, 2, 32])] * 3)
 
