@@ -24,6 +24,9 @@ TENSOR = "tests/eval/metrics/test_tensor_metrics.py::"
 VIDEO = "tests/eval/speed/test_video.py::"
 
 MUTANTS = [
+    *faults("eval/speed/step/names.py", PADDLE_STEP + "test_which_methods_fuse_norms_and_positions",
+            ("(names_recipe(method) or not pools(method))", "not pools(method)"),
+            ("(names_recipe(method) or not pools(method))", "True")),
     *faults("eval/speed/step/paddle_side.py",
             PADDLE_STEP + "test_compiled_methods_share_a_graph_but_those_whose_prologue_is_fused",
             ('way.name if fuses(way.name) else ""', '""'),

@@ -32,8 +32,9 @@ def pools(method: str) -> bool:
 
 
 def fuses(method: str) -> bool:
-    """Whether a method computes norms and positions in the same readings of q and k as quantisation, where a model lets it."""
-    return method not in (*TITLES, OURS) and not method.endswith(APART) and not pools(method)
+    """Whether a method computes norms and positions in the same readings of q and k as quantisation, where a model lets it;
+    a recipe may, by its rungs."""
+    return method not in (*TITLES, OURS) and not method.endswith(APART) and (names_recipe(method) or not pools(method))
 
 
 def with_apart(names: list[str]) -> list[str]:

@@ -45,6 +45,12 @@ def test_a_dry_run_checks_and_times_every_method():
                      f"int8+fp8 pooled 0.5 (reference-lowbit{why})": 8}
 
 
+def test_which_methods_fuse_norms_and_positions():
+    """A recipe may, so its graph is its own: one that is fused serves no exact method."""
+    methods = ["int8+fp8", "safe", "a/b.toml", "int8+fp8 apart", "safe apart", "int8+fp8 pooled 0.3", "exact", "paddle", "none"]
+    assert [name for name in methods if names.fuses(name)] == ["int8+fp8", "safe", "a/b.toml"]
+
+
 def test_compiled_methods_share_a_graph_but_those_whose_prologue_is_fused(monkeypatch):
     monkeypatch.setitem(paddle_models.TINY, "num_layers", 1)  # to trace one takes seconds
     made, compiled = [], paddle_side.compiled
