@@ -20,7 +20,6 @@ from lowbit_video.eval.compare.paired import coverage_note
 from lowbit_video.eval.speed.baselines import BASELINES
 from lowbit_video.hook.apply import apply
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
-from lowbit_video.runtime.detect import runtime_of
 
 DTYPES = ("float16", "bfloat16", "float32")
 OTHER_EXACT = "exact ({})"
@@ -139,8 +138,9 @@ class PaddleMaker:
 
     def exact(self) -> contextlib.AbstractContextManager:
         """The reference: Paddle's own attention, for the pipeline's may take this project's exact kernel, the floor's."""
-        own = lambda q, k, v, scale: runtime_of(q).exact_attention(q, k, v, scale=scale)
-        return apply(self.pipe, OtherExactProcessor("Paddle", own))
+        from lowbit_video.eval.speed.step.paddle_methods import PaddleAttention
+
+        return apply(self.pipe, PaddleAttention())
 
     def other_exact(self) -> tuple[list[Candidate], dict[str, str]]:
         """None beside Paddle's own and this project's."""
