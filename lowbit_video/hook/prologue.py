@@ -17,7 +17,7 @@ FUSED_PROLOGUE = True
 
 TWO_PIECES = True
 """Whether those that do read text's and video's projections as two pieces where the kernels can: CogVideoX's hidden states are
-not concatenated then. It waits for its GPU tests (docs/kernels.md)."""
+not concatenated then (docs/kernels.md)."""
 
 LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "paddle.nn.layer.norm.LayerNorm")
 RMS_NORMS = {"torch.nn.modules.normalization.RMSNorm": False, "diffusers.models.normalization.RMSNorm": True}
