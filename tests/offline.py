@@ -29,6 +29,7 @@ from lowbit_video.kernels.pooled.choose import launch_lists, launch_scores
 from lowbit_video.kernels.pooled.part import launch_pooled_part
 from lowbit_video.kernels.pooled.tile_stats import launch_key_tiles, launch_query_tiles
 from lowbit_video.kernels.pooled.tiles import query_tile
+from lowbit_video.kernels.prologue.apart import launch_prologue_apart
 from lowbit_video.kernels.prologue.quant import launch_prologue_quant
 from lowbit_video.kernels.prologue.stats import launch_prologue_stats
 from lowbit_video.kernels.prologue.steps import Norm, Rest, Rotary, Steps
@@ -285,6 +286,8 @@ def _launch_prologue(case: Prologue) -> None:
     launch_prologue_quant(x, x, *codes, steps, q_mean=given(), k_mean=float32, lse_shift=given(), score_bias=given())
     if case.pieces:
         launch_prologue_values(x, v_codes_of(x, buffer("uint8"), float32), steps)
+    else:
+        launch_prologue_apart(x, x, x, x, steps)
 
 
 LAUNCH = {Attention: _launch_attention, Quantisers: _launch_quantisers, Exchange: _launch_exchange, Hopper: _launch_hopper,

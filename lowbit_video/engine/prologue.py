@@ -103,7 +103,7 @@ def why_not(steps: Steps, q: Any, k: Any, v: Any, options: AttentionOptions, pac
     if reason is not None:
         return reason
     as_read = [tuple(with_rest(shape, steps, options.tensor_layout, runtime)[axis] for axis in order) for shape in shapes]
-    return why_not_of_shapes(steps, *as_read[:2], runtime.dtype_name(q)) or _why_not_tensors(steps, q, as_read[0][3], runtime)
+    return why_not_of_shapes(steps, *as_read[:2], runtime.dtype_name(q)) or why_not_tensors(steps, q, as_read[0][3], runtime)
 
 
 def _why_not_rest(rest: Rest, q: Any, options: AttentionOptions, runtime: Runtime) -> str | None:
@@ -125,7 +125,8 @@ def _why_not_rest(rest: Rest, q: Any, options: AttentionOptions, runtime: Runtim
     return None
 
 
-def _why_not_tensors(steps: Steps, q: Any, head_dim: int, runtime: Runtime) -> str | None:
+def why_not_tensors(steps: Steps, q: Any, head_dim: int, runtime: Runtime) -> str | None:
+    """Why the kernels do not read the steps' own tensors for q and k of a head dim, or None; a rest is not looked at."""
     for name, tensor in tensors_of(steps._replace(rest=None)).items():
         table = name in ("cos", "sin")
         shape, dtype = runtime.shape(tensor), runtime.dtype_name(tensor)

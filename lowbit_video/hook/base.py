@@ -113,12 +113,16 @@ class AttnProcessor:
         """The same of q and k as their projections left them: behind `prepare(q, k)`, or, where that is asked for and can be,
         in the same readings as quantisation. steps: that as `hook.prologue` has it. rest: q, k and v of the tokens behind
         theirs, from a frame that asked `takes_pieces`."""
-        traced = self._is_traced(attn, q)
+        traced, runtime = self._is_traced(attn, q), attn.attention_slot.runtime
         reason = self.why_apart(attn, mask, traced) if self._fuses() else ""
-        found = steps() if reason is None else reason
+        found = steps() if reason is None or self._fuses() and not traced else reason
         if isinstance(found, str):
-            q, k, v = joined(q, k, v, Steps(rest=rest), "NHD", attn.attention_slot.runtime)
-            return self.attention_of(attn, *prepare(q, k), v, mask, found)
+            reason = found if reason is None else reason
+        elif not traced:
+            prepare = prologue.by_kernel(runtime, found, prepare)
+        if reason is not None:
+            q, k, v = joined(q, k, v, Steps(rest=rest), "NHD", runtime)
+            return self.attention_of(attn, *prepare(q, k), v, mask, reason)
         before = Before(found._replace(rest=rest), prepare)
         if not traced:
             return self.run(attn, q, k, v, before=before)
@@ -222,8 +226,11 @@ def _run_module(attn: Any, *tensors: Any, steps: Steps | None = None, apart: str
                         f"{type(attn.processor).__name__}; compile the model again")
     if steps is None:
         return attn.processor.run(attn, *tensors, apart=apart)
-    prepare = functools.partial(prepared, attn.attention_slot.runtime, steps)
-    never = "" if attn.processor.fused_prologue is False else attn.processor.always_apart
+    runtime, asked = attn.attention_slot.runtime, attn.processor.fused_prologue is not False
+    prepare = functools.partial(prepared, runtime, steps)
+    if asked:
+        prepare = prologue.by_kernel(runtime, steps, prepare)
+    never = attn.processor.always_apart if asked else ""
     if never is not None:  # set since the graph was made
         q, k, *rest = tensors
         return attn.processor.run(attn, *prepare(q, k), *rest, apart=never)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps
 
+from ..engine.prologue_apart import behind_steps
 from ..runtime.protocol import Runtime
 
 _apart = threading.local()
@@ -30,6 +31,12 @@ class Before(NamedTuple):
 
     steps: Steps
     prepare: Callable[[Any, Any], tuple[Any, Any]]
+
+
+def by_kernel(runtime: Runtime, steps: Steps, prepare: Callable[[Any, Any], tuple[Any, Any]]
+              ) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """`prepare(q, k)`, by one kernel of this project where that serves the call."""
+    return lambda q, k: behind_steps(q, k, steps, runtime) or prepare(q, k)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import pytest
 
 from lowbit_video.engine import replay as plans
 from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.prologue_apart import behind_steps
 from lowbit_video.engine.run import run
 from lowbit_video.eval.speed.experiments import prologue
 from lowbit_video.eval.speed.experiments import prologue_pieces as pieces
@@ -44,6 +45,22 @@ def test_a_repeated_call_reads_its_own_tensors(gpu, case):
     fresh = run(*other, options, steps=steps)
     for one, two in zip(by_plan[:2], fresh[:2]):
         np.testing.assert_array_equal(gpu.numpy(one), gpu.numpy(two))
+
+
+@pytest.mark.parametrize("case", [*CASES, prologue.Case(1, 65, 7, 32, "float16", "rms", (2, 63)),
+                                  prologue.Case(1, 64, 2, 64, "bfloat16", "layer", None, projection=True)], ids=str)
+def test_steps_by_a_kernel_of_their_own(gpu, case):
+    """Each row beside the ideal one, of other tensors by a plan too."""
+    made = prologue.Made(case, gpu.like)
+    plans.clear()
+    for factor in (1, 3):
+        made.q, made.k = made.q * factor, made.k * factor
+        for of, out, x in zip("qk", behind_steps(made.q, made.k, made.steps, made.runtime), (made.q, made.k)):
+            assert made.runtime.dtype_name(out) == case.dtype and list(out.shape) == list(x.shape)
+            for batch, head in ((0, 0), (case.batch - 1, case.heads - 1)):
+                ideal = prologue.ideal_rows(made, of, made.one_head(x, batch, head))
+                bound = prologue.ROUNDINGS * prologue.HALF_STEP[case.dtype] * np.abs(ideal).max(-1, keepdims=True) + 1e-4
+                assert (np.abs(made.one_head(out, batch, head) - ideal) <= bound).all()
 
 
 def test_a_call_does_not_wait_for_the_device(gpu):

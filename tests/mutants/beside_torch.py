@@ -367,7 +367,7 @@ MUTANTS = [
             ("(q, steps.q_norm), (k, steps.k_norm)", "(q, steps.k_norm), (k, steps.q_norm)"),
             ("wide = wide - wide.mean", "wide = wide + wide.mean")),
     *faults("lowbit_video/hook/base.py", MODEL_GRAPHED + "test_the_operator_passes_torchs_own_checks",
-            ('"" if attn.processor.fused_prologue is False else', "")),
+            ('attn.processor.always_apart if asked else ""', "attn.processor.always_apart")),
     *faults(GRAPH + "torch_ops.py", MODEL_GRAPHED + "test_masks_reach_the_exact_fallback_or_its_error",
             ("(q, k, v) if mask is None else (q, k, v, mask)", "(q, k, v)")),
     *faults(GRAPH + "torch_ops.py", MODEL_GRAPHED + "test_training_a_compiled_model_is_refused_by_name",

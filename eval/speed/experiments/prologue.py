@@ -23,6 +23,7 @@ from lowbit_video.engine import prologue
 from lowbit_video.engine.checks import request_of
 from lowbit_video.engine.gpu import Call
 from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.prologue_apart import write_behind_steps
 from lowbit_video.engine.run import run
 from lowbit_video.engine.select import select
 from lowbit_video.engine.workspace import layout_workspace
@@ -221,6 +222,7 @@ def times(made: Made, like: Any, seconds: float) -> dict[str, Any]:
         made.plain.quantise()
 
     methods = {"copy of v": lambda: made.v.clone(), "norms": made.norms, "rotary": lambda: made.turns(*normed),
+               "both by a kernel": lambda: write_behind_steps(made.q, made.k, made.steps, runtime),
                "quantise": made.plain.quantise, "apart": apart, "fused": call.quantise, "fused statistics": statistics,
                "fused codes": codes, "call apart": lambda: run(*made.ready(), made.v, made.options),
                "call fused": lambda: run(made.q, made.k, made.v, made.options, steps=made.steps)}

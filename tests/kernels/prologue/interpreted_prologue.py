@@ -20,6 +20,7 @@ from interpreted_portable import buffer, operand, poisoned, quantise  # noqa: E4
 from lowbit_video.kernels.formats import QK_FORMATS  # noqa: E402
 from lowbit_video.kernels.operands import codes_of, v_codes_of  # noqa: E402
 from lowbit_video.kernels.prologue import reference  # noqa: E402
+from lowbit_video.kernels.prologue.apart import launch_prologue_apart  # noqa: E402
 from lowbit_video.kernels.prologue.quant import launch_prologue_quant  # noqa: E402
 from lowbit_video.kernels.prologue.stats import launch_prologue_stats  # noqa: E402
 from lowbit_video.kernels.prologue.steps import Norm, Rest, Rotary, Steps, mapped, partial_count, why_not  # noqa: E402
@@ -210,6 +211,29 @@ def test_two_pieces_leave_what_one_does(shape, dtype, kind, rotary, seam, format
     for number in range(2):
         np.testing.assert_array_equal(two.codes[number], one.codes[number])
         np.testing.assert_array_equal(two.scale[number], one.scale[number])
+
+
+APART = [((2, 5, 130, 64), np.float16, "layer", (3, 127), (2, 4)), ((1, 7, 128, 64), ml_dtypes.bfloat16, "layer", None, None),
+         ((1, 1, 1, 128), np.float16, "rms", (0, 1), None), ((1, 2, 257, 32), np.float32, "rms", (1, 200), None),
+         ((1, 2, 129, 128), np.float16, None, (20, 100), (1, 8))]
+"""[B, H, N, D], dtype, norm, rotary tokens, how it is built."""
+
+
+@pytest.mark.parametrize("shape, dtype, kind, rotary, how", APART, ids=str)
+def test_steps_apart(shape, dtype, kind, rotary, how):
+    """Each element but for rounding ties; Q's and K's outputs have strides of their own, behind which nothing is written."""
+    qkv, steps = draw(shape, dtype), steps_of(kind, shape[3], rotary, dtype, rounds_first=kind == "rms")
+    batch, heads, tokens, dim = shape
+    memory = [np.full(size, -77, dtype) for size in ((batch, tokens + 3, heads, dim), (batch, heads, tokens + 5, dim))]
+    outs = [memory[0][:, :tokens].swapaxes(1, 2), memory[1][:, :, :tokens]]
+    launch_prologue_apart(*map(operand, (*qkv[:2], *outs)), as_buffers(steps), how)
+    for out, wanted, whole in zip(outs, prepared(qkv, steps), memory):
+        out, whole = out.astype(np.float32), whole.astype(np.float32)
+        step = {np.float16: 2.0**-10, ml_dtypes.bfloat16: 2.0**-7, np.float32: 1e-5}[dtype]
+        # a tie before positions is one of a pair's larger half
+        assert (np.abs(out - wanted) <= step * np.abs(wanted).max(-1, keepdims=True)).all()
+        assert dtype == np.float32 or (out != wanted).mean() <= (2e-3 if dtype == ml_dtypes.bfloat16 else TIES)
+        assert (whole == -77).sum() == whole.size - out.size
 
 
 def test_every_row_is_near_its_ideal():

@@ -9,7 +9,9 @@ import pytest
 
 import lowbit_video as lv
 from lowbit_video.engine.options import AttentionOptions
+from lowbit_video.engine.prologue_apart import write_behind_steps
 from lowbit_video.engine.run import run
+from lowbit_video.runtime.detect import runtime_of
 from prologue_inputs import by_hand, in_two, made_steps, projected
 
 import quick_interpreter  # noqa: F401
@@ -42,3 +44,14 @@ def test_a_call_of_two_pieces_is_that_of_one(framework):
         np.testing.assert_array_equal(framework.numpy(found), framework.numpy(wanted))
     with pytest.raises(lv.NonFiniteError, match="k has"):
         run(*first, options, steps=steps._replace(rest=rest._replace(k=rest.k * float("nan"))))
+
+
+@pytest.mark.parametrize("kind, rotary", [("layer", (10, 120)), ("rms", None), (None, (0, 130))], ids=str)
+def test_steps_by_a_kernel_of_their_own(framework, kind, rotary):
+    """Of tensors cut out of one projection, whose heads are every other one, and of other tensors by the same plan."""
+    for seed in (0, 1):
+        (q, k, _), steps = projected(framework, batch=2, tokens=130, heads=2, seed=seed), made_steps(
+            framework, kind=kind, rotary=rotary, seed=seed)
+        for found, wanted in zip(write_behind_steps(q, k, steps, runtime_of(q)), by_hand(framework, q, k, steps)):
+            assert list(found.shape) == [2, 130, 2, 32]
+            np.testing.assert_allclose(framework.numpy(found), framework.numpy(wanted), atol=2e-5)

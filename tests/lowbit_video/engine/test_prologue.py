@@ -1,6 +1,7 @@
 """Attention whose norms and positions are computed on the way: the same as of tensors that had them, or a reason why not."""
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import lowbit_video as lv
 from interpreted_run import pass_in_the_interpreter
-from lowbit_video.engine import prologue
+from lowbit_video.engine import prologue, prologue_apart
 from lowbit_video.engine.checks import request_of
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.packing import Packing
@@ -138,3 +139,27 @@ def test_the_workspace_has_partials_of_tiles():
 def test_calls_in_the_interpreter():
     pytest.importorskip("triton")
     pass_in_the_interpreter(Path(__file__).with_name("interpreted_prologue_calls.py"))
+
+
+def test_which_steps_a_kernel_of_their_own_serves(framework, monkeypatch):
+    """Where there is a GPU and Triton, of inference, and what the fused kernels know."""
+    (q, k, _), steps = projected(framework), made_steps(framework)
+    runtime, served = runtime_of(q), []
+    monkeypatch.setattr(prologue_apart, "write_behind_steps", lambda *call: served.append(call) or call[:2])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    ask = lambda q=q, k=k, steps=steps: prologue_apart.behind_steps(q, k, steps, runtime)
+    assert ask() is None
+    monkeypatch.setattr(runtime, "is_cpu", lambda x: False)
+    assert ask() == (q, k) and served == [(q, k, steps, runtime)]
+    half = framework.tensor(framework.numpy(k), "float16")
+    for why, call in (("no steps", dict(steps=prologue.Steps())), ("lengths", dict(k=k[:, 1:])), ("dtypes", dict(k=half)),
+                      ("no tokens", dict(q=q[:, :0], k=k[:, :0], steps=steps._replace(rotary=None))),
+                      ("norms", dict(steps=steps._replace(k_norm=None))),
+                      ("tables", dict(steps=steps._replace(rotary=steps.rotary._replace(cos=steps.rotary.cos[1:]))))):
+        assert ask(**call) is None, why
+    monkeypatch.setattr(runtime, "wants_gradients", lambda *tensors: any(x is steps.k_norm.bias for x in tensors))
+    assert ask() is None
+    monkeypatch.setattr(runtime, "wants_gradients", lambda *tensors: False)
+    assert ask() is not None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert ask() is None

@@ -5,6 +5,7 @@ import pytest
 paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import ExactAttnProcessor, LowBitAttnProcessor, Pooled, apply, coverage  # noqa: E402
 from lowbit_video.hook import prologue  # noqa: E402
+from lowbit_video.hook.frames.prepared import prepared  # noqa: E402
 from lowbit_video.kernels.prologue.steps import Steps  # noqa: E402
 from lowbit_video.runtime import paddle_runtime  # noqa: E402
 
@@ -195,7 +196,7 @@ def test_why_not_is_told():
     assert "the norm paddle.nn.layer.common.Identity is not among torch.nn" in apart(of_another_class)[0]
     assert "rotation needs" in apart(precision="int8+fp8 rotate", given=toy_model.inputs(width=128, rotary_dim=64),
                                      change=of_wide_heads)[0]
-    assert "pooling needs" in apart(pooled=Pooled(0.9))[0]
+    assert "pooling needs" in apart(pooled=Pooled(0.9))[0] and "pooling needs" in apart(hooked, pooled=Pooled(0.9))[0]
     given = toy_model.inputs()
     given["rotary"] = tuple(table.astype("float64") for table in given["rotary"])
     assert "cos has dtype float64; float32" in apart(given=given)[0]
@@ -300,3 +301,42 @@ def test_what_attends_without_norms_and_positions_gets_them_computed():
     for one, other in zip(outputs(model, **given), outputs(twin, **given)):
         np.testing.assert_array_equal(one, other)
     assert ran(model) == {"int8+fp8 (reference-lowbit; prologue apart: this attend takes no norms and positions)": 2}
+
+
+def test_steps_that_stay_apart_go_to_one_kernel(monkeypatch):
+    """Of every processor that was to fuse them, whatever kept it; not of one that was told to leave them to the model."""
+    given, calls = toy_model.inputs(), []
+
+    def kernel(q, k, steps, runtime):
+        calls.append(steps)
+        return q * 2, k * 3
+
+    monkeypatch.setattr(prologue, "behind_steps", kernel)
+    for options, around, mask, taken in (
+            ({}, False, False, 0), ({}, True, False, 2), (dict(fallback="exact"), False, True, 2),
+            (dict(pooled=Pooled(0.9)), False, False, 2), (dict(precision="exact"), False, False, 2),
+            (dict(precision="exact"), True, False, 2), (dict(fused_prologue=False), True, False, 0)):
+        model = toy_model.model()
+        apply(model, LowBitAttnProcessor(**dict(precision="int8+fp8") | options))
+        outputs(model, **given)
+        calls.clear()
+        for block in model.blocks:
+            block.attention_slot.around = (lambda attend: attend) if around else None
+        tokens = given["video"].shape[1] + given["text"].shape[1]
+        outputs(model, **given, **(dict(mask=paddle.zeros([1, 1, 1, tokens])) if mask else {}))
+        assert len(calls) == taken, (options, around, mask)
+        assert all(isinstance(steps, Steps) and steps.rest is None and steps.rotary is not None for steps in calls)
+
+
+def test_what_one_kernel_does_not_serve_is_left_to_the_model(monkeypatch):
+    """And what it gives is what is attended."""
+    given = toy_model.inputs()
+    found = []
+    for kernel in (lambda *call: None, lambda q, k, steps, runtime: prepared(runtime, steps, q, k),
+                   lambda q, k, steps, runtime: (q, k)):
+        monkeypatch.setattr(prologue, "behind_steps", kernel)
+        model = toy_model.model()
+        apply(model, LowBitAttnProcessor("exact"))
+        found.append(outputs(model, **given))
+    for number in range(2):
+        assert sqnr_db(found[1][number], found[0][number]) > 100 > 40 > sqnr_db(found[2][number], found[0][number])
