@@ -61,8 +61,8 @@ def prologue_quant_kernel(q, k, q_codes, k_codes, q_scale, k_scale, q_mean, k_me
             b_bias = tl.sum(b_x * tl.load(q_mean + o_mean)[None, :], 1)
             tl.store(score_bias + i_b * score_stride_b + i_h * score_stride_h + o_n, b_bias, mask=m_n)
         write_codes(b_x, k_codes + i_b * k_codes_stride_b + i_h * k_codes_stride_h,
-                    k_scale + i_b * k_scale_stride_b + i_h * k_scale_stride_h, o_row, m_n, i_t, rows, K_MAX, D, ROWS, K_FORMAT,
-                    K_PER_TOKEN, INTERPRET)
+                    k_scale + i_b * k_scale_stride_b + i_h * k_scale_stride_h, o_row, m_n, i_t, rows, K_MAX, D, D, ROWS,
+                    K_FORMAT, K_PER_TOKEN, INTERPRET)
         rest = (q_rest, q_rest_stride_b, q_rest_stride_h, q_rest_stride_n)
         b_x = prepared_rows(q + i_b * q_stride_b + i_h * q_stride_h, q_stride_n, rest, seam, i_b, i_h, o_n, m_n, q_weight,
                             q_bias, eps, b_cos, b_sin, D, ROWS, NORM, ROUNDS_FIRST, ROTARY, INTERPRET)
@@ -72,8 +72,8 @@ def prologue_quant_kernel(q, k, q_codes, k_codes, q_scale, k_scale, q_mean, k_me
         if q_mean is not None:
             b_x -= tl.load(q_mean + o_mean)[None, :]
         write_codes(b_x, q_codes + i_b * q_codes_stride_b + i_h * q_codes_stride_h,
-                    q_scale + i_b * q_scale_stride_b + i_h * q_scale_stride_h, o_row, m_n, i_t, rows, Q_MAX, D, ROWS, Q_FORMAT,
-                    True, INTERPRET)
+                    q_scale + i_b * q_scale_stride_b + i_h * q_scale_stride_h, o_row, m_n, i_t, rows, Q_MAX, D, D, ROWS,
+                    Q_FORMAT, True, INTERPRET)
 
 
 def launch_prologue_quant(q: Operand, k: Operand, q_codes: Operand, k_codes: Operand, steps: Steps, *,

@@ -1,37 +1,20 @@
 """Q or K to int8, int4, int2 or FP8 codes, per block or per row, in one pass over the input.
 
 The mean over tokens (smoothing) is subtracted on the way, and what smoothing takes from the scores is
-written by the same pass: Q's pass gives the LSE shift, K's pass the score bias. Rounding is to the
-nearest, half to even (int4 and int2 are mid-rise: the cell a value falls in).
+written by the same pass: Q's pass gives the LSE shift, K's pass the score bias.
 """
 from __future__ import annotations
 
 from ..buffers import Buffer
-from ..formats import INT2_STEP, MIN_MAGNITUDE, get_format
-from ..fp8 import to_fp8
+from ..formats import get_format
 from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand, Sequences
 from .shapes import ceil_div, row_strides, scale_count
+from .write_codes import write_codes
 
-TINY = tl.constexpr(MIN_MAGNITUDE)
-STEP_2 = tl.constexpr(INT2_STEP)
-ROUND_MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2**23: adding it rounds a small float32 half to even and leaves the integer in the low bits."""
 TOKEN_ROWS = 64
 """Rows that one program quantises where each has a scale of its own."""
-
-
-@triton.jit
-def _cells(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr, INTERPRET: tl.constexpr):
-    """floor(x * inverse) clamped to LEAST..MOST in the low bits of an int32, without the slow float to integer conversions."""
-    if INTERPRET:
-        b_sum = tl.floor(x * inverse) + ROUND_MAGIC
-    else:  # rounded towards minus infinity
-        b_sum = tl.inline_asm_elementwise("fma.rm.f32 $0, $1, $2, 0f4B400000;", "=f,f,f", [x, inverse], dtype=tl.float32,
-                                          is_pure=True, pack=1)
-    b_sum = tl.minimum(tl.maximum(b_sum, ROUND_MAGIC + LEAST), ROUND_MAGIC + MOST)
-    return b_sum.to(tl.int32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["H", "N", "scale_stride_b", "scale_stride_h", "row_stride_b", "row_stride_h"])
@@ -76,48 +59,10 @@ def quant_qk_kernel(x, codes, scale, mean, lse_shift, k_mean, bias, q_mean, cu_s
                 b_qm = tl.load(q_mean + (i_b * (H * GROUP) + i_hq) * D + o_d, mask=m_d, other=0.0)
                 tl.store(bias + p_row + i_hq.to(tl.int64) * row_stride_h, tl.sum(b_x * b_qm[None, :], 1), mask=m_n)
 
-        if FORMAT == "int2":
-            b_mag = tl.sum(b_x * b_x, 1)
-            if PER_TOKEN:
-                b_mag = tl.sqrt(b_mag / D)
-            else:
-                b_mag = tl.sqrt(tl.sum(b_mag, 0) / (tl.minimum(n - i_t * ROWS, ROWS) * D).to(tl.float32))
-            b_scale = tl.maximum(b_mag, TINY) * STEP_2
-        else:
-            b_mag = tl.max(tl.abs(b_x), 1)
-            if not PER_TOKEN:
-                b_mag = tl.max(b_mag, 0)
-            b_scale = tl.maximum(b_mag, TINY) / MAX_CODE
         p_scale = scale + i_b.to(tl.int64) * scale_stride_b + i_h.to(tl.int64) * scale_stride_h
-        if PER_TOKEN:
-            tl.store(p_scale + o_row, b_scale, mask=m_n)
-            b_inverse = (1.0 / b_scale)[:, None]
-        else:
-            tl.store(p_scale + scale_start, b_scale)
-            b_inverse = 1.0 / b_scale
-
         p_codes = codes + i_b.to(tl.int64) * codes_stride_b + i_h.to(tl.int64) * codes_stride_h
-        if FORMAT == "int8":
-            b_codes = (b_x * b_inverse + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-            tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None] & m_d[None, :])
-        elif FORMAT == "fp8":
-            b_codes = to_fp8(tl.minimum(tl.maximum(b_x * b_inverse, -MAX_CODE), MAX_CODE), INTERPRET)
-            tl.store(p_codes + o_row[:, None] * D + o_d[None, :], b_codes, mask=m_n[:, None] & m_d[None, :])
-        elif FORMAT == "int4":
-            b_cell = _cells(b_x, b_inverse * 0.5, -8.0, 7.0, INTERPRET) & 15
-            b_low, b_high = tl.split(tl.reshape(b_cell, [ROWS, PAD_D // 2, 2]))
-            o_p = tl.arange(0, PAD_D // 2)
-            tl.store(p_codes + o_row[:, None] * (D // 2) + o_p[None, :], (b_low | (b_high << 4)).to(tl.uint8),
-                     mask=m_n[:, None] & (o_p < D // 2)[None, :])
-        else:
-            b_cell = _cells(b_x, b_inverse * 0.5, -2.0, 1.0, INTERPRET) & 3
-            b_even, b_odd = tl.split(tl.reshape(b_cell, [ROWS, PAD_D // 4, 2, 2]))
-            b_0, b_2 = tl.split(b_even)
-            b_1, b_3 = tl.split(b_odd)
-            o_p = tl.arange(0, PAD_D // 4)
-            b_byte = b_0 | (b_1 << 2) | (b_2 << 4) | (b_3 << 6)
-            tl.store(p_codes + o_row[:, None] * (D // 4) + o_p[None, :], b_byte.to(tl.uint8),
-                     mask=m_n[:, None] & (o_p < D // 4)[None, :])
+        write_codes(b_x, p_codes, p_scale, o_row, m_n, scale_start, tl.minimum(n - i_t * ROWS, ROWS), MAX_CODE, D, PAD_D, ROWS,
+                    FORMAT, PER_TOKEN, INTERPRET)
 
 
 def launch_quant_qk(x: Operand, codes: Operand, sequences: Sequences | None = None, *, mean: Buffer | None = None,

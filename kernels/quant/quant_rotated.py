@@ -13,9 +13,9 @@ from ..formats import ROTATED, get_format
 from ..language import tl, triton
 from ..launch import launch
 from ..operands import Operand, Sequences
-from .quant_qk import TINY, TOKEN_ROWS
+from .quant_qk import TOKEN_ROWS
 from .shapes import ceil_div, row_strides, scale_count
-from .write_codes import write_codes
+from .write_codes import TINY, write_codes
 
 
 class Tops(NamedTuple):
@@ -97,7 +97,7 @@ def quant_rotated_kernel(x, codes, scale, q_top, k_top, mean, lse_shift, k_mean,
 
         write_codes(b_x, codes + i_b.to(tl.int64) * codes_stride_b + i_h.to(tl.int64) * codes_stride_h,
                     scale + i_b.to(tl.int64) * scale_stride_b + i_h.to(tl.int64) * scale_stride_h, o_row, m_n, scale_start,
-                    tl.minimum(n - i_t * ROWS, ROWS), MAX_CODE, D, ROWS, FORMAT, PER_TOKEN, INTERPRET)
+                    tl.minimum(n - i_t * ROWS, ROWS), MAX_CODE, D, D, ROWS, FORMAT, PER_TOKEN, INTERPRET)
 
 
 def launch_quant_rotated(x: Operand, codes: Operand, sequences: Sequences | None = None, *, tops: Tops, of: str,
