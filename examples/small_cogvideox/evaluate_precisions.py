@@ -9,11 +9,12 @@ its framework's own exact attention in the same type; the noise floor is this pr
 precision goes in by `apply()`. A finished video is a line in results.jsonl, and the same command goes on where it was stopped
 (by `--minutes`, or by force: then what the run at work has made is made again). Run after run, the videos of `--together`
 captions are made and timed, and then worker processes measure them: nothing else is at work while a video is timed.
-`--compile` compiles the transformer's blocks, anew for each run. At the end it writes precisions.json and precisions.md
-(quality with intervals, adherence, seconds of denoising, speed-up over the fastest exact attention, and quality by kind of
-background) and the report page. Where some keys are pooled (`--precisions "int8+fp8 pooled 0.3 always 64" recipe.toml`), the
-curve of quality over the share of tiles that is kept stands in precisions.json too, and is drawn in curve.png. Clips are kept
-of the first `--clips` captions of each kind of background.
+`--compile` compiles the transformer's blocks, anew for each run; `--cuda-graph` launches the transformer, compiled or not, as
+one CUDA graph, so that the host's part of a step costs nothing (what it ran is what ran when the graph was made). At the end it
+writes precisions.json and precisions.md (quality with intervals, adherence, seconds of denoising, speed-up over the fastest
+exact attention, and quality by kind of background) and the report page. Where some keys are pooled (`--precisions "int8+fp8
+pooled 0.3 always 64" recipe.toml`), the curve of quality over the share of tiles that is kept stands in precisions.json too,
+and is drawn in curve.png. Clips are kept of the first `--clips` captions of each kind of background.
 """
 from __future__ import annotations
 
@@ -49,6 +50,7 @@ from lowbit_video.hook.order import order_tokens
 from lowbit_video.kernels.blas_threads import one_blas_thread
 from lowbit_video.pipelines.shared.generation import read_stored
 from lowbit_video.pipelines.shared.video_files import BadFramesError
+from lowbit_video.precision import names_recipe
 from lowbit_video.token_order import ORDERS
 
 PRECISIONS = ("int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
@@ -137,7 +139,8 @@ class Evaluation:
     def make_run(self, run, captions: dict[int, str], wanted: set[int], work: Path, kept: set[str], deadline: float) -> bool:
         """Videos of one run; a line for those that are wanted. False: time is over."""
         warm, in_time = False, True
-        with hooked(self.maker, run, self.args.backend) as ran, self.maker.compiled(self.args.compile):
+        with hooked(self.maker, run, self.args.backend) as ran, self.maker.compiled(self.args.compile), (
+                self.maker.graphed(self.args.cuda_graph)):
             for number, caption in captions.items():
                 if not (in_time := time.time() <= deadline):
                     break
@@ -148,7 +151,7 @@ class Evaluation:
                     if not warm:
                         self.maker.make(caption, noise, WARM_STEPS)
                         warm = True
-                    before = ran()
+                    before = {"attention": {}} if self.args.cuda_graph else ran()
                     video, seconds = self.maker.make(caption, noise)
                 except UnsupportedError as error:
                     if is_exact(run.label):
@@ -247,6 +250,7 @@ def arguments(argv=None):
     parser.add_argument("--captions", type=int, default=50)
     parser.add_argument("--together", type=int, default=25, help="captions of which all runs are made before the next (25)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the transformer's blocks (PyTorch only)")
+    parser.add_argument("--cuda-graph", action="store_true", help="the transformer as one CUDA graph (PyTorch on a GPU)")
     parser.add_argument("--seed", type=int, default=CAPTION_SEED, help="of the captions and of the noise")
     parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--backend", default="auto", help="of the precisions: auto, reference, triton or hopper")
@@ -263,6 +267,8 @@ def arguments(argv=None):
     if unclear := [pair for pair in args.weights if "=" not in pair]:
         parser.error(f"--weights {unclear[0]}: write NAME=PATH, such as lpips=FOLDER")
     args.device = args.device or ("auto" if args.framework == "paddle" else "cuda" if torch.cuda.is_available() else "cpu")
+    if args.cuda_graph and any(names_recipe(precision) for precision in args.precisions):
+        parser.error("--cuda-graph: a recipe's steps differ, and a graph has one; leave out one or the other")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
@@ -291,9 +297,9 @@ def main(argv=None) -> int:
     try:
         check_settings(store, settings)
         about = {"framework": args.framework, "dtype": args.dtype, "backend": args.backend, "reference": maker.reference,
-                 "compiled": args.compile, "order": args.order}
+                 "compiled": args.compile, "order": args.order, "cuda_graph": args.cuda_graph}
         for known in store.runs()[:1]:
-            known = {"compiled": False, "order": "raster"} | known
+            known = {"compiled": False, "order": "raster", "cuda_graph": False} | known
             if differ := [f"{name} {known[name]}" for name in about if known[name] != about[name]]:
                 raise ValueError(f"{args.out} was begun with {', '.join(differ)}; give another --out")
         evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds, of)

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from graphs import Graphed
 from models import load_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -119,6 +120,19 @@ class TorchMaker:
                 block._compiled_call_impl = None
             torch.compiler.reset()
 
+    @contextlib.contextmanager
+    def graphed(self, wanted: bool) -> Iterator[None]:
+        """With the transformer's forward as a CUDA graph of what is hooked now, if that is wanted."""
+        if not wanted:
+            yield
+            return
+        transformer = self.pipe.transformer
+        transformer.forward = Graphed(transformer.forward)
+        try:
+            yield
+        finally:
+            del transformer.forward
+
     def _wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
@@ -151,6 +165,13 @@ class PaddleMaker:
         """As it is: what Paddle compiles it would have to compile anew for each run, by to_static."""
         if wanted:
             raise ValueError("--compile compiles diffusers' blocks; leave it out with --framework paddle")
+        yield
+
+    @contextlib.contextmanager
+    def graphed(self, wanted: bool) -> Iterator[None]:
+        """As it is: CUDA graphs are PyTorch's here."""
+        if wanted:
+            raise ValueError("--cuda-graph captures diffusers' transformer; leave it out with --framework paddle")
         yield
 
     def make(self, caption: str, noise: torch.Tensor, steps: int | None = None) -> tuple[np.ndarray | None, float]:

@@ -27,6 +27,7 @@ def code():
     sys.path.insert(0, str(FOLDER))
     before = set(sys.modules)
     import evaluate_precisions
+    import graphs
     import makers
     import models
     import precision_curve
@@ -35,7 +36,7 @@ def code():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield SimpleNamespace(main=evaluate_precisions.main, evaluate=evaluate_precisions, makers=makers, models=models,
-                          table=precision_table, curve=precision_curve)
+                          table=precision_table, curve=precision_curve, graphs=graphs)
     torch.set_num_threads(threads)
     sys.path.remove(str(FOLDER))
     for name in set(sys.modules) - before:
@@ -106,7 +107,7 @@ def test_the_table_says_what_the_lines_say(whole):
     assert row["psnr_over_floor_db"]["value"] == pytest.approx(20 * np.log10(error("int8+fp16") / error("floor")), abs=1e-6)
     assert record["dtype"] == "float32" and {"lpips", "cuDNN", "FlashAttention-4"} <= set(record["missing"])
     text = (whole / "precisions.md").read_text()
-    assert "compiled" not in text
+    assert "compiled" not in text and "CUDA graph" not in text
     assert "is not a speed" not in text and "its seconds are not a speed" in text
     assert text.count("| int2+fp16 |") == 1 + len(record["groups"]) and "lpips (needs --weights lpips=PATH" in text
 
@@ -219,6 +220,65 @@ def test_compiled_runs_say_so_and_are_not_mixed_with_others(code, model, tmp_pat
     assert ", blocks compiled, " in (tmp_path / "precisions.md").read_text()
     with pytest.raises(ValueError, match="was begun with compiled True"):
         code.main(begun)
+
+
+def replayed_on_a_cpu(work):
+    """As `graphs.captured`: what is replayed writes where the first result lies."""
+    out = work()
+    return out, lambda: [one.copy_(new) for one, new in zip(out, work(), strict=True)]
+
+
+def test_a_graph_of_each_kind_of_call_reads_what_it_is_given(code):
+    made = []
+    forward = lambda x, times=None, twice=False: (x * times * (2 if twice else 1), x[:1])
+    graphed = code.graphs.Graphed(forward, lambda work: made.append(1) or replayed_on_a_cpu(work))
+    first = graphed(torch.ones(2, 3), times=torch.tensor(3.0).expand(3))
+    kept = torch.full((2, 3), 5.0)
+    second = graphed(kept, times=torch.full((3,), 2.0))
+    assert (first[0] == 3).all() and (second[0] == 10).all() and (second[1] == 5).all() and (kept == 5).all()
+    assert (graphed(kept, times=torch.ones(3), twice=True)[0] == 10).all()
+    assert (graphed(kept[:1], times=torch.ones(3))[0] == 5).all()
+    assert (graphed(kept, times=torch.ones(3))[0] == 5).all()
+    assert len(made) == 3, "one for each kind"
+
+
+def test_a_graph_that_gives_something_else_is_no_graph(code):
+    stale = lambda work: (out := tuple(one.clone() for one in work()), lambda: out[0].add_(1))
+    with pytest.raises(AssertionError, match="close"):
+        code.graphs.Graphed(lambda x: (x * 2,), stale)(torch.ones(3))
+
+
+def test_the_transformer_is_a_graph_for_a_run_and_not_after_it(code, monkeypatch):
+    monkeypatch.setattr(code.makers, "Graphed", lambda forward: code.graphs.Graphed(forward, replayed_on_a_cpu))
+    maker = object.__new__(code.makers.TorchMaker)
+    maker.pipe = SimpleNamespace(transformer=torch.nn.Linear(3, 3))
+    for wanted in (True, False):
+        with pytest.raises(KeyError), maker.graphed(wanted):
+            assert isinstance(vars(maker.pipe.transformer).get("forward"), code.graphs.Graphed) == wanted
+            raise KeyError  # whatever happens
+        assert "forward" not in vars(maker.pipe.transformer)
+    with pytest.raises(ValueError, match="leave it out with --framework paddle"), code.makers.PaddleMaker.graphed(None, True):
+        pass
+
+
+def test_runs_of_cuda_graphs_say_so_and_what_ran(code, model, tmp_path, monkeypatch, capsys):
+    """A replay counts nothing: what ran is what the graph was made of."""
+    monkeypatch.setattr(code.makers, "Graphed", lambda forward: code.graphs.Graphed(forward, frozen))
+
+    def frozen(work):
+        out = work()
+        return out, lambda: None
+
+    begun = [*BEGUN, "--captions", "1", "--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16"]
+    assert code.main([*begun, "--cuda-graph"]) == 0
+    assert ", the transformer as one CUDA graph, " in (tmp_path / "precisions.md").read_text()
+    record = json.loads((tmp_path / "precisions.json").read_text())
+    assert record["cuda_graph"] is True and "int8+fp16" in list(record["rows"]["int8+fp16"]["attention"])[0]
+    with pytest.raises(ValueError, match="was begun with .*cuda_graph True"):
+        code.main(begun)
+    with pytest.raises(SystemExit):
+        code.main(["--precisions", "safe", "--cuda-graph"])
+    assert "a recipe's steps differ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("asked, cudnn, flash", [
