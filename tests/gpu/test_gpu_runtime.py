@@ -201,6 +201,27 @@ def test_torch_compile_keeps_one_graph(gpu):
     assert torch.equal(compiled(q, k, v), wanted)
 
 
+@pytest.mark.parametrize("spec", ["int8+fp8", "int4+fp16", "exact", "int8+fp8 pooled 0.5 always 64"])
+def test_a_cuda_graph_holds_a_call(gpu, spec):
+    """And a replay reads what its tensors hold then."""
+    if gpu.name != "torch":
+        pytest.skip("a CUDA graph is captured with torch tensors")
+    import torch
+
+    attend = lv.LowBitAttnProcessor(spec).attend
+    given, later = ([x.transpose(1, 2).contiguous() for x in make(gpu, (1, 4, 1000, 64), seed=seed)] for seed in (0, 5))
+    for _ in range(2):
+        attend(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*given)
+    wanted = attend(*later)
+    for held, new in zip(given, later):
+        held.copy_(new)
+    graph.replay()
+    assert torch.equal(out, wanted)
+
+
 def _packed(gpu):
     q, k, v = (gpu.runtime.contiguous(x[0]) for x in make(gpu, (1, 1000, 4, 64)))
     cu_seqlens = gpu.tensor([0, 300, 300, 1000], "int32")
