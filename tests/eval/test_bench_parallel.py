@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import json
 import subprocess
+import sys
 import threading
 import types
 from pathlib import Path
@@ -14,12 +15,13 @@ paddle = pytest.importorskip("paddle", reason="paddlepaddle is not installed")
 from lowbit_video import Recipe, coverage  # noqa: E402
 from lowbit_video.app import cli  # noqa: E402
 from lowbit_video.distributed.group import Group, Traffic  # noqa: E402
-from lowbit_video.eval.speed.parallel import attention, decode, step, table, worker  # noqa: E402
+from lowbit_video.eval.speed.parallel import apart, attention, decode, memory, step, table, worker  # noqa: E402
 from lowbit_video.eval.speed.parallel.arguments import add_arguments  # noqa: E402
 from lowbit_video.eval.speed.parallel.clock import Clock  # noqa: E402
 from lowbit_video.eval.speed.shapes import Shape  # noqa: E402
 from lowbit_video.pipelines.cogvideox.random_model import TRANSFORMER  # noqa: E402
 from lowbit_video.pipelines.cogvideox.transformer import CogVideoXTransformer3DModel  # noqa: E402
+from lowbit_video.pipelines.shared import device_memory  # noqa: E402
 from lowbit_video.runtime import cuda_driver, detect  # noqa: E402
 from ranks import run_threads  # noqa: E402
 
@@ -41,8 +43,8 @@ def started(monkeypatch):
     return seen
 
 
-GIVEN = ["--parts", "attention", "step", "--shapes", "8k", "--models", "5b", "2b", "--precision", "int8+fp16", "--tiles",
-         "--recipe", "safe"]
+GIVEN = ["--parts", "attention", "step", "--shapes", "8k", "--models", "5b", "2b", "--precision", "int8+fp16", "exact",
+         "--tiles", "--recipe", "safe", "--splits", "ring3", "--rounds", "4"]
 
 
 @pytest.mark.parametrize("framework", ["paddle", "torch"])
@@ -63,7 +65,7 @@ def test_a_process_for_each_gpu_is_told_everything(framework, started, tmp_path,
     add_arguments(parser)
     told = parser.parse_args(rest)
     assert vars(told) == dict(framework=framework, parts=["attention", "step"], shapes="8k", models=["5b", "2b"], tiles=True,
-                              precision="int8+fp16", recipe="safe", out=out)
+                              precision=["int8+fp16", "exact"], recipe="safe", splits=["ring3"], rounds=4, out=out)
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
@@ -72,7 +74,8 @@ def test_where_files_lie_does_not_depend_on_the_folder_of_a_process(started, tmp
     assert cli.main(["bench", "parallel"]) == 7
     command, _, _ = started[0]
     assert command[command.index("--out") + 1] == str(tmp_path / "outputs/bench/parallel.json")
-    assert "--tiles" not in command and "--recipe" not in command and command[command.index("--devices") + 1] == "0,1"
+    assert not {"--tiles", "--recipe", "--splits", "--rounds"} & set(command)
+    assert command[command.index("--devices") + 1] == "0,1"
 
 
 def test_a_recipe_is_read_before_anything_is_started(started, tmp_path, monkeypatch, capsys):
@@ -96,9 +99,16 @@ def test_a_recipe_is_of_the_step_and_a_precision_of_a_layer(monkeypatch, tmp_pat
     monkeypatch.setattr(step, "measure", lambda model, precision, *rest: said.append(precision))
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    for more in ([], ["--recipe", "mine.toml"]):
-        worker._measure(parser.parse_args(["--parts", "attention", "step", "--shapes", "1,2,64,64", *more]))
+    run = lambda *more: worker._measure(parser.parse_args(["--parts", "attention", "step", "--shapes", "1,2,64,64", *more]))
+    run()
+    run("--recipe", "mine.toml")
     assert said == ["int8+fp8", "int8+fp8", "int8+fp8", "mine.toml"]
+    said.clear()
+    run("--precision", "exact", "int8+fp8", "int4+fp16", "--models", "2b", "5b")  # exact is beside the others in a layer
+    assert said == ["int8+fp8", "int4+fp16", *["exact", "int8+fp8", "int4+fp16"] * 2]
+    said.clear()
+    run("--precision", "exact")
+    assert said == ["exact", "exact"]
 
 
 @pytest.mark.parametrize("gpus", ["5", "1", "0"])
@@ -106,6 +116,13 @@ def test_too_few_gpus_are_said_in_a_line(gpus, started, capsys):
     assert cli.main(["bench", "parallel", "--gpus", gpus]) == 2 and not started
     captured = capsys.readouterr()
     assert f"--gpus {gpus}: this machine has 4 NVIDIA GPUs, and two at least" in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("given, says", [
+    (["--splits", "ring2", "ulysses4"], "no such split by 2 GPUs: ulysses4; there are: ring2, ulysses2, cfg2"),
+    (["--rounds", "0"], "--rounds 0: one at least"), (["--precision", "int8+fp8", "int9"], "unknown precision 'int9'")])
+def test_what_cannot_be_measured_is_said_before_anything_is_started(given, says, started, capsys):
+    assert cli.main(["bench", "parallel", *given]) == 2 and not started and says in capsys.readouterr().err
 
 
 # --- The clock
@@ -154,10 +171,48 @@ def test_calls_take_turns_every_other_round_backwards():
     assert run_threads(2, work) == [{"a": 8.0, "b": 6.0}] * 2
 
 
+def test_memory_is_of_each_rank_and_none_where_nothing_counts():
+    own = [{"a": 1.5, "b": float("nan")}, {"a": 2.5, "b": 3.0}]
+    told = run_threads(2, lambda wire: FakeClock(wire).peaks(own[wire.rank]))
+    assert told == [{"a": [1.5, 2.5], "b": None}] * 2
+
+
+def test_a_peak_is_counted_anew_by_the_framework(monkeypatch):
+    said, peaks = [], {}
+    cuda = types.SimpleNamespace(is_available=lambda: True, reset_peak_memory_stats=lambda: said.append("anew"),
+                                 max_memory_allocated=lambda: (1 + len(said)) * 2**30)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(device_memory, "restart_peak", lambda device: said.append(device))
+    monkeypatch.setattr(device_memory, "peak_gib", lambda device: 1.0 + len(said))
+    for framework in ("torch", "paddle"):
+        said.clear()
+        with memory.counted(types.SimpleNamespace(NAME=framework), peaks, framework):
+            assert said == ["anew" if framework == "torch" else "cpu"] and framework not in peaks
+            said.append("a step")
+    assert peaks == {"torch": 3.0, "paddle": 3.0}
+    monkeypatch.setattr(device_memory, "peak_gib", lambda device: None)
+    with memory.counted(types.SimpleNamespace(NAME="paddle"), peaks, "paddle"):
+        pass
+    assert np.isnan(peaks["paddle"])
+
+
 # --- What is measured
 
 SHAPE = Shape("tiny", 1, 4, 300, 64)
-TIMES = {"one": 8.0, "one exact": 16.0, "ulysses2, codes": 5.0, "ulysses2, exact": 10.0}
+TIMES = {"one": 8.0, "one exact": 16.0, "ulysses2, codes": 5.0, "ulysses2, exact": 10.0, "ulysses2, codes / computed": 4.5,
+         "ulysses2, codes / exchanged": 1.25}
+
+
+def count_passed(wire):
+    """Bytes of every transfer of this rank's from now on, as they are made."""
+    passed, own = [], wire.exchange
+
+    def exchange(sent, sent_bytes, received, received_bytes):
+        passed.append(sum(sent_bytes))
+        return own(sent, sent_bytes, received, received_bytes)
+
+    wire.exchange = exchange
+    return passed
 
 
 def test_attention_on_two_ranks_beside_one(monkeypatch):
@@ -167,27 +222,74 @@ def test_attention_on_two_ranks_beside_one(monkeypatch):
     said = []
 
     def work(wire):
-        clock = FakeClock(wire)
-        clock.together = lambda calls: {name: TIMES.get(name, 4.0) for name in calls}
-        return attention.measure(SHAPE, "int8+fp16", wire, clock, said.append if wire.rank == 0 else lambda text: None)
+        clock, passed, replayed = FakeClock(wire), count_passed(wire), {}
+
+        def together(calls, rounds):
+            assert rounds == 3
+            for name in [name for name in calls if " / " in name]:
+                passed.clear()
+                calls[name]()
+                assert name.endswith("exchanged") or not passed, "what is computed alone sends nothing"
+                replayed[name] = sum(passed)
+            return {name: TIMES.get(name, 4.0) for name in calls}
+
+        clock.together = together
+        say = said.append if wire.rank == 0 else lambda text: None
+        result = attention.measure(SHAPE, "int8+fp16", wire, clock, say, rounds=3)
+        for name, row in result["methods"].items():
+            assert row["bytes"] is None or replayed[f"{name} / exchanged"] == row["bytes"]["sent_total"] > 0
+        return result
 
     result, other = run_threads(2, work, patience=120)
     assert result["shares"] == [256, 44] and (result["ranks"], result["shape"]) == (2, [1, 4, 300, 64])
     methods = result["methods"]
-    assert list(methods) == ["one", "one exact", "ulysses2, 16bit", "ulysses2, codes", "ulysses2, codes, int8 output",
-                             "ring2, 16bit", "ring2, codes", "ulysses2, exact"]
-    assert len(said) == 8 and "ulysses2, codes: 5.000 ms, 80.0 % of ideal" in said[3]
+    assert list(methods) == [
+        "one", "one exact", "ulysses2, 16bit", "ulysses2, codes", "ulysses2, int4 codes", "ulysses2, codes, int8 output",
+        "ulysses2, exact", "ring2, 16bit", "ring2, codes", "ring2, int4 codes", "ring2, exact"]
+    assert len(said) == 11 and "ulysses2, codes: 5.000 ms, 80.0 % of ideal" in said[3]
+    assert said[3].endswith("4.500 ms computed and 1.250 ms exchanged") and "computed" not in said[0]
+    apart = {name: (row["computed_ms"], row["exchanged_ms"]) for name, row in methods.items() if row["bytes"]}
+    assert apart.pop("ulysses2, codes") == (4.5, 1.25) and set(apart.values()) == {(4.0, 4.0)} and len(apart) == 8
     share = {name: row["of_ideal"] for name, row in methods.items()}
     assert share["ulysses2, codes"] == 8 / 2 / 5 and share["ulysses2, exact"] == 16 / 2 / 10 and share["one"] == 0.5
     errors = {name: row["l1"] for name, row in methods.items()}
     assert errors == {name: row["l1"] for name, row in other["methods"].items()}, "errors are those of all ranks' rows"
-    assert errors["one exact"] < 1e-6 and errors["ulysses2, exact"] < 1e-6
+    assert all(error < 1e-6 for name, error in errors.items() if "exact" in name)
     assert 0.002 < errors["one"] < 0.03 and all(abs(error - errors["one"]) < 0.005 for name, error in errors.items()
-                                                if "exact" not in name)
+                                                if "exact" not in name and "int4" not in name)
     assert methods["one"]["bytes"] is None
     sent = {name: row["bytes"]["sent_total"] for name, row in methods.items() if row["bytes"]}
     assert sent["ulysses2, codes, int8 output"] < sent["ulysses2, codes"] < sent["ulysses2, 16bit"] == sent["ulysses2, exact"]
-    assert sent["ring2, codes"] < sent["ring2, 16bit"]
+    assert sent["ring2, int4 codes"] < sent["ring2, codes"] < sent["ring2, 16bit"] == sent["ring2, exact"]
+    assert sent["ulysses2, int4 codes"] < sent["ulysses2, codes"]
+
+
+@pytest.mark.parametrize("precision, wanted", [
+    ("int8+fp8", ["16bit", "codes", "int4 codes", "codes, int8 output"]), ("exact", ["16bit"]), ("fp16", ["16bit"]),
+    ("int4+fp16", ["16bit", "codes", "codes, int8 output"]), ("fp8+fp8", ["16bit", "codes", "codes, int8 output"])])
+def test_what_can_travel_is_what_the_precision_has(precision, wanted):
+    found = apart.formats(precision)
+    assert list(found) == wanted and found["16bit"] == ("16bit", "16bit")
+    assert found.get("codes", ("auto", "16bit")) == ("auto", "16bit")
+    assert found.get("int4 codes", ("int4", "16bit")) == ("int4", "16bit")
+    assert found.get("codes, int8 output", ("auto", "int8")) == ("auto", "int8")
+
+
+def test_a_silent_wire_gives_what_the_first_transfer_of_these_sizes_brought():
+    def work(wire):
+        tapped, passed = apart.TappedWire(wire), count_passed(wire)
+        sizes = (([0, 40], [0, 56]), ([56, 0], [40, 0]))[wire.rank]
+        (count, awaited), received = map(sum, sizes), []
+        for value, silent in ((1, False), (2, False), (3, True)):
+            received.append(paddle.full([awaited], 99, "uint8"))
+            with tapped.silent() if silent else contextlib.nullcontext():
+                tapped.exchange(paddle.full([count], value, "uint8"), sizes[0], received[-1], sizes[1]).wait()
+        assert [one.tolist() for one in received] == [[value] * awaited for value in (1, 2, 1)] and passed == [count] * 2
+        assert tapped.passed == [tuple(map(tuple, sizes))] * 3 and tapped.kept_gib == awaited / 2**30
+        tapped.barrier()
+        return tapped.rank, tapped.size
+
+    assert run_threads(2, work) == [(0, 2), (1, 2)]
 
 
 def test_every_way_to_share_a_step_has_a_name():
@@ -195,12 +297,15 @@ def test_every_way_to_share_a_step_has_a_name():
                               "cfg2": dict(cfg=2, ulysses=1, ring=1)}
     assert list(step.splits(3)) == ["ring3", "ulysses3"]
     assert list(step.splits(4)) == ["ring4", "ulysses2 x ring2", "ulysses4", "cfg2 x ring2", "cfg2 x ulysses2"]
+    assert list(step.splits(8)) == ["ring8", "ulysses2 x ring4", "ulysses4 x ring2", "ulysses8", "cfg2 x ring4",
+                                    "cfg2 x ulysses2 x ring2", "cfg2 x ulysses4"]
+    assert step.splits(8)["cfg2 x ulysses2 x ring2"] == dict(cfg=2, ulysses=2, ring=2)
 
 
 class StubModel:
-    """Answers the latents, a thousandth larger where it is shared by a ring; says how it is shared."""
+    """Answers the latents, a thousandth larger where it is shared by a ring; tells the other rank 64 bytes a degree."""
 
-    shared = None
+    shared = wire = None
 
     def rotary_tables(self, frames, height, width):
         assert (frames, height, width) == (2, 4, 6)
@@ -208,46 +313,134 @@ class StubModel:
 
     def __call__(self, latents, text, timestep, image_rotary_emb):
         assert image_rotary_emb == "tables" and text.shape == [2, 226, 4096] and timestep.shape == [2]
+        if self.shared:
+            sizes = [64 * self.shared["ring"] * (rank != self.wire.rank) for rank in (0, 1)]
+            self.wire.exchange(*[paddle.zeros([sum(sizes)], "uint8"), sizes] * 2).wait()
         return latents.astype("float32") * (1.001 if self.shared and self.shared["ring"] > 1 else 1)
 
 
-def test_a_step_by_every_split_beside_one_gpu(monkeypatch):
-    traffic = []
+@pytest.fixture
+def stubs(monkeypatch):
+    """`own.model`: of each rank's thread. `traffic`: what parallelize was given."""
+    found = types.SimpleNamespace(own=threading.local(), traffic=[])
 
     @contextlib.contextmanager
     def parallelize(model, exchange, output, wire, **degrees):
         counted = Traffic()
         counted.sent["while it was shared out"] = 99
-        traffic.append((degrees, exchange, output))
-        model.shared = degrees
+        found.traffic.append((degrees, exchange, output))
+        model.shared, model.wire = degrees, wire
         yield types.SimpleNamespace(mesh=types.SimpleNamespace(traffic=counted))
         model.shared = None
 
-    monkeypatch.setattr(step, "apply", lambda model, precision: None)
-    monkeypatch.setattr(step, "parallelize", parallelize)
-    monkeypatch.setitem(step.LATENTS, "2b", (2, 4, 6))
-    models = threading.local()
+    @contextlib.contextmanager
+    def counted(runtime, peaks, name):
+        yield
+        peaks[name] = 5.0 if found.own.model.shared is None else 3.0 + found.own.model.wire.rank
 
     def make(name):
-        models.own = StubModel()
-        return models.own
+        found.own.model = StubModel()
+        return found.own.model
 
+    monkeypatch.setattr(step, "apply", lambda model, precision: None)
+    monkeypatch.setattr(step, "parallelize", parallelize)
+    monkeypatch.setattr(step, "counted", counted)
+    monkeypatch.setitem(step.LATENTS, "2b", (2, 4, 6))
     monkeypatch.setattr(step, "paddle_transformer", make)
+    return found
 
+
+def test_a_step_by_every_split_beside_one_gpu(stubs):
     def work(wire):
-        shared = lambda: models.own.shared or {"ring": 0, "cfg": 0}
+        shared, passed = lambda: stubs.own.model.shared or {"ring": 0, "cfg": 0}, count_passed(wire)
         clock = FakeClock(wire, now=lambda: {0: 100.0, 2: 60.0}[shared()["ring"]] if shared()["ring"] != 1 else
                           50.0 + wire.rank * shared()["cfg"])
-        return step.measure("2b", "int8+fp8", "paddle", wire, clock, lambda text: None, output="int8")
+        timed, together = [], clock.together
 
-    result, _ = run_threads(2, work)
+        def watched(calls, rounds, *rest):
+            for name in (name for name in calls if " / " in name):
+                passed.clear()
+                with rest[1](name):
+                    calls[name]()
+                    calls[name]()
+                assert passed == ([] if name.endswith("computed") else [128 if "ring2" in name else 64] * 2), name
+            timed.append((list(calls), rounds))
+            return together(calls, rounds, *rest)
+
+        clock.together = watched
+        result = step.measure("2b", "int8+fp8", "paddle", wire, clock, lambda text: None, rounds=3)
+        return result, timed
+
+    (result, timed), _ = run_threads(2, work)
     ways = result["ways"]
-    assert [(name, row["ms"], row["of_ideal"]) for name, row in ways.items()] == [
+    assert [(name, row["ms"], row["of_ideal"]) for name, row in list(ways.items())[:4]] == [
         ("one", 100, 0.5), ("ring2", 60, pytest.approx(5 / 6)), ("ulysses2", 51, 50 / 51), ("cfg2", 52, 50 / 52)]
+    more = ["ulysses2, 16bit", "ulysses2, int4 codes", "ulysses2, codes, int8 output", "ring2, 16bit", "ring2, int4 codes"]
+    assert list(ways)[4:] == more, "of the fastest two whose tensors travel, the fastest first"
+    apart = [f"{name} / {part}" for name in [*list(ways)[1:]] for part in ("computed", "exchanged")]
+    assert timed == [(list(ways)[:4], 3), (more, 3), (apart, 2)]
     assert ways["ring2"]["sqnr_db"] == pytest.approx(60, abs=0.1)
     assert ways["one"]["sqnr_db"] is None and ways["cfg2"]["sqnr_db"] is None
     assert ways["one"]["bytes"] is None and ways["ring2"]["bytes"]["sent"] == {}  # what was counted before the step is gone
-    assert {(exchange, output) for _, exchange, output in traffic} == {("auto", "int8")} and result["output"] == "int8"
+    assert ways["one"]["memory_gib"] == pytest.approx([5, 5]) and ways["cfg2"]["memory_gib"] == pytest.approx([3, 4])
+    assert (ways["ring2"]["computed_ms"], ways["ring2"]["exchanged_ms"]) == (60, 100) and "computed_ms" not in ways["one"]
+    alone = {tuple(degrees.values())[1:] for degrees, *travels in stubs.traffic if travels == ["int4", "16bit"]}
+    assert alone == {(2, 1), (1, 2)} and (result["exchange"], result["output"]) == ("auto", "16bit")
+    assert {tuple(travels) for _, *travels in stubs.traffic} == {("auto", "16bit"), ("16bit", "16bit"), ("int4", "16bit"),
+                                                                  ("auto", "int8")}
+
+
+@pytest.mark.parametrize("precision", ["exact", "safe"])
+def test_exact_steps_and_recipes_travel_one_way(precision, stubs, monkeypatch):
+    monkeypatch.setattr(step, "denoising_step", lambda model, number, of: contextlib.nullcontext())
+    result, _ = run_threads(2, lambda wire: step.measure("2b", precision, "paddle", wire, FakeClock(wire), lambda text: None,
+                                                         rounds=1, only=["cfg2", "ring2"]))
+    assert list(result["ways"]) == ["one", "ring2", "cfg2"] and set(stubs.traffic[0][1:]) == {"auto", "16bit"}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_small_models_step_by_every_split(ranks, monkeypatch):
+    """By the real wrappers: what travels each way, and that nothing does where computation is apart."""
+    monkeypatch.setattr(step, "TEXT_TOKENS", 226)
+    monkeypatch.setattr(step, "TEXT_CHANNELS", TRANSFORMER["text_embed_dim"])
+    monkeypatch.setitem(step.LATENTS, "2b", (3, 20, 20))  # 526 tokens
+    paddle.seed(0)
+    models = [CogVideoXTransformer3DModel(**{**TRANSFORMER, "in_channels": 16}) for _ in range(ranks)]
+    for model in models:
+        model.set_state_dict(models[0].state_dict())
+        model.eval()
+    own = threading.local()
+    monkeypatch.setattr(step, "paddle_transformer", lambda name: models[own.rank])
+    ulysses = f"ulysses{ranks}" if ranks == 2 else "cfg2 x ulysses2"
+    monkeypatch.setattr(step, "splits", lambda size, every=step.splits: {name: every(size)[name] for name in (
+        f"ring{ranks}", ulysses)})
+
+    def work(wire):
+        own.rank, passed, counts = wire.rank, count_passed(wire), {}
+        clock = FakeClock(wire)
+
+        def together(calls, rounds, passes, around):
+            for name, call in calls.items():
+                with around(name):
+                    passed.clear()
+                    call()
+                    counts[name] = sum(passed)
+            return dict.fromkeys(calls, 1.0)
+
+        clock.together = together
+        result = step.measure("2b", "int8+fp8", "paddle", wire, clock, lambda text: None, rounds=1)
+        for name, row in list(result["ways"].items())[1:]:
+            assert counts[f"{name} / computed"] == 0
+            assert counts[name] == counts[f"{name} / exchanged"] == row["bytes"]["sent_total"] > 0, name
+        return result
+
+    result = run_threads(ranks, work, patience=120)[0]
+    ways = result["ways"]
+    sent = {name: row["bytes"]["sent_total"] for name, row in ways.items() if row["bytes"]}
+    for split in (f"ring{ranks}", ulysses):
+        assert sent[f"{split}, int4 codes"] < sent[split] < sent[f"{split}, 16bit"]
+        assert 15 < ways[f"{split}, int4 codes"]["sqnr_db"] < ways[split]["sqnr_db"]
+    assert sent[f"{ulysses}, codes, int8 output"] < sent[ulysses] and f"ring{ranks}, codes, int8 output" not in ways
 
 
 def test_a_step_by_a_recipe_is_that_at_half_of_the_denoising(monkeypatch, tmp_path):

@@ -17,9 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of attention, as in bench kernels (default: %(default)s)")
     parser.add_argument("--models", nargs="+", default=["2b"], choices=MODELS, help="whose step (default: 2b)")
     parser.add_argument("--tiles", action="store_true", help="decode by tiles as well")
-    parser.add_argument("--precision", default="int8+fp8", help="of attention (default: %(default)s)")
+    parser.add_argument("--precision", nargs="+", default=["int8+fp8"], metavar="PRECISION",
+                        help="of attention, one or several: a step is timed by each, a layer by each but exact ones, which is "
+                        "timed beside them (default: int8+fp8)")
     parser.add_argument("--recipe", metavar="FILE", help="of the step, at half of the denoising, in place of --precision, "
                         "which attention of a layer keeps: a recipe's file, or safe or fast; a layer whose heads have several "
                         "rungs cannot be shared, and says so")
+    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="of the step, such as \"cfg2 x ulysses2\" (default: all)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="turns of each call that count (default: 12 of attention, 5 of "
+                        "a step, 2 of decoding)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/parallel.json"), metavar="FILE",
                         help="default: %(default)s")

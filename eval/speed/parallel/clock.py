@@ -67,6 +67,8 @@ class Clock:
 
         around: `around(name)` is entered for the turn of a call, which then begins with a run that does not count.
         """
+        if not calls:
+            return {}
         for _ in range(2 if around is None else 0):
             for call in calls.values():
                 call()
@@ -85,6 +87,12 @@ class Clock:
         """The median over turns of the slowest rank's time, of each call."""
         slowest = np.max(self.everyone(np.array(list(times.values()), np.float32)), axis=0)
         return {name: statistics.median(map(float, slowest[number])) for number, name in enumerate(times)}
+
+    def peaks(self, own: dict[str, float]) -> dict[str, list[float] | None]:
+        """Everyone's GiB by rank, of each call; None where no rank has any."""
+        by_rank = np.array(self.everyone(np.array(list(own.values()), np.float32)))
+        return {name: None if np.isnan(by_rank[:, number]).any() else by_rank[:, number].tolist()
+                for number, name in enumerate(own)}
 
     def everyone(self, own: np.ndarray) -> list[np.ndarray]:
         """Every rank's float32 array of one shape."""

@@ -12,13 +12,17 @@ from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.precision import PRESETS, as_precision
 from lowbit_video.runtime import cuda_driver
 
+from .step import splits
+
 
 def launch(args: argparse.Namespace) -> int:
     """Runs one process for each GPU; returns their exit status.
 
-    Raises ValueError where there are too few GPUs, for a precision that does not exist and a recipe that cannot be read.
+    Raises ValueError where there are too few GPUs, for a precision or a split that does not exist and a recipe that cannot be
+    read.
     """
-    as_precision(args.precision)
+    for precision in args.precision:
+        as_precision(precision)
     recipe = args.recipe
     if recipe is not None:
         Recipe.load(recipe)
@@ -26,9 +30,14 @@ def launch(args: argparse.Namespace) -> int:
     there = cuda_driver.device_count()
     if not 2 <= args.gpus <= there:
         raise ValueError(f"--gpus {args.gpus}: this machine has {there} NVIDIA GPUs, and two at least are needed")
+    if args.rounds is not None and args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: one at least is needed")
+    if odd := set(args.splits or ()) - set(known := splits(args.gpus)):
+        raise ValueError(f"no such split by {args.gpus} GPUs: {', '.join(sorted(odd))}; there are: {', '.join(known)}")
     given = ["--framework", args.framework, "--parts", *args.parts, "--shapes", args.shapes, "--models", *args.models,
-             "--precision", args.precision, "--out", str(args.out.resolve()), *(["--tiles"] if args.tiles else []),
-             *(["--recipe", recipe] if recipe else [])]
+             "--precision", *args.precision, "--out", str(args.out.resolve()), *(["--tiles"] if args.tiles else []),
+             *(["--recipe", recipe] if recipe else []), *(["--splits", *args.splits] if args.splits else []),
+             *(["--rounds", str(args.rounds)] if args.rounds else [])]
     environment = {"OMP_NUM_THREADS": "4", **os.environ}
     if args.framework == "torch":
         command = ["-m", "torch.distributed.run", f"--nproc_per_node={args.gpus}", "-m",

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,12 +11,31 @@ from lowbit_video import Recipe, apply, denoising_step, parallelize
 from lowbit_video.precision import names_recipe
 
 from ..cogvideox import LATENTS
+from .apart import CODES, COMPUTED, EXCHANGED, TappedWire, formats, replay
 from .clock import Clock
+from .memory import counted
 from .models import paddle_transformer, torch_transformer
 
 ROUNDS = 5
 AHEAD_PASSES = 8
 TEXT_TOKENS, TEXT_CHANNELS = 226, 4096
+MORE = 2
+"""The fastest splits that are timed with whatever else can travel."""
+APART_ROUNDS = 2
+"""Turns, at most, of computation and transfers apart."""
+
+
+class Way(NamedTuple):
+    """How a step is shared: parallelize's degrees, and its exchange and output."""
+
+    degrees: dict[str, int]
+    exchange: str = "auto"
+    output: str = "16bit"
+
+    @property
+    def sends(self) -> bool:
+        """Whether attention's tensors travel."""
+        return self.degrees["ulysses"] * self.degrees["ring"] > 1
 
 
 def splits(size: int) -> dict[str, dict[str, int]]:
@@ -33,12 +52,15 @@ def splits(size: int) -> dict[str, dict[str, int]]:
 
 
 def measure(model_name: str, precision: str, framework: str, wire: Any, clock: Clock, say: Callable[[str], None],
-            exchange: str = "auto", output: str = "16bit") -> dict[str, Any]:
-    """Times of a step by every split, in turns, bytes, and how far each is from one GPU's prediction.
+            rounds: int | None = None, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Times of a step by every split, in turns, bytes, memory, and how far each is from one GPU's prediction.
 
-    precision: or a recipe's file or name, of which the step is that at half of the denoising.
+    The fastest MORE splits that send attention's tensors are then timed with what else can travel, and all without their
+    transfers and as their transfers alone (`apart`).
+    precision: or a recipe's file or name, of which the step is that at half of the denoising. rounds: turns; None: ROUNDS.
+    only: the splits; None: all.
     """
-    runtime = clock.runtime
+    runtime, wire, rounds = clock.runtime, TappedWire(wire), rounds or ROUNDS
     model = (torch_transformer if framework == "torch" else paddle_transformer)(model_name)
     recipe = names_recipe(precision)
     apply(model, Recipe.load(precision) if recipe else precision)
@@ -47,39 +69,67 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
     normal = lambda *shape: runtime.from_numpy(rng.standard_normal(shape).astype(np.float32), clock.like, "float16")
     latents, text = normal(2, frames, 16, height, width), normal(2, TEXT_TOKENS, TEXT_CHANNELS)
     step = _step(model, framework, latents, text, runtime, clock.like)
-    ways = {"one": None, **splits(wire.size)}
-    outs, sent = {}, {}
+    others = {} if recipe else formats(precision)
+    if others.pop(CODES, None) is None:
+        others = {}  # without codes all travels in 16 bits anyway
+    ways: dict[str, Way | None] = {"one": None}
+    ways.update({name: Way(parts) for name, parts in splits(wire.size).items() if only is None or name in only})
+    outs, sent, passed, peaks = {}, {}, {}, {}
 
     @contextlib.contextmanager
     def shared(name: str) -> Iterator[None]:
-        half = denoising_step(model, 1, 2) if recipe else contextlib.nullcontext()  # of a timestep the host would wait for
-        if ways[name] is None:
-            with half:
-                yield
-            return
-        with half, parallelize(model, **ways[name], exchange=exchange, output=output, wire=wire) as handle:
-            handle.mesh.traffic.clear()
+        if name.endswith(EXCHANGED):
             yield
-            sent[name] = handle.mesh.traffic.as_dict()
+            return
+        way, silent = ways[name.removesuffix(COMPUTED)], name.endswith(COMPUTED)
+        half = denoising_step(model, 1, 2) if recipe else contextlib.nullcontext()  # of a timestep the host would wait for
+        with contextlib.ExitStack() as around:
+            around.enter_context(half)
+            if way is not None:
+                handle = around.enter_context(parallelize(model, **way.degrees, exchange=way.exchange, output=way.output,
+                                                          wire=wire))
+                handle.mesh.traffic.clear()
+                wire.passed.clear()
+            around.enter_context(wire.silent() if silent else counted(runtime, peaks, name))
+            yield
+            if way is not None and name not in sent:
+                sent[name], passed[name] = handle.mesh.traffic.as_dict(), list(wire.passed)
+        if not silent:
+            peaks[name] -= wire.kept_gib
 
-    for name in ways:
-        with shared(name):
-            outs[name] = runtime.to_numpy(step())
-    times = clock.together(dict.fromkeys(ways, step), ROUNDS, AHEAD_PASSES, shared)
-    for name in ways:
-        with shared(name):
-            step()
+    def timed(names: Sequence[str]) -> dict[str, float]:
+        for name in names:
+            with shared(name):
+                outs[name] = runtime.to_numpy(step())
+        return clock.together(dict.fromkeys(names, step), rounds, AHEAD_PASSES, shared)
+
+    times = timed(list(ways))
+    best = sorted((name for name, way in ways.items() if way is not None and way.sends), key=times.__getitem__)[:MORE]
+    more = {f"{name}, {how}": Way(ways[name].degrees, *travels) for name in best for how, travels in others.items()
+            if travels[1] == "16bit" or ways[name].degrees["ulysses"] > 1}
+    ways.update(more)
+    times.update(timed(list(more)))
+    apart: dict[str, Callable[[], Any]] = {}
+    for name in passed:
+        apart[name + COMPUTED], apart[name + EXCHANGED] = step, replay(wire.wire, passed[name], clock.like)
+    times.update(clock.together(apart, min(rounds, APART_ROUNDS), AHEAD_PASSES, shared))
+    memory = clock.peaks(peaks)
     one = outs["one"].astype(np.float64)
     result: dict[str, Any] = {"model": model_name, "precision": precision, "framework": framework, "ranks": wire.size,
-                              "exchange": exchange, "output": output, "ways": {}}
-    for name, milliseconds in times.items():
+                              "exchange": "auto", "output": "16bit", "ways": {}}
+    for name in ways:
         error = ((outs[name] - one) ** 2).sum()
         sqnr_db = float(10 * np.log10((one**2).sum() / error)) if error else None
-        ideal = times["one"] / wire.size / milliseconds
-        result["ways"][name] = {"ms": milliseconds, "of_ideal": ideal, "sqnr_db": sqnr_db, "bytes": sent.get(name)}
-        say(f"{model_name} step, {framework}, {precision}, {name}: {milliseconds:.1f} ms, {100 * ideal:.1f} % of ideal, "
+        ideal = times["one"] / wire.size / times[name]
+        row = result["ways"][name] = {"ms": times[name], "of_ideal": ideal, "sqnr_db": sqnr_db, "bytes": sent.get(name),
+                                      "memory_gib": memory[name]}
+        if name in sent:
+            row.update(computed_ms=times[name + COMPUTED], exchanged_ms=times[name + EXCHANGED])
+        say(f"{model_name} step, {framework}, {precision}, {name}: {times[name]:.1f} ms, {100 * ideal:.1f} % of ideal, "
             f"{'equal' if sqnr_db is None else f'{sqnr_db:.1f} dB'} to one GPU"
-            + (f", {sent[name]['sent_total'] / 2**20:.0f} MiB sent" if name in sent else ""))
+            + (f", {max(memory[name]):.1f} GiB" if memory[name] else "")
+            + (f", {sent[name]['sent_total'] / 2**20:.0f} MiB sent; {row['computed_ms']:.1f} ms computed and "
+               f"{row['exchanged_ms']:.1f} ms exchanged" if name in sent else ""))
     return result
 
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 
 from lowbit_video.files import write_json, write_whole
+from lowbit_video.precision import as_precision
 
 from .. import bench
 from ..shapes import parse_shapes
@@ -47,14 +48,17 @@ def _measure(args: argparse.Namespace) -> None:
 
     if "attention" in args.parts:
         for shape in parse_shapes(args.shapes):
-            result["attention"].append(attention.measure(shape, args.precision, wire, clock, say))
-            save()
+            for precision in [one for one in args.precision if not as_precision(one).exact] or args.precision[:1]:
+                result["attention"].append(attention.measure(shape, precision, wire, clock, say, args.rounds))
+                save()
     if "step" in args.parts:
         for model in args.models:
-            result["steps"].append(step.measure(model, args.recipe or args.precision, args.framework, wire, clock, say))
-            save()
+            for precision in [args.recipe] if args.recipe else args.precision:
+                result["steps"].append(step.measure(model, precision, args.framework, wire, clock, say, args.rounds,
+                                                    args.splits))
+                save()
     if "decode" in args.parts and args.framework == "paddle":
-        result["decode"] = decode.measure(wire, clock, say, args.tiles)
+        result["decode"] = decode.measure(wire, clock, say, args.tiles, args.rounds)
         save()
     wire.barrier()
 
