@@ -585,6 +585,47 @@ def test_the_short_table_has_frameworks_side_by_side(capsys, tmp_path):
     assert list(tables_of(capsys.readouterr().out)[""][0]) == ["on several GPUs", "PyTorch", "bytes of 16 bit", "how equal"]
 
 
+def test_the_short_table_may_have_the_fastest_alone_and_tells_precisions_apart():
+    exact = result_of("torch", attention=[], decode=None)
+    exact["steps"][0].update(precision="exact", ways={**exact["steps"][0]["ways"]})
+    exact["steps"][0]["ways"]["ring2"] = {**exact["steps"][0]["ways"]["ring2"], "ms": 200.0}
+    wide = result_of("torch", steps=[], decode=None)
+    wide["attention"][0]["shape"] = [2, 48, 17776, 64]
+    rows = tables_of(table.short([result_of("torch"), exact, wide], best=1))[""]
+    assert [row["on several GPUs"] for row in rows] == [
+        *(f"a layer's attention, 17776 tokens, {heads} heads: {way}" for heads in (30, 48)
+          for way in ("one GPU", "ulysses2, codes")),
+        "a step of 2b, int8+fp8: one GPU", "a step of 2b, int8+fp8: cfg2", "a step of 2b, exact: one GPU",
+        "a step of 2b, exact: ring2",
+        *(f"decoding 49 frames of 480x720: {way}" for way in ("one GPU", "all GPUs"))]
+    low = result_of("torch", steps=[], decode=None)
+    low["attention"][0]["precision"] = "int4+fp8"
+    names = [row["on several GPUs"] for row in tables_of(table.short([result_of("torch"), low]))[""]]
+    assert names[0] == "a layer's attention, 17776 tokens, int8+fp8: one GPU" and "int4+fp8" in names[3]
+    with pytest.raises(ValueError, match="a step of 2b: one GPU: twice of PyTorch"):
+        table.short([result_of("torch"), result_of("torch", attention=[])])
+
+
+def test_runs_of_one_framework_are_numbered_and_what_was_measured_apart_has_columns():
+    first, second = result_of("torch"), result_of("torch", commit="def5678", attention=[])
+    page = table.markdown([first, result_of("paddle", attention=[]), second])
+    assert "- PyTorch 1: 2 x NVIDIA H100;" in page and "- PyTorch 2: 2 x" in page and "- Paddle: 2 x" in page
+    assert "commit def5678" in page and table.NUMBERED in page and table.APART not in page
+    steps = tables_of(page)[STEP]
+    assert [row["framework"] for row in steps] == ["PyTorch 1"] * 3 + ["Paddle"] * 3 + ["PyTorch 2"] * 3
+    assert "GiB a GPU" not in steps[0] and table.NUMBERED not in table.markdown([first])
+    parts = dict(computed_ms=240.25, exchanged_ms=30.5)
+    second["steps"][0]["ways"]["ring2"].update(parts, memory_gib=[7.25, 7.5])
+    first["attention"][0]["methods"]["ulysses2, codes"].update(parts)
+    first["decode"]["ways"]["all"]["memory_gib"] = [4.0, 5.0]
+    page = table.markdown([first, second])
+    layers, steps, decoded = tables_of(page).values()
+    told = lambda row: (row["computed, ms"], row["exchanged, ms"])
+    assert table.APART in page and told(layers[2]) == ("240.250", "30.500") and told(layers[1]) == ("", "")
+    assert told(steps[4]) == ("240.2", "30.5") and steps[4]["GiB a GPU"] == "7.5" and steps[3]["GiB a GPU"] == ""
+    assert [row["GiB a GPU"] for row in decoded[:3]] == ["", "5.0", ""]
+
+
 def test_rank_0_writes_figures_and_page_after_each_part(monkeypatch, tmp_path):
     own, kept = threading.local(), result_of("paddle")
     out = tmp_path / "new folder" / "parallel.json"

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,14 @@ class Program:
     """Everything but attention in one framework.
 
     matrix_tflops: of products whose tiles fill the GPU. elementwise_ps: norms, elementwise work and concatenation, a layer, a
-    channel of a token. step_ms: what is not shared. layer_host_us: the host's part of a layer, below which no layer goes.
-    models: other values of these by a model's name.
+    channel of a token. prologue_ps: likewise norms and positions of Q and K where they are not computed with quantisation:
+    tokens that are shared, and exact attention. step_ms: what is not shared. layer_host_us: the host's part of a layer, below
+    which no layer goes. models: other values of these by a model's name.
     """
 
     matrix_tflops: float
     elementwise_ps: float
+    prologue_ps: float
     step_ms: float
     layer_host_us: float
     models: Mapping[str, Mapping[str, float]]
@@ -158,12 +160,13 @@ def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
                 if method == "one":
                     rows.append({"what": "attention", **same, "ms": measured["ms"]})
                 elif "exact" not in method:
-                    rows.append({"what": "layer", **same, **_degrees(split), "exchange": "16bit" if "16bit" in how else "auto",
-                                 "output": "int8" if "int8 output" in how else "16bit", "ms": measured["ms"]})
+                    rows += _apart("layer", {**same, "exchange": "auto", "output": "16bit"}, split, how, measured)
         for step in report.get("steps") or ():
             same = {"what": "transformer", "model": f"CogVideoX-{step['model']}", "framework": framework}
             same.update({name: step[name] for name in ("precision", "exchange", "output")})
-            rows += [{**same, **_degrees(split), "ms": measured["ms"]} for split, measured in step["ways"].items()]
+            for way, measured in step["ways"].items():
+                split, *how = way.split(", ")
+                rows += _apart("transformer", same, split, how, measured)
         decode = report.get("decode")
         if decode and decode["latents"] == DECODED:
             same = {"what": "decode", "model": "CogVideoX-2b", "framework": framework}
@@ -172,6 +175,16 @@ def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
     except (KeyError, TypeError, AttributeError) as reason:
         raise ValueError(f"{path} is not what `bench parallel` writes ({type(reason).__name__}: {reason})") from None
     return rows
+
+
+def _apart(what: str, same: Mapping[str, Any], split: str, how: Sequence[str], measured: Mapping[str, Any]) -> list[dict]:
+    """Rows of a split, as a whole and, where they were measured, computed alone and exchanged alone. how: what else travels
+    than in `same`, by the benchmark's names."""
+    row = {**same, "what": what, **_degrees(split)}
+    row.update({"exchange": one.removesuffix(" codes") for one in how if one in ("16bit", "int8 codes", "int4 codes")})
+    row.update({"output": "int8" for one in how if one == "int8 output"})
+    return [{**row, "what": what + part, "ms": measured[name]}
+            for part, name in (("", "ms"), (" computed", "computed_ms"), (" exchanged", "exchanged_ms")) if name in measured]
 
 
 def _degrees(split: str) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What is not attention: matrix products and elementwise work of the layers, decoding, memory."""
 from __future__ import annotations
 
+from ...precision import as_precision
 from ..mesh import Degrees
 from .models import GIB
 from .task import Share, Task
@@ -27,7 +28,8 @@ def linear_ms(task: Task, share: Share) -> float:
     rows, width = share.batch * share.rows, task.model.width_of_token
     products = 4 * product_ms(task, rows, width, width)
     products += product_ms(task, rows, 4 * width, width) + product_ms(task, rows, width, 4 * width)
-    return products + rows * width * task.program.elementwise_ps / 1e9
+    apart = as_precision(task.precision).exact or share.rows < task.tokens  # then no kernel has norms and positions in it
+    return products + rows * width * (task.program.elementwise_ps + apart * task.program.prologue_ps) / 1e9
 
 
 def decode_pieces(task: Task) -> list[int]:

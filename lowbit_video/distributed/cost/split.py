@@ -1,14 +1,15 @@
 """Every way to share one video by some GPUs, best first, and a prediction beside each thing that was measured."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..mesh import Degrees
 from ..shares import even_shares, joint_shares
 from .attention import call_ms, layer, pieces_of
-from .figures import Figures
+from .figures import Figures, Link, Program, Tile
 from .models import find_model
 from .rest import best_vae, decode_ms, linear_ms, memory_gib
 from .task import Share, Task, share_of
@@ -99,10 +100,13 @@ def splits(task: Task, gpus: int) -> tuple[list[Cost], list[tuple[Degrees, str]]
     return sorted(found, key=lambda cost: (not cost.fits, cost.video_s)), refused
 
 
-WHATS = ("attention", "ring part", "exchange in", "exchange out", "ring transfer", "layer", "transformer", "step", "decode")
+APART = (" computed", " exchanged")
+"""After "layer" and "transformer": that on a wire that takes no time, and what travels of it with nothing computed."""
+WHATS = ("attention", "ring part", "exchange in", "exchange out", "ring transfer", "layer", "transformer", "step", "decode",
+         *(what + part for what in ("layer", "transformer") for part in APART))
 """What a measured row may be of: a rank's attention without exchange; a part of a ring; an all-to-all of Q, K and V and of the
 output, in one piece; K and V to the neighbour; attention of a layer with its exchange; all layers and the output; that with
-guidance and scheduler; the VAE's decoding."""
+guidance and scheduler; the VAE's decoding; and APART."""
 
 
 def task_of(row: Mapping[str, Any], figures: Figures) -> tuple[Task, Degrees]:
@@ -119,14 +123,30 @@ def task_of(row: Mapping[str, Any], figures: Figures) -> tuple[Task, Degrees]:
                      f"{', '.join(WHATS)}")
 
 
+def free_wire(figures: Figures) -> Figures:
+    """With links on which nothing takes time."""
+    return replace(figures, links=dict.fromkeys(figures.links, Link(0, math.inf, 0, math.inf, 0)))
+
+
+def free_gpu(figures: Figures) -> Figures:
+    """With a GPU on which nothing takes time."""
+    return replace(
+        figures, attention={dim: Tile(tile.rows, 0, 0, 0) for dim, tile in figures.attention.items()},
+        around=replace(figures.around, quantise_ps=0, merge_ps=0, copy_gb_s=math.inf),
+        programs={name: Program(math.inf, 0, 0, 0, 0, {}) for name in figures.programs})
+
+
 def predict(row: Mapping[str, Any], figures: Figures) -> float:
     """The ms that the model of cost says of a measured row.
 
     row: what (of WHATS), model, ms; as they differ from the defaults precision, exchange, output, link, framework, frames,
     height, width, cfg, ulysses, ring, vae. Other keys are left alone.
     """
-    task, degrees = task_of(row, figures)
-    share, transfers, what = share_of(task, degrees), Transfers(task, degrees), row["what"]
+    what, (task, degrees) = row["what"], task_of(row, figures)
+    if what.endswith(APART):
+        figures = free_wire(figures) if what.endswith(APART[0]) else free_gpu(figures)
+        what, (task, degrees) = what.partition(" ")[0], task_of(row, figures)
+    share, transfers = share_of(task, degrees), Transfers(task, degrees)
     if what in ("attention", "ring part"):
         return call_ms(task, share.batch * share.heads, share.part_rows, share.part_rows)
     if what in ("exchange in", "exchange out"):
