@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from ..files import write_whole
 
 STEPS = ("transformer", "step")
 """Of the things measured, those that are a step."""
+USUAL = {"exchange": "auto", "output": "16bit"}
+"""What travels where a row does not say it."""
 
 
 def check_plot(path: str | Path) -> None:
@@ -38,21 +40,27 @@ def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping
                label="modelled, best split")
     shares.plot(gpus, [100 * alone / cost.step_ms / cost.degrees.ranks for cost in scaling], color="tab:blue", linestyle="--",
                 marker="o", markersize=4, markerfacecolor="white", label="modelled, best split")
-    measured = [row for row in compared if row["what"] in STEPS]
+    travels = {"exchange": task.exchange, "output": task.output}
+    measured = [row for row in compared if row["what"] in STEPS
+                and all(row.get(name, usual) == travels[name] for name, usual in USUAL.items())]
     first = {(row["what"], row["source"]): row["ms"] for row in measured if row["gpus"] == 1}
     if measured:
         marks = dict(color="tab:red", marker="D", linestyle="none", markersize=7, markerfacecolor="none", markeredgewidth=1.6,
                      label="measured")
         times.plot([row["gpus"] for row in measured], [row["ms"] for row in measured], **marks)
-        over = [(row["gpus"], 100 * first[row["what"], row["source"]] / row["ms"] / row["gpus"], row["split"])
+        over = [(row["gpus"], 100 * first[row["what"], row["source"]] / row["ms"] / row["gpus"],
+                 _dotted(*(row.get(name, 1) for name in ("cfg", "ulysses", "ring"))))
                 for row in measured if (row["what"], row["source"]) in first]
         shares.plot([count for count, _, _ in over], [share for _, share, _ in over], **marks)
+        line = dict(color="tab:red", linewidth=1.2, label="measured, best split")
+        times.plot(*_best([(row["gpus"], row["ms"]) for row in measured], min), **line)
+        shares.plot(*_best([point[:2] for point in over], max), **line)
         for place, text in _beside(over):
             shares.annotate(text, place, textcoords="offset points", xytext=(-8, 0), ha="right", va="center", fontsize=7,
                             color="tab:red")
     for cost in scaling[1:]:
         d = cost.degrees
-        shares.annotate("·".join(map(str, (d.cfg, d.ulysses, d.ring))), (d.ranks, 100 * alone / cost.step_ms / d.ranks),
+        shares.annotate(_dotted(d.cfg, d.ulysses, d.ring), (d.ranks, 100 * alone / cost.step_ms / d.ranks),
                         textcoords="offset points", xytext=(3, 5), ha="left", fontsize=7, color="0.3", rotation=35)
     times.set_yscale("log")
     times.set_ylabel("ms a step")
@@ -72,6 +80,16 @@ def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping
                     f"{task.figures.gpu.name}, {task.link}, {task.framework}", fontsize=10)
     with write_whole(path) as temporary:
         figure.savefig(temporary, dpi=130)
+
+
+def _dotted(*degrees: int) -> str:
+    return "·".join(map(str, degrees))
+
+
+def _best(points: Sequence[tuple[int, float]], choose: Callable[[list[float]], float]) -> tuple[list[int], list[float]]:
+    """(numbers of GPUs, the best of each)."""
+    counts = sorted({count for count, _ in points})
+    return counts, [choose([value for count, value in points if count == one]) for one in counts]
 
 
 def _beside(points: Sequence[tuple[int, float, str]]) -> list[tuple[tuple[int, float], str]]:

@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="what `bench parallel` wrote")
     parser.add_argument("--short", action="store_true", help="the README's table instead of the page")
-    parser.add_argument("--best", type=int, metavar="N", help="of the short table: one GPU and the N fastest ways of each thing")
+    parser.add_argument("--best", type=int, metavar="N", help="the short table has one GPU and the N fastest ways of each")
     args = parser.parse_args(argv)
     results = [read_json(path) for path in args.files]
     print(short(results, args.best) if args.short else markdown(results), end="")

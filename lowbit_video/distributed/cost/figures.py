@@ -181,8 +181,11 @@ def _apart(what: str, same: Mapping[str, Any], split: str, how: Sequence[str], m
     """Rows of a split, as a whole and, where they were measured, computed alone and exchanged alone. how: what else travels
     than in `same`, by the benchmark's names."""
     row = {**same, "what": what, **_degrees(split)}
-    row.update({"exchange": one.removesuffix(" codes") for one in how if one in ("16bit", "int8 codes", "int4 codes")})
-    row.update({"output": "int8" for one in how if one == "int8 output"})
+    for one in how:
+        if one == "int8 output":
+            row["output"] = "int8"
+        elif one != "codes":
+            row["exchange"] = one.removesuffix(" codes")
     return [{**row, "what": what + part, "ms": measured[name]}
             for part, name in (("", "ms"), (" computed", "computed_ms"), (" exchanged", "exchanged_ms")) if name in measured]
 

@@ -114,7 +114,7 @@ def test_measured_rows_stand_beside_what_is_modelled(tmp_path, capsys):
     (["--model", "CogVideoX-9b"], "unknown model 'CogVideoX-9b'; there are: CogVideoX-2b, CogVideoX-5b, CogVideoX-1.5-5b"),
     (["--link", "rope"], "unknown link 'rope'; there are: nvlink, pcie4, ib400"), (["--gpus", "65"], "65 GPUs; from 1 to 64"),
     (["--gpus", "0"], "0 GPUs"), (["--precision", "int9"], "unknown precision 'int9'; there are: fp16"),
-    (["--exchange", "int4"], "attention at int8/int4+fp8 is not measured; there are: int8+fp8"),
+    (["--precision", "int2+fp8"], "attention at int2+fp8 is not measured; there are: int8+fp8"),
     (["--framework", "jax"], "there are: paddle, torch"), (["--steps", "0"], "0 steps"),
     (["--height", "100"], "multiples of 16"), (["--measured", "none.json"], "no such file: none.json"),
     (["--plot", "plan.jpg"], "ends in .png")])
@@ -136,9 +136,10 @@ def test_the_plot_tells_the_measured_from_the_modelled(tmp_path, monkeypatch):
 
     figures = load_figures()
     task = Task(find_model("CogVideoX-2b"), figures, framework="torch")
-    later = [{"what": "transformer", "source": "later", "split": split, "gpus": gpus, "ms": ms}
-             for split, gpus, ms in (("one", 1, 520.0), ("cfg 2", 2, 260.0), ("ring 2", 2, 280.0), ("ulysses 2", 2, 279.0))]
-    compared = plan.compare(task, figures) + later + [{**later[1], "source": "alone", "ms": 270.0}]
+    later = [{"what": "transformer", "source": "later", **split, "gpus": max(split.values(), default=1), "ms": ms}
+             for split, ms in (({}, 520.0), ({"cfg": 2}, 260.0), ({"ring": 2}, 280.0), ({"ulysses": 2}, 279.0))]
+    others = [{**later[1], **travels, "ms": 1.0} for travels in ({"exchange": "16bit"}, {"output": "int8"}, {"what": "layer"})]
+    compared = plan.compare(task, figures) + later + [{**later[1], "source": "alone", "ms": 270.0}] + others
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: (drawn.append(figure), path.write_bytes(b"png")))
     plan_plot.plot_scaling(task, plan.best_by_count(task), compared, tmp_path / "plan.png")
@@ -147,11 +148,14 @@ def test_the_plot_tells_the_measured_from_the_modelled(tmp_path, monkeypatch):
     assert list(lines["modelled, best split"].get_xdata()) == list(plan.COUNTS)
     assert (list(lines["measured"].get_xdata()), list(lines["measured"].get_ydata())) == (
         [1, 1, 2, 2, 2, 2], [498.0, 520.0, 260.0, 280.0, 279.0, 270.0])
+    assert [list(lines["measured, best split"].get_data()[axis]) for axis in (0, 1)] == [[1, 2], [498, 260]]
+    best = {line.get_label(): line for line in shares.lines}["measured, best split"]
+    assert [list(best.get_data()[axis]) for axis in (0, 1)] == [[1, 2], [100, 100]]
     efficiency = {line.get_label(): line for line in shares.lines}["measured"]
     wanted = [100, 100, 100, 100 * 260 / 280, 100 * 260 / 279]  # each beside one GPU of the same source, or not at all
     assert list(efficiency.get_ydata()) == pytest.approx(wanted)
     texts = [text.get_text() for text in shares.texts]
-    assert texts[:2] == ["ulysses 2\nring 2", "cfg 2"] and len(texts) == 2 + len(plan.COUNTS) - 1
+    assert texts[:2] == ["1·2·1\n1·1·2", "2·1·1"] and len(texts) == 2 + len(plan.COUNTS) - 1
     assert (tmp_path / "plan.png").read_bytes() == b"png"
 
 

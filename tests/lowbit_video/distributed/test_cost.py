@@ -68,6 +68,34 @@ def test_a_row_that_cannot_be_is_refused(row, words):
         predict({"model": "CogVideoX-2b", **row}, FIGURES)
 
 
+@pytest.mark.parametrize("degrees", [dict(ulysses=4), dict(ring=4), dict(ulysses=2, ring=2), dict(cfg=2, ulysses=2)], ids=str)
+@pytest.mark.parametrize("exchange", ["auto", "16bit", "int4"])
+def test_computation_and_exchange_apart_are_what_is_together(degrees, exchange):
+    """Neither alone takes longer than both, and both, one after the other, no less than together."""
+    row = {"model": "CogVideoX-2b", "framework": "torch", "exchange": exchange, "ms": 1, **degrees}
+    for what in ("layer", "transformer"):
+        whole, computed, exchanged = (predict({**row, "what": what + part}, FIGURES)
+                                      for part in ("", " computed", " exchanged"))
+        assert max(computed, exchanged) < whole < 1.02 * (computed + exchanged), what
+    slow = replace(FIGURES, links=dict.fromkeys(FIGURES.links, FIGURES.links["pcie4"]))
+    at = lambda part, figures: predict({**row, "what": "layer" + part}, figures)
+    assert at(" computed", slow) == at(" computed", FIGURES) and at(" exchanged", slow) > 2 * at(" exchanged", FIGURES)
+
+
+def test_an_exchange_alone_is_its_transfers_by_hand(monkeypatch):
+    usual, degrees, link = task(), Degrees(ulysses=2), FIGURES.links["nvlink"]
+    there, back = ulysses_bytes(usual, degrees, 2, attention.pieces_of(usual, degrees, share_of(usual, degrees)))
+    pieces = len(attention.pieces_of(usual, degrees, share_of(usual, degrees)))
+    wanted = link.small_us / 1e3 + 2 * pieces * link.all_to_all_us / 1e3 + (there + back) / link.all_to_all_gb_s / 1e6
+    row = {"what": "layer exchanged", "model": "CogVideoX-2b", "ms": 1}
+    assert predict({**row, "ulysses": 2}, FIGURES) == pytest.approx(wanted)
+    around = 3 * (link.neighbour_us / 1e3 + ring_bytes(usual, share_of(usual, Degrees(ring=4)), 30) / link.neighbour_gb_s / 1e6)
+    assert predict({**row, "ring": 4}, FIGURES) == pytest.approx(link.small_us / 1e3 + around)
+    gathered = cost_of(usual, Degrees(ring=4)).sent["output tokens"] / link.all_to_all_gb_s / 1e6 + link.all_to_all_us / 1e3
+    whole = predict({**row, "what": "transformer exchanged", "ring": 4}, FIGURES)
+    assert whole == pytest.approx(30 * (link.small_us / 1e3 + around) + gathered)
+
+
 # --- Shares and waves
 
 
@@ -305,6 +333,18 @@ def test_products_are_whole_waves_of_tiles():
     assert rest.linear_ms(task(), share_of(task(), Degrees())) == pytest.approx(wanted + 35552 * 1920 * rate / 1e9)
 
 
+def test_norms_and_positions_are_apart_where_tokens_are_shared_and_of_exact_attention():
+    program = replace(FIGURES.programs["paddle"], prologue_ps=20.0)
+    figures = replace(FIGURES, programs={"paddle": program})
+    more = lambda degrees, precision="int8+fp8": np.subtract(*[
+        rest.linear_ms(one, share_of(one, degrees)) for one in (
+            Task(MODELS["CogVideoX-2b"], replace(figures, programs={"paddle": each}), precision)
+            for each in (program, replace(program, prologue_ps=0.0)))])
+    assert more(Degrees()) == more(Degrees(cfg=2)) == 0
+    assert more(Degrees(ulysses=2)) == more(Degrees(ring=2)) == pytest.approx(2 * 8960 * 1920 * 20 / 1e9)
+    assert more(Degrees(), "exact") == pytest.approx(2 * 17776 * 1920 * 20 / 1e9)
+
+
 def test_a_step_is_the_sum_of_its_parts():
     degrees, usual = Degrees(cfg=2, ulysses=2), task()
     cost, share, layer = cost_of(usual, degrees), share_of(usual, degrees), attention.layer(usual, degrees)
@@ -435,8 +475,8 @@ def test_a_video_is_its_steps_and_what_surrounds_them():
     (dict(link="carrier pigeon"), "unknown link 'carrier pigeon'; there are: nvlink, pcie4, ib400"),
     (dict(precision="int8+fp9"), "unknown precision 'int8\\+fp9'"), (dict(steps=0), "0 steps"),
     (dict(height=481), "multiples of 16"), (dict(frames=0), "at least one frame"),
-    (dict(exchange="int4"), "attention at int8/int4\\+fp8 is not measured; there are: int8\\+fp8, "),
-    (dict(precision="int2+fp8"), "attention at int2\\+fp8 is not measured"), (dict(output="int4"), "unknown output 'int4'"),
+    (dict(precision="int2+fp8"), "attention at int2\\+fp8 is not measured; there are: int8\\+fp8, "),
+    (dict(output="int4"), "unknown output 'int4'"),
     (dict(exchange="fax"), "unknown exchange 'fax'"), (dict(framework="jax"), "unknown measured framework 'jax'")])
 def test_a_task_that_cannot_be_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
@@ -475,9 +515,10 @@ def test_given_figures_go_before_those_of_the_package(tmp_path):
 def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
     path = tmp_path / "parallel.json"
     methods = {"one": 7.5, "one exact": 15, "ulysses2, 16bit": 4.4, "ulysses2, codes, int8 output": 4.2, "ulysses2, exact": 8,
-               "ulysses2 x ring2, codes": 2.4}
+               "ulysses2 x ring2, codes": 2.4, "ring2, int4 codes": 2.5}
+    apart = {"computed_ms": 120, "exchanged_ms": 30}
     step = {"model": "2b", "precision": "int8+fp8", "framework": "torch", "exchange": "auto", "output": "int8",
-            "ways": {"one": {"ms": 500}, "cfg2 x ring2": {"ms": 130}}}
+            "ways": {"one": {"ms": 500}, "cfg2 x ring2": {"ms": 130, **apart}}}
     decode = {"latents": [1, 16, 13, 60, 90], "ranks": 4, "ways": {"one": {"ms": 4000}, "all": {"ms": 1400},
                                                                    "one, tiles": {"ms": 9000}, "all, tiles": {"ms": 5000}}}
     report = {"gpu": "H100", "framework": "torch", "ranks": 4, "attention": [
@@ -492,8 +533,10 @@ def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
         {**low, "what": "attention", "ms": 7.5},
         {**low, "what": "layer", "ulysses": 2, "exchange": "16bit", "output": "16bit", "ms": 4.4},
         {**low, "what": "layer", "ulysses": 2, "exchange": "auto", "output": "int8", "ms": 4.2},
-        {**low, "what": "layer", "ulysses": 2, "ring": 2, "exchange": "auto", "output": "16bit", "ms": 2.4})
-    steps = ({**whole, "ms": 500}, {**whole, "cfg": 2, "ring": 2, "ms": 130})
+        {**low, "what": "layer", "ulysses": 2, "ring": 2, "exchange": "auto", "output": "16bit", "ms": 2.4},
+        {**low, "what": "layer", "ring": 2, "exchange": "int4", "output": "16bit", "ms": 2.5})
+    steps = ({**whole, "ms": 500}, *({**whole, "cfg": 2, "ring": 2, "what": "transformer" + part, "ms": ms}
+                                     for part, ms in (("", 130), (" computed", 120), (" exchanged", 30))))
     decoded = ({**same, "what": "decode", "ms": 4000}, {**same, "what": "decode", "ulysses": 4, "vae": 4, "ms": 1400})
     assert new_rows() == layers + steps + decoded
     assert all(predict(row, FIGURES) > 0 for row in new_rows())
@@ -501,6 +544,10 @@ def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
     assert new_rows() == layers + steps  # another video than the model's own
     path.write_text(json.dumps({"framework": "torch", "attention": report["attention"][:1]}))
     assert new_rows() == layers
+    path.write_text(json.dumps({**report, "attention": [], "decode": None, "steps": [
+        {**step, "output": "16bit", "ways": {f"ulysses2, {how}": {"ms": 1} for how in ("16bit", "codes, int8 output")}}]}))
+    assert new_rows() == tuple({**whole, "ulysses": 2, "exchange": exchange, "output": output, "ms": 1}
+                               for exchange, output in (("16bit", "16bit"), ("auto", "int8")))
     path.write_text(json.dumps({**report, "steps": [{"model": "2b"}]}))
     with pytest.raises(ValueError, match="parallel.json is not what `bench parallel` writes .KeyError: 'precision'"):
         new_rows()
