@@ -44,7 +44,7 @@ def started(monkeypatch):
 
 
 GIVEN = ["--parts", "attention", "step", "--shapes", "8k", "--models", "5b", "2b", "--precision", "int8+fp16", "exact",
-         "--tiles", "--recipe", "safe", "--splits", "ring3", "--rounds", "4"]
+         "--tiles", "--recipe", "safe", "--splits", "ring3", "--rounds", "4", "--more", "1"]
 
 
 @pytest.mark.parametrize("framework", ["paddle", "torch"])
@@ -65,7 +65,7 @@ def test_a_process_for_each_gpu_is_told_everything(framework, started, tmp_path,
     add_arguments(parser)
     told = parser.parse_args(rest)
     assert vars(told) == dict(framework=framework, parts=["attention", "step"], shapes="8k", models=["5b", "2b"], tiles=True,
-                              precision=["int8+fp16", "exact"], recipe="safe", splits=["ring3"], rounds=4, out=out)
+                              precision=["int8+fp16", "exact"], recipe="safe", splits=["ring3"], rounds=4, more=1, out=out)
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
@@ -76,6 +76,15 @@ def test_where_files_lie_does_not_depend_on_the_folder_of_a_process(started, tmp
     assert command[command.index("--out") + 1] == str(tmp_path / "outputs/bench/parallel.json")
     assert not {"--tiles", "--recipe", "--splits", "--rounds"} & set(command)
     assert command[command.index("--devices") + 1] == "0,1"
+
+
+@pytest.mark.parametrize("framework", ["paddle", "torch"])
+def test_eight_gpus_are_eight_processes(framework, started, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "device_count", lambda: 8)
+    assert cli.main(["bench", "parallel", "--gpus", "8", "--framework", framework, "--splits", "cfg2 x ulysses4"]) == 7
+    command = started[0][0]
+    assert "--nproc_per_node=8" in command if framework == "torch" else "0,1,2,3,4,5,6,7" in command
+    assert command[command.index("--splits") + 1] == "cfg2 x ulysses4"
 
 
 def test_a_recipe_is_read_before_anything_is_started(started, tmp_path, monkeypatch, capsys):
@@ -314,7 +323,7 @@ class StubModel:
     def __call__(self, latents, text, timestep, image_rotary_emb):
         assert image_rotary_emb == "tables" and text.shape == [2, 226, 4096] and timestep.shape == [2]
         if self.shared:
-            sizes = [64 * self.shared["ring"] * (rank != self.wire.rank) for rank in (0, 1)]
+            sizes = [64 * self.shared["ring"] * (rank != self.wire.rank) for rank in range(self.wire.size)]
             self.wire.exchange(*[paddle.zeros([sum(sizes)], "uint8"), sizes] * 2).wait()
         return latents.astype("float32") * (1.001 if self.shared and self.shared["ring"] > 1 else 1)
 
@@ -368,7 +377,7 @@ def test_a_step_by_every_split_beside_one_gpu(stubs):
             return together(calls, rounds, *rest)
 
         clock.together = watched
-        result = step.measure("2b", "int8+fp8", "paddle", wire, clock, lambda text: None, rounds=3)
+        result = step.measure("2b", "int8+fp8", "paddle", wire, clock, lambda text: None, rounds=3, more=2)
         return result, timed
 
     (result, timed), _ = run_threads(2, work)
@@ -394,8 +403,27 @@ def test_a_step_by_every_split_beside_one_gpu(stubs):
 def test_exact_steps_and_recipes_travel_one_way(precision, stubs, monkeypatch):
     monkeypatch.setattr(step, "denoising_step", lambda model, number, of: contextlib.nullcontext())
     result, _ = run_threads(2, lambda wire: step.measure("2b", precision, "paddle", wire, FakeClock(wire), lambda text: None,
-                                                         rounds=1, only=["cfg2", "ring2"]))
+                                                         rounds=1, only=["cfg2", "ring2"], more=2))
     assert list(result["ways"]) == ["one", "ring2", "cfg2"] and set(stubs.traffic[0][1:]) == {"auto", "16bit"}
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_what_cannot_travel_is_told_and_the_rest_is_timed(more, stubs, monkeypatch):
+    served, said = StubModel.__call__, []
+
+    def call(self, *given, **named):
+        if any(travels == ["int4", "16bit"] for _, *travels in stubs.traffic[-1:]) and self.shared:
+            raise RuntimeError("no such kernel")
+        return served(self, *given, **named)
+
+    monkeypatch.setattr(StubModel, "__call__", call)
+    measure = lambda wire: step.measure("2b", "int8+fp8", "paddle", wire, FakeClock(wire), said.append, rounds=1, more=more,
+                                        only=["ring1"])
+    monkeypatch.setattr(step, "splits", lambda size: {"ring1": dict(cfg=1, ulysses=1, ring=2)})
+    [result] = run_threads(1, measure)
+    assert list(result["ways"]) == ["one", "ring1", "ring1, 16bit"][:2 + more]
+    assert result["failed"] == ({"ring1, int4 codes": "RuntimeError: no such kernel"} if more else {})
+    assert len(said) == 2 + 2 * more
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -428,7 +456,7 @@ def test_a_small_models_step_by_every_split(ranks, monkeypatch):
             return dict.fromkeys(calls, 1.0)
 
         clock.together = together
-        result = step.measure("2b", "int8+fp8", "paddle", wire, clock, lambda text: None, rounds=1)
+        result = step.measure("2b", "int8+fp8", "paddle", wire, clock, lambda text: None, rounds=1, more=2)
         for name, row in list(result["ways"].items())[1:]:
             assert counts[f"{name} / computed"] == 0
             assert counts[name] == counts[f"{name} / exchanged"] == row["bytes"]["sent_total"] > 0, name

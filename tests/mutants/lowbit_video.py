@@ -3,6 +3,7 @@ from .entry import faults
 
 ATTEND = "tests/lowbit_video/hook/test_attend.py::"
 CHOICES = "tests/lowbit_video/distributed/test_parallelize.py::test_each_wrapper_gets_its_choices_group_and_shares"
+COST = "tests/lowbit_video/distributed/test_cost.py::"
 COMPAT = "tests/lowbit_video/test_compat.py::"
 COVERAGE = "tests/lowbit_video/hook/test_coverage.py::"
 DISTRIBUTED = "lowbit_video/distributed/"
@@ -356,6 +357,26 @@ MUTANTS = [
             ("job.modules, fallback=job.fallback,", "job.modules,"),
             ("steps=job.steps or RANDOM_STEPS", "steps=RANDOM_STEPS"),
             ("else Recipe.load(job.recipe), job.modules", "else Recipe.load(job.recipe), {}")),
+    *faults("lowbit_video/app/plan_plot.py",
+            "tests/lowbit_video/app/test_plan.py::test_the_plot_tells_the_measured_from_the_modelled",
+            ("row.get(name, usual) == travels[name]", "True"), ("in measured], min)", "in measured], max)"),
+            ("for point in over], max)", "for point in over], min)")),
+    *faults("lowbit_video/distributed/cost/rest.py",
+            COST + "test_norms_and_positions_are_apart_where_tokens_are_shared_and_of_exact_attention",
+            (".exact or share.rows", ".exact and share.rows"), ("share.rows < task.tokens", "share.batch < 2"),
+            ("apart * task.program.prologue_ps", "task.program.prologue_ps")),
+    *faults("lowbit_video/distributed/cost/figures.py", COST + "test_what_the_benchmark_wrote_becomes_rows",
+            ('if one == "int8 output":', 'if one == "16bit":'), ('elif one != "codes":', 'elif one == "16bit":'),
+            ('(" computed", "computed_ms")', '(" computed", "exchanged_ms")')),
+    *faults("lowbit_video/distributed/cost/split.py",
+            COST + "test_an_exchange_alone_is_its_transfers_by_hand",
+            ("Tile(tile.rows, 0, 0, 0)", "tile"), ("quantise_ps=0, merge_ps=0", "merge_ps=0"),
+            ("if what.endswith(APART[0]) else", "if what.endswith(APART[1]) else")),
+    *faults("lowbit_video/distributed/cost/split.py",
+            COST + "test_computation_and_exchange_apart_are_what_is_together",
+            ("Link(0, math.inf, 0, math.inf, 0)", "Link(0, math.inf, 0, math.inf, 40)"),
+            ("Link(0, math.inf, 0, math.inf, 0)", "Link(88, 287, 209, 350, 0)"),
+            ("Program(math.inf, 0, 0, 0, 0, {})", "figures.programs[name]")),
     *faults("lowbit_video/app/plan.py", "tests/lowbit_video/app/test_plan.py",
             ("alone.step_ms / cost.step_ms", "cost.step_ms / alone.step_ms"),
             ("not args.no_text_encoder", "args.no_text_encoder"),

@@ -35,7 +35,8 @@ def launch(args: argparse.Namespace) -> int:
     if odd := set(args.splits or ()) - set(known := splits(args.gpus)):
         raise ValueError(f"no such split by {args.gpus} GPUs: {', '.join(sorted(odd))}; there are: {', '.join(known)}")
     given = ["--framework", args.framework, "--parts", *args.parts, "--shapes", args.shapes, "--models", *args.models,
-             "--precision", *args.precision, "--out", str(args.out.resolve()), *(["--tiles"] if args.tiles else []),
+             "--more", str(args.more), "--precision", *args.precision, "--out", str(args.out.resolve()),
+             *(["--tiles"] if args.tiles else []),
              *(["--recipe", recipe] if recipe else []), *(["--splits", *args.splits] if args.splits else []),
              *(["--rounds", str(args.rounds)] if args.rounds else [])]
     environment = {"OMP_NUM_THREADS": "4", **os.environ}

@@ -19,8 +19,6 @@ from .models import paddle_transformer, torch_transformer
 ROUNDS = 5
 AHEAD_PASSES = 8
 TEXT_TOKENS, TEXT_CHANNELS = 226, 4096
-MORE = 2
-"""The fastest splits that are timed with whatever else can travel."""
 APART_ROUNDS = 2
 """Turns, at most, of computation and transfers apart."""
 
@@ -52,13 +50,13 @@ def splits(size: int) -> dict[str, dict[str, int]]:
 
 
 def measure(model_name: str, precision: str, framework: str, wire: Any, clock: Clock, say: Callable[[str], None],
-            rounds: int | None = None, only: Sequence[str] | None = None) -> dict[str, Any]:
+            rounds: int | None = None, only: Sequence[str] | None = None, more: int = 0) -> dict[str, Any]:
     """Times of a step by every split, in turns, bytes, memory, and how far each is from one GPU's prediction.
 
-    The fastest MORE splits that send attention's tensors are then timed with what else can travel, and all without their
-    transfers and as their transfers alone (`apart`).
+    All are then timed without their transfers and as their transfers alone (`apart`).
     precision: or a recipe's file or name, of which the step is that at half of the denoising. rounds: turns; None: ROUNDS.
-    only: the splits; None: all.
+    only: the splits; None: all. more: how many of those that send attention's tensors, the fastest, are timed with whatever
+    else can travel; "failed" of the result has those that cannot be.
     """
     runtime, wire, rounds = clock.runtime, TappedWire(wire), rounds or ROUNDS
     model = (torch_transformer if framework == "torch" else paddle_transformer)(model_name)
@@ -74,7 +72,7 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
         others = {}  # without codes all travels in 16 bits anyway
     ways: dict[str, Way | None] = {"one": None}
     ways.update({name: Way(parts) for name, parts in splits(wire.size).items() if only is None or name in only})
-    outs, sent, passed, peaks = {}, {}, {}, {}
+    outs, sent, passed, peaks, failed = {}, {}, {}, {}, {}
 
     @contextlib.contextmanager
     def shared(name: str) -> Iterator[None]:
@@ -97,18 +95,25 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
         if not silent:
             peaks[name] -= wire.kept_gib
 
-    def timed(names: Sequence[str]) -> dict[str, float]:
-        for name in names:
-            with shared(name):
-                outs[name] = runtime.to_numpy(step())
-        return clock.together(dict.fromkeys(names, step), rounds, AHEAD_PASSES, shared)
+    def first(name: str) -> None:
+        with shared(name):
+            outs[name] = runtime.to_numpy(step())
 
-    times = timed(list(ways))
-    best = sorted((name for name, way in ways.items() if way is not None and way.sends), key=times.__getitem__)[:MORE]
-    more = {f"{name}, {how}": Way(ways[name].degrees, *travels) for name in best for how, travels in others.items()
-            if travels[1] == "16bit" or ways[name].degrees["ulysses"] > 1}
-    ways.update(more)
-    times.update(timed(list(more)))
+    for name in ways:
+        first(name)
+    times = clock.together(dict.fromkeys(ways, step), rounds, AHEAD_PASSES, shared)
+    best = sorted((name for name, way in ways.items() if way is not None and way.sends), key=times.__getitem__)[:more]
+    added = {f"{name}, {how}": Way(ways[name].degrees, *travels) for name in best for how, travels in others.items()
+             if travels[1] == "16bit" or ways[name].degrees["ulysses"] > 1}
+    ways.update(added)
+    for name in added:
+        try:
+            first(name)
+        except Exception as error:  # on all ranks alike: a kernel that does not compile, say
+            failed[name] = f"{type(error).__name__}: {error}"
+            say(f"{model_name} step, {name}: {failed[name]}")
+            del ways[name]
+    times.update(clock.together({name: step for name in added if name in ways}, rounds, AHEAD_PASSES, shared))
     apart: dict[str, Callable[[], Any]] = {}
     for name in passed:
         apart[name + COMPUTED], apart[name + EXCHANGED] = step, replay(wire.wire, passed[name], clock.like)
@@ -116,7 +121,7 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
     memory = clock.peaks(peaks)
     one = outs["one"].astype(np.float64)
     result: dict[str, Any] = {"model": model_name, "precision": precision, "framework": framework, "ranks": wire.size,
-                              "exchange": "auto", "output": "16bit", "ways": {}}
+                              "exchange": "auto", "output": "16bit", "failed": failed, "ways": {}}
     for name in ways:
         error = ((outs[name] - one) ** 2).sum()
         sqnr_db = float(10 * np.log10((one**2).sum() / error)) if error else None
