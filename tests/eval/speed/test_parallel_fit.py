@@ -29,8 +29,8 @@ def test_figures_that_made_the_rows_are_found_again():
     assert {name: found[name] for name in true} == pytest.approx(true, rel=0.02)
     unlike = {name for name, value in fit.figures_named(FIGURES).items() if found[name] != value}
     assert unlike == set(true) - {"programs.torch.models.CogVideoX-5b.elementwise_ps"}
-    assert fit.figures_named(fit.fitted(rows_of(fit.with_figure(FIGURES, "around.hidden_share", 1.0)), FIGURES,
-                                        ["around.hidden_share"]))["around.hidden_share"] <= 1
+    fast = [{**row, "ms": 0.9 * row["ms"]} for row in rows_of(FIGURES)]
+    assert fit.fitted(fast, FIGURES, ["around.hidden_share"]).around.hidden_share == 1
 
 
 def test_influence_is_a_part_of_a_part():
