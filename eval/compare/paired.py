@@ -179,12 +179,18 @@ def check_settings(store: Store, settings: Settings) -> None:
         ValueError: names each setting that differs.
     """
     for run in store.runs()[:1]:
-        differ = [f"{name} {run['settings'].get(name)} -> {getattr(settings, name)}" for name in SAME
-                  if run["settings"].get(name) != getattr(settings, name)]
-        if Path(run["settings"]["model"]).name != Path(settings.model).name:
-            differ.append(f"model {run['settings']['model']} -> {settings.model}")
-        if differ:
+        if differ := differing(run, settings):
             raise ValueError(f"{store.folder} was begun with other settings ({'; '.join(differ)}); give another --out")
+
+
+def differing(run: dict, settings: Settings) -> list[str]:
+    """What of the settings that all videos of a folder share a line of it has otherwise: "steps 8 -> 50" and the like."""
+    known = run["settings"]
+    differ = [f"{name} {known.get(name)} -> {getattr(settings, name)}" for name in SAME
+              if known.get(name) != getattr(settings, name)]
+    if Path(known["model"]).name != Path(settings.model).name:
+        differ.append(f"model {known['model']} -> {settings.model}")
+    return differ
 
 
 def _run(pipe, store, todo, candidates, settings, metrics, weights, hook, say) -> None:

@@ -15,6 +15,12 @@ writes precisions.json and precisions.md (quality with intervals, adherence, sec
 exact attention, and quality by kind of background) and the report page. Where some keys are pooled (`--precisions "int8+fp8
 pooled 0.3 always 64" recipe.toml`), the curve of quality over the share of tiles that is kept stands in precisions.json too,
 and is drawn in curve.png. Clips are kept of the first `--clips` captions of each kind of background.
+
+On several GPUs, a process each makes a part of the captions; nothing holds the workers of one off the videos of another:
+
+    CUDA_VISIBLE_DEVICES=0 python examples/small_cogvideox/evaluate_precisions.py --part 1/2 --workers 8 --out outputs/part1
+    CUDA_VISIBLE_DEVICES=1 python examples/small_cogvideox/evaluate_precisions.py --part 2/2 --workers 8 --out outputs/part2
+    python examples/small_cogvideox/evaluate_precisions.py --join outputs/part1 outputs/part2 --out outputs/precisions
 """
 from __future__ import annotations
 
@@ -29,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from makers import DTYPES, OTHERS, PaddleMaker, TorchMaker, hooked, runs_of
+from parts import join, otherwise, part
 from precision_curve import curve_of, kept_shares, plot_curve
 from precision_table import is_exact, markdown, record_of
 from sampling import held_out_captions, noise_of
@@ -248,6 +255,7 @@ def arguments(argv=None):
     parser.add_argument("--order", choices=ORDERS, default="raster", help="of the video's tokens in attention, of all runs")
     parser.add_argument("--other-exact", nargs="*", choices=OTHERS, default=list(OTHERS), help="further exact kernels to run")
     parser.add_argument("--captions", type=int, default=50)
+    parser.add_argument("--part", type=part, default=part("1/1"), metavar="I/N", help="only every N-th caption, from the I-th")
     parser.add_argument("--together", type=int, default=25, help="captions of which all runs are made before the next (25)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the transformer's blocks (PyTorch only)")
     parser.add_argument("--cuda-graph", action="store_true", help="the transformer as one CUDA graph (PyTorch on a GPU)")
@@ -258,8 +266,10 @@ def arguments(argv=None):
     parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="of a metric: lpips=FOLDER")
     parser.add_argument("--beside", type=Path, metavar="DIR", help="another folder of results: how far its exact videos are")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no video after so long; the same command goes on")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3), help="processes that measure")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3),
+                        help="processes that measure; with several parts at work, say how many each has (%(default)s)")
     parser.add_argument("--tables", action="store_true", help="make no video: only the tables and the page of --out")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="DIR", help="likewise, of --out as these parts together")
     parser.add_argument("--tile-side", type=int, default=TILE_SIDE, help="widest a video is in the page (%(default)s pixels)")
     parser.add_argument("--no-page", action="store_true", help="no report page, which takes matplotlib and ffmpeg")
     parser.add_argument("--device", help="as the framework names it; default: its GPU if there is one")
@@ -275,7 +285,9 @@ def arguments(argv=None):
 
 def main(argv=None) -> int:
     args = arguments(argv)
-    if args.tables:
+    if args.join:
+        join(args.join, args.out)
+    if args.join or args.tables:
         write_tables(args)
         return 0
     deadline = time.time() + 60 * args.minutes
@@ -299,8 +311,7 @@ def main(argv=None) -> int:
         about = {"framework": args.framework, "dtype": args.dtype, "backend": args.backend, "reference": maker.reference,
                  "compiled": args.compile, "order": args.order, "cuda_graph": args.cuda_graph}
         for known in store.runs()[:1]:
-            known = {"compiled": False, "order": "raster", "cuda_graph": False} | known
-            if differ := [f"{name} {known[name]}" for name in about if known[name] != about[name]]:
+            if differ := otherwise(known, about):
                 raise ValueError(f"{args.out} was begun with {', '.join(differ)}; give another --out")
         evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds, of)
         kept = kept_shares(maker, runs, next(iter(kinds)), noise_of(1, evaluation.latent_shape(), args.seed),
@@ -312,9 +323,10 @@ def main(argv=None) -> int:
                       "environment": {**environment(), "device": maker.device_name},
                       "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
         clips = first_of_kinds(kinds, args.clips)
-        numbered = list(enumerate(kinds))
-        parts = [dict(numbered[at:at + args.together]) for at in range(0, len(kinds), args.together)]
-        finished = all([evaluation.make(part, runs, work, clips, deadline) for part in parts])
+        first, step = args.part
+        numbered = list(enumerate(kinds))[first::step]
+        pieces = [dict(numbered[at:at + args.together]) for at in range(0, len(numbered), args.together)]
+        finished = all([evaluation.make(piece, runs, work, clips, deadline) for piece in pieces])
     finally:
         workers.close()
         store.close()

@@ -123,6 +123,67 @@ def test_the_tables_are_made_of_a_folder_alone(code, whole, monkeypatch):
         code.main(["--out", str(whole), "--weights", "lpips"])
 
 
+@pytest.fixture(scope="module")
+def parts(code, model, tmp_path_factory):
+    """The same evaluation by two processes, the second caption in the other."""
+    folders = [tmp_path_factory.mktemp("part") for _ in range(2)]
+    for number, out in enumerate(folders, 1):
+        begun = [*BEGUN, "--part", f"{number}/2", "--model", str(model), "--out", str(out)]
+        assert code.main([*begun, "--precisions", "int8+fp16", "int2+fp16"]) == 0
+    return folders
+
+
+def test_parts_together_are_what_one_process_makes(code, whole, parts, tmp_path):
+    captions = list(dict.fromkeys(line["prompt"] for line in lines(whole)))
+    assert [list(dict.fromkeys(line["prompt"] for line in lines(part))) for part in parts] == [captions[::2], captions[1::2]]
+    assert code.main(["--join", *map(str, reversed(parts)), "--out", str(tmp_path), "--no-page"]) == 0
+    made = lines(tmp_path)
+    assert list(dict.fromkeys(line["prompt"] for line in made)) == captions
+    figures = [{(v["prompt"], v["run"]): v["figures"] for v in lines(folder)} for folder in (tmp_path, whole)]
+    assert figures[0] == figures[1]
+    assert {v["clip"] for v in made if "clip" in v} == {v["clip"] for v in lines(whole) if "clip" in v}
+    assert all((tmp_path / v["clip"]).stat().st_size > 500 for v in made if "clip" in v)
+    timed = ("seconds", "speed_up")
+    one, joined = ({name: value for name, value in json.loads((folder / "precisions.json").read_text()).items()
+                    if name not in ("best_exact", "environment")} for folder in (whole, tmp_path))
+    for record in (one, joined):
+        for row in record["rows"].values():
+            assert all(row.pop(name)["value"] > 0 for name in timed)
+    assert joined == one and joined["captions"] == joined["captions_wanted"] == 3
+    assert "Not finished: 3 captions" in (parts[0] / "precisions.md").read_text()
+    with pytest.raises(ValueError, match="has results; give another --out"):
+        code.main(["--join", *map(str, parts), "--out", str(tmp_path)])
+
+
+def test_parts_of_another_kind_are_refused(code, parts, tmp_path, capsys):
+    def with_run(name, **changed):
+        folder = tmp_path / name
+        folder.mkdir()
+        stored = [json.loads(line) for line in (parts[1] / "results.jsonl").read_text().splitlines()]
+        stored = [line | changed if line["kind"] == "run" else line for line in stored]
+        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in stored))
+        return folder
+
+    run, out = lines(parts[1], "run")[0], tmp_path / "out"
+    for number, (changed, said) in enumerate((
+            ({"dtype": "float16"}, "dtype float16"), ({"compiled": True}, "compiled True"),
+            ({"framework": "paddle"}, "framework paddle"), ({"order": "hilbert"}, "order hilbert"),
+            ({"backend": "triton"}, "backend triton"), ({"reference": "another"}, "reference another"),
+            ({"cuda_graph": True}, "cuda_graph True"),
+            ({"settings": run["settings"] | {"steps": 5}}, "steps 5 -> 2"), ({"prompts": run["prompts"][:2]}, "prompts"),
+            ({"seeds": [1]}, "seeds"), ({"environment": run["environment"] | {"device": "another"}}, "device another"))):
+        folder = with_run(str(number), **changed)
+        with pytest.raises(ValueError, match=f"{number} was run otherwise than .*{said}"):
+            code.main(["--join", str(parts[0]), str(folder), "--out", str(out)])
+    with pytest.raises(ValueError, match="exact of '.*' is in .* and in"):
+        code.main(["--join", *map(str, parts), str(with_run("again")), "--out", str(out)])
+    assert not out.exists()
+    for text in ("0/2", "3/2", "1", "1/0", "a/b"):
+        with pytest.raises(SystemExit):
+            code.evaluate.arguments(["--part", text])
+        assert "write I/N" in capsys.readouterr().err
+
+
 def test_it_goes_on_where_it_was_stopped_with_the_same_figures(code, model, whole, tmp_path, monkeypatch, capfd):
     begun = [*BEGUN, "--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16", "int2+fp16"]
     made, make = [], code.makers.TorchMaker.make

@@ -17,6 +17,7 @@ MODELS = "tests/lowbit_video/hook/dispatcher/test_models.py::"
 MODEL_GRAPHED = "tests/lowbit_video/graph/test_torch_compile_model.py::"
 MODEL_METRICS = "tests/eval/metrics/test_model_metrics.py::"
 OWN = "tests/lowbit_video/hook/test_own_frame.py::"
+PARTS = "tests/examples/test_evaluate_precisions.py::"
 PLACING = "tests/lowbit_video/runtime/test_placing.py::"
 PLAN = "tests/lowbit_video/distributed/test_context_parallel.py::"
 PROCESSORS = "tests/lowbit_video/hook/test_processors.py::"
@@ -325,6 +326,15 @@ MUTANTS = [
             ("**(kwargs or {}))", ")")),
     *faults(FRAMES + "__init__.py", PROCESSORS + "test_a_diffusers_transformer_takes_the_same_processors",
             ("owner = owner_of(attn) if owner is None else owner", "pass")),
+    *faults("examples/small_cogvideox/evaluate_precisions.py", PARTS + "test_parts_together_are_what_one_process_makes",
+            ("list(enumerate(kinds))[first::step]", "list(enumerate(list(kinds)[first::step]))")),
+    *faults("examples/small_cogvideox/parts.py", PARTS + "test_parts_together_are_what_one_process_makes",
+            ('(captions.index(own[1]["prompt"]), ', "("),
+            ("shutil.copyfile(store.folder / clip, out / clip)", "pass")),
+    *faults("examples/small_cogvideox/parts.py", PARTS + "test_parts_of_another_kind_are_refused",
+            ("if known[name] != about[name]]", "if False]"), ("differing(run, settings) + ", ""),
+            ('("prompts", "seeds")', "()"), ("1 <= int(number) <= int(of)", "1 <= int(number)"),
+            ("            if other := made.get(", "            if other := {}.get(")),
     *faults(FRAMES + "__init__.py", FRAME_TESTS + "test_a_subclass_is_declared_with_its_base",
             ("for base in module_class.__mro__:", "for base in (module_class,):")),
     *faults(FRAMES + "__init__.py", OWN + "test_a_model_is_hooked_reported_and_given_back[mochi]",
