@@ -51,7 +51,8 @@ GIVEN = ["--parts", "attention", "step", "--shapes", "8k", "--models", "5b", "2b
 def test_a_process_for_each_gpu_is_told_everything(framework, started, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     out = tmp_path / "here.json"
-    assert cli.main(["bench", "parallel", "--gpus", "3", "--framework", framework, "--out", str(out), *GIVEN]) == 7
+    assert cli.main(["bench", "parallel", "--gpus", "3", "--framework", framework, "--out", str(out), *GIVEN,
+                     *["--compile"] * (framework == "torch")]) == 7
     [(command, script, environment)] = started
     if framework == "torch":
         assert command[1:6] == ["-m", "torch.distributed.run", "--nproc_per_node=3", "-m",
@@ -65,7 +66,8 @@ def test_a_process_for_each_gpu_is_told_everything(framework, started, tmp_path,
     add_arguments(parser)
     told = parser.parse_args(rest)
     assert vars(told) == dict(framework=framework, parts=["attention", "step"], shapes="8k", models=["5b", "2b"], tiles=True,
-                              precision=["int8+fp16", "exact"], recipe="safe", splits=["ring3"], rounds=4, more=1, out=out)
+                              precision=["int8+fp16", "exact"], recipe="safe", splits=["ring3"], rounds=4, more=1, out=out,
+                              compile=framework == "torch")
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
@@ -74,7 +76,7 @@ def test_where_files_lie_does_not_depend_on_the_folder_of_a_process(started, tmp
     assert cli.main(["bench", "parallel"]) == 7
     command, _, _ = started[0]
     assert command[command.index("--out") + 1] == str(tmp_path / "outputs/bench/parallel.json")
-    assert not {"--tiles", "--recipe", "--splits", "--rounds"} & set(command)
+    assert not {"--tiles", "--recipe", "--splits", "--rounds", "--compile"} & set(command)
     assert command[command.index("--devices") + 1] == "0,1"
 
 
@@ -118,6 +120,11 @@ def test_a_recipe_is_of_the_step_and_a_precision_of_a_layer(monkeypatch, tmp_pat
     said.clear()
     run("--precision", "exact")
     assert said == ["exact", "exact"]
+    monkeypatch.setattr(step, "measure", lambda *given: said.append(given[-1]))
+    said.clear()
+    run("--precision", "exact", "--framework", "torch", "--compile")
+    run("--precision", "exact", "--framework", "torch")
+    assert said == ["exact", True, "exact", False]
 
 
 @pytest.mark.parametrize("gpus", ["5", "1", "0"])
@@ -129,6 +136,7 @@ def test_too_few_gpus_are_said_in_a_line(gpus, started, capsys):
 
 @pytest.mark.parametrize("given, says", [
     (["--splits", "ring2", "ulysses4"], "no such split by 2 GPUs: ulysses4; there are: ring2, ulysses2, cfg2"),
+    (["--compile"], "--compile compiles diffusers' blocks, and --framework is paddle; add --framework torch"),
     (["--rounds", "0"], "--rounds 0: one at least"), (["--precision", "int8+fp8", "int9"], "unknown precision 'int9'")])
 def test_what_cannot_be_measured_is_said_before_anything_is_started(given, says, started, capsys):
     assert cli.main(["bench", "parallel", *given]) == 2 and not started and says in capsys.readouterr().err
@@ -580,6 +588,23 @@ def test_the_page_has_everything_that_was_measured_the_losers_too():
     assert [row["SQNR, dB"] for row in steps] == ["", "59.6", "equal"] * 2 and steps[4]["of an even share"] == "86.2 %"
     assert [(row["framework"], row["way"], row["speed-up"], row["equal to the bit"]) for row in decoded] == [
         ("PyTorch", "one", "", "yes"), ("PyTorch", "all", "1.82x", "yes"), ("PyTorch", "all, tiles", "0.44x", "NO")]
+
+
+def test_steps_of_compiled_blocks_are_named():
+    result = result_of("torch")
+    result["steps"].append({**result["steps"][0], "compiled": True})
+    assert [name for name in tables_of(table.markdown([result])) if "step" in name] == [STEP, f"{STEP}, blocks compiled"]
+    assert "| a step of 2b, blocks compiled: cfg2 |" in table.short([result])
+
+
+def test_compiled_blocks_are_compiled_once_each():
+    said = []
+    block = types.SimpleNamespace(compile=lambda **how: said.append(how))
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    limit = torch._dynamo.config.recompile_limit
+    step.compile_blocks(types.SimpleNamespace(transformer_blocks=[block, block]))
+    assert said == [{"dynamic": False}] * 2 and torch._dynamo.config.recompile_limit == max(limit, 64)
+    torch._dynamo.config.recompile_limit = limit
 
 
 def test_what_was_not_measured_is_left_out():

@@ -365,6 +365,8 @@ MUTANTS = [
             COST + "test_norms_and_positions_are_apart_where_tokens_are_shared_and_of_exact_attention",
             (".exact or share.rows", ".exact and share.rows"), ("share.rows < task.tokens", "share.batch < 2"),
             ("apart * task.program.prologue_ps", "task.program.prologue_ps")),
+    *faults("lowbit_video/distributed/cost/figures.py", "tests/lowbit_video/distributed/test_cost.py",
+            (' if not step.get("compiled")):', "):")),
     *faults("lowbit_video/distributed/cost/figures.py", COST + "test_what_the_benchmark_wrote_becomes_rows",
             ('if one == "int8 output":', 'if one == "16bit":'), ('elif one != "codes":', 'elif one == "16bit":'),
             ('(" computed", "computed_ms")', '(" computed", "exchanged_ms")')),

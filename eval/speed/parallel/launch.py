@@ -18,9 +18,12 @@ from .step import splits
 def launch(args: argparse.Namespace) -> int:
     """Runs one process for each GPU; returns their exit status.
 
-    Raises ValueError where there are too few GPUs, for a precision or a split that does not exist and a recipe that cannot be
-    read.
+    Raises ValueError where there are too few GPUs, for a precision or a split that does not exist, a recipe that cannot be
+    read and what cannot be compiled.
     """
+    if args.compile and args.framework != "torch":
+        raise ValueError(f"--compile compiles diffusers' blocks, and --framework is {args.framework}; add --framework torch, "
+                         "or leave it out")
     for precision in args.precision:
         as_precision(precision)
     recipe = args.recipe
@@ -36,7 +39,7 @@ def launch(args: argparse.Namespace) -> int:
         raise ValueError(f"no such split by {args.gpus} GPUs: {', '.join(sorted(odd))}; there are: {', '.join(known)}")
     given = ["--framework", args.framework, "--parts", *args.parts, "--shapes", args.shapes, "--models", *args.models,
              "--more", str(args.more), "--precision", *args.precision, "--out", str(args.out.resolve()),
-             *(["--tiles"] if args.tiles else []),
+             *(["--tiles"] if args.tiles else []), *(["--compile"] if args.compile else []),
              *(["--recipe", recipe] if recipe else []), *(["--splits", *args.splits] if args.splits else []),
              *(["--rounds", str(args.rounds)] if args.rounds else [])]
     environment = {"OMP_NUM_THREADS": "4", **os.environ}

@@ -15,10 +15,13 @@ from .apart import CODES, COMPUTED, EXCHANGED, TappedWire, formats, replay
 from .clock import Clock
 from .memory import counted
 from .models import paddle_transformer, torch_transformer
+from .table import COMPILED
 
 ROUNDS = 5
 AHEAD_PASSES = 8
 TEXT_TOKENS, TEXT_CHANNELS = 226, 4096
+MOST_GRAPHS = 64
+"""Of a block: each split has its shapes."""
 APART_ROUNDS = 2
 """Turns, at most, of computation and transfers apart."""
 
@@ -50,18 +53,21 @@ def splits(size: int) -> dict[str, dict[str, int]]:
 
 
 def measure(model_name: str, precision: str, framework: str, wire: Any, clock: Clock, say: Callable[[str], None],
-            rounds: int | None = None, only: Sequence[str] | None = None, more: int = 0) -> dict[str, Any]:
+            rounds: int | None = None, only: Sequence[str] | None = None, more: int = 0, compiled: bool = False
+            ) -> dict[str, Any]:
     """Times of a step by every split, in turns, bytes, memory, and how far each is from one GPU's prediction.
 
     All are then timed without their transfers and as their transfers alone (`apart`).
     precision: or a recipe's file or name, of which the step is that at half of the denoising. rounds: turns; None: ROUNDS.
     only: the splits; None: all. more: how many of those that send attention's tensors, the fastest, are timed with whatever
-    else can travel; "failed" of the result has those that cannot be.
+    else can travel; "failed" of the result has those that cannot be. compiled: whether diffusers' blocks are, for one GPU too.
     """
     runtime, wire, rounds = clock.runtime, TappedWire(wire), rounds or ROUNDS
     model = (torch_transformer if framework == "torch" else paddle_transformer)(model_name)
     recipe = names_recipe(precision)
     apply(model, Recipe.load(precision) if recipe else precision)
+    if compiled:
+        compile_blocks(model)
     rng = np.random.default_rng(0)
     frames, height, width = LATENTS[model_name]
     normal = lambda *shape: runtime.from_numpy(rng.standard_normal(shape).astype(np.float32), clock.like, "float16")
@@ -121,7 +127,7 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
     memory = clock.peaks(peaks)
     one = outs["one"].astype(np.float64)
     result: dict[str, Any] = {"model": model_name, "precision": precision, "framework": framework, "ranks": wire.size,
-                              "exchange": "auto", "output": "16bit", "failed": failed, "ways": {}}
+                              "exchange": "auto", "output": "16bit", "compiled": compiled, "failed": failed, "ways": {}}
     for name in ways:
         error = ((outs[name] - one) ** 2).sum()
         sqnr_db = float(10 * np.log10((one**2).sum() / error)) if error else None
@@ -130,12 +136,21 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
                                       "memory_gib": memory[name]}
         if name in sent:
             row.update(computed_ms=times[name + COMPUTED], exchanged_ms=times[name + EXCHANGED])
-        say(f"{model_name} step, {framework}, {precision}, {name}: {times[name]:.1f} ms, {100 * ideal:.1f} % of ideal, "
-            f"{'equal' if sqnr_db is None else f'{sqnr_db:.1f} dB'} to one GPU"
+        say(f"{model_name} step, {framework}, {precision}{COMPILED * compiled}, {name}: {times[name]:.1f} ms, "
+            f"{100 * ideal:.1f} % of ideal, {'equal' if sqnr_db is None else f'{sqnr_db:.1f} dB'} to one GPU"
             + (f", {max(memory[name]):.1f} GiB" if memory[name] else "")
             + (f", {sent[name]['sent_total'] / 2**20:.0f} MiB sent; {row['computed_ms']:.1f} ms computed and "
                f"{row['exchanged_ms']:.1f} ms exchanged" if name in sent else ""))
     return result
+
+
+def compile_blocks(model: Any) -> None:
+    """Compiles the blocks of a diffusers model, once for each split's shapes; attention, with its exchange, is one operator."""
+    import torch
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    for block in model.transformer_blocks:
+        block.compile(dynamic=False)
 
 
 def _step(model: Any, framework: str, latents: Any, text: Any, runtime: Any, like: Any) -> Callable[[], Any]:

@@ -16,6 +16,7 @@ FRAMEWORKS = {"paddle": "Paddle", "torch": "PyTorch"}
 SHARE, MEMORY, COMPUTED, EXCHANGED = "of an even share", "GiB a GPU", "computed, ms", "exchanged, ms"
 ABOUT = (f"\"{SHARE.capitalize()}\": one GPU's time, shared evenly, over this time; at 100 % N GPUs are N times as fast. Times "
          "are the slowest rank's, medians over turns from a cold L2 cache; all of a framework's are of one run.")
+COMPILED = ", blocks compiled"
 NUMBERED = "A number behind a framework is that of its run."
 APART = ("\"Computed\": the same without the transfers, for which what an earlier one brought is copied. \"Exchanged\": these "
          "transfers alone, one after the other.")
@@ -102,7 +103,7 @@ def _steps(named: Mapping[str, Result]) -> Iterator[tuple[str, tuple[str, ...], 
     models: dict[str, list[list[str]]] = {}
     for framework, result in named.items():
         for step in result["steps"]:
-            title = f"A step of CogVideoX-{step['model']}, {step['precision']}"
+            title = f"A step of CogVideoX-{step['model']}, {step['precision']}{_compiled(step)}"
             models.setdefault(title, []).extend(
                 [framework, _gpus(name, result), name, f"{row['ms']:.1f}", _share(name, row),
                  _sqnr(name, row), *_bytes(row["bytes"]), _memory(row), *_apart(row, 1)] for name, row in step["ways"].items())
@@ -138,11 +139,15 @@ def _attention_lines(result: Result, several: bool, say_heads: bool) -> Iterator
 def _step_lines(result: Result, several: bool) -> Iterator[Line]:
     """several: as above."""
     for step in result["steps"]:
-        thing = f"a step of {step['model']}" + (f", {step['precision']}" if several else "")
+        thing = f"a step of {step['model']}" + (f", {step['precision']}" if several else "") + _compiled(step)
         for name, row in step["ways"].items():
             sqnr = _sqnr(name, row)
             yield (thing, name, row["ms"], _time(name, row, f"{row['ms']:.0f}"), _bytes(row["bytes"])[1],
                    sqnr and ("equal" if row["sqnr_db"] is None else f"{sqnr} dB"))
+
+
+def _compiled(step: Mapping[str, Any]) -> str:
+    return COMPILED if step.get("compiled") else ""
 
 
 def _decode_lines(result: Result) -> Iterator[Line]:

@@ -147,7 +147,8 @@ def load_figures(*paths: str | Path) -> Figures:
 def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
     """Rows of what `bench parallel` wrote: attention on one GPU and layers, steps as the whole transformer, decoding.
 
-    Exact methods are the framework's own and are left out, as are shapes of no known model, decoding by tiles and other sizes.
+    Exact methods are the framework's own and are left out, as are shapes of no known model, steps of compiled blocks, decoding
+    by tiles and other sizes.
     Raises ValueError where the file lacks something of it.
     """
     rows = []
@@ -161,7 +162,7 @@ def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
                     rows.append({"what": "attention", **same, "ms": measured["ms"]})
                 elif "exact" not in method:
                     rows += _apart("layer", {**same, "exchange": "auto", "output": "16bit"}, split, how, measured)
-        for step in report.get("steps") or ():
+        for step in (step for step in report.get("steps") or () if not step.get("compiled")):
             same = {"what": "transformer", "model": f"CogVideoX-{step['model']}", "framework": framework}
             same.update({name: step[name] for name in ("precision", "exchange", "output")})
             for way, measured in step["ways"].items():

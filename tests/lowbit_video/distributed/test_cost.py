@@ -548,6 +548,8 @@ def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
         {**step, "output": "16bit", "ways": {f"ulysses2, {how}": {"ms": 1} for how in ("16bit", "codes, int8 output")}}]}))
     assert new_rows() == tuple({**whole, "ulysses": 2, "exchange": exchange, "output": output, "ms": 1}
                                for exchange, output in (("16bit", "16bit"), ("auto", "int8")))
+    path.write_text(json.dumps({**report, "attention": [], "decode": None, "steps": [{**step, "compiled": True}]}))
+    assert new_rows() == (), "compiled blocks are not what is modelled"
     path.write_text(json.dumps({**report, "steps": [{"model": "2b"}]}))
     with pytest.raises(ValueError, match="parallel.json is not what `bench parallel` writes .KeyError: 'precision'"):
         new_rows()
