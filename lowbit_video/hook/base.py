@@ -119,7 +119,7 @@ class AttnProcessor:
         if isinstance(found, str):
             reason = found if reason is None else reason
         elif not traced:
-            prepare = prologue.by_kernel(runtime, found, prepare)
+            prepare = functools.partial(prologue.by_kernel, runtime, found, prepare)
         if reason is not None:
             q, k, v = joined(q, k, v, Steps(rest=rest), "NHD", runtime)
             return self.attention_of(attn, *prepare(q, k), v, mask, reason)
@@ -229,7 +229,7 @@ def _run_module(attn: Any, *tensors: Any, steps: Steps | None = None, apart: str
     runtime, asked = attn.attention_slot.runtime, attn.processor.fused_prologue is not False
     prepare = functools.partial(prepared, runtime, steps)
     if asked:
-        prepare = prologue.by_kernel(runtime, steps, prepare)
+        prepare = functools.partial(prologue.by_kernel, runtime, steps, prepare)
     never = attn.processor.always_apart if asked else ""
     if never is not None:  # set since the graph was made
         q, k, *rest = tensors

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from lowbit_video.kernels.prologue.steps import Norm, Rotary, Steps
 
 from ..engine.prologue_apart import behind_steps
+from ..graph.tracing import traced_by_paddle, traced_by_torch
 from ..runtime.protocol import Runtime
 
 _apart = threading.local()
@@ -33,10 +34,12 @@ class Before(NamedTuple):
     prepare: Callable[[Any, Any], tuple[Any, Any]]
 
 
-def by_kernel(runtime: Runtime, steps: Steps, prepare: Callable[[Any, Any], tuple[Any, Any]]
-              ) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """`prepare(q, k)`, by one kernel of this project where that serves the call."""
-    return lambda q, k: behind_steps(q, k, steps, runtime) or prepare(q, k)
+def by_kernel(runtime: Runtime, steps: Steps, prepare: Callable[[Any, Any], tuple[Any, Any]], q: Any, k: Any
+              ) -> tuple[Any, Any]:
+    """`prepare(q, k)`, by one kernel of this project where that serves the call; outside of graphs."""
+    if traced_by_torch(q) or traced_by_paddle(q):
+        return prepare(q, k)
+    return behind_steps(q, k, steps, runtime) or prepare(q, k)
 
 
 @contextlib.contextmanager
