@@ -1,17 +1,20 @@
 """Shared by all tests: frameworks as parameters, seeded inputs."""
 from __future__ import annotations
 
-import gc
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from quick_start import sitecustomize  # noqa: F401
 from skips import skip_lines
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-# Beside frameworks and thousands of tests, looking for garbage every 700 objects takes a tenth of the time.
-gc.set_threshold(50_000, 20, 50)
+QUICK_START = Path(sitecustomize.__file__).parent
+"""What processes that tests start begin with, too."""
+if str(QUICK_START) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(QUICK_START), os.environ.get("PYTHONPATH"))))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -124,7 +124,8 @@ def test_a_rank_that_does_not_answer_is_named(model, tmp_path):
 
 def start(folder, name, *arguments):
     """A launcher with a script, its output in a file; (process, file)."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     variables.pop("CUDA_VISIBLE_DEVICES", None)
     output = folder / f"{name}.txt"
     process = subprocess.Popen(
