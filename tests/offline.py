@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import jit
+from triton.runtime.cache import get_cache_manager
 
 from lowbit_video.kernels.attention import portable
 from lowbit_video.kernels.attention.hopper import launch as hopper
@@ -309,14 +310,28 @@ def compiled(case: Attention | Quantisers | Exchange | Hopper) -> list[Any]:
     return kernels
 
 
-def ptxas(kernel: Any) -> dict[str, Any]:
-    """Of an sm_90a kernel: spilled and shared bytes, warnings about serialised wgmma, SASS opcodes of the tensor cores."""
+def assembled(ptx: str) -> tuple[str, str]:
+    """What ptxas says of PTX for sm_90a, and the SASS; kept in Triton's cache, beside what Triton compiled."""
+    tool = get_ptxas(90)  # Triton 3.9 has one for each age
+    cache = get_cache_manager(hashlib.sha256(f"{triton.__version__} {tool.version} {ptx}".encode()).hexdigest())
+    kept = [cache.get_file(name) for name in ("ptxas.log", "sass")]
+    if all(kept):
+        log, sass = (Path(path).read_text() for path in kept)
+        return log, sass
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        source.write_text(kernel.asm["ptx"])
+        source.write_text(ptx)
         run = lambda tool, *words: subprocess.run([TOOLS / tool, *words], capture_output=True, text=True, check=True)
-        log = run(get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", cubin).stderr  # Triton 3.9 has one for each age
+        log = run(tool.path, "-v", "--gpu-name=sm_90a", source, "-o", cubin).stderr
         sass = run("nvdisasm", "-c", cubin).stdout
+    for name, text in (("ptxas.log", log), ("sass", sass)):
+        cache.put(text, name, binary=False)
+    return log, sass
+
+
+def ptxas(kernel: Any) -> dict[str, Any]:
+    """Of an sm_90a kernel: spilled and shared bytes, warnings about serialised wgmma, SASS opcodes of the tensor cores."""
+    log, sass = assembled(kernel.asm["ptx"])
     return dict(spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]), shared=kernel.metadata.shared,
                 warnings=sorted(set(re.findall(r"C75\d\d", log))),
                 tensor_ops=sorted(set(re.findall(r"\b[HIQ]GMMA\.\S+", sass))))
