@@ -1,8 +1,6 @@
 """Reading and writing weight folders: layout, types, streaming, atomic writes, and what is said about damaged ones."""
 import json
 import os
-import subprocess
-import sys
 import textwrap
 
 import ml_dtypes
@@ -15,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from lowbit_video.pipelines.shared import weights
 from lowbit_video.pipelines.shared.config import ConfigError, keep_config
 from lowbit_video.pipelines.shared.weights import Model, WeightsError, dtype_name, read_header
+from ranks import run_processes
 
 STEM = "diffusion_pytorch_model"
 
@@ -221,14 +220,17 @@ def test_peak_memory_while_loading(tmp_path):
             @keep_config
             def __init__(self, layers=60, width=1024):
                 super().__init__()
-                self.layers = nn.LayerList([nn.Linear(width, width) for _ in range(layers)])
+                self.layers = nn.LayerList([nn.Linear(width, width, nn.initializer.Constant(0.5)) for _ in range(layers)])
 
         def rss():
             with open("/proc/self/statm") as file:
                 return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-        if sys.argv[1] == "save":
-            Large().save_pretrained(sys.argv[2], dtype=sys.argv[3], max_shard_size=sys.argv[4])
+        folder, shards = os.environ["FOLDER"], json.loads(os.environ["SAVE"])
+        if shards:
+            model = Large()
+            for dtype, shard in shards.items():
+                model.save_pretrained(os.path.join(folder, dtype), dtype=dtype, max_shard_size=shard)
             sys.exit()
         Large(1, 64).state_dict()
         paddle.ones([1024, 1024]).t().contiguous().cast("float16").cast("float32").numpy()  # what is loaded once
@@ -240,21 +242,20 @@ def test_peak_memory_while_loading(tmp_path):
 
         thread = threading.Thread(target=watch)
         thread.start()
-        model = Large.from_pretrained(sys.argv[2])
+        model = Large.from_pretrained(folder)
         done.set()
         thread.join()
         held = sum(parameter.numel().item() * 4 for parameter in model.parameters())
-        print(json.dumps(dict(held=held, peak=max(peak[0], rss()) - before)))
+        with open(os.path.join(os.environ["RANK_OUT"], "0.json"), "w") as file:
+            json.dump(dict(held=held, peak=max(peak[0], rss()) - before), file)
     """)
     path = tmp_path / "script.py"
     path.write_text(script)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for case, (dtype, shard) in enumerate([("float32", "50MB"), ("float16", "10GB")]):
-        folder = str(tmp_path / f"case{case}")
-        run = lambda *words: subprocess.run([sys.executable, path, *words], check=True, env=environment, capture_output=True)
-        run("save", folder, dtype, shard)
-        done = run("load", folder)
-        result = json.loads(done.stdout.splitlines()[-1])
+    shards = {"float32": "50MB", "float16": "10GB"}
+    run = lambda folder, save: run_processes(path, 1, tmp_path, environment={"FOLDER": str(folder), "SAVE": json.dumps(save)})
+    run(tmp_path, shards)
+    for dtype, shard in shards.items():
+        _, (result,) = run(tmp_path / dtype, {})
         assert result["held"] > 200e6
         assert 0.9 < result["peak"] / result["held"] <= 1.2, (dtype, shard, result)
 
