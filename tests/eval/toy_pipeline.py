@@ -15,7 +15,7 @@ from lowbit_video import denoising_step  # noqa: E402
 from toy_model import Attention  # noqa: E402
 
 HEADS, HEAD_DIM, TEXT_TOKENS = 2, 32, 6
-FRAMES, ROWS, COLUMNS, PIXELS = 5, 8, 12, 6  # tokens of a clip, and pixels a token
+FRAMES, ROWS, COLUMNS, PIXELS = 5, 6, 8, 6  # tokens of a clip, and pixels a token
 
 
 class Block(nn.Layer):

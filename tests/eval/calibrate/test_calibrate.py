@@ -46,7 +46,7 @@ def measured(pipe):
 
 
 def test_local_errors_are_those_of_the_attention(pipe, measured):
-    assert measured.errors.shape == (3, 3, 2, 2) and (measured.tokens, measured.head_dim) == (486, 32)
+    assert measured.errors.shape == (3, 3, 2, 2) and (measured.tokens, measured.head_dim) == (246, 32)
     worse = measured.errors.sum((1, 2, 3))
     assert worse[0] < worse[1] < worse[2]
     seen = {}
@@ -194,7 +194,7 @@ def test_q_k_and_v_are_copied_to_the_host_for_the_seeds_scheme_alone(tmp_path, m
             return paddle_runtime.to_numpy(tensor)
 
     monkeypatch.setattr(measuring, "runtime_of", lambda tensor: Runtime())
-    whole = [(2, 486, 2, 32)] * 3
+    whole = [(2, 246, 2, 32)] * 3
     again = lambda scheme, budget: calibrate(
         ToyPipeline(layers=1), ["a"], budget, tmp_path / "r.toml", settings=SETTINGS, say=lambda line: None,
         plan=Plan(("exact", "int8+fp16", "int4+fp16"), ranges=1, rows=9, scheme=scheme, pooled=PooledPlan(())))

@@ -43,7 +43,7 @@ def test_rungs_keep_the_models_text_and_short_sequences_have_none():
 
 def test_a_models_text_is_seen():
     settings = Settings("models/toy", steps=4)
-    assert look(ToyPipeline(), "a", settings, 0, silent("look")) == (480 + TEXT_TOKENS, TEXT_TOKENS, 32)
+    assert look(ToyPipeline(), "a", settings, 0, silent("look")) == (240 + TEXT_TOKENS, TEXT_TOKENS, 32)
 
 
 def test_a_pooled_rung_costs_what_it_keeps_and_its_choice():
@@ -118,7 +118,7 @@ def test_a_short_model_has_no_pooled_rungs_and_the_recipe_says_so(tmp_path):
     recipe = calibrate(ToyPipeline(layers=1), ["a"], Budget(cost=1.03), tmp_path / "r.toml", settings=SETTINGS,
                        plan=Plan(rungs=("int8+fp16", "int8+fp8"), ranges=1), kept=tmp_path / "there", say=lines.append)
     assert len(list((tmp_path / "there").iterdir())) == 1 and not (tmp_path / "r_measured").exists()
-    why = "no pooled rungs: choosing what to pool costs more than it saves below 4096 tokens (486 here)"
+    why = "no pooled rungs: choosing what to pool costs more than it saves below 4096 tokens (246 here)"
     assert why in lines and recipe.about["left_out"] == [why] and not any("pooled" in rung for rung in recipe.about["rungs"])
 
 

@@ -80,7 +80,7 @@ def test_pairs_share_their_noise_and_the_record_is_whole(finished):
     exact = next(v for v in videos if v["run"] == "exact" and v["prompt"] == line["prompt"])
     assert "psnr" not in exact["figures"]
     a, b = (read_video(folder / v["clip"]) for v in (exact, line))
-    assert a.shape == b.shape == (5, 48, 72, 3) and 0 < np.abs(a.astype(int) - b).mean() < 3
+    assert a.shape == b.shape == (5, 36, 48, 3) and 0 < np.abs(a.astype(int) - b).mean() < 3
     assert said[-1].startswith("[21/21]") and "left" in said[-2] and any("FAILED" in s for s in said)
     assert not list((folder / "work").iterdir()) and not list(folder.glob("clips/.*"))
 
@@ -112,11 +112,10 @@ compare(ToyPipeline(), {prompts!r}, ["int8+fp16", "planted:Noise"], {out!r}, set
 """
 
 
-def test_kill_9_half_way_then_again_finishes_without_a_repeat(tmp_path):
+def test_kill_9_half_way_then_again_finishes_without_a_repeat(tmp_path, capsys):
     script = KILLED.format(here=str(HERE), prompts=PROMPTS, out=str(tmp_path))
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, **quiet)
+    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
     results = tmp_path / "results.jsonl"
     deadline = time.monotonic() + 120
     while not (results.exists() and results.read_bytes().count(b'"kind": "video"') >= 4) and time.monotonic() < deadline:
@@ -129,9 +128,8 @@ def test_kill_9_half_way_then_again_finishes_without_a_repeat(tmp_path):
     before = [json.loads(line) for line in results.read_bytes().splitlines()[:-1]]
     finished = [(v["prompt"], v["seed"], v["run"]) for v in before if v["kind"] == "video"]
     assert 4 <= len(finished) < 12
-    again = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert f"{len(finished)} of 12 videos are finished already" in again.stdout
+    exec(script, {})
+    assert f"{len(finished)} of 12 videos are finished already" in capsys.readouterr().out
     after = [json.loads(line) for line in results.read_bytes().splitlines()]
     assert after[: len(before)] == before
     keys = [(v["prompt"], v["seed"], v["run"]) for v in after if v["kind"] == "video"]
