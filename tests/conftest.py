@@ -34,15 +34,18 @@ def pytest_sessionfinish(session):
 
 
 LONGEST = (
-    "kernels/test_portable_interpreted.py", "graph/test_to_static.py", "distributed/test_launched.py",
-    "graph/test_torch_compile_model.py", "dispatcher/test_parallel.py", "cogvideox/test_vae_ranks.py",
-    "examples/test_small_model.py", "distributed/test_small_model.py", "dispatcher/test_compile.py",
-    "hook/test_own_frame.py", "hook/test_beside_accelerate.py", "examples/test_cogvideo.py", "world/test_judge.py",
-    "kernels/test_exchange.py", "distributed/test_parallelize.py", "runtime/test_runtime.py",
-    "distributed/test_ring.py", "distributed/test_ulysses.py", "compare/test_layers.py", "kernels/test_hopper_simulated.py",
-    "world/test_scene_judge.py", "compare/test_compare.py", "kernels/test_hopper.py", "kernels/test_rotation_kernels.py",
+    "kernels/test_aot.py", "graph/test_to_static.py", "distributed/test_launched.py", "graph/test_torch_compile_model.py",
+    "dispatcher/test_parallel.py", "world/test_judge.py", "examples/test_cogvideo.py", "world/test_scene_judge.py",
+    "kernels/test_hopper.py", "examples/test_small_model.py", "dispatcher/test_compile.py", "hook/test_own_frame.py",
+    "hook/test_beside_accelerate.py", "cogvideox/test_vae_ranks.py", "distributed/test_small_model.py",
+    "distributed/test_ring.py", "kernels/test_portable_interpreted.py", "distributed/test_ulysses.py",
+    "speed/test_step_paddle.py", "cogvideox/test_pipeline.py", "distributed/test_parallelize.py", "report/test_report.py",
+    "kernels/pooled/test_pooled_aot.py", "kernels/shipped/test_launch.py", "cogvideox/test_low_memory.py",
+    "kernels/test_hopper_simulated.py", "kernels/test_rotation_kernels.py", "kernels/test_exchange.py",
+    "compare/test_compare.py", "cogvideox/test_transformer.py", "calibrate/test_calibrate.py", "runtime/test_runtime.py",
+    "shared/test_weights.py", "shared/test_video_files.py", "compare/test_layers.py", "kernels/test_compiled.py",
 )
-"""Files that take a minute or so come first, so that processes that share the tests end at about the same time."""
+"""Files that take long come first, where nothing compiled is kept too, so that processes that share the tests end together."""
 
 
 def pytest_collection_modifyitems(items):
