@@ -666,10 +666,12 @@ def test_runs_of_one_framework_are_numbered_and_what_was_measured_apart_has_colu
     first, second = result_of("torch"), result_of("torch", commit="def5678", attention=[])
     page = table.markdown([first, result_of("paddle", attention=[]), second])
     assert "- PyTorch 1: 2 x NVIDIA H100;" in page and "- PyTorch 2: 2 x" in page and "- Paddle: 2 x" in page
-    assert "commit def5678" in page and table.NUMBERED in page and table.APART not in page
+    assert "commit abc1234: a layer's attention; steps of 2b; decoding\n" in page and table.APART not in page
+    assert "commit def5678: steps of 2b; decoding\n" in page and table.NUMBERED in page and table.ONE_RUN not in page
     steps = tables_of(page)[STEP]
     assert [row["framework"] for row in steps] == ["PyTorch 1"] * 3 + ["Paddle"] * 3 + ["PyTorch 2"] * 3
     assert "GiB a GPU" not in steps[0] and table.NUMBERED not in table.markdown([first])
+    assert "commit abc1234\n" in table.markdown([first]) and table.ONE_RUN in table.markdown([first])
     parts = dict(computed_ms=240.25, exchanged_ms=30.5)
     second["steps"][0]["ways"]["ring2"].update(parts, memory_gib=[7.25, 7.5])
     first["attention"][0]["methods"]["ulysses2, codes"].update(parts)

@@ -15,7 +15,8 @@ Result = Mapping[str, Any]
 FRAMEWORKS = {"paddle": "Paddle", "torch": "PyTorch"}
 SHARE, MEMORY, COMPUTED, EXCHANGED = "of an even share", "GiB a GPU", "computed, ms", "exchanged, ms"
 ABOUT = (f"\"{SHARE.capitalize()}\": one GPU's time, shared evenly, over this time; at 100 % N GPUs are N times as fast. Times "
-         "are the slowest rank's, medians over turns from a cold L2 cache; all of a framework's are of one run.")
+         "are the slowest rank's, medians over turns from a cold L2 cache.")
+ONE_RUN = "All of a framework's are of one run."
 COMPILED = ", blocks compiled"
 NUMBERED = "A number behind a framework is that of its run."
 APART = ("\"Computed\": the same without the transfers, for which what an earlier one brought is copied. \"Exchanged\": these "
@@ -27,11 +28,12 @@ Line = tuple[str, str, float, str, str, str]
 def markdown(results: Sequence[Result]) -> str:
     """A page: attention by shape, steps by model, decoding; all results, the losers too. What was not measured is left out."""
     named = dict(zip(_names(results), results))
+    numbered = list(named) != [FRAMEWORKS[one["framework"]] for one in results]
     lines = ["# One video on several GPUs", ""]
-    lines += [f"- {_machine(name, result)}" for name, result in named.items()]
+    lines += [f"- {_machine(name, result)}" + f": {_things(result)}" * numbered for name, result in named.items()]
     tables = [(title, *_filled(columns, rows)) for part in (_attention, _steps, _decode)
               for title, columns, rows in part(named)]
-    lines += ["", " ".join([ABOUT, *[NUMBERED] * (list(named) != [FRAMEWORKS[one["framework"]] for one in results]),
+    lines += ["", " ".join([ABOUT, NUMBERED if numbered else ONE_RUN,
                             *[APART] * any(EXCHANGED in columns for _, columns, _ in tables)])]
     for title, columns, rows in tables:
         lines += ["", f"## {title}", "", *_table(columns, rows)]
@@ -85,6 +87,14 @@ def _machine(name: str, result: Result) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return (f"{name}: {result['ranks']} x {result['gpu']}; {versions}; driver {result['driver']}; "
             f"commit {result['commit']}")
+
+
+def _things(result: Result) -> str:
+    """What a run measured, in few words."""
+    models = dict.fromkeys(f"{step['model']}{_compiled(step)}" for step in result["steps"])
+    things = ["a layer's attention"] * bool(result["attention"])
+    things += [f"steps of {' and '.join(models)}"] * bool(models) + ["decoding"] * bool(result["decode"])
+    return "; ".join(things)
 
 
 def _attention(named: Mapping[str, Result]) -> Iterator[tuple[str, tuple[str, ...], list[list[str]]]]:
