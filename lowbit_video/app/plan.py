@@ -145,8 +145,8 @@ def notes(task: Task, gpus: int, costs: Sequence[Cost]) -> list[str]:
     if gpus > host and task.link != "ib400":
         said.append(f"Hosts have {host} GPUs: what crosses them goes over ib400, or {task.link} where that is slower.")
     if any(cost.step["host"] > 0 for cost in costs):
-        said.append(f"The host launches a layer in {task.program.layer_host_us / 1e3:g} ms (layer_host_us, of a slow one), however "
-                    "little the GPUs have to do: no step is shorter.")
+        said.append(f"The host launches a layer in {task.program.layer_host_us / 1e3:g} ms (layer_host_us, of a slow one), "
+                    "however little the GPUs have to do: no step is shorter.")
     if any(not cost.fits for cost in costs):
         said.append(f"A GPU has {task.figures.gpu.memory_gib:.0f} GiB; what does not fit stands last.")
     return said

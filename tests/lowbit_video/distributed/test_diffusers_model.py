@@ -1,11 +1,13 @@
 """A diffusers transformer on several ranks: what it predicts on one, and nothing left of it afterwards."""
+import pathlib
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 from lowbit_video import ExactAttnProcessor, UnsupportedError, apply, parallelize, unparallelize  # noqa: E402
-from ranks import run_threads  # noqa: E402
+from ranks import launch_torch, run_threads  # noqa: E402
 
 import diffusers_models  # noqa: E402
 from helpers import sqnr_db  # noqa: E402
@@ -82,3 +84,49 @@ def test_models_whose_work_is_not_known_are_not_shared_among_ranks(name, named):
     model, _ = diffusers_models.make(name)
     with pytest.raises(UnsupportedError, match=f"cannot share its tokens: its forward takes .*{named}.*enable_parallelism"):
         parallelize(model)
+
+
+COMPILED = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from helpers import sqnr_db
+from lowbit_video import apply, parallelize
+sys.path.insert(0, sys.argv[1])
+from test_diffusers_model import make, predict
+
+dist.init_process_group("gloo")
+told = {}
+for degrees in (dict(ring=2, cfg=1), dict(ulysses=2, cfg=1), dict(cfg=2)):
+    torch._dynamo.reset()
+    counters.clear()
+    model = make("5b")
+    apply(model, "int8+fp8")
+    with parallelize(model, **degrees) as handle:
+        wanted = predict(model, 2)
+        sent = handle.report()["traffic"]
+        for block in model.transformer_blocks:
+            block.compile(backend="aot_eager", dynamic=False)
+        made, graphs = [], []
+        for _ in range(2):
+            made.append(sqnr_db(predict(model, 2), wanted))
+            graphs.append(counters["stats"]["unique_graphs"])
+        told[" ".join(degrees)] = dict(
+            made=[min(one, 1e3) for one in made], graphs=graphs, breaks=dict(counters["graph_break"]),
+            sent=[[one["sent_total"] for one in counted] for counted in (sent, handle.report()["traffic"])])
+json.dump(told, open(os.path.join(os.environ["RANK_OUT"], f"{dist.get_rank()}.json"), "w"))
+dist.destroy_process_group()
+"""
+
+
+def test_blocks_may_be_compiled_one_by_one(tmp_path):
+    """The exchange runs inside attention's operator: no graph breaks there, and the second step needs no other graph."""
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    for told in launch_torch(script, 2, tmp_path, pathlib.Path(__file__).parent):
+        assert list(told) == ["ring cfg", "ulysses cfg", "cfg"]
+        for degrees, one in told.items():
+            assert min(one["made"]) > 60 and min(one["sent"][0]) > 0 and not one["breaks"], (degrees, one)
+            assert one["graphs"][0] == one["graphs"][1] > 0, (degrees, one)
+            assert [round(after / before) for before, after in zip(*one["sent"])] == [3, 3], "after three steps for one"
