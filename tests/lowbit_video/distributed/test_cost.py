@@ -43,7 +43,7 @@ NAMES = ("what", "model", "framework", "precision", "exchange", "cfg", "ulysses"
 
 def host_sets_the_pace(row):
     """On the machine of four GPUs, whose processor is slow: 2b's codes by heads, and in Paddle what 2b and 5b share by heads or
-    in a ring of four. Measured times vary by a third from run to run there, and no figure of a GPU tells of them."""
+    in a ring of four. Times differ from run to run there, and no figure of a GPU tells of them."""
     shared_by_heads, of_paddle = row.get("ulysses", 1) > 1, row.get("framework") == "paddle"
     if "parallel4" not in row["source"] or row["what"] == "decode" or row["model"] == "CogVideoX-1.5-5b":
         return False
