@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..distributed.cost.figures import MEASURED, Figures, load_figures
+from ..distributed.cost.figures import MEASURED, USUAL, Figures, load_figures
 from ..distributed.cost.models import MODELS, find_model
 from ..distributed.cost.split import MAX_GPUS, Cost, predict, splits, task_of
 from ..distributed.cost.task import Task
@@ -132,7 +132,7 @@ def compare(task: Task, figures: Figures) -> list[dict[str, Any]]:
 
 def comparison(compared: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for each thing measured."""
-    how = lambda row: "".join(f", {name} {row[name]}" for name, usual in (("exchange", "auto"), ("output", "16bit"))
+    how = lambda row: "".join(f", {name} {row[name]}" for name, usual in USUAL.items()
                               if row.get(name, usual) != usual)
     return [f"measured: {row['what']} on {row['split']}{how(row)}: {row['ms']:.1f} ms, modelled {row['modelled_ms']:.1f} "
             f"({row['modelled_ms'] / row['ms'] - 1:+.1%})" for row in compared]

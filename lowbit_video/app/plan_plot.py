@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..distributed.cost.figures import USUAL
 from ..distributed.cost.split import Cost
 from ..distributed.cost.task import Task
 from ..files import write_whole
 
 STEPS = ("transformer", "step")
 """Of the things measured, those that are a step."""
-USUAL = {"exchange": "auto", "output": "16bit"}
-"""What travels where a row does not say it."""
 
 
 def check_plot(path: str | Path) -> None:

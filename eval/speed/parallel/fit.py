@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit_video.distributed.cost.figures import Figures, Program, load_figures
+from lowbit_video.distributed.cost.figures import USUAL, Figures, Program, load_figures
 from lowbit_video.distributed.cost.split import predict
 
 GROUPS = ("attention", "pace", "around", "links", "programs")
@@ -29,8 +29,6 @@ LEAST = 1.0
 NUDGE, CAUTION, FAR = 1e-4, 1e-6, 0.5
 """A figure's change by which its influence is measured, what keeps figures of no influence in their place, and the most that a
 step changes one, all as parts of it."""
-
-USUAL = (("exchange", "auto"), ("output", "16bit"))
 
 Row = Mapping[str, Any]
 
@@ -101,7 +99,7 @@ def fitted(rows: Sequence[Row], figures: Figures, names: Sequence[str]) -> Figur
 def told(row: Row) -> str:
     """A row in a line: what was measured, without its time and file and what is usual."""
     shown = [f"{name} {value}" for name, value in row.items()
-             if name not in ("what", "model", "ms", "source") and (name, value) not in USUAL]
+             if name not in ("what", "model", "ms", "source") and (name, value) not in USUAL.items()]
     return f"{row['what']} {row['model']} {' '.join(shown)}"
 
 

@@ -15,6 +15,8 @@ MEASURED = Path(__file__).with_name("measured.json")
 """The figures that come with the package."""
 DECODED = [1, 16, 13, 60, 90]
 """Latents of the 2b model's own video."""
+USUAL = {"exchange": "auto", "output": "16bit"}
+"""What travels where a measured row does not say it."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
                 if method == "one":
                     rows.append({"what": "attention", **same, "ms": measured["ms"]})
                 elif "exact" not in method:
-                    rows += _apart("layer", {**same, "exchange": "auto", "output": "16bit"}, split, how, measured)
+                    rows += _apart("layer", {**same, **USUAL}, split, how, measured)
         for step in (step for step in report.get("steps") or () if not step.get("compiled")):
             same = {"what": "transformer", "model": f"CogVideoX-{step['model']}", "framework": framework}
             same.update({name: step[name] for name in ("precision", "exchange", "output")})
