@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from parts import ABOUT
 
 from lowbit_video.eval.compare.candidates import EXACT, FLOOR
 from lowbit_video.eval.compare.store import Store
@@ -67,8 +68,7 @@ def record_of(store: Store) -> dict:
     times, best = times_of(summary, videos)
     last = runs[-1]
     record = {name: last[name] for name in ("framework", "dtype", "backend", "reference", "floor", "missing", "environment")}
-    record["compiled"], record["order"] = last.get("compiled", False), last.get("order", "raster")
-    record["cuda_graph"] = last.get("cuda_graph", False)
+    record |= {name: last.get(name, ABOUT[name]) for name in ("compiled", "order", "cuda_graph")}
     record["kept"] = {run: share for known in runs for run, share in known.get("kept", {}).items()}
     record |= {"model": last["settings"]["model"], "generation": last["generation"], "captions": len(summary.prompts),
                "captions_wanted": len(last["prompts"]), "best_exact": best, "by_the_reference": any(
@@ -128,7 +128,7 @@ def markdown(record: dict) -> str:
     lines = lines_of(rows) + ["", (
         f"{record['captions']} held-out captions, {asked['num_inference_steps']} steps, guidance {asked['guidance_scale']:g}, "
         f"{record['dtype']}, {record['framework']}{', blocks compiled' * record['compiled']}"
-        f"{', the transformer as one CUDA graph' * record.get('cuda_graph', False)}"
+        f"{', the transformer as one CUDA graph' * record['cuda_graph']}"
         f"{', tokens in the order ' + record['order'] if record['order'] != 'raster' else ''}, "
         f"{record['environment']['device']}, commit "
         f"{record['environment']['commit']}; the same noise for every run; mean (95 % interval by bootstrap over captions), "
