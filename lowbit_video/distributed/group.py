@@ -95,17 +95,27 @@ class Group:
         dtype, shape = runtime.dtype_name(tensor), runtime.shape(tensor)
         flat = as_bytes(runtime.contiguous(tensor), runtime)
         row = runtime.shape(flat)[0] // shape[0]
-        others = [place for place in range(self.size) if place != self.rank]
-        sent_bytes, sizes = [row * shape[0]] * self.size, [count * row for count in rows]
-        sent_bytes[self.rank] = sizes[self.rank] = 0
-        sent = flat if self.size == 2 else runtime.concat([flat] * len(others), 0)
-        received = runtime.empty((sum(sizes),), "uint8", tensor)
-        work = self.exchange(sent, sent_bytes, received, sizes, purpose)
+        sizes = [count * row for count in rows]
+        received, begins, work = self.start_gather(flat, sizes, runtime, purpose)
         if meanwhile is not None:
             meanwhile()
         work.wait()
-        parts = {place: part_of(received, sum(sizes[:place]), dtype, (rows[place], *shape[1:]), runtime) for place in others}
-        return [parts.get(place, tensor) for place in range(self.size)]
+        return [tensor if place == self.rank else part_of(received, begins[place], dtype, (rows[place], *shape[1:]), runtime)
+                for place in range(self.size)]
+
+    def start_gather(self, flat: Any, sizes: Sequence[int], runtime: Runtime, purpose: str, in_16_bit: int | None = None
+                     ) -> tuple[Any, list[int], Work]:
+        """(where everyone's bytes but this rank's arrive, the byte that each place's begin at there, their transfer).
+
+        flat: this rank's, contiguous uint8 [bytes]. sizes: everyone's, by place. in_16_bit: of this rank's to one other.
+        """
+        received_bytes, sent_bytes = list(sizes), [sizes[self.rank]] * self.size
+        received_bytes[self.rank] = sent_bytes[self.rank] = 0
+        sent = flat if self.size == 2 else runtime.concat([flat] * (self.size - 1), 0)
+        received = runtime.empty((sum(received_bytes),), "uint8", flat)
+        work = self.exchange(sent, sent_bytes, received, received_bytes, purpose,
+                             None if in_16_bit is None else in_16_bit * (self.size - 1))
+        return received, [sum(received_bytes[:place]) for place in range(self.size)], work
 
     def send(self, tensor: Any, to: int, runtime: Runtime, purpose: str) -> Work:
         """A contiguous tensor to the rank of a place."""

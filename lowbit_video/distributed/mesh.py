@@ -44,6 +44,11 @@ class Degrees:
         return " x ".join(parts[:3]) if parts else "one rank"
 
 
+def ranks_of_a_host(size: int) -> int:
+    """How many of `size` ranks are on one host, as the launcher says, else all."""
+    return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size))
+
+
 def degrees_for(size: int, heads: int, cfg: int | None = None, ulysses: int | None = None, ring: int | None = None,
                 vae: int | None = None, guided: bool = True, host_ranks: int | None = None) -> Degrees:
     """Degrees for `size` ranks; None is chosen: guidance first (only its result is exchanged), then heads, then the ring.
@@ -61,9 +66,9 @@ def degrees_for(size: int, heads: int, cfg: int | None = None, ulysses: int | No
         cfg = 2 if guided and rest % 2 == 0 else 1
         rest //= cfg
     if ulysses is None:
-        here = host_ranks or int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
+        here = host_ranks or ranks_of_a_host(size)
         fits = [degree for degree in range(1, rest + 1)
-                if rest % degree == 0 and degree <= heads and (degree <= max(here, 1) or ring is not None)]
+                if rest % degree == 0 and degree <= heads and (degree <= here or ring is not None)]
         ulysses = fits[-1]
         rest //= ulysses
     if ring is None:

@@ -25,16 +25,27 @@ class Piece(NamedTuple):
     shares: tuple[int, ...]
 
 
+def rows_in_tiles(batch: int, tokens: int, head_dim: int) -> int:
+    """Query rows of one head of so many tokens, in tiles."""
+    return batch * -(-tokens // QUERY_ROWS.get(head_dim, 128))
+
+
+def gathered_waves(batch: int, size: int) -> float:
+    """What a head's keys and values take to come together from `size` ranks, as WIRE_WAVES, which is of Q, K and V of half
+    of the tokens of two samples."""
+    return WIRE_WAVES * batch * (size - 1) / size * 2 / 3
+
+
 @functools.lru_cache(maxsize=256)
-def head_pieces(heads: int, size: int, rows: int, processors: int | None) -> tuple[Piece, ...]:
+def head_pieces(heads: int, size: int, rows: int, processors: int | None, wire_waves: float = WIRE_WAVES) -> tuple[Piece, ...]:
     """`heads` heads for `size` ranks, in one piece or two: a small first one, during which the codes of the others arrive.
 
     rows: query rows of one head of one rank's tokens, batch counted, in tiles; every rank's are computed by themselves.
-    processors: of the GPU, which run a tile each at a time; None: a CPU, which hides nothing.
+    processors: of the GPU, which run a tile each at a time; None: a CPU, which hides nothing. wire_waves: as WIRE_WAVES.
     """
     least = heads // size
     splits = [(least,), *((first, least - first) for first in range(1, least))]
-    best = splits[0] if processors is None else min(splits, key=lambda split: _waves(split, size, rows, processors))
+    best = splits[0] if processors is None else min(splits, key=lambda split: _waves(split, size, rows, processors, wire_waves))
     pieces, begin = [], 0
     for number, each in enumerate(best):
         count = heads - begin if number == len(best) - 1 else each * size
@@ -43,8 +54,8 @@ def head_pieces(heads: int, size: int, rows: int, processors: int | None) -> tup
     return tuple(pieces)
 
 
-def _waves(split: tuple[int, ...], size: int, rows: int, processors: int) -> float:
+def _waves(split: tuple[int, ...], size: int, rows: int, processors: int, wire_waves: float) -> float:
     """What a split costs, in waves of tiles: what is computed, the way in of the first piece, what else is waited for."""
     computed = [size * -(-each * rows // processors) for each in split]
-    waits = sum(max(0.0, each * WIRE_WAVES * BESIDE - before) for each, before in zip(split[1:], computed))
-    return sum(computed) + split[0] * WIRE_WAVES + waits + PIECE_WAVES * len(split)
+    waits = sum(max(0.0, each * wire_waves * BESIDE - before) for each, before in zip(split[1:], computed))
+    return sum(computed) + split[0] * wire_waves + waits + PIECE_WAVES * len(split)

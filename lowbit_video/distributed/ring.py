@@ -1,7 +1,8 @@
 """`ring()`: each rank keeps its queries; keys and values go round, one part computed while the next is under way.
 
-Partial results are merged by their log-sum-exp. Where the attention has codes, the codes of K and V go round, made once with
-the mean of all keys, so that every part's scores are smoothed alike and merge as they are.
+Partial results are merged by their log-sum-exp. Where the attention has codes, the codes of K and V travel, made once with
+the mean of all keys. Codes are small, so those of all keys come together where they can be joined, and are attended at once
+(`keys_part`); else they go round, and as every part's scores are smoothed alike, they merge as they are.
 Source: Ring Attention (arXiv 2310.01889); point to point, never all of K and V at once.
 """
 from __future__ import annotations
@@ -22,6 +23,8 @@ from ..runtime.detect import runtime_of
 from ..runtime.protocol import Runtime
 from .exchange import check_exchange, on_the_wire
 from .group import ITEM_SIZES, Group, as_bytes, part_of
+from .keys_part import KeysPart, can_gather
+from .pieces import gathered_waves, head_pieces, rows_in_tiles
 from .statistics import shared_statistics, token_counts
 
 
@@ -61,6 +64,31 @@ class Ring:
         options = self._options(q, k, v, counts, is_causal, scale, return_lse, runtime)
         if options is None:
             return self._by_values(q, k, v, counts, is_causal, scale, return_lse, runtime)
+        batch, _, heads, _ = runtime.shape(k)
+        gathers = not is_causal and can_gather(engine.kind_of(q, options, runtime), batch, heads, counts[1], self.inner,
+                                                self.group)
+        out, lse = (self._gathered(q, k, v, counts, options, runtime) if gathers else
+                    self._by_codes(q, k, v, counts, options, is_causal, runtime))
+        return (out, lse) if return_lse else out
+
+    def _gathered(self, q, k, v, counts, options: AttentionOptions, runtime: Runtime) -> tuple[Any, Any]:
+        """(out, lse or None) by codes of all keys that come together, a piece of the heads after the other."""
+        batch, tokens, heads, head_dim = runtime.shape(q)
+        found = engine.statistics(q, k, v, options, runtime)
+        out = runtime.empty((batch, tokens, heads, head_dim), runtime.dtype_name(q), q)
+        parts = [KeysPart(self.inner, self.group, piece, (q, k, v), counts[1], options, out, runtime)
+                 for piece in head_pieces(heads, 1, rows_in_tiles(batch, max(counts[0]), head_dim), runtime.processors(q),
+                                          gathered_waves(batch, self.group.size))]
+        if found is not None:
+            found = shared_statistics(found, counts, self.group, self.inner, options, runtime,
+                                      meanwhile=lambda: [part.quantise_q() for part in parts])
+        for part in parts:
+            part.send(found)
+        lses = [part.compute(options.return_lse) for part in parts]
+        return out, runtime.contiguous(runtime.concat(lses, 1)) if options.return_lse else None
+
+    def _by_codes(self, q, k, v, counts, options: AttentionOptions, is_causal: bool, runtime: Runtime) -> tuple[Any, Any]:
+        """(out, lse) by codes of keys that go round."""
         found = engine.statistics(q, k, v, options, runtime)
         if found is not None:
             found = shared_statistics(found, counts, self.group, self.inner, options, runtime)
@@ -74,8 +102,7 @@ class Ring:
             queries = Codes(engine.encode((q, k, v), found, q_layout, options, runtime), q_layout)
             return AttentionCodes(queries, keys, scale, options, runtime.dtype_name(q))
 
-        out, lse = self._round(keys, quantise_q, counts, is_causal, return_lse, False, runtime)
-        return (out, lse) if return_lse else out
+        return self._round(keys, quantise_q, counts, is_causal, options.return_lse, False, runtime)
 
     @property
     def pools(self) -> bool:

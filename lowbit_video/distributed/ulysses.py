@@ -20,7 +20,7 @@ from . import values
 from .exchange import check_exchange, on_the_wire
 from .group import Group
 from .heads_part import HeadsPart
-from .pieces import QUERY_ROWS, head_pieces
+from .pieces import head_pieces, rows_in_tiles
 from .shares import begins
 from .statistics import shared_statistics, token_counts
 
@@ -93,7 +93,7 @@ class Ulysses:
     def _by_codes(self, q, k, v, counts, options: AttentionOptions, is_causal: bool, return_lse: bool, runtime: Runtime) -> Any:
         batch, tokens, heads, head_dim = runtime.shape(q)
         found = engine.statistics(q, k, v, options, runtime)
-        tiles = batch * -(-max(counts[0]) // QUERY_ROWS.get(head_dim, 128))
+        tiles = rows_in_tiles(batch, max(counts[0]), head_dim)
         out = runtime.empty((batch, tokens, heads, head_dim), runtime.dtype_name(q), q)
         # a ring within, and a causal mask, want the queries of all ranks in one
         joined = is_causal or hasattr(self.inner, "share_statistics")

@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 
 from lowbit_video import LowBitAttnProcessor, Precision, attention, attention_of_codes, prequantize
+from lowbit_video.distributed import keys_part
+from lowbit_video.distributed import ring as ring_module
 from lowbit_video.distributed import ulysses as ulysses_module
 from lowbit_video.distributed.group import Group
 from lowbit_video.distributed.pieces import Piece
@@ -72,14 +74,22 @@ def by_both(attend, wire, shares):
     return ulysses(inner, Group(wire, [first, first + 1]), shares=shares[first:first + 2])
 
 
+def by_ring_round(attend, wire, shares):
+    """The codes of keys go round, as where those of all would take too much memory."""
+    return by_ring()(attend, wire, shares)
+
+
 WAYS = {"ulysses2": (2, by_ulysses()), "ulysses3": (3, by_ulysses()), "ulysses2-16bit": (2, by_ulysses("16bit")),
         "ulysses2-int8": (2, by_ulysses(output="int8")), "ring2": (2, by_ring()), "ring3": (3, by_ring()),
-        "ring2-16bit": (2, by_ring("16bit")), "usp4": (4, by_both)}
+        "ring2-round": (2, by_ring_round), "ring3-round": (3, by_ring_round), "ring2-16bit": (2, by_ring("16bit")),
+        "usp4": (4, by_both)}
 
 
 @pytest.mark.parametrize("precision", ["int8+fp8", "int8+fp16", "int4+fp16", "exact"])
 @pytest.mark.parametrize("size, wrap", WAYS.values(), ids=list(WAYS))
-def test_several_ranks_compute_what_one_computes(gpu, precision, size, wrap):
+def test_several_ranks_compute_what_one_computes(gpu, precision, size, wrap, monkeypatch):
+    if wrap is by_ring_round:
+        monkeypatch.setattr(keys_part, "MOST_BYTES", 0)
     q, k, v = tensors(gpu, 1500, 1500)
     attend = exact_attend if precision == "exact" else LowBitAttnProcessor(precision).attend
     for causal in (False, True):
@@ -101,3 +111,18 @@ def test_pieces_of_heads_change_nothing(gpu, monkeypatch):
     monkeypatch.setattr(ulysses_module, "head_pieces", lambda *_: pieces)
     cut, _ = shared(gpu, attend, q, k, v, 2, by_ulysses())
     np.testing.assert_array_equal(cut, whole)
+
+
+def test_pieces_of_heads_that_are_gathered_change_nothing(gpu, monkeypatch):
+    """And give what one GPU gives: its codes but for ties, attended over all keys at once."""
+    q, k, v = tensors(gpu, 1200, 1200, heads=7)
+    attend = LowBitAttnProcessor("int8+fp8").attend
+    for size in (2, 3):
+        monkeypatch.setattr(ring_module, "head_pieces", lambda *_: (Piece(0, 7, (7,)),))
+        whole, whole_lse = shared(gpu, attend, q, k, v, size, by_ring())
+        monkeypatch.setattr(ring_module, "head_pieces", lambda *_: (Piece(0, 2, (2,)), Piece(2, 5, (5,))))
+        cut, lse = shared(gpu, attend, q, k, v, size, by_ring())
+        np.testing.assert_array_equal(cut, whole)
+        np.testing.assert_array_equal(lse, whole_lse)
+        one = gpu.numpy(attend(q, k, v))
+        assert l1(whole, one) < 2e-3 and (np.abs(whole - one).sum(-1) / np.abs(one).sum(-1)).max() < 0.02

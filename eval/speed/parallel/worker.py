@@ -37,7 +37,7 @@ def _measure(args: argparse.Namespace) -> None:
     clock = Clock(wire, like)
     say = (lambda text: print(text, flush=True)) if wire.rank == 0 else (lambda text: None)
     about = bench.environment(args.framework) if wire.rank == 0 else {}
-    result: dict = {**about, "ranks": wire.size, "attention": [], "steps": [], "decode": None}
+    result: dict = {**about, "ranks": wire.size, "keys": "gathered", "attention": [], "steps": [], "decode": None}
 
     def save() -> None:
         if wire.rank == 0:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from lowbit_video.kernels.formats import BLOCK_K
 
 from ...precision import as_precision
+from ..keys_part import MOST_BYTES
 from ..mesh import Degrees
-from ..pieces import QUERY_ROWS, head_pieces
+from ..pieces import gathered_waves, head_pieces, rows_in_tiles
 from ..shares import even_shares
 from .task import Share, Task, share_of
 from .wire import Transfers, ring_bytes, ulysses_bytes
@@ -52,7 +53,7 @@ def call_ms(task: Task, calls: int, q_rows: int, k_rows: int) -> float:
 
 
 def ring_ms(task: Task, degrees: Degrees, share: Share, heads: int) -> tuple[float, float]:
-    """(attention of these heads against all parts, what of their transfers is not hidden); one part: no transfer.
+    """(attention of these heads against all parts that go round, what of their transfers is not hidden); one part: no transfer.
 
     Where values travel, each part is quantised when it is there.
     """
@@ -67,12 +68,19 @@ def ring_ms(task: Task, degrees: Degrees, share: Share, heads: int) -> tuple[flo
     return degrees.ring * part + (degrees.ring - 1) * merge, (degrees.ring - 1) * waits
 
 
+def gathers(task: Task, degrees: Degrees, share: Share) -> bool:
+    """Whether the codes of a ring's keys come together, as `ring` has it: on one host, not too many, no heads shared around."""
+    return (task.keys == "gathered" and degrees.ring > 1 and degrees.ulysses == 1 and task.wire.kind is not None
+            and not Transfers(task, degrees).crosses("ring")
+            and task.wire.ring_bytes(share.batch, task.model.heads, task.tokens) <= MOST_BYTES)
+
+
 def pieces_of(task: Task, degrees: Degrees, share: Share) -> list[tuple[int, ...]]:
     """The heads of each rank of a Ulysses group, of each piece, as the wrapper cuts them; values go in one."""
     heads, dim = task.model.heads, task.model.head_dim
     if task.wire.kind is None:
         return [tuple(even_shares(heads, degrees.ulysses))]
-    tiles = share.batch * -(-share.rows // QUERY_ROWS.get(dim, 128))
+    tiles = rows_in_tiles(share.batch, share.rows, dim)
     return [piece.shares for piece in head_pieces(heads, degrees.ulysses, tiles, task.figures.gpu.sms)]
 
 
@@ -109,6 +117,24 @@ def pipelined_ms(pieces: Sequence[Piece], hidden_share: float) -> float:
     return now + (1 - hidden_share) * min(beside, sum(piece.attend for piece in pieces))
 
 
+def gathered_pieces(task: Task, degrees: Degrees, share: Share) -> list[Piece]:
+    """The pieces in which all keys come together, of the heads as `ring` cuts them."""
+    heads, ring, batch = task.model.heads, degrees.ring, share.batch
+    tiles = rows_in_tiles(batch, share.rows, task.model.head_dim)
+    made = []
+    for piece in head_pieces(heads, 1, tiles, task.figures.gpu.sms, gathered_waves(batch, ring)):
+        there = Transfers(task, degrees).exchange_ms((ring - 1) * ring_bytes(task, share, piece.count), "ring")
+        made.append(Piece(quantise_ms(task, batch * piece.count, 3 * share.rows), there,
+                          copy_ms(task, task.wire.ring_bytes(batch, piece.count, task.tokens)),
+                          kernel_ms(task, batch * piece.count, share.rows, task.tokens), 0.0, 0.0))
+    return made
+
+
+def copy_ms(task: Task, count: float) -> float:
+    """Bytes read and written."""
+    return 2 * count / task.figures.around.copy_gb_s / 1e6
+
+
 def layer(task: Task, degrees: Degrees) -> Layer:
     """Attention of one layer with its exchange. Raises ValueError where the split cannot be."""
     share, transfers = share_of(task, degrees), Transfers(task, degrees)
@@ -116,10 +142,14 @@ def layer(task: Task, degrees: Degrees) -> Layer:
     quantise = quantise_ms(task, share.batch * model.heads, 3 * share.rows) if coded else 0.0
     told = sum(transfers.small_ms(group) for group, size in (("ulysses", degrees.ulysses), ("ring", degrees.ring))
                if size > 1) if task.wire.statistics and coded else 0.0
+    if gathers(task, degrees, share):
+        pieces = gathered_pieces(task, degrees, share)
+        attention = sum(piece.attend for piece in pieces)
+        total = told + pipelined_ms(pieces, task.figures.around.hidden_share)
+        return Layer(quantise + attention, total - quantise - attention)
     if degrees.ulysses == 1:
         attention, waits = ring_ms(task, degrees, share, share.heads)
         return Layer(quantise + attention, told + waits)
-    copy_ms = lambda count: 2 * count / task.figures.around.copy_gb_s / 1e6  # read and written
     pieces, attention = [], 0.0
     for heads in pieces_of(task, degrees, share):
         there, back = ulysses_bytes(task, degrees, share.batch, [heads])
@@ -128,10 +158,10 @@ def layer(task: Task, degrees: Degrees) -> Layer:
         own = task.wire.operand_bytes(share.batch, sum(heads), share.rows)
         output = quantise_ms(task, share.batch * sum(heads), share.rows) if task.wire.output == "int8" and coded else 0.0
         pieces.append(Piece(
-            quantise * sum(heads) / model.heads if coded else copy_ms(own),
+            quantise * sum(heads) / model.heads if coded else copy_ms(task, own),
             transfers.exchange_ms(there, "ulysses") if coded else 3 * transfers.exchange_ms(there / 3, "ulysses"),
-            copy_ms(task.wire.operand_bytes(share.batch, max(heads), share.part_rows)),
+            copy_ms(task, task.wire.operand_bytes(share.batch, max(heads), share.part_rows)),
             attend + waits + output, transfers.exchange_ms(back, "ulysses"),
-            output + copy_ms(task.wire.output_bytes(share.batch, sum(heads), share.rows))))
+            output + copy_ms(task, task.wire.output_bytes(share.batch, sum(heads), share.rows))))
     total = told + pipelined_ms(pieces, task.figures.around.hidden_share)
     return Layer(quantise + attention, total - quantise - attention)

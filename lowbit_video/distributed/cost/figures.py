@@ -155,7 +155,7 @@ def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
     """
     rows = []
     try:
-        framework = report["framework"]
+        framework, keys = report["framework"], {name: report[name] for name in ("keys",) if name in report}
         for shape in (shape for shape in report["attention"] if shape["name"] in MODELS):
             same = {"model": shape["name"], "framework": framework, "precision": shape["precision"]}
             for method, measured in shape["methods"].items():
@@ -163,9 +163,9 @@ def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
                 if method == "one":
                     rows.append({"what": "attention", **same, "ms": measured["ms"]})
                 elif "exact" not in method:
-                    rows += _apart("layer", {**same, **USUAL}, split, how, measured)
+                    rows += _apart("layer", {**same, **USUAL, **keys}, split, how, measured)
         for step in (step for step in report.get("steps") or () if not step.get("compiled")):
-            same = {"what": "transformer", "model": f"CogVideoX-{step['model']}", "framework": framework}
+            same = {"what": "transformer", "model": f"CogVideoX-{step['model']}", "framework": framework, **keys}
             same.update({name: step[name] for name in ("precision", "exchange", "output")})
             for way, measured in step["ways"].items():
                 split, *how = way.split(", ")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from ...precision import as_precision
 from ..mesh import Degrees
+from .attention import gathers
 from .models import GIB
 from .task import Share, Task
 from .wire import Transfers, ring_bytes
@@ -72,7 +73,9 @@ def memory_gib(task: Task, degrees: Degrees, share: Share) -> dict[str, float]:
     working = LIVE * share.batch * share.rows * model.width_of_token * 2
     if degrees.ulysses > 1:  # what is sent and what arrives
         working += 2 * task.wire.operand_bytes(share.batch, model.heads, share.rows)
-    if degrees.ring > 1:  # the part at hand and the next
+    if gathers(task, degrees, share):  # as they arrive, and put together
+        working += 2 * task.wire.ring_bytes(share.batch, model.heads, task.tokens)
+    elif degrees.ring > 1:  # the part at hand and the next
         working += 2 * ring_bytes(task, share, share.heads)
     decoding = task.figures.video.decode_bytes * height * width
     return {"transformer": model.weights_gib, "text encoder": model.text_encoder_gib if task.text_encoder else 0.0,

@@ -113,9 +113,10 @@ guidance and scheduler; the VAE's decoding; and APART."""
 
 def task_of(row: Mapping[str, Any], figures: Figures) -> tuple[Task, Degrees]:
     """What a measured row was a measurement of. Raises ValueError where it says what cannot be."""
-    names = ("precision", "exchange", "output", "link", "framework", "frames", "height", "width")
+    names = ("precision", "exchange", "output", "keys", "link", "framework", "frames", "height", "width")
     try:
-        task = Task(find_model(row["model"]), figures, **{name: row[name] for name in names if row.get(name) is not None})
+        given = {"keys": "round"} | {name: row[name] for name in names if row.get(name) is not None}
+        task = Task(find_model(row["model"]), figures, **given)
         degrees = Degrees(**{name: row[name] for name in ("cfg", "ulysses", "ring", "vae") if row.get(name)})
         if row["what"] in WHATS and row["ms"] > 0:
             return task, degrees
@@ -141,8 +142,8 @@ def free_gpu(figures: Figures) -> Figures:
 def predict(row: Mapping[str, Any], figures: Figures) -> float:
     """The ms that the model of cost says of a measured row.
 
-    row: what (of WHATS), model, ms; as they differ from the defaults precision, exchange, output, link, framework, frames,
-    height, width, cfg, ulysses, ring, vae. Other keys are left alone.
+    row: what (of WHATS), model, ms; as they differ from the defaults precision, exchange, output, keys, link, framework,
+    frames, height, width, cfg, ulysses, ring, vae. Others are left alone. keys: "gathered", or "round", as in rows without it.
     """
     what, (task, degrees) = row["what"], task_of(row, figures)
     if what.endswith(APART):

@@ -11,12 +11,16 @@ from .figures import Figures, Program, load_figures, named
 from .formats import WireFormat, wire_format
 from .models import Model
 
+KEYS = ("gathered", "round")
+"""How the codes of all keys reach a rank."""
+
 
 @dataclass(frozen=True)
 class Task:
     """One video. frames, height, width None: the model's own; framework None: the first of the figures.
 
     precision: of attention; an exchange of int8 or int4 puts K into that format. exchange, output: as the wrappers take them.
+    keys: how those that a ring shares reach each rank: "gathered" where `ring` can, or "round".
     link, framework: of the figures. text_encoder: whether it stays on the GPU.
     Raises ValueError for what there is not, saying what there is.
     """
@@ -26,6 +30,7 @@ class Task:
     precision: str = "int8+fp8"
     exchange: str = "auto"
     output: str = "16bit"
+    keys: str = "gathered"
     link: str = "nvlink"
     framework: str | None = None
     steps: int = 50
@@ -42,6 +47,7 @@ class Task:
         if dim not in figures.pace[self.precision] or dim not in figures.attention:
             raise ValueError(f"attention at head dim {dim} ({self.model.name}) is not measured; there are: "
                              + ", ".join(map(str, figures.attention)))
+        named(dict.fromkeys(KEYS), self.keys, "way of keys")
         named(figures.links, self.link, "link")
         if self.framework is None:
             object.__setattr__(self, "framework", next(iter(figures.programs)))

@@ -16,6 +16,7 @@ from lowbit_video.distributed.cost.split import cost_of, predict, sent_bytes, sp
 from lowbit_video.distributed.cost.task import Task, share_of
 from lowbit_video.distributed.cost.wire import Transfers, groups, ring_bytes, ulysses_bytes
 from lowbit_video.distributed.mesh import Degrees, Mesh
+from lowbit_video.distributed.pieces import gathered_waves, head_pieces
 from lowbit_video.distributed.ring import ring
 from lowbit_video.distributed.shares import even_shares, token_shares
 from lowbit_video.distributed.ulysses import ulysses
@@ -230,9 +231,49 @@ def test_a_ring_waits_only_for_what_takes_longer_than_attention():
     transfer = Transfers(slow, degrees).neighbour_ms(ring_bytes(slow, share, 30))
     assert attention.ring_ms(slow, degrees, share, 30) == (
         fast, pytest.approx(transfer - part + (1 - FIGURES.around.hidden_share) * part))
-    whole = attention.layer(task(), degrees)
+    whole = attention.layer(task(keys="round"), degrees)
     assert whole.attention_ms == pytest.approx(attention.quantise_ms(task(), 60, 3 * 8960) + fast)
     assert whole.exchange_ms == pytest.approx(FIGURES.links["nvlink"].small_us / 1e3 + waits)
+
+
+def test_keys_that_come_together_are_attended_at_once_by_heads():
+    degrees, one = Degrees(cfg=2, ring=2), task()
+    share = share_of(one, degrees)
+    first, rest_of_it = attention.gathered_pieces(one, degrees, share)
+    cut = head_pieces(30, 1, 47, 132, gathered_waves(1, 2))
+    assert [piece.count for piece in cut] == [5, 25]
+    assert first.attend == pytest.approx(attention.kernel_ms(one, 5, 8960, 17776))
+    assert rest_of_it.attend == pytest.approx(attention.kernel_ms(one, 25, 8960, 17776))
+    assert rest_of_it.there == pytest.approx(Transfers(one, degrees).exchange_ms(ring_bytes(one, share, 25), "ring"))
+    assert first.before == pytest.approx(attention.quantise_ms(one, 5, 3 * 8960))
+    assert first.join == pytest.approx(2 * one.wire.ring_bytes(1, 5, 17776) / FIGURES.around.copy_gb_s / 1e6)
+    assert first.back == first.place == 0
+    layer, around = attention.layer(one, degrees), attention.layer(task(keys="round"), degrees)
+    told = FIGURES.links["nvlink"].small_us / 1e3
+    assert layer.total_ms == pytest.approx(told + attention.pipelined_ms([first, rest_of_it], FIGURES.around.hidden_share))
+    assert layer.attention_ms < around.attention_ms and layer.total_ms < around.total_ms
+    four = Degrees(ring=4)
+    assert attention.gathered_pieces(one, four, share_of(one, four))[-1].there == pytest.approx(
+        Transfers(one, four).exchange_ms(3 * ring_bytes(one, share_of(one, four), head_pieces(
+            30, 1, 48, 132, gathered_waves(2, 4))[-1].count), "ring"))
+
+
+@pytest.mark.parametrize("changes, degrees", [
+    (dict(keys="round"), Degrees(ring=2)), (dict(exchange="16bit"), Degrees(ring=2)), (dict(), Degrees(ulysses=2, ring=2)),
+    (dict(), Degrees(ring=16)), (dict(), Degrees(cfg=2))], ids=str)
+def test_where_keys_go_round(changes, degrees):
+    """By order, in 16 bits, with heads shared around them, and between hosts; too many bytes are below."""
+    one = task(**changes)
+    assert not attention.gathers(one, degrees, share_of(one, degrees))
+    assert attention.gathers(task(), Degrees(ring=8), share_of(task(), Degrees(ring=8)))
+
+
+def test_keys_of_too_many_bytes_go_round(monkeypatch):
+    one, degrees = task(), Degrees(ring=2)
+    size = one.wire.ring_bytes(2, 30, 17776)
+    for most, gathered in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(attention, "MOST_BYTES", most)
+        assert attention.gathers(one, degrees, share_of(one, degrees)) is gathered
 
 
 def test_where_values_travel_each_part_of_a_ring_is_quantised_when_it_is_there():
@@ -439,8 +480,10 @@ def test_weights_are_on_every_gpu_and_the_rest_is_shared():
     assert costs[0].memory["working"] > costs[1].memory["working"] > costs[2].memory["working"]
     block = rest.LIVE * 2 * 22656 * 3072 * 2
     assert costs[1].memory["working"] * GIB == pytest.approx(block + 2 * large.wire.operand_bytes(2, 48, 22656))
-    around = cost_of(large, Degrees(ring=2)).memory["working"] * GIB
+    around = cost_of(replace(large, keys="round"), Degrees(ring=2)).memory["working"] * GIB
     assert around == pytest.approx(block + 2 * large.wire.ring_bytes(2, 48, 22656))
+    together = cost_of(large, Degrees(ring=2)).memory["working"] * GIB
+    assert together == pytest.approx(block + 2 * large.wire.ring_bytes(2, 48, 45106))
     decoding = cost_of(whole, Degrees(ulysses=4))  # the peak, if it is larger
     assert decoding.memory["working"] == pytest.approx(FIGURES.video.decode_bytes * 768 * 1360 / GIB)
     assert cost_of(replace(whole, text_encoder=False), Degrees(ulysses=4)).memory_gib == pytest.approx(
@@ -516,6 +559,7 @@ def test_a_video_is_its_steps_and_what_surrounds_them():
     (dict(height=481), "multiples of 16"), (dict(frames=0), "at least one frame"),
     (dict(precision="int2+fp8"), "attention at int2\\+fp8 is not measured; there are: int8\\+fp8, "),
     (dict(output="int4"), "unknown output 'int4'"),
+    (dict(keys="lost"), "unknown way of keys 'lost'; there are: gathered, round"),
     (dict(exchange="fax"), "unknown exchange 'fax'"), (dict(framework="jax"), "unknown measured framework 'jax'")])
 def test_a_task_that_cannot_be_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
@@ -589,6 +633,10 @@ def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
                                for exchange, output in (("16bit", "16bit"), ("auto", "int8")))
     path.write_text(json.dumps({**report, "attention": [], "decode": None, "steps": [{**step, "compiled": True}]}))
     assert new_rows() == (), "compiled blocks are not what is modelled"
+    path.write_text(json.dumps({**report, "keys": "gathered"}))
+    assert [row.get("keys") for row in new_rows()] == [None, *["gathered"] * 8, None, None]
+    assert predict({**layers[4], "exchange": "auto", "keys": "gathered"}, FIGURES) < predict(
+        {**layers[4], "exchange": "auto"}, FIGURES), "rows that do not say it went round"
     path.write_text(json.dumps({**report, "steps": [{"model": "2b"}]}))
     with pytest.raises(ValueError, match="parallel.json is not what `bench parallel` writes .KeyError: 'precision'"):
         new_rows()

@@ -1,6 +1,7 @@
 """Heads in pieces: all of them, each rank with some of every piece, and as many pieces as hide an exchange."""
 import pytest
 
+from lowbit_video.distributed import pieces as module
 from lowbit_video.distributed.pieces import BESIDE, PIECE_WAVES, QUERY_ROWS, WIRE_WAVES, Piece, head_pieces
 from lowbit_video.distributed.shares import even_shares
 
@@ -56,3 +57,13 @@ def test_the_pieces_of_the_2b_model_on_two_gpus():
     assert head_pieces(30, 2, 94, 132) == (Piece(0, 8, (4, 4)), Piece(8, 22, (11, 11)))
     assert head_pieces(30, 2, 94, None) == (Piece(0, 30, (15, 15)),)
     assert len(head_pieces(7, 3, 4, 132)) == 1, "a piece costs more than it hides where there is little to compute"
+
+
+def test_keys_of_a_ring_of_two_of_the_2b_model():
+    """17776 tokens, 8960 of them on one rank, one sample: a first piece of two waves, in which the rest arrives."""
+    assert module.gathered_waves(1, 2) == pytest.approx(WIRE_WAVES / 3)  # K and V of one sample for Q, K and V of two
+    assert module.gathered_waves(2, 4) == pytest.approx(WIRE_WAVES)  # three times a quarter of the tokens
+    tiles = module.rows_in_tiles
+    assert tiles(1, 8960, 64) == 47 and tiles(2, 8961, 64) == 94 and tiles(1, 193, 128) == tiles(1, 193, 96) == 2
+    assert head_pieces(30, 1, 47, 132, module.gathered_waves(1, 2)) == (Piece(0, 5, (5,)), Piece(5, 25, (25,)))
+    assert head_pieces(30, 1, 47, 132, 0.0) == (Piece(0, 30, (30,)),)

@@ -1,13 +1,18 @@
-"""Attention by sending keys round, alone and inside `ulysses`: what one rank computes, with every precision and share."""
+"""Attention of shared keys, gathered or sent round, alone and inside `ulysses`: what one rank computes, with every precision
+and share."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lowbit_video import LowBitAttnProcessor, NonFiniteError, Precision, UnsupportedError
+from lowbit_video.distributed import keys_part
+from lowbit_video.distributed import ring as ring_module
 from lowbit_video.distributed import ulysses as heads_module
 from lowbit_video.distributed.group import Group
-from lowbit_video.distributed.pieces import Piece
+from lowbit_video.distributed.keys_part import can_gather
+from lowbit_video.distributed.pieces import Piece, gathered_waves
 from lowbit_video.distributed.ring import ring
 from lowbit_video.distributed.statistics import shared_statistics
 from lowbit_video.engine import codes as engine
@@ -23,6 +28,14 @@ PRECISIONS = ["int8+fp8", "int8+fp16", "int4+fp16", "int8/int4+fp8", "int2+fp8",
               Precision("int8+fp8", smooth_k=False), Precision("int8+fp16", granularity="token", smooth_q=True)]
 DEGREES = [(1, 2), (1, 3), (1, 4), (2, 2)]
 """(shares of the heads, ring)."""
+
+
+@pytest.fixture(params=["gathered", "round"])
+def way(request, monkeypatch):
+    """How the codes of all keys come to each rank, where no heads are shared around it."""
+    if request.param == "round":
+        monkeypatch.setattr(keys_part, "MOST_BYTES", 0)
+    return request.param
 
 
 def near_db(precision):
@@ -46,9 +59,15 @@ def test_exact_attention(framework, degrees, causal):
         check(framework, case, together(framework, case, *degrees))
 
 
+def named(precision):
+    return precision if isinstance(precision, str) else f"{precision.granularity}-{precision.smooth_k}"
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p if isinstance(p, str) else f"{p.granularity}-{p.smooth_k}")
-def test_low_bit(framework, precision, causal):
+@pytest.mark.parametrize("precision", PRECISIONS, ids=named)
+def test_low_bit(framework, precision, causal, monkeypatch):
+    if not causal:  # of which none are gathered
+        monkeypatch.setattr(keys_part, "MOST_BYTES", 0)
     case = Case(arrays(), precision, causal)
     alone, exact = case.alone(framework), case.exact()
     for degrees in DEGREES:
@@ -57,8 +76,60 @@ def test_low_bit(framework, precision, causal):
         assert not got.traffic[0]["notes"] and "ring" in got.traffic[0]["sent"]
 
 
+@pytest.mark.parametrize("lse", [True, False])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=named)
+def test_gathered_keys_give_what_one_rank_gives(framework, precision, lse):
+    """Over all keys at once, so that no P is rounded otherwise; the codes are its but for ties, as a mean of means rounds."""
+    case = Case(arrays(), precision, lse=lse)
+    alone, exact = case.alone(framework), case.exact()
+    for size in (2, 3, 4):
+        got = together(framework, case, 1, size)
+        assert_as_good(got, alone, exact, case, 45, loss_db=1e-2, row_loss_db=1, lse_atol=2e-3)
+        assert not got.traffic[0]["notes"]
+
+
+@pytest.mark.parametrize("lse", [True, False])
+@pytest.mark.parametrize("precision", ["int8+fp8", Precision("int8+fp16", granularity="token", smooth_q=True)], ids=named)
+def test_pieces_of_heads_are_gathered_one_by_one(framework, precision, lse, monkeypatch):
+    case = Case(arrays(heads=7), precision, lse=lse)
+    whole, alone = together(framework, case, 1, 3), case.alone(framework)
+    monkeypatch.setattr(ring_module, "head_pieces", lambda *given: (Piece(0, 3, (3,)), Piece(3, 4, (4,))))
+    got = together(framework, case, 1, 3)
+    assert np.array_equal(got.out, whole.out) and sqnr_db(got.out, alone.out) > 45
+    assert not lse or np.array_equal(got.lse, whole.lse)
+    assert got.traffic[1]["in_16_bit"] == whole.traffic[1]["in_16_bit"]
+
+
+@pytest.mark.parametrize("dim, tiles", [(64, 2), (32, 3)])
+def test_pieces_are_chosen_by_the_tiles_of_the_longest_share_and_by_what_travels(framework, dim, tiles, monkeypatch):
+    asked, real = set(), ring_module.head_pieces
+    monkeypatch.setattr(ring_module, "head_pieces", lambda *given: asked.add(given) or real(*given))
+    together(framework, Case(arrays(tokens=450, heads=2, dim=dim), "int8+fp8", lse=False), 1, 2, shares=[384, 66])
+    assert asked == {(2, 1, 2 * tiles, None, gathered_waves(2, 2))}
+
+
+def test_what_can_be_gathered(framework, monkeypatch):
+    """Shares of whole blocks where there are blocks, up to MOST_BYTES, on one host, and no ring within."""
+    like = framework.tensor(arrays()[0])
+    kind_of = lambda precision: engine.kind_of(like, LowBitAttnProcessor(precision).options(), runtime_of(like))
+    group = lambda ranks, size=4: Group(SimpleNamespace(rank=ranks[0], size=size), ranks)
+    inner, by_block = LowBitAttnProcessor("int8+fp8"), kind_of("int8+fp8")
+    can = lambda shares=(256, 194), kind=by_block, inner=inner, ranks=(0, 1): can_gather(
+        kind, 2, 5, list(shares), inner, group(ranks))
+    assert can() and can(kind=kind_of(Precision("int8+fp16", granularity="token")), shares=(250, 200))
+    assert not can(shares=(250, 200)) and not can(inner=ring(inner.attend, group([0])))
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", "2")
+    assert can() and can(ranks=(2, 3)) and not can(ranks=(1, 2)) and not can(ranks=(0, 2))
+    monkeypatch.delenv("PADDLE_LOCAL_SIZE")
+    size = layout_of(by_block, 2, 5, 0, 450).size
+    for most, gathered in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(keys_part, "MOST_BYTES", most)
+        assert can() is gathered
+
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtypes_and_no_lse(framework, dtype):
+def test_dtypes_and_no_lse(framework, way, dtype):
     for precision in ("int8+fp8", "int8/int4+fp16", "exact"):
         case = Case(arrays(tokens=300, heads=3), precision, dtype=dtype, scale=0.3, lse=precision == "exact")
         for degrees in ((1, 2), (2, 2)):
@@ -81,7 +152,7 @@ def test_any_shares_are_codes(framework, shares):
                     assert_as_good(got, case.alone(framework), case.exact(), case, 25, 0.5, 12, 6e-2)
 
 
-def test_keys_that_are_not_the_queries(framework):
+def test_keys_that_are_not_the_queries(framework, way):
     for precision in ("int8+fp8", "int4+fp16", "exact"):
         for q_len, kv_len in ((300, 600), (600, 300)):
             for degrees in ((1, 2), (2, 2)):
@@ -114,7 +185,7 @@ def test_grouped_queries_travel_as_values(framework, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8+fp16", "int8+fp8", "int4+fp8", "int4+fp16"])
-def test_statistics_are_those_of_all_tokens(framework, precision):
+def test_statistics_are_those_of_all_tokens(framework, way, precision):
     """K's mean, Q's mean and V's largest values, none of them those of a share or of shares that weigh the same."""
     q, k, v = (x.copy() for x in arrays(tokens=600))
     k[:, 384:] += 8
@@ -128,7 +199,7 @@ def test_statistics_are_those_of_all_tokens(framework, precision):
         assert_as_good(got, alone, exact, case, near_db(precision))
 
 
-def test_values_beyond_float16(framework):
+def test_values_beyond_float16(framework, way):
     q, k, v = arrays(tokens=300)
     for precision in ("int8+fp16", "int8+fp8", "exact"):
         case = Case((q, k, v * 1e5), precision)
@@ -143,7 +214,7 @@ def test_values_beyond_float16(framework):
 @pytest.mark.parametrize("exchange, precision, computes", [
     ("16bit", "int8+fp16", "int8+fp16"), ("int8", "int8/int4+fp16", "int8+fp16"), ("int4", "int8+fp8", "int8/int4+fp8"),
     ("int4", "exact", "exact")])
-def test_what_travels_is_what_is_computed(framework, exchange, precision, computes):
+def test_what_travels_is_what_is_computed(framework, way, exchange, precision, computes):
     case, wanted = (Case(arrays(tokens=600, heads=4), p) for p in (precision, computes))
     for degrees in ((1, 2), (2, 2)):
         got = together(framework, case, *degrees, exchange=exchange)
@@ -225,7 +296,7 @@ def test_codes_that_begin_later_in_their_memory_go_round(framework):
             np.testing.assert_allclose(out_lse.transpose(1, 0, 2), lse[:, :, cut], atol=5e-2)
 
 
-def test_bytes_by_hand(framework):
+def test_bytes_by_hand(framework, monkeypatch):
     """Two ranks, 1024 tokens each, 4 heads of 64: everyone's K and V go to the next one, once."""
     case = Case(arrays(tokens=2048, heads=4, batch=1, dim=64), "int8+fp8", lse=False, dtype="float16")
     values, statistics = 2 * 1024 * 4 * 64 * 2, 2 * 4 * 64 * 4
@@ -234,11 +305,15 @@ def test_bytes_by_hand(framework):
         assert traffic["sent"] == {"ring": codes, "statistics": statistics}
         assert traffic["in_16_bit"] == {"ring": values, "statistics": statistics}
         assert traffic["sent_total"] / traffic["in_16_bit_total"] < 0.52
-    # every rank of three passes on what it has got, one part less than there are
     shares = [640, 640, 768]
+    size = lambda tokens: 2 * tokens * 4 * 64 + -(-4 * (tokens // 128) * 4 // 128) * 128
+    for place, traffic in enumerate(together(framework, case, 1, 3, shares=shares).traffic):  # its own to both others
+        assert traffic["sent"]["ring"] == 2 * size(shares[place])
+        assert traffic["in_16_bit"]["ring"] == 2 * 2 * 2 * shares[place] * 4 * 64
+    # every rank of three passes on what it has got, one part less than there are
+    monkeypatch.setattr(keys_part, "MOST_BYTES", 0)
     traffic = together(framework, case, 1, 3, shares=shares).traffic
     sent, in_16_bit = ([one[what]["ring"] for one in traffic] for what in ("sent", "in_16_bit"))
-    size = lambda tokens: 2 * tokens * 4 * 64 + -(-4 * (tokens // 128) * 4 // 128) * 128
     assert sent == [size(640) + size(768), 2 * size(640), size(768) + size(640)]
     assert in_16_bit == [2 * 2 * tokens * 4 * 64 for tokens in (1408, 1280, 1408)]
     case = case._replace(precision="exact", dtype="float32")
