@@ -14,6 +14,7 @@ from .distributed.context_parallel import cp_plan
 from .distributed.parallelize import parallelize, unparallelize
 from .engine.codes import AttentionCodes
 from .errors import NonFiniteError, UnsupportedError
+from .graph.cuda_graph import cuda_graph
 from .hook.apply import apply, remove
 from .hook.dispatcher.register import register_diffusers, unregister_diffusers
 from .hook.frames import declare_attention
@@ -30,5 +31,5 @@ from .warming import warmup
 __version__ = "0.1.0"
 __all__ = ["AttentionCodes", "ExactAttnProcessor", "LowBitAttnProcessor", "NonFiniteError", "Pooled", "Precision", "Quantized",
            "Recipe", "UnsupportedError", "apply", "attention", "attention_of_codes", "attention_varlen", "coverage", "cp_plan",
-           "declare_attention", "denoising_step", "dequantize", "order_tokens", "parallelize", "prequantize", "quantize",
-           "register_diffusers", "remove", "unparallelize", "unregister_diffusers", "warmup"]
+           "cuda_graph", "declare_attention", "denoising_step", "dequantize", "order_tokens", "parallelize", "prequantize",
+           "quantize", "register_diffusers", "remove", "unparallelize", "unregister_diffusers", "warmup"]

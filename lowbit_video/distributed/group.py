@@ -41,6 +41,22 @@ class Traffic:
         self.in_16_bit.clear()
         self.notes.clear()
 
+    def copy(self) -> Traffic:
+        """One with the same counts and notes."""
+        return Traffic(dict(self.sent), dict(self.in_16_bit), set(self.notes))
+
+    def since(self, before: Traffic) -> Traffic:
+        """What was counted after `before`, an earlier copy, and all notes."""
+        less = lambda now, then: {purpose: count - then.get(purpose, 0) for purpose, count in now.items()
+                                  if count != then.get(purpose)}
+        return Traffic(less(self.sent, before.sent), less(self.in_16_bit, before.in_16_bit), set(self.notes))
+
+    def add(self, more: Traffic) -> None:
+        """Counts and notes what another one has."""
+        for purpose, count in more.sent.items():
+            self.count(purpose, count, more.in_16_bit.get(purpose, 0))
+        self.notes |= more.notes
+
     def as_dict(self) -> dict:
         """The counts as plain values, with their sums."""
         return {"sent": dict(self.sent), "in_16_bit": dict(self.in_16_bit), "sent_total": sum(self.sent.values()),

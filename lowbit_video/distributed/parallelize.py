@@ -159,9 +159,14 @@ def parallelize(pipe_or_model: Any, ulysses: int | None = None, ring: int | None
     return handle
 
 
+def parallel_of(pipe_or_model: Any) -> Parallel | None:
+    """What `parallelize` set up for a pipeline or model, if it is parallel now."""
+    return _parallel.get(transformer_of(pipe_or_model))
+
+
 def unparallelize(pipe_or_model: Any) -> bool:
     """Takes `parallelize` back: the pipeline or model computes alone again. returns: whether there was one to take back."""
-    handle = _parallel.get(transformer_of(pipe_or_model))
+    handle = parallel_of(pipe_or_model)
     if handle is None:
         return False
     handle.undo()

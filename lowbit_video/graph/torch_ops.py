@@ -90,7 +90,7 @@ def _(like, order, frames, height, width, back):
     return like.new_empty(frames * height * width, dtype=torch.int64)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # for good: a CUDA graph may read them
 def _places(order, frames, height, width, back, device):
     with torch.inference_mode(False):  # it may serve a call that is trained through later
         return torch.tensor((raster_order if back else token_order)(order, frames, height, width), device=device)

@@ -40,6 +40,22 @@ class Record:
         self.calls.clear()
         self.tiles.clear()
 
+    def copy(self) -> Record:
+        """One with the same counts."""
+        return Record(self.name, Counter(self.calls), dict(self.tiles))
+
+    def since(self, before: Record) -> Record:
+        """What was counted after `before`, an earlier copy."""
+        tiles = {variant: tuple(now - then for now, then in zip(counts, before.tiles.get(variant, (0, 0))))
+                 for variant, counts in self.tiles.items()}
+        return Record(self.name, self.calls - before.calls, {name: counts for name, counts in tiles.items() if any(counts)})
+
+    def add(self, more: Record) -> None:
+        """Count what another record has counted."""
+        self.calls.update(more.calls)
+        for variant, counts in more.tiles.items():
+            self.tiles[variant] = _added(self.tiles.get(variant, (0, 0)), counts)
+
 
 def _added(some: tuple[int, int], more: tuple[int, int]) -> tuple[int, int]:
     return some[0] + more[0], some[1] + more[1]
@@ -278,8 +294,8 @@ def _module_coverage(component: str, name: str, module: Any) -> ModuleCoverage:
         return _dispatched_coverage(component, name, module)
     if not isinstance(records, Records):
         reason = "not hooked: the processor is not from lowbit_video, so its calls are not counted"
-        if _active_backend().startswith("lowbit_"):
-            reason = f"not hooked: its processor bypasses diffusers' dispatcher, so {_active_backend()!r} does nothing here"
+        if active_backend().startswith("lowbit_"):
+            reason = f"not hooked: its processor bypasses diffusers' dispatcher, so {active_backend()!r} does nothing here"
         return ModuleCoverage(component, name, type(processor).__name__, reason=reason)
     hooked = bool(getattr(processor, "low_bit", False))
     record = records.peek(module)
@@ -288,7 +304,7 @@ def _module_coverage(component: str, name: str, module: Any) -> ModuleCoverage:
     return ModuleCoverage(component, name, str(processor), runs, "" if runs else "not called yet", hooked, tiles)
 
 
-def _active_backend() -> str:
+def active_backend() -> str:
     """The backend of diffusers' dispatcher for modules that have none of their own; "" where there is no dispatcher."""
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     return "" if dispatch is None else str(dispatch._AttentionBackendRegistry._active_backend.value)
@@ -297,7 +313,7 @@ def _active_backend() -> str:
 def _dispatched_coverage(component: str, name: str, module: Any) -> ModuleCoverage:
     """A module that dispatches: its backend, and its calls if `register_diffusers` was given its model."""
     own = module.processor._attention_backend
-    backend = _active_backend() if own is None else str(getattr(own, "value", own))
+    backend = active_backend() if own is None else str(getattr(own, "value", own))
     watched = getattr(module, "attention_calls", None)
     by_recipe = backend == RECIPE and watched is not None and watched.attention is not None
     processor = f"{type(module.processor).__name__}, {watched.attention if by_recipe else f'backend {backend}'}"
