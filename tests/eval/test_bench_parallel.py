@@ -52,7 +52,7 @@ def test_a_process_for_each_gpu_is_told_everything(framework, started, tmp_path,
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     out = tmp_path / "here.json"
     assert cli.main(["bench", "parallel", "--gpus", "3", "--framework", framework, "--out", str(out), *GIVEN,
-                     *["--compile"] * (framework == "torch")]) == 7
+                     *["--compile", "--cuda-graph"] * (framework == "torch")]) == 7
     [(command, script, environment)] = started
     if framework == "torch":
         assert command[1:6] == ["-m", "torch.distributed.run", "--nproc_per_node=3", "-m",
@@ -67,7 +67,7 @@ def test_a_process_for_each_gpu_is_told_everything(framework, started, tmp_path,
     told = parser.parse_args(rest)
     assert vars(told) == dict(framework=framework, parts=["attention", "step"], shapes="8k", models=["5b", "2b"], tiles=True,
                               precision=["int8+fp16", "exact"], recipe="safe", splits=["ring3"], rounds=4, more=1, out=out,
-                              compile=framework == "torch")
+                              compile=framework == "torch", cuda_graph=framework == "torch")
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
@@ -76,7 +76,7 @@ def test_where_files_lie_does_not_depend_on_the_folder_of_a_process(started, tmp
     assert cli.main(["bench", "parallel"]) == 7
     command, _, _ = started[0]
     assert command[command.index("--out") + 1] == str(tmp_path / "outputs/bench/parallel.json")
-    assert not {"--tiles", "--recipe", "--splits", "--rounds", "--compile"} & set(command)
+    assert not {"--tiles", "--recipe", "--splits", "--rounds", "--compile", "--cuda-graph"} & set(command)
     assert command[command.index("--devices") + 1] == "0,1"
 
 
@@ -120,11 +120,11 @@ def test_a_recipe_is_of_the_step_and_a_precision_of_a_layer(monkeypatch, tmp_pat
     said.clear()
     run("--precision", "exact")
     assert said == ["exact", "exact"]
-    monkeypatch.setattr(step, "measure", lambda *given: said.append(given[-1]))
+    monkeypatch.setattr(step, "measure", lambda *given: said.append(given[-2:]))
     said.clear()
     run("--precision", "exact", "--framework", "torch", "--compile")
-    run("--precision", "exact", "--framework", "torch")
-    assert said == ["exact", True, "exact", False]
+    run("--precision", "exact", "--framework", "torch", "--cuda-graph")
+    assert said == ["exact", (True, False), "exact", (False, True)]
 
 
 @pytest.mark.parametrize("gpus", ["5", "1", "0"])
@@ -136,6 +136,7 @@ def test_too_few_gpus_are_said_in_a_line(gpus, started, capsys):
 
 @pytest.mark.parametrize("given, says", [
     (["--splits", "ring2", "ulysses4"], "no such split by 2 GPUs: ulysses4; there are: ring2, ulysses2, cfg2"),
+    (["--cuda-graph"], "--cuda-graph records PyTorch's launches, and --framework is paddle; add --framework torch"),
     (["--compile"], "--compile compiles diffusers' blocks, and --framework is paddle; add --framework torch"),
     (["--rounds", "0"], "--rounds 0: one at least"), (["--precision", "int8+fp8", "int9"], "unknown precision 'int9'")])
 def test_what_cannot_be_measured_is_said_before_anything_is_started(given, says, started, capsys):
@@ -408,6 +409,55 @@ def test_a_step_by_every_split_beside_one_gpu(stubs):
                                                                   ("auto", "int8")}
 
 
+def test_a_step_as_a_cuda_graph_is_recorded_once_a_way_and_replayed_in_its_turns(stubs, monkeypatch):
+    def work(wire):
+        passed, made, replayed = count_passed(wire), [], []
+
+        def record(call):
+            made.append(call)
+            out = []
+
+            def replay():
+                if not out:
+                    passed.clear()
+                    out.append((call(), sum(passed), dict(stubs.own.model.shared or {})))
+                replayed.append(out[0][1:])
+                return out[0][0]
+
+            return replay
+
+        own.record, clock, timed = record, FakeClock(wire), []
+
+        def together(calls, rounds, passes, around):
+            shared_out = len(stubs.traffic)
+            for name, call in calls.items():
+                replayed.clear()
+                with around(name):
+                    call()
+                timed.append((name, *replayed[0]))
+            assert len(stubs.traffic) == shared_out, "nothing is shared out for a turn"
+            return dict.fromkeys(calls, 1.0)
+
+        clock.together = together
+        result = step.measure("2b", "int8+fp8", "paddle", wire, clock, said.append, rounds=1, only=["ring2", "cfg2"], more=1,
+                              cuda_graph=True)
+        return result, timed, len(made)
+
+    own, said = threading.local(), []
+    monkeypatch.setattr(step, "_recorder", lambda: own.record)
+    (result, timed, made), _ = run_threads(2, work)
+    ways = ["one", "ring2", "cfg2", "ring2, 16bit", "ring2, int4 codes"]
+    assert list(result["ways"]) == ways and result["cuda_graph"] and made == len(ways) + 2 * (len(ways) - 1)
+    bytes_of = {name: number for name, number, _ in timed}
+    assert [bytes_of[name] for name in ways[:3]] == [0, 128, 64]
+    assert [bytes_of[f"ring2 / {part}"] for part in ("computed", "exchanged")] == [0, 128]
+    assert {name: degrees.get("ring") for name, _, degrees in timed if "exchanged" not in name} == {
+        name: None if name == "one" else 1 if "cfg2" in name else 2 for name in bytes_of if "exchanged" not in name}
+    assert result["ways"]["ring2"]["sqnr_db"] == pytest.approx(60, abs=0.1) and result["ways"]["ring2"]["memory_gib"] == [
+        pytest.approx(3), pytest.approx(4)]
+    assert "int8+fp8, as a CUDA graph, ring2: 1.0 ms" in " ".join(said)
+
+
 @pytest.mark.parametrize("precision", ["exact", "safe"])
 def test_exact_steps_and_recipes_travel_one_way(precision, stubs, monkeypatch):
     monkeypatch.setattr(step, "denoising_step", lambda model, number, of: contextlib.nullcontext())
@@ -588,6 +638,17 @@ def test_the_page_has_everything_that_was_measured_the_losers_too():
     assert [row["SQNR, dB"] for row in steps] == ["", "59.6", "equal"] * 2 and steps[4]["of an even share"] == "86.2 %"
     assert [(row["framework"], row["way"], row["speed-up"], row["equal to the bit"]) for row in decoded] == [
         ("PyTorch", "one", "", "yes"), ("PyTorch", "all", "1.82x", "yes"), ("PyTorch", "all, tiles", "0.44x", "NO")]
+
+
+def test_steps_as_cuda_graphs_are_named():
+    result = result_of("torch")
+    both = {"compiled": True, "cuda_graph": True}
+    result["steps"] += [{**result["steps"][0], "cuda_graph": True}, {**result["steps"][0], **both}]
+    page = table.markdown([result, result_of("torch", attention=[])])
+    assert [name for name in tables_of(page) if "step" in name] == [
+        STEP, f"{STEP}, as a CUDA graph", f"{STEP}, blocks compiled, as a CUDA graph"]
+    assert "steps of 2b and 2b, as a CUDA graph and 2b, blocks compiled, as a CUDA graph" in page
+    assert "| a step of 2b, as a CUDA graph: cfg2 |" in table.short([result])
 
 
 def test_steps_of_compiled_blocks_are_named():

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--more", type=int, default=2, metavar="N", help="how many of the step's fastest splits are timed with "
                         "whatever else can travel, too (default: 2)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of the step's model (PyTorch)")
+    parser.add_argument("--cuda-graph", action="store_true", help="the step as a CUDA graph, one GPU's too (PyTorch)")
     parser.add_argument("--rounds", type=int, metavar="N", help="turns of each call that count (default: 12 of attention, 5 of "
                         "a step, 2 of decoding)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/parallel.json"), metavar="FILE",

@@ -19,11 +19,14 @@ def launch(args: argparse.Namespace) -> int:
     """Runs one process for each GPU; returns their exit status.
 
     Raises ValueError where there are too few GPUs, for a precision or a split that does not exist, a recipe that cannot be
-    read and what cannot be compiled.
+    read and what cannot be compiled or be a CUDA graph.
     """
     if args.compile and args.framework != "torch":
         raise ValueError(f"--compile compiles diffusers' blocks, and --framework is {args.framework}; add --framework torch, "
                          "or leave it out")
+    if args.cuda_graph and args.framework != "torch":
+        raise ValueError(f"--cuda-graph records PyTorch's launches, and --framework is {args.framework}; add --framework "
+                         "torch, or leave it out")
     for precision in args.precision:
         as_precision(precision)
     recipe = args.recipe
@@ -40,6 +43,7 @@ def launch(args: argparse.Namespace) -> int:
     given = ["--framework", args.framework, "--parts", *args.parts, "--shapes", args.shapes, "--models", *args.models,
              "--more", str(args.more), "--precision", *args.precision, "--out", str(args.out.resolve()),
              *(["--tiles"] if args.tiles else []), *(["--compile"] if args.compile else []),
+             *(["--cuda-graph"] if args.cuda_graph else []),
              *(["--recipe", recipe] if recipe else []), *(["--splits", *args.splits] if args.splits else []),
              *(["--rounds", str(args.rounds)] if args.rounds else [])]
     environment = {"OMP_NUM_THREADS": "4", **os.environ}

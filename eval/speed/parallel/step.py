@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from .apart import CODES, COMPUTED, EXCHANGED, TappedWire, formats, replay
 from .clock import Clock
 from .memory import counted
 from .models import paddle_transformer, torch_transformer
-from .table import COMPILED
+from .table import also
 
 ROUNDS = 5
 AHEAD_PASSES = 8
@@ -53,14 +54,16 @@ def splits(size: int) -> dict[str, dict[str, int]]:
 
 
 def measure(model_name: str, precision: str, framework: str, wire: Any, clock: Clock, say: Callable[[str], None],
-            rounds: int | None = None, only: Sequence[str] | None = None, more: int = 0, compiled: bool = False
-            ) -> dict[str, Any]:
+            rounds: int | None = None, only: Sequence[str] | None = None, more: int = 0, compiled: bool = False,
+            cuda_graph: bool = False) -> dict[str, Any]:
     """Times of a step by every split, in turns, bytes, memory, and how far each is from one GPU's prediction.
 
     All are then timed without their transfers and as their transfers alone (`apart`).
     precision: or a recipe's file or name, of which the step is that at half of the denoising. rounds: turns; None: ROUNDS.
     only: the splits; None: all. more: how many of those that send attention's tensors, the fastest, are timed with whatever
     else can travel; "failed" of the result has those that cannot be. compiled: whether diffusers' blocks are, for one GPU too.
+    cuda_graph: whether each call is recorded, once, and replayed in its turns, one GPU's and the parts apart too; memory is
+    then what recording takes.
     """
     runtime, wire, rounds = clock.runtime, TappedWire(wire), rounds or ROUNDS
     model = (torch_transformer if framework == "torch" else paddle_transformer)(model_name)
@@ -79,6 +82,8 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
     ways: dict[str, Way | None] = {"one": None}
     ways.update({name: Way(parts) for name, parts in splits(wire.size).items() if only is None or name in only})
     outs, sent, passed, peaks, failed = {}, {}, {}, {}, {}
+    calls: dict[str, Callable[[], Any]] = {}
+    recorded = _recorder() if cuda_graph else None
 
     @contextlib.contextmanager
     def shared(name: str) -> Iterator[None]:
@@ -101,13 +106,25 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
         if not silent:
             peaks[name] -= wire.kept_gib
 
-    def first(name: str) -> None:
+    def first(name: str, call: Callable[[], Any] = step) -> None:
+        calls[name] = call
         with shared(name):
-            outs[name] = runtime.to_numpy(step())
+            out = call()
+        if recorded is not None:
+            with shared(name):
+                calls[name] = recorded(call)
+                calls[name]()
+            out = calls[name]()
+        if name in ways:
+            outs[name] = runtime.to_numpy(out)
+
+    def timed(names: Iterable[str], rounds: int) -> dict[str, float]:
+        around = shared if recorded is None else lambda name: contextlib.nullcontext()
+        return clock.together({name: calls[name] for name in names}, rounds, AHEAD_PASSES, around)
 
     for name in ways:
         first(name)
-    times = clock.together(dict.fromkeys(ways, step), rounds, AHEAD_PASSES, shared)
+    times = timed(ways, rounds)
     best = sorted((name for name, way in ways.items() if way is not None and way.sends), key=times.__getitem__)[:more]
     added = {f"{name}, {how}": Way(ways[name].degrees, *travels) for name in best for how, travels in others.items()
              if travels[1] == "16bit" or ways[name].degrees["ulysses"] > 1}
@@ -119,15 +136,19 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
             failed[name] = f"{type(error).__name__}: {error}"
             say(f"{model_name} step, {name}: {failed[name]}")
             del ways[name]
-    times.update(clock.together({name: step for name in added if name in ways}, rounds, AHEAD_PASSES, shared))
+    times.update(timed((name for name in added if name in ways), rounds))
     apart: dict[str, Callable[[], Any]] = {}
     for name in passed:
         apart[name + COMPUTED], apart[name + EXCHANGED] = step, replay(wire.wire, passed[name], clock.like)
-    times.update(clock.together(apart, min(rounds, APART_ROUNDS), AHEAD_PASSES, shared))
+    calls.update(apart)
+    for name in apart if cuda_graph else ():
+        first(name, apart[name])
+    times.update(timed(apart, min(rounds, APART_ROUNDS)))
     memory = clock.peaks(peaks)
     one = outs["one"].astype(np.float64)
     result: dict[str, Any] = {"model": model_name, "precision": precision, "framework": framework, "ranks": wire.size,
-                              "exchange": "auto", "output": "16bit", "compiled": compiled, "failed": failed, "ways": {}}
+                              "exchange": "auto", "output": "16bit", "compiled": compiled, "cuda_graph": cuda_graph,
+                              "failed": failed, "ways": {}}
     for name in ways:
         error = ((outs[name] - one) ** 2).sum()
         sqnr_db = float(10 * np.log10((one**2).sum() / error)) if error else None
@@ -136,12 +157,21 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
                                       "memory_gib": memory[name]}
         if name in sent:
             row.update(computed_ms=times[name + COMPUTED], exchanged_ms=times[name + EXCHANGED])
-        say(f"{model_name} step, {framework}, {precision}{COMPILED * compiled}, {name}: {times[name]:.1f} ms, "
+        say(f"{model_name} step, {framework}, {precision}{also(result)}, {name}: {times[name]:.1f} ms, "
             f"{100 * ideal:.1f} % of ideal, {'equal' if sqnr_db is None else f'{sqnr_db:.1f} dB'} to one GPU"
             + (f", {max(memory[name]):.1f} GiB" if memory[name] else "")
             + (f", {sent[name]['sent_total'] / 2**20:.0f} MiB sent; {row['computed_ms']:.1f} ms computed and "
                f"{row['exchanged_ms']:.1f} ms exchanged" if name in sent else ""))
     return result
+
+
+def _recorder() -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    """What makes calls CUDA graphs, of one memory, for they are replayed one after the other."""
+    import torch
+
+    from lowbit_video.graph.torch_capture import Graphed
+
+    return functools.partial(Graphed, pool=torch.cuda.graph_pool_handle())
 
 
 def compile_blocks(model: Any) -> None:

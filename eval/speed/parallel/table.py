@@ -17,7 +17,7 @@ SHARE, MEMORY, COMPUTED, EXCHANGED = "of an even share", "GiB a GPU", "computed,
 ABOUT = (f"\"{SHARE.capitalize()}\": one GPU's time, shared evenly, over this time; at 100 % N GPUs are N times as fast. Times "
          "are the slowest rank's, medians over turns from a cold L2 cache.")
 ONE_RUN = "All of a framework's are of one run."
-COMPILED = ", blocks compiled"
+COMPILED, GRAPH = ", blocks compiled", ", as a CUDA graph"
 NUMBERED = "A number behind a framework is that of its run."
 APART = ("\"Computed\": the same without the transfers, for which what an earlier one brought is copied. \"Exchanged\": these "
          "transfers alone, one after the other.")
@@ -91,7 +91,7 @@ def _machine(name: str, result: Result) -> str:
 
 def _things(result: Result) -> str:
     """What a run measured, in few words."""
-    models = dict.fromkeys(f"{step['model']}{_compiled(step)}" for step in result["steps"])
+    models = dict.fromkeys(f"{step['model']}{also(step)}" for step in result["steps"])
     things = ["a layer's attention"] * bool(result["attention"])
     things += [f"steps of {' and '.join(models)}"] * bool(models) + ["decoding"] * bool(result["decode"])
     return "; ".join(things)
@@ -113,7 +113,7 @@ def _steps(named: Mapping[str, Result]) -> Iterator[tuple[str, tuple[str, ...], 
     models: dict[str, list[list[str]]] = {}
     for framework, result in named.items():
         for step in result["steps"]:
-            title = f"A step of CogVideoX-{step['model']}, {step['precision']}{_compiled(step)}"
+            title = f"A step of CogVideoX-{step['model']}, {step['precision']}{also(step)}"
             models.setdefault(title, []).extend(
                 [framework, _gpus(name, result), name, f"{row['ms']:.1f}", _share(name, row),
                  _sqnr(name, row), *_bytes(row["bytes"]), _memory(row), *_apart(row, 1)] for name, row in step["ways"].items())
@@ -149,15 +149,16 @@ def _attention_lines(result: Result, several: bool, say_heads: bool) -> Iterator
 def _step_lines(result: Result, several: bool) -> Iterator[Line]:
     """several: as above."""
     for step in result["steps"]:
-        thing = f"a step of {step['model']}" + (f", {step['precision']}" if several else "") + _compiled(step)
+        thing = f"a step of {step['model']}" + (f", {step['precision']}" if several else "") + also(step)
         for name, row in step["ways"].items():
             sqnr = _sqnr(name, row)
             yield (thing, name, row["ms"], _time(name, row, f"{row['ms']:.0f}"), _bytes(row["bytes"])[1],
                    sqnr and ("equal" if row["sqnr_db"] is None else f"{sqnr} dB"))
 
 
-def _compiled(step: Mapping[str, Any]) -> str:
-    return COMPILED if step.get("compiled") else ""
+def also(step: Mapping[str, Any]) -> str:
+    """What else a step is than launched kernel by kernel, in words."""
+    return COMPILED * bool(step.get("compiled")) + GRAPH * bool(step.get("cuda_graph"))
 
 
 def _decode_lines(result: Result) -> Iterator[Line]:

@@ -55,7 +55,7 @@ def _measure(args: argparse.Namespace) -> None:
         for model in args.models:
             for precision in [args.recipe] if args.recipe else args.precision:
                 result["steps"].append(step.measure(model, precision, args.framework, wire, clock, say, args.rounds,
-                                                    args.splits, args.more, args.compile))
+                                                    args.splits, args.more, args.compile, args.cuda_graph))
                 save()
     if "decode" in args.parts and args.framework == "paddle":
         result["decode"] = decode.measure(wire, clock, say, args.tiles, args.rounds)

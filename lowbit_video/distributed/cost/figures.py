@@ -167,6 +167,8 @@ def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
         for step in (step for step in report.get("steps") or () if not step.get("compiled")):
             same = {"what": "transformer", "model": f"CogVideoX-{step['model']}", "framework": framework, **keys}
             same.update({name: step[name] for name in ("precision", "exchange", "output")})
+            if step.get("cuda_graph"):
+                same["cuda_graph"] = True
             for way, measured in step["ways"].items():
                 split, *how = way.split(", ")
                 rows += _apart("transformer", same, split, how, measured)
