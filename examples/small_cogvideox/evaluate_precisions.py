@@ -10,9 +10,9 @@ precision goes in by `apply()`. A finished video is a line in results.jsonl, and
 (by `--minutes`, or by force: then what the run at work has made is made again). Run after run, the videos of `--together`
 captions are made and timed, and then worker processes measure them: nothing else is at work while a video is timed.
 `--compile` compiles the transformer's blocks, anew for each run; `--cuda-graph` launches the transformer, compiled or not, as
-one CUDA graph, so that the host's part of a step costs nothing (what it ran is what ran when the graph was made). At the end it
-writes precisions.json and precisions.md (quality with intervals, adherence, seconds of denoising, speed-up over the fastest
-exact attention, and quality by kind of background) and the report page. Where some keys are pooled (`--precisions "int8+fp8
+one CUDA graph, so that the host's part of a step costs nothing. At the end it writes precisions.json and precisions.md (quality
+with intervals, adherence, seconds of denoising, speed-up over the fastest exact attention, and quality by kind of background)
+and the report page. Where some keys are pooled (`--precisions "int8+fp8
 pooled 0.3 always 64" recipe.toml`), the curve of quality over the share of tiles that is kept stands in precisions.json too,
 and is drawn in curve.png. Clips are kept of the first `--clips` captions of each kind of background.
 
@@ -57,7 +57,6 @@ from lowbit_video.hook.order import order_tokens
 from lowbit_video.kernels.blas_threads import one_blas_thread
 from lowbit_video.pipelines.shared.generation import read_stored
 from lowbit_video.pipelines.shared.video_files import BadFramesError
-from lowbit_video.precision import names_recipe
 from lowbit_video.token_order import ORDERS
 
 PRECISIONS = ("int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
@@ -158,7 +157,7 @@ class Evaluation:
                     if not warm:
                         self.maker.make(caption, noise, WARM_STEPS)
                         warm = True
-                    before = {"attention": {}} if self.args.cuda_graph else ran()
+                    before = ran()
                     video, seconds = self.maker.make(caption, noise)
                 except UnsupportedError as error:
                     if is_exact(run.label):
@@ -277,8 +276,6 @@ def arguments(argv=None):
     if unclear := [pair for pair in args.weights if "=" not in pair]:
         parser.error(f"--weights {unclear[0]}: write NAME=PATH, such as lpips=FOLDER")
     args.device = args.device or ("auto" if args.framework == "paddle" else "cuda" if torch.cuda.is_available() else "cpu")
-    if args.cuda_graph and any(names_recipe(precision) for precision in args.precisions):
-        parser.error("--cuda-graph: a recipe's steps differ, and a graph has one; leave out one or the other")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 

@@ -1,18 +1,14 @@
-"""The transformer as CUDA graphs: one launch a pass instead of a thousand, in training and in a video's denoising."""
+"""The transformer as CUDA graphs in training: one launch a pass instead of a thousand."""
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from run import Run
-from torch.utils import _pytree as pytree
 
 GRAPHED = 4096  # latents of a clip, four a token, up to which it is worth it
 SAME = 0.02  # relative distance up to which two bf16 predictions are one
-WARM = 3  # calls before one is captured: what is compiled, planned or chosen by trial is so in these
 
 
 class Predict(torch.nn.Module):
@@ -54,51 +50,3 @@ def difference(first, second, inputs: tuple[torch.Tensor, ...]) -> float:
     one = first(*inputs).detach().clone()
     other = second(*inputs).detach()
     return float((one - other).norm() / other.norm().clamp_min(1e-6)) if torch.isfinite(one).all() else math.inf
-
-
-def captured(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """(what `work` gives on the GPU, where each replay writes it anew; the replay)."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(WARM):
-            work()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
-    return out, graph.replay
-
-
-class Graphed:
-    """A forward without gradients as a CUDA graph of each kind of call, made when that is first seen; what it is given and
-    gives are tensors of the caller's own, not the graph's. capture: as `captured`.
-
-    Kinds differ in anything but the values of tensors: what else a forward depends on must stay as it is.
-    """
-
-    def __init__(self, forward: Callable, capture: Callable = captured):
-        self.forward, self.capture, self.kinds = forward, capture, {}
-
-    def __call__(self, *args, **given):
-        leaves, tree = pytree.tree_flatten((args, given))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        kind = (tree, *((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
-        if kind not in self.kinds:
-            self.kinds[kind] = self._made(leaves, tree)
-        held, out, replay = self.kinds[kind]
-        for own, tensor in zip(held, tensors):
-            own.copy_(tensor)
-        replay()
-        return pytree.tree_map(torch.clone, out)
-
-    def _made(self, leaves, tree) -> tuple[list[torch.Tensor], Any, Callable[[], None]]:
-        """(the tensors that a graph reads, what it writes, its replay). Raises AssertionError where it gives other values."""
-        own = [leaf.contiguous().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, given = pytree.tree_unflatten(own, tree)
-        plain = pytree.tree_map(torch.clone, self.forward(*args, **given))
-        out, replay = self.capture(lambda: self.forward(*args, **given))
-        replay()
-        for found, wanted in zip(pytree.tree_leaves(out), pytree.tree_leaves(plain)):
-            torch.testing.assert_close(found, wanted, rtol=SAME, atol=SAME)
-        return [leaf for leaf in own if isinstance(leaf, torch.Tensor)], out, replay

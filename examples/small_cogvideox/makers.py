@@ -12,13 +12,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from graphs import Graphed
 from models import load_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit_video.eval.compare.candidates import EXACT, FLOOR, Candidate, applied, as_candidate
 from lowbit_video.eval.compare.paired import coverage_note
 from lowbit_video.eval.speed.baselines import BASELINES
+from lowbit_video.graph.cuda_graph import cuda_graph
 from lowbit_video.hook.apply import apply
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
 
@@ -120,18 +120,9 @@ class TorchMaker:
                 block._compiled_call_impl = None
             torch.compiler.reset()
 
-    @contextlib.contextmanager
-    def graphed(self, wanted: bool) -> Iterator[None]:
-        """With the transformer's forward as a CUDA graph of what is hooked now, if that is wanted."""
-        if not wanted:
-            yield
-            return
-        transformer = self.pipe.transformer
-        transformer.forward = Graphed(transformer.forward)
-        try:
-            yield
-        finally:
-            del transformer.forward
+    def graphed(self, wanted: bool) -> contextlib.AbstractContextManager:
+        """With the transformer's forward as CUDA graphs, if that is wanted."""
+        return cuda_graph(self.pipe) if wanted else contextlib.nullcontext()
 
     def _wait(self) -> None:
         if self.cuda:

@@ -13,8 +13,10 @@ torch = pytest.importorskip("torch", reason="the example is written in PyTorch")
 pytest.importorskip("diffusers", reason="the model is made of diffusers' classes")
 pytest.importorskip("transformers", reason="the text encoder is transformers' T5EncoderModel")
 pytest.importorskip("skimage", reason="SSIM is scikit-image's")
+from graph_double import doubled  # noqa: E402
 from lowbit_video import Recipe  # noqa: E402
 from lowbit_video.errors import UnsupportedError  # noqa: E402
+from lowbit_video.graph.cuda_graph import CudaGraph  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
 pytestmark = pytest.mark.torch
@@ -283,63 +285,35 @@ def test_compiled_runs_say_so_and_are_not_mixed_with_others(code, model, tmp_pat
         code.main(begun)
 
 
-def replayed_on_a_cpu(work):
-    """As `graphs.captured`: what is replayed writes where the first result lies."""
-    out = work()
-    return out, lambda: [one.copy_(new) for one, new in zip(out, work(), strict=True)]
-
-
-def test_a_graph_of_each_kind_of_call_reads_what_it_is_given(code):
-    made = []
-    forward = lambda x, times=None, twice=False: (x * times * (2 if twice else 1), x[:1])
-    graphed = code.graphs.Graphed(forward, lambda work: made.append(1) or replayed_on_a_cpu(work))
-    first = graphed(torch.ones(2, 3), times=torch.tensor(3.0).expand(3))
-    kept = torch.full((2, 3), 5.0)
-    second = graphed(kept, times=torch.full((3,), 2.0))
-    assert (first[0] == 3).all() and (second[0] == 10).all() and (second[1] == 5).all() and (kept == 5).all()
-    assert (graphed(kept, times=torch.ones(3), twice=True)[0] == 10).all()
-    assert (graphed(kept[:1], times=torch.ones(3))[0] == 5).all()
-    assert (graphed(kept, times=torch.ones(3))[0] == 5).all()
-    assert len(made) == 3, "one for each kind"
-
-
-def test_a_graph_that_gives_something_else_is_no_graph(code):
-    stale = lambda work: (out := tuple(one.clone() for one in work()), lambda: out[0].add_(1))
-    with pytest.raises(AssertionError, match="close"):
-        code.graphs.Graphed(lambda x: (x * 2,), stale)(torch.ones(3))
-
-
 def test_the_transformer_is_a_graph_for_a_run_and_not_after_it(code, monkeypatch):
-    monkeypatch.setattr(code.makers, "Graphed", lambda forward: code.graphs.Graphed(forward, replayed_on_a_cpu))
+    doubled(monkeypatch)
     maker = object.__new__(code.makers.TorchMaker)
     maker.pipe = SimpleNamespace(transformer=torch.nn.Linear(3, 3))
     for wanted in (True, False):
         with pytest.raises(KeyError), maker.graphed(wanted):
-            assert isinstance(vars(maker.pipe.transformer).get("forward"), code.graphs.Graphed) == wanted
+            assert isinstance(vars(maker.pipe.transformer).get("forward"), CudaGraph) == wanted
             raise KeyError  # whatever happens
         assert "forward" not in vars(maker.pipe.transformer)
     with pytest.raises(ValueError, match="leave it out with --framework paddle"), code.makers.PaddleMaker.graphed(None, True):
         pass
 
 
-def test_runs_of_cuda_graphs_say_so_and_what_ran(code, model, tmp_path, monkeypatch, capsys):
-    """A replay counts nothing: what ran is what the graph was made of."""
-    monkeypatch.setattr(code.makers, "Graphed", lambda forward: code.graphs.Graphed(forward, frozen))
-
-    def frozen(work):
-        out = work()
-        return out, lambda: None
-
-    begun = [*BEGUN, "--captions", "1", "--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16"]
+def test_runs_of_cuda_graphs_say_so_and_what_ran(code, model, tmp_path, monkeypatch):
+    recorded = doubled(monkeypatch)
+    recipe = tmp_path / "mine.toml"
+    Recipe([{"rung": "int8+fp16"}, {"steps": "0-0.5", "rung": "int4+fp16"}]).save(recipe)
+    begun = [*BEGUN, "--captions", "1", "--model", str(model), "--out", str(tmp_path / "out"), "--precisions", "int8+fp16",
+             str(recipe)]
     assert code.main([*begun, "--cuda-graph"]) == 0
-    assert ", the transformer as one CUDA graph, " in (tmp_path / "precisions.md").read_text()
-    record = json.loads((tmp_path / "precisions.json").read_text())
-    assert record["cuda_graph"] is True and "int8+fp16" in list(record["rows"]["int8+fp16"]["attention"])[0]
+    assert ", the transformer as one CUDA graph, " in (tmp_path / "out/precisions.md").read_text()
+    record = json.loads((tmp_path / "out/precisions.json").read_text())
+    layers = code.models.TINY.layers
+    ran = {run: row["attention"] for run, row in record["rows"].items()}
+    assert record["cuda_graph"] is True and sum(ran["int8+fp16"].values()) == 2 * layers, "as often as without a graph"
+    assert len(ran) == 4 and sorted(ran[list(ran)[-1]].values()) == [layers, layers], ran
+    assert len(recorded) == len(ran) + 1, "a graph for each kind of step"
     with pytest.raises(ValueError, match="was begun with .*cuda_graph True"):
         code.main(begun)
-    with pytest.raises(SystemExit):
-        code.main(["--precisions", "safe", "--cuda-graph"])
-    assert "a recipe's steps differ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("asked, cudnn, flash", [

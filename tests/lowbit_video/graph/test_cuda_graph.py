@@ -3,7 +3,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import threading
 import types
 
 import pytest
@@ -11,17 +10,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 import lowbit_video as lv  # noqa: E402
+from graph_double import WORKED, doubled  # noqa: E402
 from lowbit_video.distributed.watch import WatchedWire  # noqa: E402
-from lowbit_video.graph import counted, cuda_graph, torch_capture  # noqa: E402
+from lowbit_video.graph import torch_capture  # noqa: E402
 from lowbit_video.graph.torch_capture import Graphed  # noqa: E402
 from ranks import run_threads  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
 UnsupportedError = lv.UnsupportedError
-leaves = torch.utils._pytree.tree_leaves
-WORKED = 1 + 3 + 1
-"""Forwards that really ran in a call that records: the plain one, those before the capture, and that."""
 RECIPE = lv.Recipe([{"rung": "int8+fp8"}, {"steps": "0-0.5", "rung": "int8+fp16"}])
 
 
@@ -48,40 +45,10 @@ def counts(model):
     return [{variant: calls for variant, calls, _ in module.runs} for module in lv.coverage(model).modules]
 
 
-class Recorded(list):
-    """The pool of each double that was recorded. of(model): whose counters this thread's replays leave alone."""
-
-
 @pytest.fixture
 def recorded(monkeypatch):
-    """A graph's double, which writes where the first result lies and passes no counter; how often one was recorded."""
-    found, own = Recorded(), threading.local()
-    found.of = lambda model: setattr(own, "model", model) or model
-
-    def captured(work, pool=None, warm=3):
-        for _ in range(warm):
-            work()
-        found.append(pool)
-        out = work()
-
-        def replay():
-            before = counted.counts_of(own.model) if hasattr(own, "model") else None
-            for one, new in zip(leaves(out), leaves(work()), strict=True):
-                if one is not None:
-                    with torch.inference_mode(one.is_inference()):
-                        one.copy_(new)
-            if before is not None:
-                before.restore()
-                if before.state is not None:
-                    before.state.count = before.exchanges
-
-        return out, replay
-
-    monkeypatch.setattr(torch_capture, "captured", captured)
-    monkeypatch.setattr(cuda_graph, "_type_of", lambda device: "cuda")
-    monkeypatch.setattr(cuda_graph, "_new_pool", object)
-    monkeypatch.setattr(cuda_graph, "_on", lambda device: contextlib.nullcontext())
-    return found
+    """The pool of each graph's double that was recorded."""
+    return doubled(monkeypatch)
 
 
 # --- What is given and what comes out
@@ -186,7 +153,7 @@ def test_a_forward_that_was_replaced_is_put_back_and_one_that_wraps_a_graph_is_l
     assert len(recorded) == 1 and model.forward is not own
 
 
-def doubled(forward, x):
+def twice(forward, x):
     return 2 * forward(x)
 
 
@@ -201,7 +168,7 @@ CHANGES = {
     "another weight": lambda model: setattr(model.proj_out, "bias", torch.nn.Parameter(torch.ones_like(model.proj_out.bias))),
     "weights moved": lambda model: setattr(model.proj_out.weight, "data", model.proj_out.weight.data * 2),
     "another module": lambda model: setattr(model, "proj_out", copy.deepcopy(model.proj_out)),
-    "a forward of a part": lambda model: setattr(model.proj_out, "forward", functools.partial(doubled, model.proj_out.forward)),
+    "a forward of a part": lambda model: setattr(model.proj_out, "forward", functools.partial(twice, model.proj_out.forward)),
     "compiled": lambda model: setattr(model.proj_out, "_compiled_call_impl", model.proj_out._call_impl)}
 
 
@@ -232,7 +199,6 @@ def test_steps_of_a_recipe_that_differ_have_graphs_of_their_own(recorded):
     model, twin = make(), make()
     for one in (model, twin):
         lv.apply(one, RECIPE)
-    recorded.of(model)
     with lv.cuda_graph(model):
         for timestep in (999, 400, 800, 100):
             assert torch.equal(predict(model, inputs(timestep=timestep)), predict(twin, inputs(timestep=timestep)))
@@ -244,7 +210,7 @@ def test_steps_of_a_recipe_that_differ_have_graphs_of_their_own(recorded):
 
 
 def test_a_replay_counts_what_its_forward_did_and_recording_no_more_than_one(recorded):
-    model = recorded.of(make())
+    model = make()
     lv.apply(model, "int8+fp8 pooled 0.5 always 9")
     with lv.cuda_graph(model):
         predict(model)
@@ -285,7 +251,7 @@ def test_several_ranks_share_what_is_a_graph_in_either_order(first, degrees, rec
         return counts(model), handle.mesh.traffic.as_dict(), handle.mesh.wire.state.count
 
     def work(wire):
-        model, plain = recorded.of(models[wire.rank]), models[2 + wire.rank]
+        model, plain = models[wire.rank], models[2 + wire.rank]
         with lv.parallelize(plain, wire=WatchedWire(wire), **degrees) as handle:
             handle.mesh.wire.state.count = 0
             wanted = [predict(plain, inputs(seed)) for seed in (1, 2, 3)]
