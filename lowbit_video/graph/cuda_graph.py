@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..hook import prologue
-from ..hook.order import order_of
 from ..hook.report import active_backend, transformer_of
 
 INSTEAD = "compile the blocks instead: pipe.compile() those of lowbit_video's pipelines, block.compile() those of diffusers'"
@@ -95,7 +93,8 @@ def cuda_graph(pipe_or_model: Any) -> CudaGraph:
 
 @dataclass
 class Setting:
-    """What a model's forward depends on beside its arguments, to be compared before each call.
+    """What a model's forward depends on beside its arguments, to be compared before each call: modules, their hooks (by which
+    tokens are ordered and shared, too), processors with what is around them, and where weights lie.
 
     objects: by identity; the Setting keeps them alive, so that no other has their place. values: by value. device: of the
     model. recipes: attentions by their plans, of those that differ from step to step.
@@ -108,11 +107,9 @@ class Setting:
 
     @classmethod
     def of(cls, model: Any) -> Setting:
-        """Of a model as it is now: its modules, hooks, processors and what is around these, and where its weights lie."""
-        from ..distributed.parallelize import parallel_of
-
-        objects: list[Any] = [parallel_of(model), getattr(model, "_parallel_config", None)]
-        values: list[Any] = [order_of(model), prologue.FUSED_PROLOGUE, active_backend()]
+        """That of a model now."""
+        objects: list[Any] = []
+        values: list[Any] = [active_backend()]
         device, recipes = None, {}
         for module in model.modules():
             own = vars(module)

@@ -9,6 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+from diffusers.models import attention_dispatch  # noqa: E402
+
+import dispatch_models  # noqa: E402
 import lowbit_video as lv  # noqa: E402
 from graph_double import WORKED, doubled  # noqa: E402
 from lowbit_video.distributed.watch import WatchedWire  # noqa: E402
@@ -153,8 +156,8 @@ def test_a_forward_that_was_replaced_is_put_back_and_one_that_wraps_a_graph_is_l
     assert len(recorded) == 1 and model.forward is not own
 
 
-def twice(forward, x):
-    return 2 * forward(x)
+def twice(forward, *given, **named):
+    return 2 * forward(*given, **named)
 
 
 CHANGES = {
@@ -163,8 +166,12 @@ CHANGES = {
     "remove": lv.remove,
     "an attend set": lambda model: setattr(model.transformer_blocks[0].attn1.processor, "attend",
                                            lv.LowBitAttnProcessor("int8+fp16").attend),
+    "what is around": lambda model: setattr(model.transformer_blocks[0].attn1.attention_slot, "around",
+                                            lambda attend: functools.partial(twice, attend)),
+    "a backend": lambda model: setattr(model.transformer_blocks[0].attn1.processor, "_attention_backend", "another"),
     "order": lambda model: lv.order_tokens(model, "hilbert"),
     "a hook": lambda model: model.transformer_blocks[1].register_forward_hook(lambda module, given, out: (out[0], out[1] * 2)),
+    "a hook before": lambda model: model.proj_out.register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
     "another weight": lambda model: setattr(model.proj_out, "bias", torch.nn.Parameter(torch.ones_like(model.proj_out.bias))),
     "weights moved": lambda model: setattr(model.proj_out.weight, "data", model.proj_out.weight.data * 2),
     "another module": lambda model: setattr(model, "proj_out", copy.deepcopy(model.proj_out)),
@@ -207,6 +214,33 @@ def test_steps_of_a_recipe_that_differ_have_graphs_of_their_own(recorded):
                 assert torch.equal(predict(model), predict(twin))
     assert len(recorded) == 2 and counts(model) == counts(twin)
     assert sorted(counts(model)[0].values()) == [4, 4]
+
+
+def test_a_model_that_asks_a_dispatcher_is_counted_and_takes_recipes(recorded):
+    models = [dispatch_models.make("wan")[0] for _ in range(2)]
+    given = dispatch_models.make("wan")[1]
+    model, twin = models
+
+    def both(timestep):
+        own = {**given, "timestep": torch.full_like(given["timestep"], timestep)}
+        assert torch.equal(predict(model, own), predict(twin, own))
+
+    with lv.cuda_graph(model):
+        for recipe in (RECIPE, lv.Recipe([{"rung": "int4+fp16"}])):
+            applied = [lv.apply(one, recipe) for one in models]
+            recorded.clear()
+            for timestep in (999, 100, 800, 300):
+                both(timestep)
+            assert len(recorded) == (2 if recipe is RECIPE else 1) and counts(model) == counts(twin)
+            assert sum(counts(model)[0].values()) == 4
+            for one in applied:
+                one.remove()
+        recorded.clear()
+        both(500)
+        with attention_dispatch.attention_backend("_native_math"):
+            both(500)
+            both(400)
+        assert len(recorded) == 2
 
 
 def test_a_replay_counts_what_its_forward_did_and_recording_no_more_than_one(recorded):
