@@ -1,6 +1,7 @@
 """Timing on a GPU by CUDA events, from a cold L2 cache, for tensors of either framework."""
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class Timer:
 
     def sample(self, call: Callable[[], object], runs: int, host_us: float) -> list[float]:
         """Device times in ms of `runs` calls, each from a cold cache."""
-        passes = min(MOST_PASSES, 1 + int(HOST_MARGIN * host_us * 1e-3 * MEMORY_BYTES_PER_MS / L2_BYTES))
+        passes = int(min(MOST_PASSES, 1 + HOST_MARGIN * host_us * 1e-3 * MEMORY_BYTES_PER_MS / L2_BYTES))
         events = [(cuda_driver.Event(), cuda_driver.Event()) for _ in range(runs)]
         for begin, end in events:
             for _ in range(passes):
@@ -79,24 +80,66 @@ class Timer:
 
 
 def time_together(timer: Timer, calls: dict[str, Callable[[], object]], *, budget_ms: float = 400.0, rounds: int = 8,
-                  max_runs: int = 40) -> dict[str, Timing]:
+                  max_runs: int = 40, least_rounds: int = LEAST_ROUNDS, slow_ms: float = math.inf,
+                  told: Callable[[dict[str, Timing]], None] = lambda times: None,
+                  failed: Callable[[str, Exception], None] | None = None) -> dict[str, Timing]:
     """Times several calls in turns, all equally often, so that clocks, power and temperature are shared fairly.
 
     Every other round goes backwards, and a turn begins with a run that does not count: what ran just before lowers or raises a
-    call by some percent. budget_ms: device time of the slowest call's counted runs over all rounds; fewer rounds, LEAST_ROUNDS
+    call by some percent. budget_ms: device time of the slowest call's counted runs over all rounds; fewer rounds, least_rounds
     at least, where the slowest call would exceed it; at most max_runs a call.
+    slow_ms: where one of the calls, which have all run before, takes longer, every run counts from the first on, and `told`
+    gets the times so far after each turn.
+    failed: gets the name and the error of a call that fails; it is left out from there on. None: the error is raised.
     """
-    host = {name: timer.host_us(call) for name, call in calls.items()}
-    once = {name: min(timer.sample(call, 2, host[name])) for name, call in calls.items()}
+    calls, host, once = dict(calls), {}, {}
+    samples: dict[str, list[float]] = {}
+
+    def attempt(name: str, default: Any, run: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return run(*given)
+        except Exception as error:  # noqa: BLE001 - as the caller says
+            if failed is None:
+                raise
+            failed(name, error)
+            del calls[name]
+            return default
+
+    def times() -> dict[str, Timing]:
+        return {name: summarise(samples[name], host[name]) for name in calls if samples.get(name)}
+
+    for name in list(calls) if slow_ms < math.inf else ():
+        once[name], host[name] = attempt(name, (0.0, 0.0), _first_run, timer, calls[name])
+        samples[name] = [once[name]]
+        told(times())
+    if not (slow := max(once.values(), default=0.0) >= slow_ms):
+        for name in list(calls):
+            host[name] = attempt(name, 0.0, timer.host_us, calls[name])
+        once = {name: min(attempt(name, [0.0], timer.sample, calls[name], 2, host[name])) for name in list(calls)}
+        samples = {name: [] for name in calls}
     affordable = int(budget_ms / max([*once.values(), 1e-3]))
-    rounds = min(rounds, max(LEAST_ROUNDS, affordable))
+    rounds = min(rounds, max(least_rounds, affordable))
     runs = max(1, min(max_runs, affordable) // rounds)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
+    for turn in range(int(slow), rounds):
         for name in list(calls)[::-1 if turn % 2 else 1]:
-            settling = 1 if once[name] < SETTLES_MS else 0
-            samples[name] += timer.sample(calls[name], settling + runs, host[name])[settling:]
-    return {name: summarise(times, host[name]) for name, times in samples.items()}
+            settling = 1 if once[name] < SETTLES_MS and not slow else 0
+            samples[name] += attempt(name, [], timer.sample, calls[name], settling + runs, host[name])[settling:]
+            if slow:
+                told(times())
+    return times()
+
+
+def _first_run(timer: Timer, call: Callable[[], object]) -> tuple[float, float]:
+    """A call's device time in ms, and its host's part in us: as long as the device's queue has room."""
+    host_us = 0.0
+
+    def watched() -> None:
+        nonlocal host_us
+        begin = time.perf_counter()
+        call()
+        host_us = (time.perf_counter() - begin) * 1e6
+
+    return timer.sample(watched, 1, math.inf)[0], host_us
 
 
 def summarise(times: list[float], host_us: float = 0.0) -> Timing:

@@ -159,6 +159,36 @@ def test_methods_are_timed_in_turns_from_a_cold_cache(monkeypatch):
     assert quick["a"].runs == 40 == 8 * 5
 
 
+def test_of_slow_calls_every_run_counts_and_is_told(monkeypatch):
+    device = FakeDevice(monkeypatch)
+    runtime = types.SimpleNamespace(stream=lambda t: 0, empty=lambda *_: types.SimpleNamespace(data_ptr=lambda: 0))
+    timer, seen, wrong = timing.Timer(runtime, None), [], []
+
+    def broken():
+        if device.order.count("c") == 2:
+            raise MemoryError("too little")
+        device.call("c", 700.0)()
+
+    calls = {"a": device.call("a", 600.0), "b": device.call("b", 1500.0), "c": broken}
+    times = timing.time_together(timer, calls, budget_ms=4500.0, slow_ms=1000.0, told=lambda times: seen.append(
+        {name: taken.runs for name, taken in times.items()}), failed=lambda *what: wrong.append(what))
+    assert "".join(device.order) == "abc" + "cba" + "ab"
+    assert {name: (taken.median_ms, taken.runs) for name, taken in times.items()} == {
+        "a": (pytest.approx(600.0), 3), "b": (pytest.approx(1500.0), 3)}
+    assert seen[0] == {"a": 1} and seen[2] == dict(a=1, b=1, c=1) and seen[-2:] == [dict(a=3, b=3, c=2), dict(a=3, b=3)]
+    assert [name for name, _ in wrong] == ["c"] and isinstance(wrong[0][1], MemoryError)
+    with pytest.raises(MemoryError):
+        timing.time_together(timer, calls, slow_ms=1000.0)
+    device.order.clear()
+    once = timing.time_together(timer, {"a": calls["a"], "b": calls["b"]}, budget_ms=1.0, slow_ms=1000.0, least_rounds=1)
+    assert "".join(device.order) == "ab" and once["b"].runs == 1 and once["b"].host_us > 0
+    device.order.clear()
+    assert timing.time_together(timer, {"a": calls["a"]}, budget_ms=1.0, slow_ms=1000.0)["a"].runs == timing.LEAST_ROUNDS
+    assert len(device.order) > 2 * timing.LEAST_ROUNDS  # which are quick are run before they count
+    wrong.clear()
+    assert timing.time_together(timer, {"c": broken}, failed=lambda *what: wrong.append(what)) == {} and len(wrong) == 1
+
+
 def test_a_run_that_depends_on_the_one_before_it_biases_neither_call(monkeypatch):
     device = FakeDevice(monkeypatch)
     runtime = types.SimpleNamespace(stream=lambda t: 0, empty=lambda *_: types.SimpleNamespace(data_ptr=lambda: 0))
