@@ -30,6 +30,17 @@ def test_a_step_is_timed_part_by_part_and_nothing_in_it_waits_for_the_device(sid
         assert not one["waits"]["on the CPU"], f"{one['method']}: operators run on the CPU"
 
 
+def test_of_slow_steps_every_run_counts(side, monkeypatch):
+    from lowbit_video.eval.speed.step import measure
+
+    monkeypatch.setattr(measure, "SLOW_MS", 0.0)
+    saved = []
+    result = measure.measure(side, "cogvideox-5b", ["exact", "int8+fp8", "none"], ["eager"], True, 0.0, print,
+                             lambda result: saved.append([row["runs"] for row in result["rows"]]), rounds=2)
+    assert not result["failed"] and [row["runs"] for row in result["rows"]] == [2, 2, 2] and [1, 1] in saved
+    assert all(0 < row["median_ms"] < 1e3 for row in result["rows"])
+
+
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_video_is_timed_by_stage(gpu, side, low_memory):
     if gpu.name != "paddle":

@@ -74,12 +74,11 @@ class PaddleSide:
     def breaks(self) -> dict[str, int]:
         return {}  # `full_graph=True`: what cannot be traced is an error
 
-    def peak_gib(self, step: Callable[[], Any]) -> float | None:
+    def run(self, step: Callable[[], Any]) -> tuple[Any, float | None]:
         if not device_memory.tells(self.device):
-            return None
+            return step(), None
         device_memory.restart_peak(self.device)
-        step()
-        return device_memory.peak_gib(self.device)
+        return step(), device_memory.peak_gib(self.device)
 
     def waits(self, step: Callable[[], Any]) -> dict[str, Mapping[str, int] | None]:
         return {"reads": reads_of(step), "on the CPU": fallbacks_of(step)}

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lowbit_video.files import read_json, write_json, write_whole
 from lowbit_video.pooled import Pooled
 from lowbit_video.rung import pooled_rung
 
+from .. import timing
 from ..cogvideox import CONFIGS
 from . import names, table
 
@@ -29,7 +32,7 @@ PADDLE_MODELS = tuple(f"cogvideox-{size}" for size in CONFIGS)
 POOLED = "int8+fp8"
 """The precision whose keys `--pooled` pools."""
 WORKER_ARGUMENTS = ("framework", "models", "methods", "pooled", "recipe", "prologue_apart", "modes", "profile", "budget_ms",
-                    "tiny")
+                    "rounds", "limit_s", "go_on", "tiny")
 """What a framework's process is told."""
 
 
@@ -60,13 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "attention and so on; the host's time, and what makes it wait for the device")
     parser.add_argument("--budget-ms", type=float, default=6000.0, metavar="MS",
                         help="device time of the slowest method's runs; all run equally often (default: 6000)")
+    parser.add_argument("--rounds", type=int, default=timing.LEAST_ROUNDS, metavar="N",
+                        help=f"at least so often each is timed, however slow it is (default: {timing.LEAST_ROUNDS})")
+    parser.add_argument("--limit-s", type=float, default=math.inf, metavar="SECONDS",
+                        help="begin no step of a framework that would end later than this after its first model is begun to be "
+                             "made; what is left out is told (default: none is)")
+    parser.add_argument("--go-on", action="store_true",
+                        help="time only what STEM.json does not have, which must be of the same commit, GPU and packages")
     parser.add_argument("--tiny", action="store_true", help="small models, on a CPU where there is no GPU: a dry run")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), metavar="FOLDER", help="default: outputs/bench")
     parser.add_argument("--name", default="step", metavar="STEM", help="name of the files written (default: step)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, writes STEM.json, STEM.md and, where matplotlib is installed, STEM.png; 1 where a method failed."""
+    """Measures, writes STEM.json and STEM.md as it goes and, where matplotlib is, STEM.png; 1 where a method failed."""
     from lowbit_video.pipelines.shared.video_files import check_writable
 
     frameworks = list(dict.fromkeys(args.framework))
@@ -81,18 +91,37 @@ def run(args: argparse.Namespace) -> int:
     names.check_methods([*(args.methods or ()), *args.recipe])
     for share in args.pooled:
         Pooled(share)  # raises for what is no share
+    if args.rounds < 1:
+        raise ValueError(f"--rounds is {args.rounds}; give 1 or more")
     file = args.out / f"{args.name}.json"
     check_writable(file)
     written = measure_all("torch", args, file) if frameworks == ["torch"] else _in_processes(frameworks, args, file)
     about, results = written["about"], written["models"]
-    page = table.markdown(about, results)
-    with write_whole(file.with_suffix(".md")) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    print(page)
+    print(_write(file, written))
     if importlib.util.find_spec("matplotlib") and results:
         table.plot(about, results, file.with_suffix(".png"))
     print(f"written: {file} and beside it")
     return int(any(result["failed"] for result in results) or "ended" in about)
+
+
+def _write(file: Path, written: dict[str, Any]) -> str:
+    """Writes results as JSON and as the page beside it, which is returned."""
+    write_json(file, written)
+    page = table.markdown(written["about"], written["models"])
+    with write_whole(file.with_suffix(".md")) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return page
+
+
+def _results(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a file has, if it is there. Raises ValueError where that was measured of another commit or elsewhere."""
+    if not file.is_file():
+        return []
+    written = read_json(file)
+    if other := [what for what, value in about.items() if written["about"].get(what) != value]:
+        raise ValueError(f"{file} has another {other[0]}: {written['about'].get(other[0])}, not {about[other[0]]}; give "
+                         "another --name, or do not --go-on")
+    return written["models"]
 
 
 def methods_for(framework: str, args: argparse.Namespace, both: bool) -> list[str]:
@@ -128,19 +157,24 @@ def measure_all(framework: str, args: argparse.Namespace, file: Path) -> dict[st
                          "without one")
     written: dict[str, Any] = dict(about=dict(gpu=side.gpu_name(), tiny=args.tiny, commit=bench.settings.commit(),
                                               versions=bench.package_versions()), models=[])
+    there = _results(file, written["about"]) if args.go_on else []
+    known = {result["model"]: result for result in there if result["framework"] == framework and result["model"] in chosen}
+    written["models"] = [result for result in there if result not in known.values()]
+    begin = time.perf_counter()
     for name in chosen:
         print(f"{name}, {names.FRAMEWORKS[framework]}", flush=True)
         written["models"].append({})
 
         def save(result: dict[str, Any]) -> None:
             written["models"][-1] = result
-            for row in (*result["rows"], *result.get("profiles", ())):
+            for row in (*result["rows"], *result.get("not_timed", ()), *result.get("profiles", ())):
                 row["title"] = names.title(row["method"])
-            write_json(file, written)
+            _write(file, written)
 
         pooled = [pooled_rung(POOLED, share, MODELS[name].leading_text(args.tiny)) for share in args.pooled]
         measure(side, name, list(dict.fromkeys((*wanted, *also(pooled)))), list(dict.fromkeys(args.modes)), args.tiny,
-                args.budget_ms, lambda text: print(f"  {text}", flush=True), save, args.profile)
+                args.budget_ms, lambda text: print(f"  {text}", flush=True), save, args.profile, args.rounds, known.get(name),
+                lambda: begin + args.limit_s - time.perf_counter())
         side.release()
     return written
 
@@ -152,10 +186,14 @@ def _in_processes(frameworks: Sequence[str], args: argparse.Namespace, file: Pat
     """
     given = json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
                         if name in WORKER_ARGUMENTS})
-    about, models, ended = {}, [], {}
+    about, ended = {}, {}
+    there = read_json(file) if args.go_on and file.is_file() else dict(models=[])
+    models = [result for result in there["models"] if result["framework"] not in frameworks]
     for framework in frameworks:
         part = file.with_name(f"{file.stem}.{framework}.json")
         part.unlink(missing_ok=True)
+        if own := [result for result in there["models"] if result["framework"] == framework]:
+            write_json(part, dict(about=there["about"], models=own))
         status = subprocess.run([sys.executable, "-m", "lowbit_video.eval.speed.step.worker", framework, given, str(part)]
                                 ).returncode
         if status:
@@ -165,7 +203,8 @@ def _in_processes(frameworks: Sequence[str], args: argparse.Namespace, file: Pat
             about = about or written["about"]
             models += written["models"]
             part.unlink()
-    if not models:
+            part.with_suffix(".md").unlink(missing_ok=True)
+    if not about:
         raise ValueError(f"nothing was measured; the processes ended with status {', '.join(map(str, ended.values()))}, and "
                          "what they said is above")
     written = dict(about={**about, **({"ended": ended} if ended else {})}, models=models)

@@ -45,8 +45,9 @@ class Side(Protocol):
     def breaks(self) -> Mapping[str, int]:
         """Where those graphs broke, and how often."""
 
-    def peak_gib(self, step: Callable[[], Any]) -> float | None:
-        """The most memory that tensors have while a step runs, weights included; None where the device does not tell."""
+    def run(self, step: Callable[[], Any]) -> tuple[Any, float | None]:
+        """A step's prediction, and the most GiB that tensors had while it ran, weights included; None where the device does
+        not tell."""
 
     def waits(self, step: Callable[[], Any]) -> dict[str, Mapping[str, int] | None]:
         """What makes the host wait for the device in a step: "reads" by what reads a tensor on the host, "on the CPU" by

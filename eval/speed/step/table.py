@@ -25,14 +25,17 @@ def markdown(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> 
     for result in results:
         modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
         last = modes[-1] if modes else ""
-        lines += ["", f"## {_heading(result)}: {result['video_tokens']} tokens, batch {result['batch']}, {result['dtype']}", "",
+        made = f": {result['video_tokens']} tokens, batch {result['batch']}, {result['dtype']}" if "dtype" in result else ""
+        lines += ["", f"## {_heading(result)}{made}", "",
                   f"| attention | {' | '.join(MODE_TITLES[mode] for mode in modes)} | attention | peak GiB | SQNR dB |",
                   "|" + " --- |" * (len(modes) + 4)]
         for method in dict.fromkeys(row["method"] for row in result["rows"]):
             found = {row["mode"]: row for row in result["rows"] if row["method"] == method}
             lines.append(f"| {found[next(iter(found))]['title']} | "
                          + " | ".join([*(_time(found.get(mode)) for mode in modes), *_others(found, last)]) + " |")
-        lines += [""] * bool(result["left_out"] or result["failed"])
+        untimed = result.get("not_timed", ())
+        lines += [""] * bool(result["left_out"] or result["failed"] or untimed)
+        lines += [f"Not timed: {row['title']}, {MODE_TITLES[row['mode']]}." for row in untimed]
         lines += [f"Left out: {method}, {reason}." for method, reason in result["left_out"].items()]
         lines += [f"Failed: {what}: {why}" for what, why in result["failed"].items()]
     lines += _beside(results)

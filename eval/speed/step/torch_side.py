@@ -72,12 +72,11 @@ class TorchSide:
     def breaks(self) -> dict[str, int]:
         return dict(counters["graph_break"])
 
-    def peak_gib(self, step: Callable[[], Any]) -> float | None:
+    def run(self, step: Callable[[], Any]) -> tuple[Any, float | None]:
         if self.device == "cpu":
-            return None
+            return step(), None
         torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() / 2**30
+        return step(), torch.cuda.max_memory_allocated() / 2**30
 
     def waits(self, step: Callable[[], Any]) -> dict[str, Mapping[str, int] | None]:
         """By where in the code PyTorch itself says that an operation waits for the device."""
