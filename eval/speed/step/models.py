@@ -42,12 +42,25 @@ class StepModel:
     text: int | None = None
 
     def make(self, device: str, dtype: torch.dtype, tiny: bool = False) -> tuple[Any, Inputs]:
-        """(model, what its forward takes), always the same values for a device."""
+        """(model, what its forward takes), always the same values for a device.
+
+        The weights are made on the device in their own dtype, as `from_pretrained(torch_dtype=...)` has them: what diffusers
+        keeps in float32 of a class stays so.
+        """
         torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = getattr(diffusers, self.kind)(**(self.tiny if tiny else self.config)).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
+        for name, parameter in model.named_parameters():
+            if any(kept in name.split(".") for kept in model._keep_in_fp32_modules or ()):
+                parameter.data = parameter.data.float()
         with torch.device(device):
-            model = getattr(diffusers, self.kind)(**(self.tiny if tiny else self.config)).eval().requires_grad_(False)
             given = self.inputs(model.config, self.tiny_latents if tiny else self.latents, self.batch)
-        return model.to(dtype), {name: _cast(value, dtype) for name, value in given.items()}
+        return model, {name: _cast(value, dtype) for name, value in given.items()}
 
     @property
     def fuses(self) -> bool:
@@ -129,6 +142,11 @@ _COGVIDEOX = dict(kind="CogVideoXTransformer3DModel", inputs=_cogvideox, batch=2
 _WAN = dict(kind="WanTransformer3DModel", inputs=_wan, latents=(21, 60, 104), tiny_latents=(3, 16, 16),
             tiny=dict(num_attention_heads=2, attention_head_dim=64, ffn_dim=64, num_layers=1, in_channels=4, out_channels=4,
                       text_dim=32, freq_dim=32))
+_WAN_14B = dict(**_WAN, config=dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, cross_attn_norm=True))
+_HUNYUAN = dict(kind="HunyuanVideoTransformer3DModel", inputs=_hunyuan, text=PROMPT, config=dict(guidance_embeds=True),
+                tiny=dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=64, num_layers=1,
+                          num_single_layers=1, num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=16,
+                          rope_axes_dim=(16, 24, 24), guidance_embeds=True))
 
 MODELS: dict[str, StepModel] = {
     **{f"cogvideox-{size}": StepModel(**_COGVIDEOX, latents=cogvideox.LATENTS[size], config=config)
@@ -137,12 +155,10 @@ MODELS: dict[str, StepModel] = {
                        tiny=dict(num_attention_heads=2, attention_head_dim=32, num_layers=2, pooled_projection_dim=16,
                                  in_channels=4, text_embed_dim=16, time_embed_dim=8, max_sequence_length=8)),
     "wan2.1-1.3b": StepModel(**_WAN, config=dict(num_attention_heads=12, ffn_dim=8960, num_layers=30, cross_attn_norm=True)),
-    "wan2.1-14b": StepModel(**_WAN, config=dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, cross_attn_norm=True)),
-    "hunyuanvideo": StepModel("HunyuanVideoTransformer3DModel", (16, 68, 120), _hunyuan, text=PROMPT,
-                              config=dict(guidance_embeds=True),
-                              tiny=dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=64,
-                                        num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=32,
-                                        pooled_projection_dim=16, rope_axes_dim=(16, 24, 24), guidance_embeds=True)),
+    "wan2.1-14b": StepModel(**_WAN_14B),
+    "wan2.1-14b-720p": StepModel(**_WAN_14B | dict(latents=(21, 90, 160))),
+    "hunyuanvideo": StepModel(**_HUNYUAN, latents=(16, 68, 120)),
+    "hunyuanvideo-720p": StepModel(**_HUNYUAN, latents=(33, 90, 160)),
     "ltx": StepModel("LTXVideoTransformer3DModel", (21, 16, 22), _ltx, batch=2,
                      tiny=dict(in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=64,
                                cross_attention_dim=128, num_layers=2, caption_channels=32)),
@@ -152,5 +168,5 @@ MODELS: dict[str, StepModel] = {
                                 guidance_embeds=True)),
 }
 """By the name that `bench step --models` takes. Sizes: CogVideoX 49 frames of 480x720 (1.5: 81 of 768x1360), Mochi 85 of
-480x848, Wan 81 of 480x832, HunyuanVideo 61 of 544x960, LTX 161 of 512x704, Flux 1024x1024. A batch of 2 where the pipeline
-runs the guided and the unguided sample in one call."""
+480x848, Wan 81 of 480x832 (-720p: 720x1280), HunyuanVideo 61 of 544x960 (-720p: 129 of 720x1280), LTX 161 of 512x704, Flux
+1024x1024. A batch of 2 where the pipeline runs the guided and the unguided sample in one call."""

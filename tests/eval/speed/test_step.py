@@ -352,16 +352,35 @@ def served(way, keys, model, given):
     return seen
 
 
+def test_weights_are_made_in_the_dtypes_of_from_pretrained(monkeypatch):
+    """As in from_pretrained(torch_dtype=torch.bfloat16); its float32 weights would take half of the card of the largest."""
+    asked, made = [], models.diffusers.WanTransformer3DModel
+
+    def make(**config):
+        asked.append(torch.get_default_dtype())
+        return made(**config)
+
+    monkeypatch.setattr(models.diffusers, "WanTransformer3DModel", make)
+    model, _ = models.MODELS["wan2.1-14b"].make("cpu", torch.bfloat16, tiny=True)
+    assert asked == [torch.bfloat16] and torch.get_default_dtype() == torch.float32
+    kept = {name for name, x in [*model.named_parameters(), *model.named_buffers()] if x.dtype == torch.float32}
+    embedder = {f"condition_embedder.time_embedder.linear_{i}.{what}" for i in (1, 2) for what in ("weight", "bias")}
+    assert kept == {"scale_shift_table", "blocks.0.scale_shift_table", "blocks.0.norm2.weight", "blocks.0.norm2.bias",
+                    "rope.freqs_cos", "rope.freqs_sin"} | embedder
+    assert measure._dtype(model) == "bfloat16"
+
+
 def test_full_sizes_are_the_published_ones():
     """Tokens of a sample at full size. Sources: the models' pipelines in diffusers 0.42.0 at the videos' sizes named there."""
     class Config(dict):
         __getattr__ = dict.get
 
-    patches = {"wan2.1-1.3b": (1, 2, 2), "wan2.1-14b": (1, 2, 2), "ltx": 1, "flux": 1}
+    patches = {"wan2.1-1.3b": (1, 2, 2), "wan2.1-14b": (1, 2, 2), "wan2.1-14b-720p": (1, 2, 2), "ltx": 1, "flux": 1}
     tokens = {name: entry.tokens(Config(patch_size=patches.get(name, 2), **{"patch_size_t": entry.config.get("patch_size_t")}))
               for name, entry in models.MODELS.items()}
     assert tokens == {"cogvideox-2b": 17550, "cogvideox-5b": 17550, "cogvideox-1.5-5b": 44880, "mochi": 23850,
-                      "wan2.1-1.3b": 32760, "wan2.1-14b": 32760, "hunyuanvideo": 32640, "ltx": 7392, "flux": 4096}
+                      "wan2.1-1.3b": 32760, "wan2.1-14b": 32760, "wan2.1-14b-720p": 75600, "hunyuanvideo": 32640,
+                      "hunyuanvideo-720p": 118800, "ltx": 7392, "flux": 4096}
 
 
 def test_text_before_the_video_is_the_models_own():
