@@ -75,8 +75,10 @@ def _shrunk(frames: np.ndarray, factor: int) -> np.ndarray:
     count, height, width = frames.shape[0], frames.shape[1] // factor, frames.shape[2] // factor
     small = np.empty((3, count, height, width), np.float32)
     for i, frame in enumerate(frames):
-        blocks = frame[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
-        small[:, i] = blocks.mean((1, 3), dtype=np.float32).transpose(2, 0, 1)
+        frame = frame[: height * factor, : width * factor].astype(np.uint32)
+        rows = sum(frame[k::factor] for k in range(factor))
+        small[:, i] = sum(rows[:, k::factor] for k in range(factor)).transpose(2, 0, 1)
+    small /= np.float32(factor**2)
     return small
 
 

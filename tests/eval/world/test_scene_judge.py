@@ -179,6 +179,14 @@ def test_a_clip_of_full_size_is_seen_as_its_small_one_and_soon_enough():
     assert judge.score(large, BASE, LONG).all
 
 
+@pytest.mark.parametrize("factor", [1, 2, 3, 7])
+def test_a_clip_is_seen_as_the_means_of_its_blocks(factor):
+    frames = np.random.default_rng(factor).integers(0, 256, (2, 22, 29, 3), np.uint8)
+    height, width = 22 // factor, 29 // factor
+    blocks = frames[:, : height * factor, : width * factor].reshape(2, height, factor, width, factor, 3)
+    assert np.array_equal(scene_seeing._shrunk(frames, factor), blocks.mean((2, 4), dtype=np.float32).transpose(3, 0, 1, 2))
+
+
 def test_the_metric_asks_for_the_world_of_its_captions():
     frames = true(BASE, 3)
     found = adherence.measure(frames, None, Context(BASE, world="scenes"))
