@@ -1,4 +1,8 @@
-"""What a video is to the metrics: frames [F, H, W, 3], checked by name, as float64 in [0, 1]."""
+"""What a video is to the metrics: frames [F, H, W, 3], checked by name, as float64 in [0, 1].
+
+In float64 a long video takes a quarter of a gigabyte: what can go frame by frame checks it as it came (`checked`,
+`checked_pair`) and takes `as_unit` of the frames at work.
+"""
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,15 +19,12 @@ class BadVideoError(video_files.BadFramesError):
     """A video a metric cannot read: its shape, dtype or range, the file it came from, or the pair it makes."""
 
 
-def as_video(video, name: str = "video") -> np.ndarray:
-    """Check one video and give it as float64 in [0, 1].
+def checked(video, name: str = "video") -> np.ndarray:
+    """Check one video and give it as it came.
 
     Args:
         video: [F, H, W, 3]; uint8 in 0..255 or a float type in 0..1.
         name: what the error message calls it.
-
-    Returns:
-        float64 [F, H, W, 3] in [0, 1]; uint8 is divided by 255.
 
     Raises:
         BadVideoError: not four axes, no frames or pixels, not three channels, another dtype, NaN or inf, values out of range.
@@ -37,40 +38,69 @@ def as_video(video, name: str = "video") -> np.ndarray:
     if 0 in array.shape:
         raise BadVideoError(f"{name} is empty: shape {tuple(array.shape)}")
     if array.dtype == np.uint8:
-        return array / UINT8_MAX
+        return array
     if not np.issubdtype(array.dtype, np.floating):
         raise BadVideoError(f"{name} is {array.dtype}; give uint8 in 0..255 or a float type in 0..1")
-    array = array.astype(np.float64)
+    low, high = float(array.min()), float(array.max())  # NaN where there is one
+    if -RANGE_SLACK <= low and high <= 1 + RANGE_SLACK:
+        return array
     bad = int(array.size - np.isfinite(array).sum())
     if bad:
         raise BadVideoError(f"{name} holds {bad} values of {array.size} that are NaN or inf")
-    low, high = float(array.min()), float(array.max())
-    outside = int(((array < -RANGE_SLACK) | (array > 1 + RANGE_SLACK)).sum())
-    if outside:
-        hint = "divide by 255" if low >= 0 and high <= UINT8_MAX else "map [-1, 1] by x / 2 + 0.5"
-        raise BadVideoError(f"{name} is float in [{low:.4g}, {high:.4g}], {outside} values of {array.size} out of range; "
-                            f"floats must lie in 0..1 ({hint}?)")
-    return array.clip(0.0, 1.0)
+    wide = array.astype(np.float64)
+    outside = int(((wide < -RANGE_SLACK) | (wide > 1 + RANGE_SLACK)).sum())
+    hint = "divide by 255" if low >= 0 and high <= UINT8_MAX else "map [-1, 1] by x / 2 + 0.5"
+    raise BadVideoError(f"{name} is float in [{low:.4g}, {high:.4g}], {outside} values of {array.size} out of range; "
+                        f"floats must lie in 0..1 ({hint}?)")
+
+
+def as_unit(frames: np.ndarray) -> np.ndarray:
+    """Checked frames as float64 in [0, 1]; uint8 is divided by 255."""
+    if frames.dtype == np.uint8:
+        return frames / UINT8_MAX
+    wide = frames.astype(np.float64)
+    return np.clip(wide, 0.0, 1.0, out=wide)
+
+
+def as_video(video, name: str = "video") -> np.ndarray:
+    """Check one video, as `checked` does, and give it as float64 [F, H, W, 3] in [0, 1]."""
+    return as_unit(checked(video, name))
+
+
+def checked_pair(video, reference) -> tuple[np.ndarray, np.ndarray]:
+    """Check a video and the reference it is compared with, [F, H, W, 3] of one shape, and give both as they came.
+
+    Raises:
+        BadVideoError: as `checked`, or the shapes differ.
+    """
+    return same_shape(checked(video, "video"), checked(reference, "reference"))
+
+
+def same_shape(video, reference) -> tuple:
+    """Both arrays or tensors. Raises BadVideoError if their shapes differ."""
+    first, second = tuple(video.shape), tuple(reference.shape)
+    if first != second:
+        raise BadVideoError(f"video is {first} but reference is {second}; a pair has one shape [F, H, W, 3]")
+    return video, reference
 
 
 def as_pair(video, reference) -> tuple[np.ndarray, np.ndarray]:
-    """Check a video and the reference it is compared with; both float64 [F, H, W, 3] in [0, 1] of one shape.
-
-    Raises:
-        BadVideoError: as `as_video`, or the shapes differ.
-    """
-    video, reference = as_video(video, "video"), as_video(reference, "reference")
-    if video.shape != reference.shape:
-        raise BadVideoError(f"video is {video.shape} but reference is {reference.shape}; a pair has one shape [F, H, W, 3]")
-    return video, reference
+    """`checked_pair`, both as float64 in [0, 1]."""
+    video, reference = checked_pair(video, reference)
+    return as_unit(video), as_unit(reference)
 
 
 def as_uint8(video, name: str = "video") -> np.ndarray:
     """The video as uint8 [F, H, W, 3], rounded to nearest; what an encoder or a scorer takes."""
-    array = np.asarray(video)
-    if array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3 and array.size:
+    array = checked(video, name)
+    if array.dtype == np.uint8:
         return array
-    return video_files.as_uint8(as_video(video, name))
+    rounded = np.empty(array.shape, np.uint8)
+    for frame, wide in zip(rounded, array):
+        wide = as_unit(wide)
+        wide *= UINT8_MAX
+        frame[...] = np.rint(wide, out=wide)
+    return rounded
 
 
 def luma(video: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..video import as_pair
+from .shared.device import PIXELS, as_array, at_work, blocks, device_of
 
 NAME = "psnr"
 LABEL = "PSNR"
@@ -16,26 +16,31 @@ CEILING_DB = 160.0  # identical frames have no error; a finite ceiling (float32 
 PERFECT = CEILING_DB
 
 
-def psnr(video, reference) -> np.ndarray:
+def psnr(video, reference, device=None) -> np.ndarray:
     """PSNR of each frame, over its pixels and channels, for a peak of 1.
 
     Args:
         video, reference: [F, H, W, 3], uint8 or float in [0, 1].
+        device: a `shared.device.Device`, or None for NumPy.
 
     Returns:
         float64 [F], dB, at most `CEILING_DB` (reached by identical frames).
 
     Raises:
-        BadVideoError: see `video.as_pair`.
+        BadVideoError: see `video.checked_pair`.
     """
-    video, reference = as_pair(video, reference)
-    mean_square = np.mean(np.square(video - reference), axis=(1, 2, 3))
+    with at_work(device):
+        mean_square = np.concatenate([as_array(_square(a - b).mean(PIXELS)) for a, b in blocks(video, reference, device)])
     return -10.0 * np.log10(np.maximum(mean_square, 10.0 ** (-CEILING_DB / 10.0)))
+
+
+def _square(apart):
+    return apart * apart
 
 
 def per_frame(video, reference, context=None) -> np.ndarray:
     """The figures of a pair's frames, [F]."""
-    return psnr(video, reference)
+    return psnr(video, reference, device_of(context))
 
 
 def loss(value):

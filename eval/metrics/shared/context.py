@@ -5,6 +5,10 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .device import Device
 
 
 @dataclass
@@ -14,6 +18,7 @@ class Context:
     caption: the prompt it was made from. weights: name -> file or folder, as given with `--weights name=path`.
     cache: results of one video that several metrics use. models: loaded models, kept for the whole run.
     world: name of the small model's world whose captions they are.
+    device: where the metrics of a pair compute that can do so on a device; None: on the CPU.
     """
 
     caption: str = ""
@@ -21,6 +26,7 @@ class Context:
     cache: dict = field(default_factory=dict)
     models: dict = field(default_factory=dict)
     world: str = "shapes"
+    device: Device | None = None
 
 
 def absent(packages) -> list[str]:

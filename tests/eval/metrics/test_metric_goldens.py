@@ -11,6 +11,7 @@ from lowbit_video.eval.metrics import lpips as lpips_file
 from lowbit_video.eval.metrics.fvd import frechet_distance
 from lowbit_video.eval.metrics.ms_ssim import ms_ssim, scales_for
 from lowbit_video.eval.metrics.psnr import psnr
+from lowbit_video.eval.metrics.shared.device import Device
 from lowbit_video.eval.metrics.ssim import ssim
 from lowbit_video.eval.video import BadVideoError
 
@@ -46,12 +47,13 @@ def test_lpips_agrees_with_pytorch(tmp_path):
 
 
 @pytest.mark.torch
-def test_lpips_does_with_pytorch_alone(tmp_path, monkeypatch):
-    pytest.importorskip("torch", reason="PyTorch is not installed")
+@pytest.mark.parametrize("framework, other", [("torch", "paddle"), ("paddle", "torch")])
+def test_lpips_does_with_one_framework_alone(framework, other, tmp_path, monkeypatch):
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
     np.savez(tmp_path / "weights.npz", **maker.seeded_alexnet())
     find = importlib.util.find_spec
-    monkeypatch.setattr(lpips_file.importlib.util, "find_spec", lambda name: None if name == "paddle" else find(name))
-    assert lpips_file._framework()[1].__name__.startswith("torch") and lpips_file.missing({"lpips": str(tmp_path)}) is None
+    monkeypatch.setattr(lpips_file.importlib.util, "find_spec", lambda name: None if name == other else find(name))
+    assert lpips_file._processor() == Device(framework, "cpu") and lpips_file.missing({"lpips": str(tmp_path)}) is None
     video, reference = maker.seeded_pair(maker.PAIRS["small"], 0.1)
     found = lpips_file.lpips(video, reference, lpips_file.load_weights(tmp_path))
     assert np.allclose(found, GOLDENS["lpips"]["value"], atol=1e-4)
