@@ -107,7 +107,7 @@ def summarise(videos: Sequence[dict], order: Sequence[str] = ()) -> Summary:
             values = []
             for seed in [s for p, s in pairs if p == prompt]:
                 value = by_key[prompt, seed, run].get("figures", {}).get(figure)
-                exact = by_key[prompt, seed, EXACT]["figures"].get(figure)
+                exact = by_key[prompt, seed, EXACT].get("figures", {}).get(figure)
                 if value is None or (kind != "value" and exact is None and metric.kind != "paired"):
                     continue
                 values.append(value if kind == "value" else value - exact if kind == "change" else metric.loss(value, exact))

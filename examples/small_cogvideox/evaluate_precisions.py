@@ -8,7 +8,8 @@ Held-out captions, the same start noise for every run of a caption and for both 
 its framework's own exact attention in the same type; the noise floor is this project's exact kernel against that; every
 precision goes in by `apply()`. A finished video is a line in results.jsonl, and the same command goes on where it was stopped
 (by `--minutes`, or by force: then what the run at work has made is made again). Run after run, the videos of `--together`
-captions are made and timed, and then worker processes measure them: nothing else is at work while a video is timed.
+captions are denoised and timed, and then decoded; a decoded video is compared with the exact one on the GPU, and worker
+processes do the rest while the others are decoded and the next run gets ready: nothing else is at work while a video is timed.
 `--compile` compiles the transformer's blocks, anew for each run; `--cuda-graph` launches the transformer, compiled or not, as
 one CUDA graph, so that the host's part of a step costs nothing. At the end it writes precisions.json and precisions.md (quality
 with intervals, adherence, seconds of denoising, speed-up over the fastest exact attention, and quality by kind of background)
@@ -25,11 +26,11 @@ On several GPUs, a process each makes a part of the captions; nothing holds the 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,22 +40,22 @@ from parts import join, otherwise, part
 from precision_curve import curve_of, kept_shares, plot_curve
 from precision_table import is_exact, markdown, record_of
 from sampling import held_out_captions, noise_of
+from scoring import Workers, compared, gpu_of, trusted
 
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.eval import world
 from lowbit_video.eval.compare.candidates import EXACT
-from lowbit_video.eval.compare.clips import write_lossless
-from lowbit_video.eval.compare.paired import check_settings, clip_name, figures
+from lowbit_video.eval.compare.paired import check_settings, clip_name
 from lowbit_video.eval.compare.settings import Settings, environment
 from lowbit_video.eval.compare.store import Store
 from lowbit_video.eval.metrics import registry
 from lowbit_video.eval.metrics.psnr import psnr
 from lowbit_video.eval.metrics.shared.context import Context
+from lowbit_video.eval.metrics.shared.device import Device
 from lowbit_video.eval.report.write import write_report
-from lowbit_video.eval.video import as_video, read_video
+from lowbit_video.eval.video import as_uint8, read_video
 from lowbit_video.files import write_json
 from lowbit_video.hook.order import order_tokens
-from lowbit_video.kernels.blas_threads import one_blas_thread
 from lowbit_video.pipelines.shared.generation import read_stored
 from lowbit_video.pipelines.shared.video_files import BadFramesError
 from lowbit_video.token_order import ORDERS
@@ -64,48 +65,6 @@ METRICS = ("psnr", "ssim", "lpips", "adherence")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
 WARM_STEPS = 2
 TILE_SIDE = 256
-
-
-def measured(video: Path, reference: Path | None, context: Context, metrics: list[str], clip: Path | None, fps: float) -> dict:
-    """What is to be recorded of a video that lies in a file: its figures, or why there are none. The file is removed."""
-    frames = np.load(video)
-    line = {}
-    try:
-        as_video(frames)
-        chosen = [registry.metric(name) for name in metrics]
-        with one_blas_thread():
-            line = figures(frames, None if reference is None else np.load(reference), chosen, context)
-        if clip:
-            write_lossless(clip, frames, fps)
-            line["clip"] = f"{clip.parent.name}/{clip.name}"
-    except BadFramesError as error:  # NaN is a result, and a bad one
-        line["error"] = str(error)
-    if reference is not None:
-        video.unlink()
-    return line
-
-
-def settle() -> None:
-    """A worker computes on one core."""
-    torch.set_num_threads(1)
-
-
-class Workers:
-    """Processes that measure videos; made before the first use of the GPU, since they are forked."""
-
-    def __init__(self, count: int):
-        self.pool = multiprocessing.get_context("fork").Pool(count, settle) if count > 1 else None
-
-    def start(self, *job):
-        """A function that gives `measured(*job)`."""
-        if self.pool is None:
-            return lambda: measured(*job)
-        answer = self.pool.apply_async(measured, job)
-        return lambda: answer.get(600)
-
-    def close(self) -> None:
-        if self.pool:
-            self.pool.terminate()
 
 
 def since(before: dict, now: dict) -> dict:
@@ -119,15 +78,16 @@ def since(before: dict, now: dict) -> dict:
 class Evaluation:
     """The videos of one folder of results: which there are, and the making of the others."""
 
-    def __init__(self, args, store: Store, maker, workers: Workers, generation: dict, metrics: list[str], weights: dict,
-                 kinds: dict[str, str], of: str):
-        self.args, self.store, self.maker, self.workers = args, store, maker, workers
+    def __init__(self, args, store: Store, maker, workers: Workers, device: Device | None, generation: dict,
+                 metrics: list[str], weights: dict, kinds: dict[str, str], of: str):
+        self.args, self.store, self.maker, self.workers, self.device = args, store, maker, workers, device
         self.generation, self.metrics, self.weights, self.kinds, self.of = generation, metrics, weights, kinds, of
-        self.pending = []  # (line without its figures, the caption's number, the run, whether its clip is kept)
+        self.pending = []  # (line without its figures, function that gives them)
+        self.exact = {}  # exact videos by the caption's number: on the device that compares, or as files for the workers
         self.done = 0
 
     def make(self, captions: dict[int, str], runs, work: Path, kept: set[str], deadline: float) -> bool:
-        """Make what is missing of some captions, by number, run after run: nothing measures while videos are made and timed.
+        """Make what is missing of some captions, by number, run after run.
 
         Their exact videos are needed whatever is missing. False: time is over."""
         lacking = {run.label: [n for n, caption in captions.items() if not self.store.has(caption, self.args.seed, run.label)]
@@ -138,13 +98,15 @@ class Evaluation:
             numbers = needed if run.label == EXACT else lacking[run.label]
             if in_time and numbers:
                 in_time = self.make_run(run, {n: captions[n] for n in numbers}, set(lacking[run.label]), work, kept, deadline)
+        self.finish()
+        self.exact.clear()
         for path in work.glob("*-exact.npy"):
             path.unlink()
         return in_time
 
     def make_run(self, run, captions: dict[int, str], wanted: set[int], work: Path, kept: set[str], deadline: float) -> bool:
-        """Videos of one run; a line for those that are wanted. False: time is over."""
-        warm, in_time = False, True
+        """Videos of one run, decoded when all are denoised; a line for those that are wanted. False: time is over."""
+        warm, in_time, denoised = False, True, []
         with hooked(self.maker, run, self.args.backend) as ran, self.maker.compiled(self.args.compile), (
                 self.maker.graphed(self.args.cuda_graph)):
             for number, caption in captions.items():
@@ -157,31 +119,50 @@ class Evaluation:
                     if not warm:
                         self.maker.make(caption, noise, WARM_STEPS)
                         warm = True
+                        self.finish()  # no worker is at work while a video is timed
                     before = ran()
-                    video, seconds = self.maker.make(caption, noise)
+                    latents, seconds = self.maker.make(caption, noise)
                 except UnsupportedError as error:
                     if is_exact(run.label):
                         raise
                     self.store.append(line | {"error": str(error)})
                     continue
-                np.save(work / f"{number}-{'exact' if run.label == EXACT else run.slug}.npy", video)
-                if number in wanted:
-                    line |= {**since(before, ran()), "seconds": round(seconds, 5), "timings": {"denoise": round(seconds, 5)}}
-                    self.pending.append((line, number, run, caption in kept))
-        self.measure(work)
+                line |= {**since(before, ran()), "seconds": round(seconds, 5), "timings": {"denoise": round(seconds, 5)}}
+                denoised.append((line, number, latents))
+        for line, number, latents in denoised:
+            path = work / f"{number}-{run.slug}.npy"
+            try:
+                video = self.maker.decode(latents)
+                job = self.job(line, number, video, path, line["prompt"] in kept)
+            except BadFramesError as error:  # NaN is a result, and a bad one
+                self.pending.append((line, lambda error=error: {"error": str(error)}))
+                continue
+            if number in wanted:
+                self.pending.append((line, self.workers.start(*job)))
         return in_time
 
-    def measure(self, work: Path) -> None:
-        """Have the workers measure what is made, and append its lines."""
-        jobs = []
-        for line, number, run, kept in self.pending:
-            clip = self.store.folder / f"clips/{clip_name(self.store, line['prompt'], self.args.seed, run.label)}.mp4"
-            exact = work / f"{number}-exact.npy"
-            video, reference = (exact, None) if run.label == EXACT else (work / f"{number}-{run.slug}.npy", exact)
-            context = Context(line["prompt"], self.weights, world=self.of)
-            jobs.append(self.workers.start(video, reference, context, self.metrics, clip if kept else None,
-                                           self.generation["fps"]))
-        for (line, *_), answer in zip(self.pending, jobs):
+    def job(self, line: dict, number: int, video: np.ndarray, path: Path, clip: bool) -> tuple:
+        """What `measured` is to do of a video, which comes to lie at `path`, after the device, if there is one, compared it.
+
+        Raises BadFramesError where the exact video is broken, and where a device finds that this one is."""
+        context = Context(line["prompt"], self.weights, world=self.of)
+        reference, begun, keep = None, {}, line["run"] == EXACT
+        if keep:
+            self.exact[number] = self.device.put(video) if self.device else path
+        elif number not in self.exact:
+            raise BadFramesError("the exact video is broken")
+        elif self.device:
+            begun = compared(self.device.put(video), self.exact[number], self.metrics, replace(context, device=self.device))
+        else:
+            reference = self.exact[number]
+        np.save(path, as_uint8(video) if self.device else video)
+        name = f"clips/{clip_name(self.store, line['prompt'], self.args.seed, line['run'])}.mp4"
+        return (path, reference, context, self.metrics, begun, self.store.folder / name if clip else None,
+                self.generation["fps"], keep)
+
+    def finish(self) -> None:
+        """Wait for the workers, and append the lines of what they measured."""
+        for line, answer in self.pending:
             line.update(answer())
             self.store.append(line)
             self.done += 1
@@ -267,6 +248,8 @@ def arguments(argv=None):
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no video after so long; the same command goes on")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 3),
                         help="processes that measure; with several parts at work, say how many each has (%(default)s)")
+    parser.add_argument("--compare-on", choices=("auto", "cpu"), default="auto",
+                        help="where PSNR, SSIM and LPIPS are computed: auto: on the GPU if there is one; cpu: by the workers")
     parser.add_argument("--tables", action="store_true", help="make no video: only the tables and the page of --out")
     parser.add_argument("--join", nargs="+", type=Path, metavar="DIR", help="likewise, of --out as these parts together")
     parser.add_argument("--tile-side", type=int, default=TILE_SIDE, help="widest a video is in the page (%(default)s pixels)")
@@ -310,7 +293,8 @@ def main(argv=None) -> int:
         for known in store.runs()[:1]:
             if differ := otherwise(known, about):
                 raise ValueError(f"{args.out} was begun with {', '.join(differ)}; give another --out")
-        evaluation = Evaluation(args, store, maker, workers, generation, metrics, weights, kinds, of)
+        device = trusted(gpu_of(maker), metrics, weights) if args.compare_on == "auto" else None
+        evaluation = Evaluation(args, store, maker, workers, device, generation, metrics, weights, kinds, of)
         kept = kept_shares(maker, runs, next(iter(kinds)), noise_of(1, evaluation.latent_shape(), args.seed),
                            generation["num_inference_steps"])
         store.append({"kind": "run", "settings": settings.as_dict(), "prompts": list(kinds), "seeds": [args.seed],

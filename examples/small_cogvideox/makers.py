@@ -1,4 +1,5 @@
-"""One video at a time, by diffusers or by the Paddle pipeline: given noise, attention as a run asks, seconds of denoising.
+"""One video at a time, by diffusers or by the Paddle pipeline: given noise, attention as a run asks, seconds of denoising; its
+decoding apart, for when nothing is timed.
 
 A run is a `Candidate` of `lowbit_video.eval.compare`. EXACT is the pipeline as it comes, the reference of all others; FLOOR is
 this project's own exact kernel, so that what both differ by is what any two exact kernels of that type differ by.
@@ -82,10 +83,10 @@ class TorchMaker:
         return found, {name: reason for name, reason in why_not.items() if reason}
 
     @torch.no_grad()
-    def make(self, caption: str, noise: torch.Tensor, steps: int | None = None) -> tuple[np.ndarray | None, float]:
-        """A video float32 [F, H, W, 3] in 0..1 from noise [1, f, C, h, w], and the seconds of its denoising alone.
+    def make(self, caption: str, noise: torch.Tensor, steps: int | None = None) -> tuple[torch.Tensor, float]:
+        """Latents of a video, for `decode`, from noise [1, f, C, h, w], and the seconds of the denoising alone.
 
-        With `steps` only so many of them and no video, to warm up what is compiled or planned at the first call."""
+        With `steps` only so many of them, to warm up what is compiled or planned at the first call."""
         pipe, asked = self.pipe, self.generation
         texts = pipe.encode_prompt(caption, "", max_sequence_length=asked["max_sequence_length"], device=pipe.device)
         pinned = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if self.cuda and self.half else contextlib.nullcontext()
@@ -98,11 +99,13 @@ class TorchMaker:
                 num_frames=asked["num_frames"], height=asked["height"], width=asked["width"],
                 max_sequence_length=asked["max_sequence_length"], output_type="latent").frames
         self._wait()
-        seconds = time.perf_counter() - begun
-        if steps:
-            return None, seconds
-        video = pipe.video_processor.postprocess_video(video=pipe.decode_latents(latents), output_type="np")[0]
-        return np.asarray(video, np.float32), seconds
+        return latents, time.perf_counter() - begun
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """The video of latents, float32 [F, H, W, 3] in 0..1."""
+        video = self.pipe.video_processor.postprocess_video(video=self.pipe.decode_latents(latents), output_type="pt")[0]
+        return video.float().permute(0, 2, 3, 1).contiguous().cpu().numpy()  # as "np", but turned on the GPU
 
     @contextlib.contextmanager
     def compiled(self, wanted: bool) -> Iterator[None]:
@@ -165,15 +168,24 @@ class PaddleMaker:
             raise ValueError("--cuda-graph captures diffusers' transformer; leave it out with --framework paddle")
         yield
 
-    def make(self, caption: str, noise: torch.Tensor, steps: int | None = None) -> tuple[np.ndarray | None, float]:
+    def make(self, caption: str, noise: torch.Tensor, steps: int | None = None):
         """As `TorchMaker.make`."""
         asked = self.generation
         done = self.pipe(
             caption, latents=noise.numpy(), guidance_scale=asked["guidance_scale"],
             num_inference_steps=steps or asked["num_inference_steps"], num_frames=asked["num_frames"], height=asked["height"],
-            width=asked["width"], max_sequence_length=asked["max_sequence_length"], output_type="latent" if steps else "np",
-            progress=False)
-        return None if steps else np.asarray(done.frames[0], np.float32), done.timings["denoise"]
+            width=asked["width"], max_sequence_length=asked["max_sequence_length"], output_type="latent", progress=False)
+        return done.frames, done.timings["denoise"]
+
+    def decode(self, latents) -> np.ndarray:
+        """As `TorchMaker.decode`. Raises BadFramesError for values that are NaN or infinite."""
+        import paddle
+
+        from lowbit_video.pipelines.shared.output import postprocess
+        from lowbit_video.pipelines.shared.pipeline import on_device
+
+        with on_device(self.pipe.device), paddle.no_grad():
+            return postprocess(self.pipe.decode_latents(latents), "np")[0]
 
 
 def runs_of(maker, precisions: list[str], others_asked=OTHERS) -> tuple[list[Candidate], dict[str, str]]:

@@ -16,7 +16,9 @@ pytest.importorskip("skimage", reason="SSIM is scikit-image's")
 from graph_double import doubled  # noqa: E402
 from lowbit_video import Recipe  # noqa: E402
 from lowbit_video.errors import UnsupportedError  # noqa: E402
+from lowbit_video.eval.metrics.shared.device import Device  # noqa: E402
 from lowbit_video.graph.cuda_graph import CudaGraph  # noqa: E402
+from lowbit_video.pipelines.shared.video_files import BadFramesError  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"
 pytestmark = pytest.mark.torch
@@ -34,11 +36,12 @@ def code():
     import models
     import precision_curve
     import precision_table
+    import scoring
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield SimpleNamespace(main=evaluate_precisions.main, evaluate=evaluate_precisions, makers=makers, models=models,
-                          table=precision_table, curve=precision_curve, graphs=graphs)
+                          table=precision_table, curve=precision_curve, graphs=graphs, scoring=scoring)
     torch.set_num_threads(threads)
     sys.path.remove(str(FOLDER))
     for name in set(sys.modules) - before:
@@ -227,16 +230,110 @@ def test_paddle_makes_the_same_videos_of_the_same_noise(code, model, whole, tmp_
     assert record["framework"] == "paddle" and "captions are" in (tmp_path / "precisions.md").read_text()
 
 
+def beside_a_gpu(code, monkeypatch, framework="torch"):
+    """The tensors of a framework on a CPU as the GPU that compares videos."""
+    monkeypatch.setattr(code.evaluate, "gpu_of", lambda maker: Device(framework, "cpu:0" if framework == "torch" else "cpu"))
+
+
+@pytest.mark.parametrize("framework, workers", [("torch", "2"), ("paddle", "1")])
+def test_a_device_compares_the_videos_with_the_figures_of_the_workers(framework, workers, code, model, whole, tmp_path,
+                                                                     monkeypatch):
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    beside_a_gpu(code, monkeypatch, framework)
+    compared, seen = [], code.scoring.measured
+    monkeypatch.setattr(code.evaluate, "compared", lambda *pair: compared.append(pair) or code.scoring.compared(*pair))
+    if workers == "1":  # in this process
+        monkeypatch.setattr(code.scoring, "measured", lambda video, reference, *job: seen(video, {None: None}[reference], *job))
+    begun = [*BEGUN, "--model", str(model), "--precisions", "int8+fp16", "int2+fp16", "--workers", workers]
+    assert code.main([*begun, "--out", str(tmp_path / "gpu")]) == 0 and len(compared) == 3 * 3
+    made = lines(tmp_path / "gpu")
+    for one, other in zip(made, lines(whole), strict=True):
+        assert one["figures"] == pytest.approx(other["figures"], rel=1e-12) and one["frames"] == other["frames"]
+        assert one.keys() == other.keys() and list(one["figures"]) == list(other["figures"])
+    for clip in [line["clip"] for line in made if "clip" in line]:
+        assert (tmp_path / "gpu" / clip).read_bytes() == (whole / clip).read_bytes()
+    monkeypatch.setattr(code.scoring, "measured", seen)
+    assert code.main([*begun, "--captions", "1", "--out", str(tmp_path / "cpu"), "--compare-on", "cpu"]) == 0
+    assert len(compared) == 3 * 3
+
+
+@pytest.mark.parametrize("name, framework, cuda, there", [
+    ("cpu", "torch", True, None), ("cpu", "paddle", True, None), ("cuda:1", "torch", True, Device("torch", "cuda:1")),
+    ("gpu:0", "paddle", False, Device("paddle", "gpu:0")), ("cudev:0", "paddle", True, Device("torch", "cuda"))])
+def test_a_gpu_that_makes_videos_compares_them(name, framework, cuda, there, code, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert code.scoring.gpu_of(SimpleNamespace(framework=framework, pipe=SimpleNamespace(device=name))) == there
+
+
+def test_a_device_that_errs_or_fails_compares_nothing(code, monkeypatch, capfd):
+    device, metrics = Device("torch", "cpu:0"), ("psnr", "ssim", "adherence")
+    assert code.scoring.trusted(None, metrics, {}) is None
+    assert code.scoring.trusted(device, metrics, {}) is device and capfd.readouterr().out == ""
+    assert code.scoring.trusted(Device("torch", "nowhere"), metrics, {}) is None
+    assert "workers compare the videos, not torch's nowhere: RuntimeError" in capfd.readouterr().out
+    unit = Device.unit
+    monkeypatch.setattr(Device, "unit", lambda self, frames: unit(self, frames).bfloat16().double())
+    assert code.scoring.trusted(device, metrics, {}) is None
+    said = capfd.readouterr().out
+    assert "not torch's cpu:0: psnr is " in said and "ssim is " in said
+
+
+@pytest.mark.parametrize("device", [None, "torch"])
+def test_nothing_is_at_work_while_a_video_is_timed(device, code, model, tmp_path, monkeypatch):
+    """Workers begin when a run's videos are all denoised, and have ended before the next run's first timed one."""
+    log, make, decode = [], code.makers.TorchMaker.make, code.makers.TorchMaker.decode
+    if device:
+        beside_a_gpu(code, monkeypatch, device)
+    monkeypatch.setattr(code.evaluate, "kept_shares", lambda *_: {})
+    monkeypatch.setattr(code.makers.TorchMaker, "make", lambda self, caption, noise, steps=None: log.append(
+        "warm" if steps else "timed") or make(self, caption, noise, steps))
+    monkeypatch.setattr(code.makers.TorchMaker, "decode", lambda self, latents: log.append("decoded") or decode(self, latents))
+
+    def start(self, *job):
+        log.append("begun")
+        return lambda: log.append("ended") or code.scoring.measured(*job)
+
+    monkeypatch.setattr(code.scoring.Workers, "start", start)
+    begun = [*BEGUN, "--captions", "2", "--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16"]
+    assert code.main(begun) == 0
+    scored, ended = ["decoded", "begun"] * 2, ["ended"] * 2
+    run = [*ended, "timed", "timed", *scored]
+    assert log == ["warm", "timed", "timed", *scored, "warm", *run, "warm", *run, *ended]
+
+
+@pytest.mark.parametrize("device", [None, "torch"])
+def test_a_broken_video_is_a_result(device, code, model, tmp_path, monkeypatch):
+    """Of a run, and of the reference, with which none of its caption can be compared then."""
+    if device:
+        beside_a_gpu(code, monkeypatch, device)
+    decode, made = code.makers.TorchMaker.decode, []
+
+    def breaks(self, latents):
+        made.append(latents)
+        if len(made) == 6:  # two captions of the exact run, of the floor, of int8+fp16
+            raise BadFramesError("not finite")
+        return np.full_like(decode(self, latents), np.nan) if len(made) == 1 else decode(self, latents)
+
+    monkeypatch.setattr(code.makers.TorchMaker, "decode", breaks)
+    begun = [*BEGUN, "--captions", "2", "--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16"]
+    assert code.main(begun) == 0
+    broken = [(line["run"], "NaN" in line["error"] or line["error"]) for line in lines(tmp_path) if "error" in line]
+    other = "the exact video is broken" if device else True
+    assert broken == [("exact", True), ("floor", other), ("int8+fp16", other), ("int8+fp16", "not finite")]
+    rows = json.loads((tmp_path / "precisions.json").read_text())["rows"]
+    assert [rows[run]["failed"] for run in rows] == [1, 1, 2] and rows["floor"]["psnr"]["value"] > 110
+
+
 def test_what_a_kernel_does_not_serve_is_a_failure_in_the_table(code, model, tmp_path, monkeypatch):
     make = code.makers.TorchMaker.make
 
     def refuses(self, caption, noise, steps=None):
         if any("int4" in str(p) for p in self.pipe.transformer.attn_processors.values()):
             raise UnsupportedError("no kernel here")
-        video, seconds = make(self, caption, noise, steps)
-        if video is not None and any("int2" in str(p) for p in self.pipe.transformer.attn_processors.values()):
-            video = np.full_like(video, np.nan)
-        return video, seconds
+        latents, seconds = make(self, caption, noise, steps)
+        if any("int2" in str(p) for p in self.pipe.transformer.attn_processors.values()):
+            latents = torch.full_like(latents, np.nan)
+        return latents, seconds
 
     monkeypatch.setattr(code.makers.TorchMaker, "make", refuses)
     begun = [*BEGUN, "--captions", "2", "--model", str(model), "--out", str(tmp_path)]
