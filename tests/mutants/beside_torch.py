@@ -5,6 +5,7 @@ ACCELERATE = "tests/lowbit_video/hook/test_beside_accelerate.py::"
 CALLS = "tests/lowbit_video/hook/dispatcher/test_calls.py::"
 COMPILED = "tests/lowbit_video/hook/dispatcher/test_compile.py::"
 DISPATCHED = "tests/lowbit_video/hook/dispatcher/test_recipe_dispatched.py::"
+DEVICE = "tests/eval/metrics/test_device.py::"
 DISPATCHER = "lowbit_video/hook/dispatcher/"
 DISTRIBUTED = "lowbit_video/distributed/"
 FRAMES = "lowbit_video/hook/frames/"
@@ -328,6 +329,35 @@ MUTANTS = [
             ("owner = owner_of(attn) if owner is None else owner", "pass")),
     *faults("examples/small_cogvideox/evaluate_precisions.py", PARTS + "test_parts_together_are_what_one_process_makes",
             ("list(enumerate(kinds))[first::step]", "list(enumerate(list(kinds)[first::step]))")),
+    *faults("examples/small_cogvideox/evaluate_precisions.py", PARTS + "test_nothing_is_at_work_while_a_video_is_timed",
+            ("                        self.finish()", "                        pass"),
+            ("        self.finish()\n        self.exact.clear()\n", "        self.exact.clear()\n")),
+    *faults("examples/small_cogvideox/evaluate_precisions.py", PARTS + "test_a_broken_video_is_a_result",
+            ("elif number not in self.exact:", "elif False:"),
+            ("self.pending.append((line, lambda", "((line, lambda")),
+    *faults("examples/small_cogvideox/evaluate_precisions.py",
+            PARTS + "test_a_device_compares_the_videos_with_the_figures_of_the_workers[paddle-1]",
+            ("compared(self.device.put(video), self", "compared(self.exact[number], self"),
+            ("replace(context, device=self.device)", "context"), ('args.compare_on == "auto"', "True")),
+    *faults("examples/small_cogvideox/scoring.py",
+            PARTS + "test_a_device_compares_the_videos_with_the_figures_of_the_workers[paddle-1]",
+            ("{**begun.get(name, {}), **values}", "values")),
+    *faults("examples/small_cogvideox/scoring.py", PARTS + "test_every_run_is_measured_against_the_exact_video_of_its_noise",
+            ("    if not keep:\n", "    if True:\n")),
+    *faults("examples/small_cogvideox/scoring.py", PARTS + "test_a_gpu_that_makes_videos_compares_them",
+            (" or torch.cuda.is_available()", ""), ('if name == "cpu":', "if not torch.cuda.is_available():")),
+    *faults("examples/small_cogvideox/scoring.py", PARTS + "test_a_device_that_errs_or_fails_compares_nothing",
+            ("rtol=SAME_FIGURE", "rtol=0.1"), ("except Exception as error:", "except OSError as error:")),
+    *faults("eval/report/summary.py", PARTS + "test_a_broken_video_is_a_result",
+            ('by_key[prompt, seed, EXACT].get("figures", {})', 'by_key[prompt, seed, EXACT]["figures"]')),
+    *faults("eval/metrics/shared/device.py",
+            DEVICE + "test_a_torch_device_works_in_whole_float32_and_leaves_everything_as_it_was",
+            ("allow_tf32=False", "allow_tf32=True")),
+    *faults("eval/metrics/shared/device.py",
+            DEVICE + "test_frames_are_taken_together_on_a_gpu_and_one_by_one_on_a_processor",
+            ('if device and device.name != "cpu" else 1', "if device else 1")),
+    *faults("eval/metrics/lpips.py", "tests/eval/metrics/test_metric_goldens.py::test_lpips_does_with_one_framework_alone",
+            ('"torch" if importlib.util.find_spec("torch") else "paddle"', '"torch"')),
     *faults("examples/small_cogvideox/parts.py", PARTS + "test_parts_together_are_what_one_process_makes",
             ('(captions.index(own[1]["prompt"]), ', "("),
             ("shutil.copyfile(store.folder / clip, out / clip)", "pass")),

@@ -4,6 +4,7 @@ from .entry import faults
 BENCH = "tests/eval/test_bench.py::"
 CALIBRATE = "tests/eval/calibrate/test_calibrate.py::"
 COMPARE = "tests/eval/compare/test_compare.py::"
+DEVICE = "tests/eval/metrics/test_device.py::"
 DRAWN = "tests/eval/report/test_drawn.py"
 FIT = "tests/eval/speed/test_parallel_fit.py::"
 FLOOR = "tests/eval/compare/test_floor.py::"
@@ -246,6 +247,8 @@ MUTANTS = [
     *faults("eval/world/scene_seeing.py",
             SCENE_JUDGE + "test_says_no_to_a_second_thing_of_the_same_colour_and_to_one_that_goes",
             ("PRESENCE = 0.45", "PRESENCE = 0.2"), ("extra[whole].mean() >= EXTRA_PRESENCE", "False")),
+    *faults("eval/world/scene_seeing.py", SCENE_JUDGE + "test_a_clip_is_seen_as_the_means_of_its_blocks",
+            ("frame[k::factor]", "frame[::factor]"), ("np.float32(factor**2)", "np.float32(factor)")),
     *faults("eval/world/measure_judge.py", SCENE_JUDGE + "test_the_softened_clip_is_as_far_as_it_says",
             ("PSNR_DB / 10", "PSNR_DB / 20"), ("max(left, 0) ** 0.5", "max(left, 0)")),
     *faults("eval/metrics/adherence.py", SCENE_JUDGE + "test_the_metric_asks_for_the_world_of_its_captions",
@@ -255,6 +258,19 @@ MUTANTS = [
     *faults("eval/metrics/psnr.py", PAIRED + "test_psnr_and_ssim_agree_with_scikit_image",
             ("-10.0 * np.log10",
     "-20.0 * np.log10")),
+    *faults("eval/metrics/ssim.py", DEVICE + "test_ssim_in_strips_is_ssim_of_the_whole_frame_to_the_bit",
+            ("at + STRIP + WINDOW - 1", "at + STRIP + WINDOW"), ("- WINDOW + 1, STRIP)", "- WINDOW, STRIP)")),
+    *faults("eval/metrics/shared/device.py", DEVICE + "test_figures_are_those_of_numpy[put-uint8-paddle]",
+            ("wide / UINT8_MAX if", "wide / 256.0 if"), ("range(0, len(video), count)", "range(0, len(video) - 1, count)")),
+    *faults("eval/metrics/shared/device.py", DEVICE + "test_bad_videos_are_named_before_they_go_to_a_device[paddle]",
+            ("self.tensor(checked(video))", "self.tensor(video)"),
+            ("pair = same_shape(video, reference)", "pair = video, reference")),
+    *faults("eval/metrics/shared/device.py", DEVICE + "test_a_paddle_device_is_the_current_one_while_it_is_at_work",
+            ("                paddle.set_device(before)\n", "                pass\n")),
+    *faults("eval/video.py", DEVICE + "test_frames_are_rounded_one_by_one_as_all_at_once",
+            ("np.rint(wide, out=wide)", "wide"), ("np.clip(wide, 0.0, 1.0, out=wide)", "wide")),
+    *faults("eval/video.py", PAIRED + "test_bad_input_is_named",
+            ("if -RANGE_SLACK <= low and high", "if high"), ("low and high <= 1 + RANGE_SLACK", "low")),
     *faults("eval/metrics/ssim.py", PAIRED + "test_psnr_and_ssim_agree_with_scikit_image",
             ("K1, K2 = 0.01, 0.03",
     "K1, K2 = 0.03, 0.01")),
