@@ -9,7 +9,7 @@ from lowbit_video.eval.compare.paired import figures
 from lowbit_video.eval.metrics import registry, ssim
 from lowbit_video.eval.metrics.shared.context import Context
 from lowbit_video.eval.metrics.shared.device import BLOCK, Device, blocks
-from lowbit_video.eval.video import BadVideoError, as_uint8
+from lowbit_video.eval.video import BadVideoError, as_uint8, as_unit
 
 spec = importlib.util.spec_from_file_location("eval_make_goldens", Path(__file__).parent / "make_goldens.py")
 maker = importlib.util.module_from_spec(spec)
@@ -94,4 +94,4 @@ def test_frames_are_rounded_one_by_one_as_all_at_once():
     wanted = np.round(np.clip(video.astype(np.float64), 0, 1) * 255).astype(np.uint8)
     found = as_uint8(video)
     assert found.dtype == np.uint8 and np.array_equal(found, wanted) and found[0, 0, 0].tolist() == [0, 255, 128]
-    assert as_uint8(found) is found
+    assert as_uint8(found) is found and (as_unit(video).min(), as_unit(video).max()) == (0, 1)
