@@ -246,6 +246,7 @@ def test_a_device_compares_the_videos_with_the_figures_of_the_workers(framework,
         monkeypatch.setattr(code.scoring, "measured", lambda video, reference, *job: seen(video, {None: None}[reference], *job))
     begun = [*BEGUN, "--model", str(model), "--precisions", "int8+fp16", "int2+fp16", "--workers", workers]
     assert code.main([*begun, "--out", str(tmp_path / "gpu")]) == 0 and len(compared) == 3 * 3
+    assert {context.device.framework for *_, context in compared} == {framework}
     made = lines(tmp_path / "gpu")
     for one, other in zip(made, lines(whole), strict=True):
         assert one["figures"] == pytest.approx(other["figures"], rel=1e-12) and one["frames"] == other["frames"]
