@@ -293,7 +293,8 @@ def main(argv=None) -> int:
         for known in store.runs()[:1]:
             if differ := otherwise(known, about):
                 raise ValueError(f"{args.out} was begun with {', '.join(differ)}; give another --out")
-        device = trusted(gpu_of(maker), metrics, weights) if args.compare_on == "auto" else None
+        size = generation["height"], generation["width"]
+        device = trusted(gpu_of(maker), metrics, weights, *size) if args.compare_on == "auto" else None
         evaluation = Evaluation(args, store, maker, workers, device, generation, metrics, weights, kinds, of)
         kept = kept_shares(maker, runs, next(iter(kinds)), noise_of(1, evaluation.latent_shape(), args.seed),
                            generation["num_inference_steps"])

@@ -14,12 +14,12 @@ from lowbit_video.eval.compare.clips import write_lossless
 from lowbit_video.eval.compare.paired import figures
 from lowbit_video.eval.metrics import registry
 from lowbit_video.eval.metrics.shared.context import Context
-from lowbit_video.eval.metrics.shared.device import Device
+from lowbit_video.eval.metrics.shared.device import BLOCK, Device
 from lowbit_video.eval.video import checked
 from lowbit_video.kernels.blas_threads import one_blas_thread
 from lowbit_video.pipelines.shared.video_files import BadFramesError
 
-TRIED = (10, 64, 80)  # frames, height and width of the pair that a device is tried with: more than one block of frames
+TRIED = BLOCK + 1  # frames that a device is tried with: a whole block, and a part of one
 SAME_FIGURE = 1e-4  # relative distance up to which a device's figure is the CPU's: that of a network's other float32 kernels
 PATIENCE = 600.0  # seconds that a worker may take for a video
 MODELS: dict = {}  # what metrics have loaded in this process
@@ -90,11 +90,11 @@ def gpu_of(maker) -> Device | None:
     return Device(maker.framework, name)
 
 
-def trusted(device: Device | None, metrics: Sequence[str], weights: dict[str, str]) -> Device | None:
-    """The device, if its figures of a small pair are the CPU's; else None, and a line that says why."""
+def trusted(device: Device | None, metrics: Sequence[str], weights: dict[str, str], height: int, width: int) -> Device | None:
+    """The device, if it has room for a pair of this size and gives the CPU's figures; else None, and a line that says why."""
     if device is None:
         return None
-    noise = np.random.default_rng(0).random((2, *TRIED, 3), np.float32)
+    noise = np.random.default_rng(0).random((2, TRIED, height, width, 3), np.float32)
     pair = 0.3 * noise[0] + 0.5, 0.3 * noise[0] + 0.5 + 0.1 * noise[1]
     try:
         found, wanted = (compared(*pair, metrics, Context(weights=weights, device=where))["figures"]

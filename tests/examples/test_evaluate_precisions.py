@@ -267,14 +267,14 @@ def test_a_gpu_that_makes_videos_compares_them(name, framework, cuda, there, cod
 
 
 def test_a_device_that_errs_or_fails_compares_nothing(code, monkeypatch, capfd):
-    device, metrics = Device("torch", "cpu:0"), ("psnr", "ssim", "adherence")
-    assert code.scoring.trusted(None, metrics, {}) is None
-    assert code.scoring.trusted(device, metrics, {}) is device and capfd.readouterr().out == ""
-    assert code.scoring.trusted(Device("torch", "nowhere"), metrics, {}) is None
+    device, tried = Device("torch", "cpu:0"), (("psnr", "ssim", "adherence"), {}, 64, 80)
+    assert code.scoring.trusted(None, *tried) is None
+    assert code.scoring.trusted(device, *tried) is device and capfd.readouterr().out == ""
+    assert code.scoring.trusted(Device("torch", "nowhere"), *tried) is None
     assert "workers compare the videos, not torch's nowhere: RuntimeError" in capfd.readouterr().out
     unit = Device.unit
     monkeypatch.setattr(Device, "unit", lambda self, frames: (32 * unit(self, frames)).round() / 32)
-    assert code.scoring.trusted(device, metrics, {}) is None
+    assert code.scoring.trusted(device, *tried) is None
     said = capfd.readouterr().out
     assert "not torch's cpu:0: psnr is " in said and "ssim is " in said
 
