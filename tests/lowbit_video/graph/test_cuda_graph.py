@@ -174,6 +174,7 @@ CHANGES = {
     "a hook before": lambda model: model.proj_out.register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
     "another weight": lambda model: setattr(model.proj_out, "bias", torch.nn.Parameter(torch.ones_like(model.proj_out.bias))),
     "weights moved": lambda model: setattr(model.proj_out.weight, "data", model.proj_out.weight.data * 2),
+    "another module without weights": lambda model: setattr(model.transformer_blocks[0].norm1, "silu", torch.nn.ReLU()),
     "another module": lambda model: setattr(model, "proj_out", copy.deepcopy(model.proj_out)),
     "a forward of a part": lambda model: setattr(model.proj_out, "forward", functools.partial(twice, model.proj_out.forward)),
     "compiled": lambda model: setattr(model.proj_out, "_compiled_call_impl", model.proj_out._call_impl)}
@@ -226,15 +227,16 @@ def test_a_model_that_asks_a_dispatcher_is_counted_and_takes_recipes(recorded):
         assert torch.equal(predict(model, own), predict(twin, own))
 
     with lv.cuda_graph(model):
-        for recipe in (RECIPE, lv.Recipe([{"rung": "int4+fp16"}])):
-            applied = [lv.apply(one, recipe) for one in models]
+        for number, recipe in enumerate((RECIPE, *(lv.Recipe([{"rung": rung}]) for rung in ("int4+fp16", "int8+fp8"))), 1):
+            for one in models:
+                lv.apply(one, recipe)
             recorded.clear()
             for timestep in (999, 100, 800, 300):
                 both(timestep)
             assert len(recorded) == (2 if recipe is RECIPE else 1) and counts(model) == counts(twin)
-            assert sum(counts(model)[0].values()) == 4
-            for one in applied:
-                one.remove()
+            assert sum(counts(model)[0].values()) == 4 * number
+        for one in models:
+            assert all([lv.remove(one) for _ in range(number)])
         recorded.clear()
         both(500)
         with attention_dispatch.attention_backend("_native_math"):
@@ -246,8 +248,8 @@ def test_a_model_that_asks_a_dispatcher_is_counted_and_takes_recipes(recorded):
 def test_a_replay_counts_what_its_forward_did_and_recording_no_more_than_one(recorded):
     model = make()
     lv.apply(model, "int8+fp8 pooled 0.5 always 9")
+    predict(model)
     with lv.cuda_graph(model):
-        predict(model)
         once = [(list(module.runs), module.tiles) for module in lv.coverage(model).modules]
         assert all(calls == 1 for runs, _ in once for _, calls, _ in runs) and once[0][1]
         for _ in range(4):
@@ -288,7 +290,7 @@ def test_several_ranks_share_what_is_a_graph_in_either_order(first, degrees, rec
         model, plain = models[wire.rank], models[2 + wire.rank]
         with lv.parallelize(plain, wire=WatchedWire(wire), **degrees) as handle:
             handle.mesh.wire.state.count = 0
-            wanted = [predict(plain, inputs(seed)) for seed in (1, 2, 3)]
+            wanted = [predict(plain, inputs(seed)) for seed in (1, 2, 3, 4)]
             should = told(plain, handle)
         with contextlib.ExitStack() as around:
             if first == "cuda_graph":
@@ -296,12 +298,15 @@ def test_several_ranks_share_what_is_a_graph_in_either_order(first, degrees, rec
                 alone = predict(model)
                 model.transformer_blocks[0].attn1.processor.records.clear()
             handle = around.enter_context(lv.parallelize(model, wire=WatchedWire(wire), **degrees))
+            handle.mesh.wire.state.count, made = 0, []
             if first == "parallelize":
+                made += [predict(model, inputs(1))]
                 around.enter_context(lv.cuda_graph(model))
-            handle.mesh.wire.state.count = 0
-            made = [predict(model, inputs(1))]
+            begun, handle.mesh.wire.state.count = handle.mesh.wire.state.count, 0
+            made += [predict(model, inputs(1 + len(made)))]
             handle.mesh.wire.state.count //= 1 if degrees.get("cfg") == 2 else WORKED  # these exchanges were all begun
-            made += [predict(model, inputs(seed)) for seed in (2, 3)]
+            handle.mesh.wire.state.count += begun
+            made += [predict(model, inputs(seed)) for seed in range(1 + len(made), 5)]
             is_told = told(model, handle)
             graph = model.forward
         after = predict(model) if first == "cuda_graph" else None
@@ -364,6 +369,8 @@ def test_calls_that_no_graph_can_be_of_are_refused(recorded):
             model(**given)
         with torch.no_grad(), pytest.raises(UnsupportedError, match="argument timestep of the forward is on meta and"):
             model(**{**given, "timestep": given["timestep"].to("meta")})
+        with torch.no_grad(), pytest.raises(UnsupportedError, match="argument 0 of the forward is on meta and"):
+            model(given["hidden_states"].to("meta"), given["encoder_hidden_states"], timestep=given["timestep"])
         assert not recorded
         model.requires_grad_(False)
         model(**given)
