@@ -458,6 +458,27 @@ def test_a_step_as_a_cuda_graph_is_recorded_once_a_way_and_replayed_in_its_turns
     assert "int8+fp8, as a CUDA graph, ring2: 1.0 ms" in " ".join(said)
 
 
+def test_what_no_cuda_graph_can_hold_is_told_and_the_rest_is_timed(stubs, monkeypatch):
+    def recorder():
+        def record(call):
+            if (stubs.own.model.shared or {}).get("ring") == 2 or wires[0]._silent:
+                raise ValueError("no graph")
+            return call
+
+        return record
+
+    tap, said, wires = apart.TappedWire, [], []
+    monkeypatch.setattr(step, "TappedWire", lambda wire: wires.append(tap(wire)) or wires[0])
+    monkeypatch.setattr(step, "_recorder", recorder)
+    every = {"ring1": dict(cfg=1, ulysses=1, ring=2), "cfg1": dict(cfg=1, ulysses=1, ring=1)}
+    monkeypatch.setattr(step, "splits", lambda size: every)
+    [result] = run_threads(1, lambda wire: step.measure("2b", "exact", "paddle", wire, FakeClock(wire), said.append, rounds=1,
+                                                        cuda_graph=True))
+    assert list(result["ways"]) == ["one", "cfg1"] and "exchanged_ms" in result["ways"]["cfg1"]
+    assert "computed_ms" not in result["ways"]["cfg1"] and said[-1].endswith("ms exchanged")
+    assert result["failed"] == dict.fromkeys(["ring1", "cfg1 / computed"], "ValueError: no graph")
+
+
 @pytest.mark.parametrize("precision", ["exact", "safe"])
 def test_exact_steps_and_recipes_travel_one_way(precision, stubs, monkeypatch):
     monkeypatch.setattr(step, "denoising_step", lambda model, number, of: contextlib.nullcontext())

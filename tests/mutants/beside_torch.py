@@ -267,7 +267,7 @@ MUTANTS = [
     *faults(DISPATCHER + "watch.py", "",
             (' and getattr(module, "attention_calls", None) is not None]', "]", "only its module keeps what watches it alive")),
     *faults("lowbit_video/hook/report.py", MODELS + "test_a_backend_that_was_chosen_since_stays",
-            ('_active_backend() if own is None else str(getattr(own, "value", own))', "_active_backend()")),
+            ('active_backend() if own is None else str(getattr(own, "value", own))', "active_backend()")),
     *faults("lowbit_video/hook/report.py", MODELS + "test_the_context_is_as_good_as_the_method",
             ('backend.startswith("lowbit_") or bool(runs)', 'backend.startswith("lowbit_")')),
     *faults("lowbit_video/hook/report.py", MODELS + "test_a_model_with_a_backend_of_diffusers_is_reported_as_that",

@@ -118,32 +118,37 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
         if name in ways:
             outs[name] = runtime.to_numpy(out)
 
+    def tried(name: str, call: Callable[[], Any] = step) -> None:
+        try:
+            first(name, call)
+        except Exception as error:  # on all ranks alike: a kernel that does not compile, say, or what no graph can hold
+            failed[name] = f"{type(error).__name__}: {error}"
+            say(f"{model_name} step, {name}: {failed[name]}")
+            for known in (calls, ways, sent, passed):
+                known.pop(name, None)
+
     def timed(names: Iterable[str], rounds: int) -> dict[str, float]:
         around = shared if recorded is None else lambda name: contextlib.nullcontext()
         return clock.together({name: calls[name] for name in names}, rounds, AHEAD_PASSES, around)
 
-    for name in ways:
-        first(name)
+    first("one")
+    for name in list(ways)[1:]:
+        tried(name)
     times = timed(ways, rounds)
     best = sorted((name for name, way in ways.items() if way is not None and way.sends), key=times.__getitem__)[:more]
     added = {f"{name}, {how}": Way(ways[name].degrees, *travels) for name in best for how, travels in others.items()
              if travels[1] == "16bit" or ways[name].degrees["ulysses"] > 1}
     ways.update(added)
     for name in added:
-        try:
-            first(name)
-        except Exception as error:  # on all ranks alike: a kernel that does not compile, say
-            failed[name] = f"{type(error).__name__}: {error}"
-            say(f"{model_name} step, {name}: {failed[name]}")
-            del ways[name]
+        tried(name)
     times.update(timed((name for name in added if name in ways), rounds))
     apart: dict[str, Callable[[], Any]] = {}
     for name in passed:
         apart[name + COMPUTED], apart[name + EXCHANGED] = step, replay(wire.wire, passed[name], clock.like)
     calls.update(apart)
     for name in apart if cuda_graph else ():
-        first(name, apart[name])
-    times.update(timed(apart, min(rounds, APART_ROUNDS)))
+        tried(name, apart[name])
+    times.update(timed((name for name in apart if name in calls), min(rounds, APART_ROUNDS)))
     memory = clock.peaks(peaks)
     one = outs["one"].astype(np.float64)
     result: dict[str, Any] = {"model": model_name, "precision": precision, "framework": framework, "ranks": wire.size,
@@ -155,13 +160,14 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
         ideal = times["one"] / wire.size / times[name]
         row = result["ways"][name] = {"ms": times[name], "of_ideal": ideal, "sqnr_db": sqnr_db, "bytes": sent.get(name),
                                       "memory_gib": memory[name]}
-        if name in sent:
-            row.update(computed_ms=times[name + COMPUTED], exchanged_ms=times[name + EXCHANGED])
+        row.update({f"{part.removeprefix(' / ')}_ms": times[name + part] for part in (COMPUTED, EXCHANGED)
+                    if name + part in times})
         say(f"{model_name} step, {framework}, {precision}{also(result)}, {name}: {times[name]:.1f} ms, "
             f"{100 * ideal:.1f} % of ideal, {'equal' if sqnr_db is None else f'{sqnr_db:.1f} dB'} to one GPU"
             + (f", {max(memory[name]):.1f} GiB" if memory[name] else "")
-            + (f", {sent[name]['sent_total'] / 2**20:.0f} MiB sent; {row['computed_ms']:.1f} ms computed and "
-               f"{row['exchanged_ms']:.1f} ms exchanged" if name in sent else ""))
+            + (f", {sent[name]['sent_total'] / 2**20:.0f} MiB sent" if name in sent else "")
+            + "".join(f"; {times[name + part]:.1f} ms {part.removeprefix(' / ')}" for part in (COMPUTED, EXCHANGED)
+                      if name + part in times))
     return result
 
 
