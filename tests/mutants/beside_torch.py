@@ -276,7 +276,7 @@ MUTANTS = [
             MODELS + "test_a_module_that_dispatches_is_reported_whatever_its_projections_are_called",
             ("{**attention_modules(model), **dispatching_modules(model)}", "attention_modules(model)")),
     *faults("lowbit_video/hook/report.py", MODELS + "test_a_model_that_bypasses_the_dispatcher_is_refused_and_reported",
-            ('        if _active_backend().startswith("lowbit_"):', "        if False:"),
+            ('        if active_backend().startswith("lowbit_"):', "        if False:"),
             ('return hasattr(getattr(module, "processor", None), "_attention_backend")',
              'return hasattr(module, "processor")')),
     *faults(FRAMES + "own.py", OWN + "test_arguments_that_the_own_processor_does_not_take_are_named",
