@@ -15,6 +15,8 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..hook.report import active_backend, transformer_of
 
+ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+"""What PEFT's layers keep of the adapters (LoRA) that they add."""
 INSTEAD = "compile the blocks instead: pipe.compile() those of lowbit_video's pipelines, block.compile() those of diffusers'"
 
 
@@ -94,7 +96,7 @@ def cuda_graph(pipe_or_model: Any) -> CudaGraph:
 @dataclass
 class Setting:
     """What a model's forward depends on beside its arguments, to be compared before each call: modules, their hooks (by which
-    tokens are ordered and shared, too), processors with what is around them, and where weights lie.
+    tokens are ordered and shared, too), processors with what is around them, adapters, and where weights lie.
 
     objects: by identity; the Setting keeps them alive, so that no other has their place. values: by value. device: of the
     model. recipes: attentions by their plans, of those that differ from step to step.
@@ -117,6 +119,9 @@ class Setting:
             if not isinstance(forward := own.get("forward"), CudaGraph):
                 objects.append(forward)
             objects.append(own.get("_compiled_call_impl"))
+            values.append(own["training"])
+            if "scaling" in own:
+                values.append(str([own.get(name) for name in ADAPTER]))
             for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
                 objects.append(tensor)
                 if tensor is not None:

@@ -570,6 +570,8 @@ MUTANTS = [
             (', *own["_forward_pre_hooks"].values()', ""), (', *own["_forward_hooks"].values()]', "]"),
             ("                objects.append(forward)\n", "                pass\n"),
             ('            objects.append(own.get("_compiled_call_impl"))\n', ""),
+            ('            values.append(own["training"])\n', ""),
+            ('            if "scaling" in own:\n', "            if False:\n"),
             ("                    values.append(_address(tensor))\n", ""),
             ("objects += [processor, getattr(", "objects += [getattr("),
             ('getattr(processor, "__dict__", {}).get("attend"), ', ""),

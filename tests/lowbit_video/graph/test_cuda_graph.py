@@ -169,6 +169,8 @@ CHANGES = {
     "what is around": lambda model: setattr(model.transformer_blocks[0].attn1.attention_slot, "around",
                                             lambda attend: functools.partial(twice, attend)),
     "a backend": lambda model: setattr(model.transformer_blocks[0].attn1.processor, "_attention_backend", "another"),
+    "training": lambda model: model.train(),
+    "an adapter's scale": lambda model: setattr(model.proj_out, "scaling", {"default": 2.0}),
     "order": lambda model: lv.order_tokens(model, "hilbert"),
     "a hook": lambda model: model.transformer_blocks[1].register_forward_hook(lambda module, given, out: (out[0], out[1] * 2)),
     "a hook before": lambda model: model.proj_out.register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
