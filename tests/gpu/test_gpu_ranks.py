@@ -125,4 +125,4 @@ def test_pieces_of_heads_that_are_gathered_change_nothing(gpu, monkeypatch):
         np.testing.assert_array_equal(cut, whole)
         np.testing.assert_array_equal(lse, whole_lse)
         one = gpu.numpy(attend(q, k, v))
-        assert l1(whole, one) < 2e-3 and (np.abs(whole - one).sum(-1) / np.abs(one).sum(-1)).max() < 0.02
+        assert l1(whole, one) < 2e-4 and (np.abs(whole - one).sum(-1) / np.abs(one).sum(-1)).max() < 0.1
