@@ -18,6 +18,8 @@ ABOUT = (f"\"{SHARE.capitalize()}\": one GPU's time, shared evenly, over this ti
          "are the slowest rank's, medians over turns from a cold L2 cache.")
 ONE_RUN = "All of a framework's are of one run."
 COMPILED, GRAPH = ", blocks compiled", ", as a CUDA graph"
+KEYS = {"gathered": ", codes of keys gathered"}
+"""How a ring's keys reached each rank; in other runs they went round."""
 NUMBERED = "A number behind a framework is that of its run."
 APART = ("\"Computed\": the same without the transfers, for which what an earlier one brought is copied. \"Exchanged\": these "
          "transfers alone, one after the other.")
@@ -94,7 +96,7 @@ def _things(result: Result) -> str:
     models = dict.fromkeys(f"{step['model']}{also(step)}" for step in result["steps"])
     things = ["a layer's attention"] * bool(result["attention"])
     things += [f"steps of {' and '.join(models)}"] * bool(models) + ["decoding"] * bool(result["decode"])
-    return "; ".join(things)
+    return "; ".join(things) + KEYS.get(result.get("keys"), "")
 
 
 def _attention(named: Mapping[str, Result]) -> Iterator[tuple[str, tuple[str, ...], list[list[str]]]]:

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 
+from lowbit_video.distributed.keys_part import MOST_BYTES
 from lowbit_video.files import write_json, write_whole
 from lowbit_video.precision import as_precision
 
@@ -37,7 +38,8 @@ def _measure(args: argparse.Namespace) -> None:
     clock = Clock(wire, like)
     say = (lambda text: print(text, flush=True)) if wire.rank == 0 else (lambda text: None)
     about = bench.environment(args.framework) if wire.rank == 0 else {}
-    result: dict = {**about, "ranks": wire.size, "keys": "gathered", "attention": [], "steps": [], "decode": None}
+    result: dict = {**about, "ranks": wire.size, "keys": "gathered" if MOST_BYTES else "round", "attention": [], "steps": [],
+                    "decode": None}
 
     def save() -> None:
         if wire.rank == 0:
