@@ -8,7 +8,7 @@ from typing import Any
 
 from ..distributed.cost.figures import MEASURED, USUAL, Figures, load_figures
 from ..distributed.cost.models import MODELS, find_model
-from ..distributed.cost.split import MAX_GPUS, Cost, predict, splits, task_of
+from ..distributed.cost.split import MAX_GPUS, Cost, free_host, predict, splits, task_of
 from ..distributed.cost.task import Task
 from ..distributed.exchange import EXCHANGES, OUTPUTS
 from ..files import write_json
@@ -38,6 +38,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", default="16bit", choices=OUTPUTS, help="what attention's output travels as "
                         "(default: %(default)s)")
     parser.add_argument("--framework", help="whose step was measured (default: the first in the figures)")
+    parser.add_argument("--cuda-graph", action="store_true", help="the transformer as a CUDA graph, so that no host sets the "
+                        "pace (PyTorch); compared with what was measured so")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     for name, unit in (("frames", "of the video"), ("height", "pixels"), ("width", "pixels")):
         parser.add_argument(f"--{name}", type=int, help=f"{unit} (default: the model's)")
@@ -52,9 +54,13 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; writes what was asked for."""
     figures = load_figures(*args.measured)
+    figures = free_host(figures) if args.cuda_graph else figures
     same = {name: getattr(args, name) for name in ("precision", "exchange", "output", "link", "framework", "steps", "frames",
                                                    "height", "width")}
     task = Task(find_model(args.model), figures, **same, text_encoder=not args.no_text_encoder)
+    if args.cuda_graph and task.framework != "torch":
+        raise ValueError(f"--cuda-graph records PyTorch's launches, and the framework is {task.framework}; add --framework "
+                         "torch, or leave it out")
     if args.plot:
         from .plan_plot import check_plot, plot_scaling
 
@@ -62,20 +68,21 @@ def run(args: argparse.Namespace) -> int:
     costs, refused = splits(task, args.gpus) if args.gpus is not None else ([], [])
     scaling = best_by_count(task) if args.plot or args.json or args.gpus is None else []
     alone = splits(task, 1)[0][0]
-    print("\n".join([*heading(task), "", *table(costs or scaling, alone), ""]))
+    print("\n".join([*heading(task, args.cuda_graph), "", *table(costs or scaling, alone), ""]))
     for degrees, reason in refused:
         print(f"cannot be: {degrees}: {reason}")
-    compared = compare(task, figures)
+    compared = compare(task, figures, args.cuda_graph)
     print("\n".join(comparison(compared) + notes(task, args.gpus or MAX_GPUS, costs or scaling)))
     if args.json:
         write_json(args.json, {
             "about": {"model": task.model.name, "gpu": figures.gpu.name, "tokens": task.tokens, "size": list(task.size), **same,
+                      "cuda_graph": args.cuda_graph,
                       "precision": task.precision, "wire": str(task.wire), "framework": task.framework},
             "splits": [as_dict(cost, alone) for cost in costs],
             "refused": [{**asdict(degrees), "reason": reason} for degrees, reason in refused],
             "scaling": [as_dict(cost, alone) for cost in scaling], "measured": compared})
     if args.plot:
-        plot_scaling(task, scaling, compared, args.plot)
+        plot_scaling(task, scaling, compared, args.plot, args.cuda_graph)
     return 0
 
 
@@ -96,13 +103,13 @@ def as_dict(cost: Cost, alone: Cost) -> dict[str, Any]:
             "efficiency": speed_up(cost, alone) / cost.degrees.ranks}
 
 
-def heading(task: Task) -> list[str]:
+def heading(task: Task, cuda_graph: bool = False) -> list[str]:
     """What is planned."""
     frames, height, width = task.size
     return [f"{task.model.name}, {frames} frames of {height}x{width}: {task.tokens} tokens, {task.steps} steps with guidance; "
             f"{task.figures.gpu.name}, {task.link}",
             f"attention {task.precision}; Q, K and V travel as {task.wire}, the output as {task.output}; the rest as "
-            f"{task.framework} runs it"]
+            f"{task.framework} runs it" + ", as a CUDA graph" * cuda_graph]
 
 
 def table(costs: Sequence[Cost], alone: Cost) -> list[str]:
@@ -117,11 +124,13 @@ def table(costs: Sequence[Cost], alone: Cost) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def compare(task: Task, figures: Figures) -> list[dict[str, Any]]:
-    """Whole things that were measured of this model at this precision, with what the model of cost says of them."""
+def compare(task: Task, figures: Figures, cuda_graph: bool = False) -> list[dict[str, Any]]:
+    """Whole things that were measured of this model at this precision, with what the model of cost says of them.
+
+    cuda_graph: those of CUDA graphs, or those of all else."""
     found = []
     for row in figures.rows:
-        if row.get("what") not in WHOLE:
+        if row.get("what") not in WHOLE or bool(row.get("cuda_graph")) != cuda_graph:
             continue
         measured, degrees = task_of(row, figures)
         if (measured.model, measured.precision, measured.framework, measured.size, measured.link) == (

@@ -679,6 +679,12 @@ def test_steps_of_compiled_blocks_are_named():
     assert "| a step of 2b, blocks compiled: cfg2 |" in table.short([result])
 
 
+def test_a_run_whose_keys_were_gathered_says_so():
+    given = [result_of("torch"), {**result_of("torch"), "keys": "gathered"}, {**result_of("torch"), "keys": "round"}]
+    told = [line for line in table.markdown(given).splitlines() if line.startswith("- PyTorch")]
+    assert ["gathered" in line for line in told] == [False, True, False] and told[1].endswith(", codes of keys gathered")
+
+
 def test_compiled_blocks_are_compiled_once_each():
     said = []
     block = types.SimpleNamespace(compile=lambda **how: said.append(how))
@@ -792,10 +798,14 @@ def test_rank_0_writes_figures_and_page_after_each_part(monkeypatch, tmp_path):
 
     run_threads(2, work)
     written = json.loads(out.read_text())
+    assert written["keys"] == "gathered"
+    monkeypatch.setattr(worker, "MOST_BYTES", 0)
+    run_threads(2, work)
+    assert json.loads(out.read_text()) == {**written, "keys": "round"}
     assert seen[0]["attention"] == kept["attention"] == written["attention"] and seen[0]["steps"] == []
     assert written["steps"] == kept["steps"] and written["ranks"] == 2 and written["decode"] is None
     assert sorted(path.name for path in out.parent.iterdir()) == ["parallel.json", "parallel.md"]
-    assert out.with_suffix(".md").read_text() == table.markdown([written])
+    assert out.with_suffix(".md").read_text() == table.markdown([{**written, "keys": "round"}])
 
 
 def test_the_readme_shows_what_was_measured():

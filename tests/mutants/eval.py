@@ -358,6 +358,8 @@ MUTANTS = [
             ("args.rounds < 1", "args.rounds < 0"), ("splits(args.gpus))", "splits(4))")),
     *faults("eval/speed/parallel/table.py", "tests/eval/test_bench_parallel.py::test_steps_of_compiled_blocks_are_named",
             ('COMPILED * bool(step.get("compiled"))', '""')),
+    *faults("eval/speed/parallel/table.py", "tests/eval/test_bench_parallel.py::test_a_run_whose_keys_were_gathered_says_so",
+            ('KEYS.get(result.get("keys"), "")', "KEYS['gathered']"), ('KEYS.get(result.get("keys"), "")', '""')),
     *faults("eval/speed/parallel/launch.py", "tests/eval/test_bench_parallel.py",
             ('*(["--compile"] if args.compile else [])', ""), ('if args.compile and args.framework != "torch":', "if False:")),
     *faults("eval/speed/parallel/worker.py", "tests/eval/test_bench_parallel.py", ("args.more, args.compile", "args.more"),

@@ -115,7 +115,22 @@ def test_measured_rows_stand_beside_what_is_modelled(tmp_path, capsys):
     assert {line["decode s"] for line in rows_of(text.splitlines())} == {"0.00"}
 
 
+def test_of_cuda_graphs_no_host_sets_the_pace(tmp_path, capsys):
+    """They are compared with what was measured so, and the others with the others."""
+    row = {"what": "transformer", "model": "CogVideoX-2b", "framework": "torch", "precision": "int8+fp8", "cfg": 2, "ring": 2}
+    rows = [{**row, "ms": 77.7}, {**row, "ms": 66.6, "cuda_graph": True}]
+    (path := tmp_path / "mine.json").write_text(json.dumps({"rows": rows, "programs": {"torch": {"layer_host_us": 9000}}}))
+    lines = lambda *more: "\n".join(lines_of(capsys, "--gpus", "8", "--framework", "torch", "--measured", str(path), *more))
+    usual, graph = lines(), lines("--cuda-graph", "--json", str(tmp_path / "plan.json"))
+    assert "77.7 ms" in usual and "66.6 ms" not in usual and "77.7 ms" not in graph and "66.6 ms" in graph
+    assert "runs it, as a CUDA graph\n" in graph and "as a CUDA graph" not in usual
+    assert "The host launches" in usual and "The host launches" not in graph
+    assert float(rows_of(graph.splitlines())[0]["step ms"]) < 100 < 270 < float(rows_of(usual.splitlines())[0]["step ms"])
+    assert json.loads((tmp_path / "plan.json").read_text())["about"]["cuda_graph"] is True
+
+
 @pytest.mark.parametrize("argv, words", [
+    (["--cuda-graph"], "the framework is paddle; add --framework torch"),
     (["--model", "CogVideoX-9b"], "unknown model 'CogVideoX-9b'; there are: CogVideoX-2b, CogVideoX-5b, CogVideoX-1.5-5b"),
     (["--link", "rope"], "unknown link 'rope'; there are: nvlink, pcie4, ib400"), (["--gpus", "65"], "65 GPUs; from 1 to 64"),
     (["--gpus", "0"], "0 GPUs"), (["--precision", "int9"], "unknown precision 'int9'; there are: fp16"),
@@ -148,6 +163,8 @@ def test_the_plot_tells_the_measured_from_the_modelled(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: (drawn.append(figure), path.write_bytes(b"png")))
     plan_plot.plot_scaling(task, plan.best_by_count(task), compared, tmp_path / "plan.png")
+    plan_plot.plot_scaling(task, plan.best_by_count(task), compared, tmp_path / "plan.png", True)
+    assert ["as a CUDA graph" in figure.get_suptitle() for figure in drawn] == [False, True]
     times, shares = drawn[0].axes
     lines = {line.get_label(): line for line in times.lines}
     assert list(lines["modelled, best split"].get_xdata()) == list(plan.COUNTS)
