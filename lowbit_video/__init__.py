@@ -10,11 +10,11 @@ Importing this package imports NumPy, but no framework and no Triton, and asks n
 """
 from .api import attention, attention_varlen
 from .codes import attention_of_codes, prequantize
+from .cuda_graphs.forward import cuda_graph
 from .distributed.context_parallel import cp_plan
 from .distributed.parallelize import parallelize, unparallelize
 from .engine.codes import AttentionCodes
 from .errors import NonFiniteError, UnsupportedError
-from .graph.cuda_graph import cuda_graph
 from .hook.apply import apply, remove
 from .hook.dispatcher.register import register_diffusers, unregister_diffusers
 from .hook.frames import declare_attention

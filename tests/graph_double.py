@@ -4,9 +4,9 @@ import threading
 
 import torch
 
+from lowbit_video.cuda_graphs import forward, torch_capture
 from lowbit_video.distributed.group import Traffic
 from lowbit_video.distributed.watch import WatchedWire
-from lowbit_video.graph import cuda_graph, torch_capture
 from lowbit_video.hook.report import Record
 
 leaves = torch.utils._pytree.tree_leaves
@@ -54,7 +54,7 @@ def doubled(monkeypatch):
 
     monkeypatch.setattr(WatchedWire, "_counted", begun)
     monkeypatch.setattr(torch_capture, "captured", captured)
-    monkeypatch.setattr(cuda_graph, "_type_of", lambda device: "cuda")
-    monkeypatch.setattr(cuda_graph, "_new_pool", object)
-    monkeypatch.setattr(cuda_graph, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(forward, "_type_of", lambda device: "cuda")
+    monkeypatch.setattr(forward, "_new_pool", object)
+    monkeypatch.setattr(forward, "_on", lambda device: contextlib.nullcontext())
     return found

@@ -16,10 +16,10 @@ import torch
 from models import load_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lowbit_video.cuda_graphs.forward import cuda_graph
 from lowbit_video.eval.compare.candidates import EXACT, FLOOR, Candidate, applied, as_candidate
 from lowbit_video.eval.compare.paired import coverage_note
 from lowbit_video.eval.speed.baselines import BASELINES
-from lowbit_video.graph.cuda_graph import cuda_graph
 from lowbit_video.hook.apply import apply
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
 

@@ -15,9 +15,9 @@ pytest.importorskip("transformers", reason="the text encoder is transformers' T5
 pytest.importorskip("skimage", reason="SSIM is scikit-image's")
 from graph_double import doubled  # noqa: E402
 from lowbit_video import Recipe  # noqa: E402
+from lowbit_video.cuda_graphs.forward import CudaGraph  # noqa: E402
 from lowbit_video.errors import UnsupportedError  # noqa: E402
 from lowbit_video.eval.metrics.shared.device import Device  # noqa: E402
-from lowbit_video.graph.cuda_graph import CudaGraph  # noqa: E402
 from lowbit_video.pipelines.shared.video_files import BadFramesError  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "examples" / "small_cogvideox"

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,14 +71,8 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
     apply(model, Recipe.load(precision) if recipe else precision)
     if compiled:
         compile_blocks(model)
-    rng = np.random.default_rng(0)
-    frames, height, width = LATENTS[model_name]
-    normal = lambda *shape: runtime.from_numpy(rng.standard_normal(shape).astype(np.float32), clock.like, "float16")
-    latents, text = normal(2, frames, 16, height, width), normal(2, TEXT_TOKENS, TEXT_CHANNELS)
-    step = _step(model, framework, latents, text, runtime, clock.like)
-    others = {} if recipe else formats(precision)
-    if others.pop(CODES, None) is None:
-        others = {}  # without codes all travels in 16 bits anyway
+    step = _step(model, framework, *_inputs(model_name, clock), runtime, clock.like)
+    others = {} if recipe else _other_formats(precision)
     ways: dict[str, Way | None] = {"one": None}
     ways.update({name: Way(parts) for name, parts in splits(wire.size).items() if only is None or name in only})
     outs, sent, passed, peaks, failed = {}, {}, {}, {}, {}
@@ -142,40 +136,66 @@ def measure(model_name: str, precision: str, framework: str, wire: Any, clock: C
     for name in added:
         tried(name)
     times.update(timed((name for name in added if name in ways), rounds))
-    apart: dict[str, Callable[[], Any]] = {}
-    for name in passed:
-        apart[name + COMPUTED], apart[name + EXCHANGED] = step, replay(wire.wire, passed[name], clock.like)
+    apart = {name + part: call for name in passed
+             for part, call in ((COMPUTED, step), (EXCHANGED, replay(wire.wire, passed[name], clock.like)))}
     calls.update(apart)
     for name in apart if cuda_graph else ():
         tried(name, apart[name])
     times.update(timed((name for name in apart if name in calls), min(rounds, APART_ROUNDS)))
     memory = clock.peaks(peaks)
-    one = outs["one"].astype(np.float64)
     result: dict[str, Any] = {"model": model_name, "precision": precision, "framework": framework, "ranks": wire.size,
                               "exchange": "auto", "output": "16bit", "compiled": compiled, "cuda_graph": cuda_graph,
                               "failed": failed, "ways": {}}
     for name in ways:
-        error = ((outs[name] - one) ** 2).sum()
-        sqnr_db = float(10 * np.log10((one**2).sum() / error)) if error else None
-        ideal = times["one"] / wire.size / times[name]
-        row = result["ways"][name] = {"ms": times[name], "of_ideal": ideal, "sqnr_db": sqnr_db, "bytes": sent.get(name),
-                                      "memory_gib": memory[name]}
-        row.update({f"{part.removeprefix(' / ')}_ms": times[name + part] for part in (COMPUTED, EXCHANGED)
-                    if name + part in times})
-        say(f"{model_name} step, {framework}, {precision}{also(result)}, {name}: {times[name]:.1f} ms, "
-            f"{100 * ideal:.1f} % of ideal, {'equal' if sqnr_db is None else f'{sqnr_db:.1f} dB'} to one GPU"
-            + (f", {max(memory[name]):.1f} GiB" if memory[name] else "")
-            + (f", {sent[name]['sent_total'] / 2**20:.0f} MiB sent" if name in sent else "")
-            + "".join(f"; {times[name + part]:.1f} ms {part.removeprefix(' / ')}" for part in (COMPUTED, EXCHANGED)
-                      if name + part in times))
+        row = result["ways"][name] = {
+            "ms": times[name], "of_ideal": times["one"] / wire.size / times[name], "bytes": sent.get(name),
+            "sqnr_db": _sqnr_db(outs[name], outs["one"]), "memory_gib": memory[name],
+            **{_key(part): times[name + part] for part in (COMPUTED, EXCHANGED) if name + part in times}}
+        say(f"{model_name} step, {framework}, {precision}{also(result)}, {name}: {_line(row)}")
     return result
+
+
+def _other_formats(precision: str) -> dict[str, tuple[str, str]]:
+    """What else than a precision's codes can travel; nothing where there are none, as all travels in 16 bits then."""
+    found = formats(precision)
+    return {} if found.pop(CODES, None) is None else found
+
+
+def _inputs(model_name: str, clock: Clock) -> tuple[Any, Any]:
+    """(noisy latents, text features) of both halves of guidance, float16, the same on every rank."""
+    rng = np.random.default_rng(0)
+    frames, height, width = LATENTS[model_name]
+    normal = lambda *shape: clock.runtime.from_numpy(rng.standard_normal(shape).astype(np.float32), clock.like, "float16")
+    return normal(2, frames, 16, height, width), normal(2, TEXT_TOKENS, TEXT_CHANNELS)
+
+
+def _sqnr_db(out: np.ndarray, one: np.ndarray) -> float | None:
+    """Of a prediction beside one GPU's, dB; None where they are equal."""
+    wanted = one.astype(np.float64)
+    error = ((out - wanted) ** 2).sum()
+    return float(10 * np.log10((wanted**2).sum() / error)) if error else None
+
+
+def _key(part: str) -> str:
+    """Under which the time of a part apart stands in a row."""
+    return f"{part.removeprefix(' / ')}_ms"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A way's row in words."""
+    equal = "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+    return (f"{row['ms']:.1f} ms, {100 * row['of_ideal']:.1f} % of ideal, {equal} to one GPU"
+            + (f", {max(row['memory_gib']):.1f} GiB" if row["memory_gib"] else "")
+            + (f", {row['bytes']['sent_total'] / 2**20:.0f} MiB sent" if row["bytes"] else "")
+            + "".join(f"; {row[_key(part)]:.1f} ms {part.removeprefix(' / ')}" for part in (COMPUTED, EXCHANGED)
+                      if _key(part) in row))
 
 
 def _recorder() -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """What makes calls CUDA graphs, of one memory, for they are replayed one after the other."""
     import torch
 
-    from lowbit_video.graph.torch_capture import Graphed
+    from lowbit_video.cuda_graphs.torch_capture import Graphed
 
     return functools.partial(Graphed, pool=torch.cuda.graph_pool_handle())
 

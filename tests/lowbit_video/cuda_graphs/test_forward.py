@@ -14,9 +14,9 @@ from diffusers.models import attention_dispatch  # noqa: E402
 import dispatch_models  # noqa: E402
 import lowbit_video as lv  # noqa: E402
 from graph_double import WORKED, doubled  # noqa: E402
+from lowbit_video.cuda_graphs import torch_capture  # noqa: E402
+from lowbit_video.cuda_graphs.torch_capture import Graphed  # noqa: E402
 from lowbit_video.distributed.watch import WatchedWire  # noqa: E402
-from lowbit_video.graph import torch_capture  # noqa: E402
-from lowbit_video.graph.torch_capture import Graphed  # noqa: E402
 from ranks import run_threads  # noqa: E402
 
 pytestmark = pytest.mark.parity
