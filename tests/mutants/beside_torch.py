@@ -649,6 +649,8 @@ MUTANTS = [
             ("        assert not breaks,", "        assert True,"), ("sqnr_db(out, eager[method])", "sqnr_db(out, wanted)"),
             ('            assert row["sqnr_to_eager_db"] >= floor,', "            assert True,"),
             ("        if method in eager:\n", "        if False:\n"), ("side.graphs() - graphs", "side.graphs()")),
+    *faults(STEP + "table.py", STEPS + "test_up_to_three_panels_stand_in_a_row_and_four_two_by_two[4-shape3]",
+            ("columns = 2 if len(results) == 4 else min(", "columns = min(")),
     *faults(STEP + "measure.py", STEPS + "test_times_are_milliseconds_and_compared_with_the_fastest_exact_method",
             ("(time.perf_counter() - begin) * 1e3)", "(time.perf_counter() - begin) * 1e6)"),
             ('if row["method"] in EXACT), default=None)', "), default=None)"),

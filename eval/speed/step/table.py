@@ -98,13 +98,14 @@ def _others(found: Mapping[str, Mapping[str, Any]], last: str) -> list[str]:
 
 
 def plot(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Bars of a step's time by method, a panel for each model: what is not attention, then attention; its last mode."""
+    """Bars of a step's time by method, a panel for each model: a step without attention, then what the method adds; its last
+    mode."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(3, len(results))
+    columns = 2 if len(results) == 4 else min(3, len(results))
     figure, axes = plt.subplots(-(-len(results) // columns), columns, squeeze=False, layout="constrained",
                                 figsize=(4.6 * columns, 2.6 * -(-len(results) // columns) + 0.4))
     for axis in list(axes.flat)[len(results):]:
@@ -117,7 +118,7 @@ def plot(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: P
         names = [row["title"] for row in rows]
         low = ["+" in row["method"] or row["method"] == OURS or names_recipe(precision_of(row["method"])) for row in rows]
         if without:  # else the whole step has the colour of its attention
-            axis.barh(names, [without] * len(rows), color="tab:gray", label="all but attention")
+            axis.barh(names, [without] * len(rows), color="tab:gray")
         axis.barh(names, [row["median_ms"] - without for row in rows], left=without,
                   color=["tab:blue" if ours else "tab:orange" for ours in low])
         for place, row in enumerate(rows):
@@ -127,7 +128,8 @@ def plot(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]], path: P
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)
         axis.set_xlabel("ms a step", fontsize=8)
-    colours = {"all but attention": "tab:gray", "exact or another library's attention": "tab:orange", "ours": "tab:blue"}
+    colours = {"a step without attention": "tab:gray", "with exact or another library's": "tab:orange",
+               "with ours": "tab:blue"}
     figure.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()], list(colours), fontsize=7,
                   ncols=3, loc="outside lower center")
     figure.suptitle(f"One denoising step on {about['gpu']}, commit {about['commit']}", fontsize=9)

@@ -417,6 +417,17 @@ def test_shares_and_bars_are_of_the_last_mode_and_noise_of_eager_steps(monkeypat
     assert bars == [(["int8+fp8"], [20.0], 0), (["int8+fp8"], [40.0], 20.0)]
 
 
+@pytest.mark.parametrize("count, shape", [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3))])
+def test_up_to_three_panels_stand_in_a_row_and_four_two_by_two(count, shape, monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    shapes, subplots = [], pyplot.subplots
+    monkeypatch.setattr(pyplot, "subplots", lambda *sizes, **how: shapes.append(sizes) or subplots(*sizes, **how))
+    row = dict(mode="eager", method="int8+fp8", title="int8+fp8", median_ms=20953.0)
+    result = dict(model="m", video_tokens=7, rows=[row])
+    table.plot(dict(gpu="G", commit="c"), [result] * count, tmp_path / "step.png")
+    assert shapes == [shape]
+
+
 def test_both_frameworks_are_timed_one_after_the_other_and_set_side_by_side(tmp_path):
     assert bench(tmp_path, "--framework", "torch", "paddle", "--methods", "exact", "none", "--modes", "eager") == 0
     written = json.loads((tmp_path / "step.json").read_text())
