@@ -354,6 +354,69 @@ def test_the_shortest_useful_lengths_are_what_the_results_say():
         assert tuning.FASTER_FROM[variant, pv, arch, head_dim] == max(tokens, crossing), (variant, pv, head_dim)
 
 
+ROOT = Path(__file__).parents[2]
+STEP_METHODS = ("fa2", "cudnn", "fa4", "int8+fp8", "int8+fp16", "none")
+STEPS = {"CogVideoX-2b, eager": ("step_fused", "cogvideox-2b", "eager"),
+         "CogVideoX-2b, blocks compiled": ("step_fused", "cogvideox-2b", "blocks"),
+         "CogVideoX-5b, eager": ("step_large", "cogvideox-5b", "eager"),
+         "CogVideoX-5b, blocks compiled": ("step_large", "cogvideox-5b", "blocks"),
+         "CogVideoX-1.5-5b, eager": ("step_large", "cogvideox-1.5-5b", "eager"),
+         "Wan2.1-14B, 720p, eager": ("step_large", "wan2.1-14b-720p", "eager"),
+         "HunyuanVideo, 720p, eager": ("step_large", "hunyuanvideo-720p", "eager")}
+"""The rows of the README's table of steps: the file, model and mode that they are of."""
+
+
+def step_result(file, model, mode):
+    """(what `bench step` has of a model, its rows of a mode by method)."""
+    models = json.loads((Path(bench.__file__).parent / "results" / f"{file}.json").read_text())["models"]
+    result = next(result for result in models if result["model"] == model)
+    return result, {row["method"]: row for row in result["rows"] if row["mode"] == mode}
+
+
+def step_cells(rows, methods):
+    """A step's ms by method, ours with the speed-up over the fastest exact one."""
+    return [f"{row['median_ms']:.0f}" + f" ({row['speedup_over_exact']:.2f}x)" * ("+" in method)
+            if (row := rows.get(method)) else "" for method in methods]
+
+
+def table_of(file, first):
+    """The rows of a Markdown table that follow its header, which begins as given; cells without blanks and stars."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith(first)) + 2
+    end = next(i for i in range(begin, len(lines)) if not lines[i].startswith("|"))
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[begin:end]]
+
+
+def test_the_readmes_steps_are_what_was_measured():
+    shown = table_of("README.md", "| | tokens | FlashAttention-2 | cuDNN | FlashAttention-4 | int8+fp8 | int8+fp16 | no")
+    assert [row[0] for row in shown] == list(STEPS)
+    for (title, tokens, *cells), of in zip(shown, STEPS.values()):
+        result, rows = step_result(*of)
+        assert (int(tokens), cells) == (result["video_tokens"], step_cells(rows, STEP_METHODS)), title
+
+
+def test_the_largest_steps_of_diffusers_dispatcher_are_what_was_measured():
+    shown = table_of("docs/diffusers.md", "| ms a step, one H100 |")
+    for (_, tokens, *cells), model in zip(shown, ("wan2.1-14b-720p", "hunyuanvideo-720p"), strict=True):
+        result, rows = step_result("step_large", model, "eager")
+        peak = f"{max(row['peak_gib'] for row in rows.values()):.1f}"
+        assert (int(tokens), cells) == (result["video_tokens"], [*step_cells(rows, STEP_METHODS[1:]), peak]), model
+
+
+def test_what_the_notes_say_attention_adds_to_a_step_is_what_was_measured():
+    shown = table_of("eval/speed/NOTES.md", "| | FlashAttention-4 | of its step |")
+    of = {title: of for title, of in STEPS.items() if of[0] == "step_large"}
+    assert [row[0] for row in shown] == list(of)
+    for title, *cells in shown:
+        _, rows = step_result(*of[title])
+        adds = {method: rows[method]["median_ms"] - rows["none"]["median_ms"] for method in rows}
+        ours = [method for method in ("int8+fp8", "int8+fp16") if method in rows]
+        assert cells == [f"{adds['fa4']:.0f}", f"{rows['fa4']['attention_share']:.0%}".replace("%", " %"),
+                         *(f"{adds[method]:.0f} ({adds['fa4'] / adds[method]:.2f}x)" for method in ours),
+                         *[""] * (2 - len(ours)),
+                         ", ".join(f"{rows[method]['speedup_over_exact']:.2f}x" for method in ours)], title
+
+
 def test_a_named_commit_goes_before_the_checkouts(monkeypatch):
     monkeypatch.setenv("LOWBIT_VIDEO_COMMIT", "def5678")
     assert bench.settings.commit() == bench.settings.environment()["commit"] == "def5678"
