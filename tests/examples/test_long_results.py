@@ -1,0 +1,105 @@
+"""What README and card say of the long model's speed and quality is what its files of results hold."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "examples" / "small_cogvideox" / "long" / "results"
+PAGES = {"README": ROOT / "README.md", "card": ROOT / "examples" / "small_cogvideox" / "README.md"}
+KINDS = ("striped", "checkered", "cloudy", "shaded", "plain")
+ASKED = tuple(f"adherence.{name}" for name in ("colour", "shape", "motion"))
+RUNS = {"the reference": "exact", "noise floor": "floor", "cuDNN": "exact (cuDNN)",
+        "FlashAttention-4": "exact (FlashAttention-4)", "int8+fp8": "int8+fp8", "int8+fp16": "int8+fp16"}
+NUMBER = r"-?\d+(?:\.\d+)?"
+
+
+def read(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def table_of(page, head):
+    """{first cell: its other cells} of the table whose head begins so."""
+    lines = PAGES[page].read_text(encoding="utf-8").split(f"\n| {head} |", 1)[1].splitlines()[2:]
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[first] = cells
+    return rows
+
+
+def same(text, values, digits):
+    """The numbers in a cell are these, rounded to so many digits."""
+    found = [float(number) for number in re.findall(NUMBER, text)]
+    assert found == pytest.approx(values, abs=0.51 * 10**-digits), text
+
+
+def interval(figure):
+    return [figure["value"], figure["low"], figure["high"]]
+
+
+def run_of(label):
+    """Of a row of recipes: "int8+fp8 everywhere", "pooled 0.3 everywhere", "recipe of 0.55x" or a link to a recipe's file."""
+    if name := re.match(r"\[(.*?)\]", label):
+        return name[1]
+    name = label.removesuffix(" everywhere").removeprefix("recipe of ")
+    if label.startswith("recipe of "):
+        return f"{name}.toml"
+    return f"int8+fp8 {name} always 64" if name.startswith("pooled") else name
+
+
+def test_the_readmes_recipes_are_the_curves():
+    curve, timed = read("curve.json"), read("recipe_attention.json")
+    rows = table_of("README", f"{curve['about']['captions']} captions, 25 steps, bfloat16, Hilbert order")
+    assert {run_of(label) for label in rows} == set(curve["kept"])
+    for label, (kept, faster, psnr, by_kind, asked) in rows.items():
+        run = run_of(label)
+        own = timed["recipes"][run]["ms"] if run in timed["recipes"] else timed["ms"][run]
+        same(kept, [100 * curve["kept"][run]], 0)
+        same(faster, [timed["ms"]["int8+fp8"] / own], 2)
+        same(psnr, interval(curve["rows"][run]["psnr"]), 1)
+        same(by_kind, [curve["groups"][kind]["rows"][run]["psnr"]["value"] for kind in KINDS], 1)
+        same(asked, [100 * curve["rows"][run][name]["value"] for name in ASKED], 0)
+
+
+@pytest.mark.parametrize(("page", "head", "digits"), [("README", "run | PSNR, dB | SSIM | LPIPS", 3),
+                                                      ("card", "attention | PSNR, dB | SSIM | LPIPS", 4)])
+def test_the_exact_kernels_and_precisions_are_the_graphs(page, head, digits):
+    rows, told = read("precisions_graph_bfloat16.json")["rows"], table_of(page, head)
+    assert len(told) == len(rows)
+    for label, cells in told.items():
+        run = next(run for name, run in RUNS.items() if name in label.replace("`", ""))
+        psnr, ssim, lpips, *asked, seconds, speed_up = cells
+        if run != "exact":
+            same(psnr, interval(rows[run]["psnr"]), 1)
+            same(ssim + " " + lpips, [rows[run]["ssim"]["value"], rows[run]["lpips"]["value"]], digits)
+        same(" ".join(asked), [100 * rows[run][name]["value"] for name in ASKED], 0)
+        same(seconds, [rows[run]["seconds"]["value"]], 3)
+        same(speed_up, interval(rows[run]["speed_up"])[:3 if run.startswith("int8") else 1], 2)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_float16_gives_is_its_graphs(page):
+    rows, text = read("precisions_graph_float16.json")["rows"], " ".join(PAGES[page].read_text(encoding="utf-8").split())
+    for run in ("int8+fp8", "int8+fp16"):
+        middle, low, high = interval(rows[run]["speed_up"])
+        assert re.search(rf"{middle:.2f}x [(\[]{low:.2f}(, |\.\.){high:.2f}[)\]]", text)
+        assert re.search(rf"{re.escape(run)}`?[^.]* at {rows[run]['psnr']['value']:.1f}", text)
+
+
+def test_what_recipes_lose_to_dense_int8_fp8_is_told():
+    below, text = read("curve.json")["below"], " ".join(PAGES["README"].read_text(encoding="utf-8").split())
+    for run, told in (("recipe.toml", "lies "), ("recipe_fast.toml", "")):
+        assert f"{run} {told}" + "{:.1f} dB [{:.1f}, {:.1f}]".format(*interval(below[run]["psnr"])) in text
+    shapes = "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * x for x in interval(below["recipe_fast.toml"]["adherence.shape"])))
+    assert f"recipe_fast.toml has {shapes} fewer shapes right" in text
+    assert min(run["psnr"]["value"] for name, run in below.items() if name != "floor") > 3, "None is within 3 dB"
+
+
+def test_no_file_of_results_names_a_place_of_the_machine_that_made_it():
+    for path in sorted(RESULTS.glob("*")):
+        if path.suffix in (".json", ".md"):
+            assert not re.search(r"(?<![\w.])/(tmp|work|home|root)/", path.read_text(encoding="utf-8")), path.name
