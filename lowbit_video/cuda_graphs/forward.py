@@ -5,6 +5,7 @@ where several GPUs share a step, the host sets the pace; a graph is launched at 
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import operator
@@ -14,6 +15,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..hook.report import active_backend, transformer_of
+from .stale import Stale
 
 ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 """What PEFT's layers keep of the adapters (LoRA) that they add."""
@@ -30,7 +32,7 @@ class CudaGraph:
         self._model, self._plain, self._own = model, model.forward, vars(model).get("forward")
         functools.update_wrapper(self, self._plain)  # so that its signature can be read
         self._setting: Setting | None = None
-        self._graphed: Graphed | None = Graphed(self._plain, lambda: counts_of(model))
+        self._graphed: Graphed | None = Graphed(self._plain, lambda: counts_of(model), still=self._still)
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         """The model's forward."""
@@ -41,13 +43,25 @@ class CudaGraph:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._model.parameters()):
             raise UnsupportedError("gradients of the model's weights are asked for, and a replayed CUDA graph has none; call "
                                    "it under torch.no_grad(), or undo() the graph")
-        setting = Setting.of(self._model)
-        _check_devices(args, given, setting.device)
-        if self._setting is None or not self._setting.same(setting):
-            self._graphed.clear()
-            self._graphed.pool, self._setting = _new_pool(), setting
-        with _on(setting.device):
-            return self._graphed.of(setting.spans(), *args, **given)
+        if self._setting is not None and _elsewhere(args, given, self._setting.device) is None:
+            with contextlib.suppress(Stale):
+                return self._replayed(args, given)
+        setting = Setting.of(self._model, hold=True)
+        if (odd := _elsewhere(args, given, setting.device)) is not None:
+            raise UnsupportedError(f"argument {odd[0]} of the forward is on {odd[1].device} and the model on {setting.device}: "
+                                   "a CUDA graph would read its values once and for all; move it first")
+        self._graphed.clear()
+        self._graphed.pool, self._setting = _new_pool(), setting
+        return self._replayed(args, given)
+
+    def _replayed(self, args: tuple, given: dict[str, Any]) -> Any:
+        """By the graph of this kind of call. Raises Stale where what it was recorded with is not what is there."""
+        with _on(self._setting.device):
+            return self._graphed.of(self._setting.spans(), *args, **given)
+
+    def _still(self) -> bool:
+        """Whether the model is what it was when graphs were recorded; asked while the GPU is at one."""
+        return self._setting.same(Setting.of(self._model))
 
     def undo(self) -> None:
         """The model launches its kernels one by one again, and the graphs' memory is free."""
@@ -99,20 +113,22 @@ class Setting:
     tokens are ordered and shared, too), processors with what is around them, adapters, and where weights lie.
 
     objects: by identity; the Setting keeps them alive, so that no other has their place. values: by value. device: of the
-    model. recipes: attentions by their plans, of those that differ from step to step.
+    model. recipes: attentions by their plans, of those that differ from step to step. held: memory of the weights: if they have
+    moved since, a graph still reads it, once, before that is seen.
     """
 
     objects: list[Any]
     values: list[Any]
     device: Any
     recipes: dict[Any, Any]
+    held: list[Any]
 
     @classmethod
-    def of(cls, model: Any) -> Setting:
-        """That of a model now."""
+    def of(cls, model: Any, hold: bool = False) -> Setting:
+        """That of a model now. hold: with its weights' memory."""
         objects: list[Any] = []
         values: list[Any] = [active_backend()]
-        device, recipes = None, {}
+        device, recipes, held = None, {}, []
         for module in model.modules():
             own = vars(module)
             objects += [module, *own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()]
@@ -127,6 +143,7 @@ class Setting:
                 if tensor is not None:
                     device = device or tensor.device
                     values.append(_address(tensor))
+                    held += [tensor.untyped_storage()] if hold and values[-1] else []
             if (processor := own.get("processor")) is not None:
                 dispatched = getattr(own.get("attention_calls"), "attention", None)
                 objects += [processor, getattr(processor, "__dict__", {}).get("attend"), dispatched,
@@ -135,7 +152,7 @@ class Setting:
                 for attention in (processor, dispatched):
                     if (plan := getattr(attention, "plan", None)) is not None and len(plan.spans) > 1:
                         recipes[plan] = attention
-        return cls(objects, values, device, recipes)
+        return cls(objects, values, device, recipes, held)
 
     def spans(self) -> Hashable:
         """Which rungs the recipe has in the step of this call, layer by layer.
@@ -181,12 +198,10 @@ def _type_of(device: Any) -> str:
     return device.type
 
 
-def _check_devices(args: tuple, given: dict[str, Any], device: Any) -> None:
-    """Raises UnsupportedError for tensors that the graph would not read."""
-    for name, value in _tensors((*args, *given.values()), (*range(len(args)), *given)):
-        if value.device != device:
-            raise UnsupportedError(f"argument {name} of the forward is on {value.device} and the model on {device}: a CUDA "
-                                   "graph would read its values once and for all; move it first")
+def _elsewhere(args: tuple, given: dict[str, Any], device: Any) -> tuple[Any, Any] | None:
+    """(name of the argument, tensor) of the first one that the graph would not read; None where it reads all."""
+    named = _tensors((*args, *given.values()), (*range(len(args)), *given))
+    return next(((name, value) for name, value in named if value.device != device), None)
 
 
 def _tensors(values: tuple, names: tuple) -> Iterator[tuple[Any, Any]]:

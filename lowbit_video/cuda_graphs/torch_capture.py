@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
+from .stale import Stale
 
 WARM = 3
 """Calls before one is recorded: what is compiled, planned or chosen by trial is so in these."""
@@ -57,22 +58,25 @@ class Graphed:
 
     forward: takes and gives tensors, in dicts, lists and tuples, and anything else that is hashable; kinds of call differ in
     anything but the values of tensors. counts: what it has counted (`counted.Counts`), or None. pool: as `captured`; capture:
-    as that.
+    as that. still: whether what was recorded is what the forward would do now, asked while the GPU replays it; None: it is.
     What it is given and gives are tensors of the caller's own, not the graph's. The call that records gives what the plain
     forward gave. Raises UnsupportedError for arguments that no graph can hold; AssertionError where the graph gives other
     values than the forward.
     """
 
     def __init__(self, forward: Callable, counts: Callable[[], Any] | None = None, pool: Any = None,
-                 capture: Callable | None = None) -> None:
-        self.forward, self.counts, self.pool, self.capture = forward, counts, pool, capture or captured
+                 capture: Callable | None = None, still: Callable[[], bool] | None = None) -> None:
+        self.forward, self.counts, self.pool, self.capture, self.still = forward, counts, pool, capture or captured, still
         self.kinds: dict[tuple, tuple] = {}
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         return self.of(None, *args, **given)
 
     def of(self, what: Hashable, *args: Any, **given: Any) -> Any:
-        """A call whose kind differs by `what`, too: by what a forward depends on beside its arguments."""
+        """A call whose kind differs by `what`, too: by what a forward depends on beside its arguments.
+
+        Raises Stale, and waits for what was replayed, where `still` says no; nothing is counted then.
+        """
         leaves, tree = pytree.tree_flatten((args, given))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -81,12 +85,17 @@ class Graphed:
         kind = (what, tree, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), *(
             (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
         with torch.no_grad():
-            if kind not in self.kinds:
+            known = self.kinds.get(kind)
+            if known is not None:
+                held, out, replay, counted = known
+                for own, tensor in zip(held, tensors):
+                    own.copy_(tensor)
+                replay()
+            if self.still is not None and not self.still():
+                _wait()
+                raise Stale
+            if known is None:
                 return self._record(kind, leaves, tree)
-            held, out, replay, counted = self.kinds[kind]
-            for own, tensor in zip(held, tensors):
-                own.copy_(tensor)
-            replay()
             if counted is not None:
                 counted.add()
             return pytree.tree_map(_own, out)
@@ -133,6 +142,12 @@ class Graphed:
             del self.kinds[next(iter(self.kinds))]
         self.kinds[kind] = held, out, replay, counted
         return plain
+
+
+def _wait() -> None:
+    """For the current GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _uncached() -> contextlib.AbstractContextManager:

@@ -15,6 +15,7 @@ import dispatch_models  # noqa: E402
 import lowbit_video as lv  # noqa: E402
 from graph_double import WORKED, doubled  # noqa: E402
 from lowbit_video.cuda_graphs import torch_capture  # noqa: E402
+from lowbit_video.cuda_graphs.forward import Setting  # noqa: E402
 from lowbit_video.cuda_graphs.torch_capture import Graphed  # noqa: E402
 from lowbit_video.distributed.watch import WatchedWire  # noqa: E402
 from ranks import run_threads  # noqa: E402
@@ -176,7 +177,7 @@ CHANGES = {
     "a hook before": lambda model: model.proj_out.register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
     "another weight": lambda model: setattr(model.proj_out, "bias", torch.nn.Parameter(torch.ones_like(model.proj_out.bias))),
     "weights moved": lambda model: setattr(model.proj_out.weight, "data", model.proj_out.weight.data * 2),
-    "another module without weights": lambda model: setattr(model.transformer_blocks[0].norm1, "silu", torch.nn.ReLU()),
+    "another module without weights": lambda model: setattr(model.transformer_blocks[0].norm1, "silu", torch.nn.ReLU().eval()),
     "another module": lambda model: setattr(model, "proj_out", copy.deepcopy(model.proj_out)),
     "a forward of a part": lambda model: setattr(model.proj_out, "forward", functools.partial(twice, model.proj_out.forward)),
     "compiled": lambda model: setattr(model.proj_out, "_compiled_call_impl", model.proj_out._call_impl)}
@@ -188,13 +189,50 @@ def test_another_setting_records_anew_and_forgets_what_was(change, recorded):
     for one in (model, twin):
         lv.apply(one, "int8+fp8")
     with lv.cuda_graph(model):
-        predict(model)
-        predict(model)
+        for one in (model, twin):
+            predict(one)
+            predict(one)
         CHANGES[change](model)
         CHANGES[change](twin)
         for seed in (1, 2):
             assert torch.equal(predict(model, inputs(seed)), predict(twin, inputs(seed)))
         assert len(recorded) == 2 and len(model.forward._graphed.kinds) == 1 and recorded[0] is not recorded[1]
+        assert counts(model) == counts(twin), "what a stale graph was replayed for is not counted"
+
+
+def test_the_setting_is_looked_at_while_a_graph_runs(recorded, monkeypatch):
+    model, order = make(), []
+    with lv.cuda_graph(model) as handle:
+        predict(model)
+        (held, out, replay, counted), kind = *handle._graphed.kinds.values(), *handle._graphed.kinds
+        handle._graphed.kinds[kind] = held, out, lambda: (order.append("launched"), replay()), counted
+        of = Setting.of.__func__
+        monkeypatch.setattr(Setting, "of", classmethod(lambda cls, *given, **more: order.append("looked") or of(
+            cls, *given, **more)))
+        predict(model)
+        assert order == ["launched", "looked"]
+
+
+def test_memory_that_a_stale_graph_reads_once_more_stays_until_then(recorded):
+    model = make()
+    with lv.cuda_graph(model) as handle:
+        predict(model)
+        there = {storage.data_ptr() for storage in handle._setting.held}
+        assert {parameter.data_ptr() for parameter in model.parameters()} <= there
+        model.proj_out.weight.data = model.proj_out.weight.data.clone()
+        assert model.proj_out.weight.data_ptr() not in there
+        predict(model)
+        assert model.proj_out.weight.data_ptr() in {storage.data_ptr() for storage in handle._setting.held}
+
+
+def test_an_argument_elsewhere_is_refused_and_the_graphs_stay(recorded):
+    model = make()
+    with lv.cuda_graph(model):
+        predict(model)
+        with pytest.raises(UnsupportedError, match="argument hidden_states of the forward is on meta and the model on cpu"):
+            predict(model, {**inputs(), "hidden_states": inputs()["hidden_states"].to("meta")})
+        predict(model)
+        assert len(recorded) == 1
 
 
 def test_weights_written_in_place_are_those_that_a_graph_reads(recorded):
