@@ -16,7 +16,8 @@ from .methods import methods_of, why_not
 from .models import MODELS, StepModel
 
 CALLED = "called a synchronizing CUDA operation"
-"""What PyTorch warns of; that it may not see all of them it says once, in other words."""
+"""What PyTorch warns of; that it may not see all of them it says once a process, in other words, which is no wait."""
+
 
 
 class TorchSide:
@@ -90,7 +91,7 @@ class TorchSide:
                 step()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        return {"reads": dict(Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told
+        return {"reads": dict(Counter(f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}" for one in told
                                       if CALLED in str(one.message))), "on the CPU": {}}
 
     def like(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 import copy
 import json
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -468,3 +469,29 @@ def test_parts_are_cogvideoxs_and_other_models_say_so():
     assert not result["failed"] and not result["left_out"]
     result = run("ltx")
     assert result["left_out"] == {"profile": "its parts are those of CogVideoX"} and "profiles" not in result
+
+
+def test_waits_are_counted_where_they_are_and_pytorchs_word_on_its_mode_is_none(monkeypatch):
+    """PyTorch says once a process that its debug mode may miss some; the texts are those of its csrc/cuda and c10/cuda."""
+    def say(text, file, line):
+        warnings.warn_explicit(f"{text} (Triggered internally at /pytorch/a.cpp:1.)", UserWarning, file, line)
+
+    def mode(value):
+        modes.append(value)
+        if len(modes) == 1:
+            say("Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+                "/site-packages/torch/cuda/__init__.py", 1270)
+
+    def step():
+        for _ in range(2):
+            say("called a synchronizing CUDA operation", "/site-packages/diffusers/models/embeddings.py", 7)
+        say("something else", "/site-packages/torch/cuda/__init__.py", 8)
+
+    modes, side = [], torch_side.TorchSide()
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode)
+    side.device = "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert side.waits(step) == {"reads": {"models/embeddings.py:7": 2}, "on the CPU": {}}
+        assert side.waits(lambda: None)["reads"] == {} and modes == ["warn", 0] * 2
