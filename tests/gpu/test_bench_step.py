@@ -30,6 +30,22 @@ def test_a_step_is_timed_part_by_part_and_nothing_in_it_waits_for_the_device(sid
         assert not one["waits"]["on the CPU"], f"{one['method']}: operators run on the CPU"
 
 
+def test_kernels_tell_where_the_devices_time_goes(gpu, side):
+    if gpu.name != "torch":
+        pytest.skip("Paddle's kernels are not told apart; set LOWBIT_TEST_FRAMEWORK=torch")
+    from lowbit_video.eval.speed.step import kernel_parts
+    from lowbit_video.eval.speed.step.measure import measure
+
+    result = measure(side, "cogvideox-5b", ["pytorch", "int8+fp8", "none"], ["eager", "blocks"], True, 50.0, print,
+                     lambda result: None)
+    assert not result["failed"]
+    for row in result["rows"]:
+        parts, fused = row["parts_ms"], row["method"] == "int8+fp8"
+        assert (parts[kernel_parts.ATTENTION] > 0) is (row["method"] != "none") and parts[kernel_parts.PRODUCTS] > 0
+        assert (parts[kernel_parts.PROLOGUE] > 0) is row["prologue_whole"] is (row["mode"] == "eager" or fused)
+        assert parts[kernel_parts.OTHER] > 0 and sum(parts.values()) >= row["median_ms"] * 0.99
+
+
 def test_of_slow_steps_every_run_counts(side, monkeypatch):
     from lowbit_video.eval.speed.step import measure
 

@@ -30,6 +30,7 @@ REGISTER = "tests/lowbit_video/hook/dispatcher/test_register.py::"
 RUNTIME = "lowbit_video/runtime/"
 SHARED = "tests/lowbit_video/distributed/test_diffusers_model.py::"
 STEP = "eval/speed/step/"
+STEP_KERNELS = "tests/eval/speed/test_step_kernels.py::"
 STEPS = "tests/eval/speed/test_step.py::"
 TORCH = "tests/lowbit_video/runtime/test_torch_runtime.py::"
 WIRE = "tests/lowbit_video/distributed/test_torch_wire.py::"
@@ -686,6 +687,14 @@ MUTANTS = [
             ("if CALLED in str(one.message)", 'if "synchroniz" in str(one.message)'), (".parts[-2:]", ".parts[-1:]"),
             ("                torch.cuda.set_sync_debug_mode(before)\n", "                pass\n"),
             ('            warnings.simplefilter("always")\n', "")),
+    *faults(STEP + "torch_side.py", STEP_KERNELS + "test_the_prologue_has_the_norms_of_q_and_k_and_the_model_the_others",
+            ("        begun[-1].__enter__()\n", "        pass\n"), ("_ranges(modules), profile", "profile"),
+            ("            undo.callback(module.register_forward_pre_hook(begin).remove)\n",
+             "            module.register_forward_pre_hook(begin)\n")),
+    *faults(STEP + "torch_side.py", STEP_KERNELS + "test_a_cpus_step_has_no_parts",
+            ('"" if self.device == "cuda" else "a CPU has none"', '""')),
+    *faults(STEP + "run.py", STEPS + "test_all_models_are_measured_as_asked_and_one_failure_is_told",
+            ("time.perf_counter(), args.parts)", "time.perf_counter())")),
     *faults(STEP + "run.py", STEPS + "test_both_frameworks_are_timed_one_after_the_other_and_set_side_by_side",
             ("            models += written", "            models = written")),
     *faults(STEP + "methods.py", STEPS + "test_an_exact_kernel_gets_what_it_computes_alike_and_pytorch_the_rest",

@@ -18,7 +18,7 @@ from lowbit_video.hook.report import attention_modules
 from lowbit_video.runtime.detect import runtime_of
 
 from .. import accuracy, timing
-from . import parts
+from . import kernel_parts, parts
 from .names import EXACT, NONE, fuses, title
 from .side import Side
 
@@ -26,24 +26,29 @@ FLOOR_DB = {"exact": 25.0, "low bit": 10.0}
 """Least accepted SQNR of a whole step beside the first method's, eager: 16-bit types round hundreds of times on the way."""
 SLOW_MS = 1000.0
 """A slower step is not run but to be checked and to be timed."""
+PARTS_MS = 5000.0
+"""A slower step is not run once more to tell its parts unless that is asked for."""
 
 
 def measure(side: Side, name: str, methods: Sequence[str], modes: Sequence[str], tiny: bool, budget_ms: float,
             say: Callable[[str], None], save: Callable[[dict], None], profile: bool = False,
             rounds: int = timing.LEAST_ROUNDS, known: Mapping[str, Any] | None = None,
-            left_s: Callable[[], float] = lambda: math.inf) -> dict[str, Any]:
+            left_s: Callable[[], float] = lambda: math.inf, all_parts: bool = False) -> dict[str, Any]:
     """What `bench step` writes of one model; `save` gets it after each check and, where steps are slow, each turn of timing.
 
     A method that fails is told, not timed, and so is a model that cannot be made.
     profile: also by part of the model, in eager mode. rounds: turns of every method, however slow.
     known: what an earlier call has of this model; what was timed there is taken as it is.
     left_s: how many seconds there are; no step that takes longer begins, and what was left out for it is told.
+    all_parts: also of steps slower than PARTS_MS, where the device's time goes by kernel.
     """
     entry = side.entry(name)
     left_out = {method: reason for method in methods if (reason := side.why_not(method, entry))}
     if profile and not entry.fuses:
         left_out["profile"] = "its parts are those of CogVideoX"
     left_out |= {f"mode {mode}": reason for mode in modes if (reason := side.modes[mode])}
+    if side.device != "cpu" and side.no_kernels:
+        left_out["parts by kernel"] = side.no_kernels
     kept = {what: copy.copy(known[what]) for what in ("rows", "ran", "profiles") if what in known} if known else {}
     result: dict[str, Any] = dict(framework=side.name, model=name, batch=entry.batch, left_out=left_out, failed={},
                                   **dict(rows=[], ran={}) | kept)
@@ -63,7 +68,7 @@ def measure(side: Side, name: str, methods: Sequence[str], modes: Sequence[str],
         steps = {method: side.step(model, given, way) for method, way in ways.items()}
         first, eager = _first(side, steps, result, say), {}
         for mode in [mode for mode in modes if f"mode {mode}" not in left_out and first is not None]:
-            _mode(side, model, mode, steps, first, eager, Budget(budget_ms, rounds, left_s), result, say, save)
+            _mode(side, model, mode, steps, first, eager, Budget(budget_ms, rounds, left_s, all_parts), result, say, save)
             if profile and mode == "eager" and entry.fuses:
                 timed = {row["method"]: steps[row["method"]] for row in result["rows"] if row["mode"] == mode
                          and row["method"] in steps}
@@ -102,11 +107,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Budget:
-    """device_ms: of the slowest method's runs. rounds: turns of each at least. left_s: seconds until no step may run."""
+    """device_ms: of the slowest method's runs. rounds: turns of each at least. left_s: seconds until no step may run.
+
+    all_parts: steps slower than PARTS_MS, too, are run once more to tell their parts.
+    """
 
     device_ms: float
     rounds: int
     left_s: Callable[[], float]
+    all_parts: bool = False
 
 
 def _predict(side: Side, method: str, step: Callable) -> Prediction:
@@ -157,6 +166,32 @@ def _mode(side: Side, model: Any, mode: str, steps: Mapping[str, Callable], firs
     except Exception as error:  # noqa: BLE001
         _failed(result, f"timing, {mode}", error, say)
     keep(say)
+    if not side.no_kernels:
+        _kernel_parts(side, model, mode, steps, has, budget, result, say, save)
+
+
+def _kernel_parts(side: Side, model: Any, mode: str, steps: Mapping[str, Callable], cold: Sequence[dict[str, Any]],
+                  budget: Budget, result: dict[str, Any], say: Callable[[str], None], save: Callable[[dict], None]) -> None:
+    """Fills in where the device's time goes, of each row of one mode that does not have it, by one more step of it.
+
+    cold: rows of an earlier call, whose steps did not run in this one.
+    """
+    modules = list(attention_modules(model).values()) if mode == "eager" else []
+    for row in [row for row in result["rows"] if row["mode"] == mode and row["method"] in steps and "parts_ms" not in row]:
+        method = row["method"]
+        if row["median_ms"] > PARTS_MS and not budget.all_parts:
+            result["left_out"]["parts by kernel"] = f"of steps of more than {PARTS_MS / 1e3:.0f} s with --parts only"
+            continue
+        try:
+            step = _in_time(steps[method], budget.left_s, functools.partial(_seconds, row))
+            if row in cold:
+                step()
+            row.update(kernel_parts.found(side.trace(step, modules), row["median_ms"], mode == "eager"))
+            say(f"kernels of {title(method)}, {mode}: " + ", ".join(f"{part} {ms:.2f} ms"
+                                                                    for part, ms in row["parts_ms"].items()))
+        except Exception as error:  # noqa: BLE001 - the result says what failed
+            _failed(result, f"{method}, parts by kernel, {mode}", error, say)
+        save(result)
 
 
 def _profiles(side: Side, model: Any, steps: dict[str, Callable], result: dict[str, Any], say: Callable[[str], None]

@@ -22,6 +22,7 @@ class PaddleSide:
 
     name = "paddle"
     modes: Mapping[str, str] = {"eager": "", "blocks": "", "model": "what surrounds the blocks stays eager in Paddle"}
+    no_kernels = "Paddle's are not told apart; --profile times the parts of its model"
 
     def __init__(self) -> None:
         prepare()

@@ -1,11 +1,38 @@
-"""Where steps' time goes, as Markdown: parts down, the frameworks across, a table for each attention."""
+"""Where steps' time goes, as Markdown: by kernel, a table for each model; by part of the model, one for each attention."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from . import kernel_parts
 from .names import FRAMEWORKS
 from .parts import PARTS
+
+
+def kernels(results: Sequence[Mapping[str, Any]], heading: Callable[[Mapping[str, Any]], str], modes: Mapping[str, str]
+            ) -> list[str]:
+    """The lines of parts by kernel; none where none were told. heading: of a model. modes: their titles."""
+    lines: list[str] = []
+    for result in results:
+        if rows := [row for row in result["rows"] if "parts_ms" in row]:
+            lines += ["", f"## {heading(result)}", "", f"| attention | mode | {' | '.join(kernel_parts.PARTS)} | step |",
+                      "|" + " --- |" * (len(kernel_parts.PARTS) + 3)]
+            lines += [f"| {row['title']} | {modes[row['mode']]} | "
+                      + " | ".join(f"{row['parts_ms'][part]:.1f}" for part in kernel_parts.PARTS)
+                      + f" | {row['median_ms']:.1f} |" for row in rows]
+    if lines:
+        said = "; ".join(f"{part}: {words}" for part, words in kernel_parts.PARTS.items())
+        lines = ["", "# Where the device's time goes", "", f"ms of kernels of one profiled step. {said}. Where blocks are "
+                 "compiled, norms and positions of Q and K that are not fused with quantisation cannot be told from others and "
+                 "are with these.", *lines]
+    return lines
+
+
+def share(row: Mapping[str, Any]) -> str:
+    """The prologue's, as a table has it: "" where it is not known, ">=" where a part of it is counted elsewhere."""
+    if "prologue_share" not in row or not (row["prologue_whole"] or row["prologue_share"]):
+        return ""
+    return ">= " * (not row["prologue_whole"]) + f"{row['prologue_share']:.0%}"
 
 
 def profiles(results: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -31,8 +31,8 @@ NEEDS = {"torch": "`bench step` times diffusers' models on PyTorch, and {} canno
 PADDLE_MODELS = tuple(f"cogvideox-{size}" for size in CONFIGS)
 POOLED = "int8+fp8"
 """The precision whose keys `--pooled` pools."""
-WORKER_ARGUMENTS = ("framework", "models", "methods", "pooled", "recipe", "prologue_apart", "modes", "profile", "budget_ms",
-                    "rounds", "limit_s", "go_on", "tiny")
+WORKER_ARGUMENTS = ("framework", "models", "methods", "pooled", "recipe", "prologue_apart", "modes", "profile", "parts",
+                    "budget_ms", "rounds", "limit_s", "go_on", "tiny")
 """What a framework's process is told."""
 
 
@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", action="store_true",
                         help="also where an eager step's time goes, by part of CogVideoX's model: norms, projections, "
                              "attention and so on; the host's time, and what makes it wait for the device")
+    parser.add_argument("--parts", action="store_true",
+                        help="where the device's time goes, by kernel, also of steps that are slower than 5 s; of the others "
+                             "it is always told, by one more step of each method")
     parser.add_argument("--budget-ms", type=float, default=6000.0, metavar="MS",
                         help="device time of the slowest method's runs; all run equally often (default: 6000)")
     parser.add_argument("--rounds", type=int, default=timing.LEAST_ROUNDS, metavar="N",
@@ -174,7 +177,7 @@ def measure_all(framework: str, args: argparse.Namespace, file: Path) -> dict[st
         pooled = [pooled_rung(POOLED, share, MODELS[name].leading_text(args.tiny)) for share in args.pooled]
         measure(side, name, list(dict.fromkeys((*wanted, *also(pooled)))), list(dict.fromkeys(args.modes)), args.tiny,
                 args.budget_ms, lambda text: print(f"  {text}", flush=True), save, args.profile, args.rounds, known.get(name),
-                lambda: begin + args.limit_s - time.perf_counter())
+                lambda: begin + args.limit_s - time.perf_counter(), args.parts)
         side.release()
     return written
 

@@ -10,12 +10,14 @@ class Side(Protocol):
     """One framework on its device. Models are those of the framework's table, tensors its own.
 
     name: as in `names.FRAMEWORKS`. device: as the framework names it; "cpu" has no clock of its own. modes: those it knows.
+    no_kernels: "", or why `trace` cannot be asked.
     """
 
     name: str
     device: str
     modes: Mapping[str, str]
     """What `--modes` takes -> "", or why the framework has no such mode."""
+    no_kernels: str
 
     def gpu_name(self) -> str:
         """The card; "no GPU" where there is none."""
@@ -52,6 +54,10 @@ class Side(Protocol):
     def waits(self, step: Callable[[], Any]) -> dict[str, Mapping[str, int] | None]:
         """What makes the host wait for the device in a step: "reads" by what reads a tensor on the host, "on the CPU" by
         operator that the device lacks; None of what the framework does not tell here."""
+
+    def trace(self, step: Callable[[], Any], modules: Sequence[Any]) -> list[dict[str, Any]]:
+        """What a profiler tells of one step, as events of a trace in Chrome's format, times in us; `modules` are told as
+        `kernel_parts.RANGE` while they run. The step has run before."""
 
     def like(self) -> Any:
         """A small tensor on the device."""

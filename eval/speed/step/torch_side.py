@@ -2,22 +2,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from .kernel_parts import RANGE
 from .methods import methods_of, why_not
 from .models import MODELS, StepModel
 
 CALLED = "called a synchronizing CUDA operation"
 """What PyTorch warns of; that it may not see all of them it says once a process, in other words, which is no wait."""
-
 
 
 class TorchSide:
@@ -28,6 +31,7 @@ class TorchSide:
 
     def __init__(self) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.no_kernels = "" if self.device == "cuda" else "a CPU has none"
         logging.set_verbosity_error()
 
     def gpu_name(self) -> str:
@@ -94,9 +98,45 @@ class TorchSide:
         return {"reads": dict(Counter(f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}" for one in told
                                       if CALLED in str(one.message))), "on the CPU": {}}
 
+    def trace(self, step: Callable[[], Any], modules: Sequence[torch.nn.Module]) -> list[dict[str, Any]]:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device == "cuda" else [])]
+        with profile(activities=activities):
+            self.like().add_(1)  # what the first profile sets up would be missing from it, or in it
+        self._wait()
+        with _ranges(modules), profile(activities=activities) as taken:
+            step()
+            self._wait()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.json"
+            taken.export_chrome_trace(str(file))
+            return json.loads(file.read_text(encoding="utf-8", errors="replace"), strict=False)["traceEvents"]
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def like(self) -> torch.Tensor:
         return torch.empty(1, device=self.device)
 
     def release(self) -> None:
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _ranges(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Inside, a profiler is told while one of the modules runs."""
+    begun: list[record_function] = []
+
+    def begin(module: torch.nn.Module, given: Any) -> None:
+        begun.append(record_function(RANGE))
+        begun[-1].__enter__()
+
+    def end(module: torch.nn.Module, given: Any, out: Any) -> None:
+        begun.pop().__exit__(None, None, None)
+
+    with contextlib.ExitStack() as undo:
+        for module in modules:
+            undo.callback(module.register_forward_pre_hook(begin).remove)
+            undo.callback(module.register_forward_hook(end).remove)
+        yield

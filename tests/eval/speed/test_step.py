@@ -125,8 +125,9 @@ def test_what_does_not_exist_is_refused(capsys, tmp_path, more, told):
 def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, tmp_path):
     asked = {}
 
-    def measured(side, name, asked_methods, modes, tiny, budget_ms, say, save, profile, rounds, known, left_s):
-        asked[name] = side.entry(name), asked_methods, modes, side.device, tiny, budget_ms, profile, rounds, known, left_s() > 9
+    def measured(side, name, asked_methods, modes, tiny, budget_ms, say, save, profile, rounds, known, left_s, parts):
+        asked[name] = (side.entry(name), asked_methods, modes, side.device, tiny, budget_ms, profile, rounds, known,
+                       left_s() > 9, parts)
         result = dict(model=name, video_tokens=1, batch=1, dtype="float32", left_out={}, rows=[],
                       failed={"pytorch, eager": "why"} if name == "ltx" else {})
         save(result)
@@ -135,8 +136,8 @@ def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, t
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(table, "plot", lambda *given: None)
     assert bench(tmp_path, "--models", "all", "--methods", "pytorch", "--modes", "eager", "--budget-ms", "7", "--rounds",
-                 "2", "--limit-s", "99") == 1
-    assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0, False, 2, None, True)
+                 "2", "--limit-s", "99", "--parts") == 1
+    assert asked == {name: (entry, ["pytorch"], ["eager"], "cpu", True, 7.0, False, 2, None, True, True)
                      for name, entry in models.MODELS.items()}
     written = json.loads((tmp_path / "step.json").read_text())
     assert [result["model"] for result in written["models"]] == list(models.MODELS)
@@ -144,6 +145,7 @@ def test_all_models_are_measured_as_asked_and_one_failure_is_told(monkeypatch, t
                  "--pooled", "0.3", "--prologue-apart") == 0
     ours = ["int8+fp8", "int8+fp8 apart", "int4+fp8 apart", "safe", "safe apart"]
     assert asked["flux"][1] == ["pytorch", *ours, "int8+fp8 pooled 0.3", "int8+fp8 pooled 0.3 apart"]
+    assert not asked["flux"][-1]
     assert names.title("a/b.toml apart") == "recipe b apart" and names.title("int8+fp8 apart") == "int8+fp8 apart"
     asked.clear()
     assert main(["bench", "step", "--out", str(tmp_path)]) and not asked  # published sizes need a GPU

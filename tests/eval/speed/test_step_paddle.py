@@ -251,7 +251,7 @@ def test_the_table_has_paddles_time_over_pytorchs():
 
 def arguments(**other):
     return argparse.Namespace(**dict(framework=["torch", "paddle"], models=["cogvideox-2b"], methods=None, pooled=[], recipe=[],
-                                     prologue_apart=False, modes=["eager"], profile=False, budget_ms=1.0, rounds=3,
+                                     prologue_apart=False, modes=["eager"], profile=False, parts=False, budget_ms=1.0, rounds=3,
                                      limit_s=9.0, go_on=False, tiny=True)
                               | other)
 
