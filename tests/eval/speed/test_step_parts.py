@@ -92,7 +92,7 @@ def test_a_profile_adds_up_and_is_of_eager_steps_only(monkeypatch):
     assert not result["failed"] and [one["method"] for one in result["profiles"]] == ["exact", "none"]
     for one in result["profiles"]:
         assert one["marked_ms"] == pytest.approx(sum(part["ms"] for part in one["parts"].values())) and one["marked_ms"] > 0
-        assert set(one["parts"]) == set(parts.PARTS) and one["host_ms"] > one["host_blocks_ms"] > 0
+        assert set(one["parts"]) == set(parts.PARTS) and one["host_ms"] > one["host_blocks_ms"] / 2 > 0  # one of 2
         assert one["waits"]["on the CPU"] is None  # a CPU lacks no kernel that it could tell of
     exact, none = (one["waits"]["reads"] for one in result["profiles"])
     assert "numpy" not in none and exact["numpy"] >= 6  # on a CPU the reference reads q, k and v of 2 modules
