@@ -8,6 +8,7 @@ COMPAT = "tests/lowbit_video/test_compat.py::"
 COVERAGE = "tests/lowbit_video/hook/test_coverage.py::"
 DISTRIBUTED = "lowbit_video/distributed/"
 ENGINE = "tests/lowbit_video/engine/test_attention.py::"
+EVERY_SPLIT = "tests/lowbit_video/distributed/test_every_split.py::test_every_split_predicts_what_one_rank_does[8]"
 FRAMES = "lowbit_video/hook/frames/"
 GROUPS = "tests/lowbit_video/distributed/test_groups.py::"
 INTERPRETED = "tests/lowbit_video/runtime/interpreted.py::"
@@ -304,6 +305,8 @@ MUTANTS = [
             ("self.attend(q, keys, values, causal, scale, True)", "self.attend(q, keys, values, causal, None, True)")),
     *faults(DISTRIBUTED + "ring.py", RING + "test_bytes_by_hand",
             ("in_16_bit=in_16_bit[source])", "in_16_bit=in_16_bit[rank])")),
+    *faults(DISTRIBUTED + "mesh.py", EVERY_SPLIT, ("range(place, wire.size, u * r)", "range(place, wire.size, u)"),
+            ("range(first + place % u, first + u * r, u)", "range(first, first + u * r, u)")),
     *faults(DISTRIBUTED + "mesh.py", GROUPS.removesuffix("::"),
             ("self.vae > self.ranks", "self.vae >= self.ranks"), ("degree <= heads and", "degree < heads and"),
             ("size if vae is None else vae", "size"), ("or ring is not None)]", "or ring is None)]"),
