@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_video.files import write_json, write_whole
+from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.rung import as_rung
 
 from ..cogvideox import CONFIGS
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=tuple(CONFIGS), default="2b", help="CogVideoX's size (default: 2b)")
     parser.add_argument("--precisions", nargs="+", metavar="NAME", default=["exact", "int8+fp8"],
                         help="of attention, one video each; the others are compared with the first (default: exact int8+fp8)")
+    parser.add_argument("--recipe", nargs="+", default=[], metavar="FILE", help="also by these recipes, one video each: a "
+                        "recipe's file, or safe or fast")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="denoising steps (default: 50)")
     for name, what in (("frames", "frames"), ("height", "pixels"), ("width", "pixels")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the model's own)")
@@ -37,12 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Makes the videos, prints and writes STEM.json and STEM.md after each; 1 where one failed.
 
-    Raises ValueError for a precision or a number of steps that does not exist, and without a GPU unless the model is tiny.
+    Raises ValueError for a precision or a number of steps that does not exist, a recipe that cannot be read, and without a GPU
+    unless the model is tiny.
     """
     if importlib.util.find_spec("paddle") is None:
         raise ValueError("`bench video` times this project's pipeline, which needs PaddlePaddle; see README.md")
     for name in args.precisions:
         as_rung(name)
+    for name in args.recipe:
+        Recipe.load(name)
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; give 1 or more")
     from lowbit_video.pipelines.shared.video_files import check_writable
@@ -67,13 +73,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace, device: str, say: Callable[[str], None], save: Callable[[dict], None]) -> dict[str, Any]:
-    """What is written; `save` gets it after each video. A precision that fails is told, and the next one is made."""
+    """What is written; `save` gets it after each video. What fails is told, and the next one is made."""
     import paddle
 
     import lowbit_video
 
     from .. import bench
     from ..step.paddle_side import PaddleSide
+    from ..step.ways import apply_ours
     from .pipeline import random_pipeline
 
     paddle.set_device(device)
@@ -90,10 +97,10 @@ def measure(args: argparse.Namespace, device: str, say: Callable[[str], None], s
                                   low_memory=args.low_memory, tiles=args.tiles, videos=[])
     size = dict(num_frames=args.frames, height=args.height, width=args.width)
     first = None
-    for name in args.precisions:
+    for name in [*args.precisions, *args.recipe]:
         say(f"{name} ...")
-        lowbit_video.apply(pipe, name, fallback="exact" if as_rung(name)[1] is None else None)
         try:
+            apply_ours(pipe, name)
             one, video = _video(pipe, weights, args.steps, size)
             first = video if first is None else first
             one["sqnr_db"] = _sqnr_db(video, first)

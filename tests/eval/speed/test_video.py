@@ -9,6 +9,7 @@ import paddle
 import pytest
 
 import lowbit_video
+from lowbit_video import Recipe
 from lowbit_video.app.cli import main
 from lowbit_video.eval.speed import random_weights
 from lowbit_video.eval.speed.cogvideox import CONFIGS
@@ -24,8 +25,8 @@ SMALL = ["--tiny", "--frames", "9", "--height", "32", "--width", "48"]
 
 
 def arguments(**other):
-    return argparse.Namespace(**dict(model="2b", precisions=["exact"], steps=1, frames=9, height=32, width=48, low_memory=False,
-                                     tiles=False, tiny=True) | other)
+    return argparse.Namespace(**dict(model="2b", precisions=["exact"], recipe=[], steps=1, frames=9, height=32, width=48,
+                                     low_memory=False, tiles=False, tiny=True) | other)
 
 
 def measure(say=lambda text: None, save=lambda result: None, **other):
@@ -51,6 +52,22 @@ def test_the_command_makes_a_video_of_each_precision_and_writes_stages(tmp_path,
     assert exact["sqnr_db"] is None and 10 < low["sqnr_db"] < 100
     page = (tmp_path / "v.md").read_text()
     assert page in capsys.readouterr().out and "9 frames of 32x48, 3 denoising steps" in page
+
+
+def test_recipes_are_made_behind_the_precisions_and_one_that_does_not_fit_is_told(tmp_path):
+    for name, rules in (("steps", [{"rung": "exact"}, {"steps": "0.6-1", "rung": "int8+fp16"}]),
+                        ("none", [{"rung": "exact"}, {"layers": "no.such", "rung": "exact"}])):
+        Recipe(rules).save(tmp_path / f"{name}.toml")
+    steps, none = (str(tmp_path / f"{name}.toml") for name in ("steps", "none"))
+    result = measure(precisions=["exact"], recipe=[none, steps, "safe"], steps=3)
+    assert [one["precision"] for one in result["videos"]] == ["exact", none, steps, "safe"]
+    exact, failed, first, safe = result["videos"]
+    assert "names no attention module" in failed["failed"] and f"Failed: {none}: " in run.markdown(result)
+    exact_kind = "exact (reference-exact)"
+    assert exact["ran"] == {exact_kind: 6} and sum(first["ran"].values()) == sum(safe["ran"].values()) == 6
+    assert {kind.partition(" (")[0]: count for kind, count in first["ran"].items()} == {
+        "steps 0-0.6: exact": 4, "steps 0.6-1: int8+fp16": 2}
+    assert 10 < first["sqnr_db"] < 100
 
 
 def test_with_low_memory_weights_are_made_each_time_and_their_time_is_told_apart(monkeypatch):
@@ -145,7 +162,9 @@ def test_a_table_says_how_much_faster_each_stage_is():
     assert any("float16, random weights, low memory: 49 frames of 480x720, 50 denoising steps" in line for line in lines)
 
 
-@pytest.mark.parametrize("more, told", [(["--precisions", "int9"], "int9"), (["--steps", "0"], "--steps is 0; give 1 or more")])
+@pytest.mark.parametrize("more, told", [(["--precisions", "int9"], "int9"), (["--recipe", "no.toml"], "no such file: no.toml"),
+                                        (["--precisions", "safe"], "'safe' is a recipe, and one precision is wanted here"),
+                                        (["--steps", "0"], "--steps is 0; give 1 or more")])
 def test_what_cannot_be_is_refused(capsys, tmp_path, more, told):
     assert main(["bench", "video", *SMALL, "--out", str(tmp_path), *more])
     assert told in capsys.readouterr().err and not list(tmp_path.iterdir())
