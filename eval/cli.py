@@ -25,8 +25,6 @@ def add_parsers(subparsers) -> None:
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line; # begins a comment")
     parser.add_argument("--seeds", type=numbers, default=[0], metavar="0,1", help="one video per prompt and seed; default 0")
     add_candidates(parser)
-    parser.add_argument("--order", choices=ORDERS, default="raster", help="of the video's tokens in attention, of all runs; a "
-                        "recipe's is the one that it was calibrated with; default: raster")
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N prompts: a quick look")
     parser.add_argument("--metrics", type=names, metavar="A,B", help="default: all that can run here")
     parser.add_argument("--weights", action="append", default=[], type=named_path, metavar="NAME=PATH",
@@ -76,6 +74,8 @@ def add_candidates(parser) -> None:
     parser.add_argument("--precisions", type=names, default=names(DEFAULT_PRECISIONS), metavar="A,B",
                         help="precisions, recipes (files that end in .toml, or safe or fast), or processors as "
                         f"module:Class; default: {DEFAULT_PRECISIONS}")
+    parser.add_argument("--order", choices=ORDERS, default="raster", help="of the video's tokens in attention, of all runs; a "
+                        "recipe's is the one that it was calibrated with; default: raster")
     parser.add_argument("--backend", default="auto", help="auto, reference, triton or hopper")
     parser.add_argument("--fallback", choices=["exact"], help="exact attention where no kernel serves; default: an error")
 
@@ -126,6 +126,14 @@ def load(args):
     return load_pipeline(args.model, dtype=args.dtype, device=args.device), settings
 
 
+def put_in_order(pipe, args) -> None:
+    """Gives the model its tokens in the order that is asked for."""
+    from lowbit_video.hook.order import order_tokens
+
+    if args.order != "raster":  # which every model has, also one that takes no other
+        order_tokens(pipe, args.order)
+
+
 def settings_of(args):
     """What is asked of the pipeline for every video."""
     from .compare.settings import for_model
@@ -136,7 +144,6 @@ def settings_of(args):
 
 def run_compare(args) -> int:
     """`eval compare`."""
-    from lowbit_video.hook.order import order_tokens
     from lowbit_video.pipelines.shared.small_model import model_or_small
 
     from .compare.candidates import as_candidate
@@ -150,8 +157,7 @@ def run_compare(args) -> int:
     args.model = model_or_small(args.model)
     choose(args.metrics, dict(args.weights))  # mistakes first, the model afterwards
     pipe, settings = load(args)
-    if args.order != "raster":  # which every model has, also one that takes no other
-        order_tokens(pipe, args.order)
+    put_in_order(pipe, args)
     try:
         compare(pipe, prompts, candidates, args.out, seeds=args.seeds, settings=settings, metrics=args.metrics,
                 weights=dict(args.weights), limit=args.limit, backend=args.backend, fallback=args.fallback, say=say)
@@ -176,6 +182,7 @@ def run_layers(args) -> int:
     args.model = model_or_small(args.model)
     check_writable(args.out)
     pipe, settings = load(args)
+    put_in_order(pipe, args)
     table = measure_layers(pipe, args.prompt, candidates, seed=args.seed, settings=settings,
                            measured_shares=not args.local_shares, backend=args.backend, fallback=args.fallback, say=say)
     table.save(args.out)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowbit_video.token_order import ORDERS
 
-from ..cli import add_model, count, load, names, say, settings_of
+from ..cli import add_model, count, load, names, put_in_order, say, settings_of
 
 DEFAULT_OUT = Path("outputs/calibrate/recipe.toml")
 HELP = "a recipe for a model: which bit width each layer and step needs"
@@ -78,7 +78,6 @@ def load_torch(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """`calibrate`: mistakes first, the model afterwards."""
-    from lowbit_video.hook.order import order_tokens
     from lowbit_video.pipelines.shared.small_model import model_or_small
     from lowbit_video.pipelines.shared.video_files import check_writable
     from lowbit_video.rung import parts_of_rung
@@ -112,8 +111,7 @@ def run(args: argparse.Namespace) -> int:
     args.model = model_or_small(args.model)
     check_writable(args.out)
     pipe, settings = load(args) if args.framework == "paddle" else load_torch(args)
-    if args.order != "raster":  # which every model has, also one that takes no other
-        order_tokens(pipe, args.order)
+    put_in_order(pipe, args)
     calibrate(pipe, prompts[:args.limit], budget, args.out, held_out=prompts[args.limit:args.limit + args.held_out],
               settings=settings, plan=plan, seed=args.seed, speed=speed, backend=args.backend, kept=args.measured, say=say)
     return 0

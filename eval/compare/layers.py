@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 
 from lowbit_video.hook.base import slot_of
+from lowbit_video.hook.order import order_of, warn_of_order
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from lowbit_video.hook.recipe.clock import clock_of
+from lowbit_video.hook.recipe.processor import RecipeAttnProcessor
 from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.hook.report import attention_modules, transformer_of
 from lowbit_video.runtime.detect import runtime_of
@@ -114,12 +117,15 @@ class Gated:
         return (self.inside if self.clock.step in self.steps else self.outside)(*arguments, **named)
 
 
-def by_module(candidate: Candidate, names: list[str], **hook: Any) -> dict[str, Any]:
-    """The candidate's processor for each module; modules that its patterns leave alone are not in it."""
+def by_module(candidate: Candidate, model: Any, **hook: Any) -> dict[str, Any]:
+    """The candidate's processor for each module of a model; modules that its patterns leave alone are not in it.
+
+    Those of a recipe with rules for steps go by what the pipeline says of its steps (`denoising_step`).
+    """
     wanted = candidate.make()
     if isinstance(wanted, Recipe):
-        raise ValueError(f"{candidate.label} is a recipe, and layers are measured at one precision each; name precisions, or "
-                         "compare the recipe's videos: lowbit-video eval compare")
+        return {name: RecipeAttnProcessor(plan, clock_of(model), **hook) for name, plan in wanted.resolve(model).layers.items()}
+    names = list(attention_modules(model))
     chosen = dict.fromkeys(names, wanted)
     if isinstance(wanted, dict):
         chosen = {name: processor for pattern, processor in wanted.items() for name in names
@@ -167,25 +173,29 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
 
     Args:
         pipe: as in `compare`; its call takes `callback_on_step_end` and output_type="latent".
-        candidates: precisions, "module:Class" names, or `Candidate`s.
+        candidates: precisions, recipes, "module:Class" names, or `Candidate`s.
         measured_shares: measure what reaches the final latent (layers + step groups + 1 runs a candidate, without the
             VAE); otherwise shares are those of the local squared error alone.
         backend, fallback: of the low-bit hook.
 
     Raises:
-        ValueError: no candidates, an unknown one, or a model without attention modules that take a processor.
+        ValueError: no candidates, an unknown one, a recipe that does not fit the model, or a model without attention modules
+            that take a processor.
     """
     settings = settings or Settings()
     candidates = [as_candidate(c) for c in candidates]
     if not candidates:
         raise ValueError("no candidates given; name precisions or module:Class")
-    names = list(attention_modules(transformer_of(pipe)))
+    model = transformer_of(pipe)
+    names = list(attention_modules(model))
     if not names:
         raise ValueError("the model has no attention module that takes a processor")
+    for wanted in (candidate.make() for candidate in candidates):
+        warn_of_order(wanted if isinstance(wanted, Recipe) else None, model)
     hook = {"backend": backend, "fallback": fallback}
     planned = ["record", "floor"]
     for candidate in candidates if measured_shares else []:
-        planned += [candidate.label] * (1 + len(by_module(candidate, names, **hook)) + STEP_GROUPS)
+        planned += [candidate.label] * (1 + len(by_module(candidate, model, **hook)) + STEP_GROUPS)
     progress = Progress(planned, say)
     clock = StepClock(progress)
 
@@ -204,7 +214,7 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
         progress.done(label, time.perf_counter() - begin, text)
         return latents
 
-    per_candidate = [by_module(c, names, **hook) for c in candidates]
+    per_candidate = [by_module(c, model, **hook) for c in candidates]
     recorders = {name: Recorder([processors.get(name) for processors in per_candidate], clock) for name in names}
     exact = timed("record", "recorded every candidate beside exact attention", recorders)
     size = np.linalg.norm(exact)
@@ -227,7 +237,7 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
         if not measured_shares:
             share[c] = local / local.sum() if local.any() else local
             continue
-        fresh = lambda: by_module(candidate, names, **hook)  # noqa: B023 - used within this round only
+        fresh = lambda: by_module(candidate, model, **hook)  # noqa: B023 - used within this round only
         latent_error[c] = error(timed(candidate.label, f"{candidate.label} everywhere", fresh()))
         layer_error[c] = 0.0
         for name, processor in fresh().items():
@@ -238,6 +248,7 @@ def measure_layers(pipe, prompt: str, candidates: Sequence, *, seed: int = 0, se
             text = f"{candidate.label} in steps {group.start}-{group.stop - 1} only"
             step_error[c, g] = error(timed(candidate.label, text, gated))
         share[c] = fit_shares(local, layer_error[c], step_error[c], groups)
-    about = {"prompt": prompt, "seed": seed, "settings": settings.as_dict(), "steps": steps, "environment": environment(),
-             "step_groups": [[g.start, g.stop] for g in groups], "shares": "measured" if measured_shares else "local"}
+    about = {"prompt": prompt, "seed": seed, "settings": settings.as_dict(), "order": order_of(pipe), "steps": steps,
+             "environment": environment(), "step_groups": [[g.start, g.stop] for g in groups],
+             "shares": "measured" if measured_shares else "local"}
     return LayerTable([c.label for c in candidates], names, errors, share, latent_error, layer_error, step_error, floor, about)

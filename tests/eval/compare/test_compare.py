@@ -254,8 +254,7 @@ def test_a_recipe_is_a_candidate_by_its_file_or_its_name(pipe, tmp_path):
         "RecipeAttnProcessor(int8+fp16, backend=reference)"] * 2
     with pytest.raises(ValueError, match="no such file: .*none.toml"):
         as_candidate(tmp_path / "none.toml")
-    with pytest.raises(ValueError, match="mine.toml is a recipe, and layers are measured at one precision each"):
-        by_module(mine, ["transformer_blocks.0.attn1"])
+    assert list(map(str, by_module(mine, pipe.transformer, backend="reference").values())) == processors
 
 
 def test_all_videos_of_a_folder_have_one_order_of_tokens(pipe, tmp_path, monkeypatch):

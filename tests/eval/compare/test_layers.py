@@ -1,6 +1,7 @@
 """The layer table: it points at the planted layer and heads, its shares add up, it survives saving, it can choose."""
 import inspect
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from planted import Noise, SwapHeads, ZeroTail, only_in_layer_1  # noqa: E402
 from toy_pipeline import ToyPipeline  # noqa: E402
 
+from lowbit_video import Recipe  # noqa: E402
+from lowbit_video.app.cli import main  # noqa: E402
+from lowbit_video.eval import cli  # noqa: E402
 from lowbit_video.eval.compare import layers  # noqa: E402
 from lowbit_video.eval.compare.candidates import Candidate  # noqa: E402
 from lowbit_video.eval.compare.layer_table import LayerTable, as_text  # noqa: E402
 from lowbit_video.eval.compare.layers import Gated, StepClock, fit_shares, measure_layers, step_groups  # noqa: E402
 from lowbit_video.eval.compare.progress import Progress  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings  # noqa: E402
+from lowbit_video.hook import order  # noqa: E402
 from lowbit_video.hook.processors import LowBitAttnProcessor  # noqa: E402
 
 PLANTED = "transformer_blocks.1.attn1"
@@ -144,6 +149,36 @@ def test_fit_shares_by_hand():
     share = fit_shares(np.ones((2, 3, 1)), np.array([3.0, 4.0]), np.array([1.0, 2.0]), [range(0, 2), range(2, 3)])
     assert np.allclose(share[:, :, 0], np.outer([9 / 25, 16 / 25], [0.5 / 5, 0.5 / 5, 4 / 5]))
     assert not fit_shares(np.zeros((2, 2, 1)), np.zeros(2), np.zeros(2), step_groups(2)).any()
+
+
+def test_a_recipe_errs_as_the_rung_of_each_layer_head_and_step(pipe, table):
+    rules = [{"rung": "int8+fp16"}, {"layers": PLANTED, "heads": "1", "steps": "0.5-1", "rung": "int2+fp16"}]
+    mine = Candidate("mine", lambda: Recipe(rules))
+    found = measure_layers(pipe, "a red ball", [mine], settings=Settings("toy", steps=STEPS), say=lambda line: None)
+    coarse = np.zeros((3, STEPS, 2), bool)
+    coarse[1, 2:, 1] = True
+    wanted = np.where(coarse, table.of("int2+fp16", "sqnr"), table.of("int8+fp16", "sqnr"))
+    np.testing.assert_allclose(found.of("mine", "sqnr"), wanted, atol=1e-3)
+    assert found.worst("mine", 1)[0][:3] in [(PLANTED, 2, 1), (PLANTED, 3, 1)] and found.about["order"] == "raster"
+    assert found.layer_error[0].argmax() == 1 and found.step_error[0][2:].min() > 3 * found.step_error[0][:2].max()
+    with pytest.raises(ValueError, match="names no attention module"):
+        measure_layers(pipe, "a red ball", [Candidate("none", lambda: Recipe([*rules, {"layers": "no", "rung": "exact"}]))])
+
+
+def test_a_recipe_of_another_order_is_warned_of_and_the_command_takes_the_order(pipe, monkeypatch, tmp_path):
+    Recipe([{"rung": "int8+fp16"}], {"order": "hilbert"}).save(tmp_path / "mine.toml")
+    asked = ["eval", "layers", "--prompt", "a", "--precisions", str(tmp_path / "mine.toml"), "--local-shares", "--out",
+             str(tmp_path / "layers.npz")]
+    orders = []
+    monkeypatch.setattr(cli, "load", lambda args: (pipe, Settings("toy", steps=1)))
+    monkeypatch.setattr(order, "order_tokens", lambda pipe, named: orders.append(named))  # which a toy has none of
+    with pytest.warns(UserWarning, match="mine.toml was calibrated with the tokens in the order 'hilbert'"):
+        assert main(asked) == 0
+    monkeypatch.setattr(pipe.transformer, "token_order", "hilbert", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main([*asked, "--order", "hilbert"]) == 0
+    assert orders == ["hilbert"] and LayerTable.load(tmp_path / "layers.npz").about["order"] == "hilbert"
 
 
 def test_local_shares_need_one_run_only(pipe):
