@@ -41,7 +41,7 @@ def predict(model, batch, positional=False, **more):
 
 @pytest.mark.parametrize("kind, size, degrees, batch", [
     ("2b", 2, dict(ulysses=2, cfg=1), 2), ("5b", 3, dict(ring=3), 1), ("1.5", 2, dict(cfg=2), 4),
-    ("5b", 4, dict(ulysses=2), 2)])
+    ("5b", 4, dict(ulysses=2), 2), ("5b", 8, dict(cfg=2, ulysses=2, ring=2), 2)])
 def test_a_diffusers_model_predicts_the_same_on_several_ranks(kind, size, degrees, batch):
     wanted = predict(make(kind), batch)
     models = [make(kind) for _ in range(size)]  # here: threads share one generator

@@ -35,7 +35,7 @@ def chain(wire, degree, pieces, layers, ahead=False, slow=0.0):
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["when needed", "ahead"])
 @pytest.mark.parametrize("layers", [1, 2, 9])
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_states_arrive_and_nobody_waits_in_a_circle(size, layers, ahead):
     for pieces in (1, size - 1, size, size + 1, 2 * size, 3 * size + 1):
         ranks = run_threads(size, partial(chain, degree=size, pieces=pieces, layers=layers, ahead=ahead), PATIENCE, True)
