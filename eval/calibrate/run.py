@@ -99,7 +99,8 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
         _save(files[prompt], measure(pipe, prompt, measured_rungs, plan.probe, ranges, settings, seed=seed,
                                      samples=plan.samples, rows=plan.rows, backend=backend, progress=progress, peaks=peaks))
     measured = [_load(file) for file in files.values()]
-    problem = Problem.of(measured, measured_rungs, costs, ranges, settings.steps, plan.by_head)
+    problem_of = lambda some: Problem.of(some, measured_rungs, costs, ranges, settings.steps, plan.by_head)
+    problem = problem_of(measured)
     allocation = problem.solve(budget) if plan.scheme == "measured" else problem.by_scales(budget)
     names = list(attention_modules(transformer_of(pipe)))
     cells = problem.names(allocation)
@@ -107,10 +108,16 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
     say(f"costs are those of {costs.said}: {', '.join(f'{rung} {cost:.3g}' for rung, cost in costs.of.items())}")
     say(f"predicted: {db(allocation.error):.1f} dB of the final latent at {allocation.cost:.3f} {costs.unit}; everywhere: "
         + ", ".join(f"{rung} {db(error):.1f} dB at {cost:.3f}" for rung, (cost, error) in problem.uniform().items()))
+    spread = sorted(db(problem_of([one]).error_of(allocation.rungs)) for one in measured)
+    say(f"the prompts that were measured, each by itself: {spread[0]:.1f} to {spread[-1]:.1f} dB predicted")
     found = [_check(pipe, prompt, recipe, settings, seed, progress, say) for prompt in held_out]
+    if found:
+        within = sum(one >= round(spread[0], 2) for one in found)
+        say(f"{within} of {len(found)} held-out prompts err no more than the worst of these")
     device = getattr(pipe, "device_name", environment()["device"])
     goal = _goal(plan.scheme, budget)
-    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, device, order, goal, allocation, costs, left_out, found))
+    recipe = Recipe(recipe.rules, _about(prompts, seed, settings, device, order, goal, allocation, spread, costs, left_out,
+                                         found))
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe.save(out)
     from .plot import plot
@@ -160,12 +167,16 @@ class Problem:
         """As `solve.solve`."""
         return solve(self.errors.reshape(len(self.rungs), -1), self.costs, self._shares().reshape(-1), budget)
 
+    def error_of(self, rungs: np.ndarray) -> float:
+        """What an allocation adds to the squared error. rungs [cells]: indices, as an Allocation has them."""
+        return float(self.errors.reshape(len(self.rungs), -1)[rungs, np.arange(len(rungs))].sum())
+
     def by_scales(self, budget: Budget | None) -> Allocation:
         """By the rule of `scales`, with what it errs by the measurement, and the curve of what the measurement would choose."""
         shares = self._shares().reshape(-1)
         rungs = scales.choose(self.peaks.reshape(-1, 3), shares, self.costs, None if budget is None else budget.bits)
-        error = float(self.errors.reshape(len(self.rungs), -1)[rungs, np.arange(len(rungs))].sum())
-        return Allocation(rungs, float(shares @ self.costs[rungs]), error, self.solve(Budget(bits=math.inf)).curve)
+        curve = self.solve(Budget(bits=math.inf)).curve
+        return Allocation(rungs, float(shares @ self.costs[rungs]), self.error_of(rungs), curve)
 
     def uniform(self) -> dict[str, tuple[float, float]]:
         """(cost, squared error) of each rung everywhere."""
@@ -236,12 +247,13 @@ def _goal(scheme: str, budget: Budget | None) -> str:
     return "its sizes of Q, K and V, " + ("thresholds as they are" if budget is None else f"thresholds moved for {budget}")
 
 
-def _about(prompts, seed, settings, device, order, goal, allocation, costs, left_out, found) -> dict[str, Any]:
+def _about(prompts, seed, settings, device, order, goal, allocation, spread, costs, left_out, found) -> dict[str, Any]:
     where = environment()
     return {"title": f"calibrated for {goal}", "model": settings.model, "prompts": list(prompts), "seed": seed,
             "steps": settings.steps, "order": order,
             "metric": "squared error of the final latent, in dB of its energy", "budget": goal,
-            "predicted_error_db": round(db(allocation.error), 2), "predicted_cost": round(allocation.cost, 4),
+            "predicted_error_db": round(db(allocation.error), 2),
+            "predicted_spread_db": [round(spread[0], 2), round(spread[-1], 2)], "predicted_cost": round(allocation.cost, 4),
             **({"found_error_db": found} if found else {}), "cost_table": costs.said,
             "rungs": [f"{rung}: {cost:.3g}" for rung, cost in costs.of.items()], **({"left_out": left_out} if left_out else {}),
             "hardware": f"measured on {where['machine']}, {device}",

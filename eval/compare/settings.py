@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from lowbit_video import __version__
 from lowbit_video.pipelines.shared.generation import read_generation
 
 DEFAULT_FPS = 8
@@ -54,8 +55,8 @@ def for_model(folder, **asked) -> Settings:
 
 def environment() -> dict:
     """Machine, versions and commit, as far as they can be read without asking a device."""
-    versions = {"python": platform.python_version()}
-    for package in ("lowbit-video", "paddlepaddle", "paddlepaddle-gpu", "torch", "numpy", "triton", "scikit-image"):
+    versions = {"python": platform.python_version(), "lowbit-video": __version__}  # which need not be installed
+    for package in ("paddlepaddle", "paddlepaddle-gpu", "torch", "numpy", "triton", "scikit-image"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -33,10 +33,12 @@ from .toml import read_toml, write_toml
 
 FORMAT = 1
 KEYS = ("format", "about", "rules")
-ABOUT = ("title", "model", "prompts", "seed", "steps", "order", "metric", "budget", "predicted_error_db", "predicted_cost",
-         "found_error_db", "cost_table", "rungs", "left_out", "hardware", "versions", "commit", "date", "command")
+ABOUT = ("title", "model", "prompts", "seed", "steps", "order", "metric", "budget", "predicted_error_db", "predicted_spread_db",
+         "predicted_cost", "found_error_db", "cost_table", "rungs", "left_out", "hardware", "versions", "commit", "date",
+         "command")
 """What a recipe may say of where it comes from; costs are shares of int8+fp8's time, or bits of Q and K, as cost_table says.
-rungs: those that could be chosen, each with its cost; left_out: which could not, and why."""
+predicted_spread_db: the least and the most that is predicted of a measured prompt by itself. rungs: those that could be
+chosen, each with its cost; left_out: which could not, and why."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from toy_pipeline import ToyPipeline  # noqa: E402
 
+import lowbit_video  # noqa: E402
 from lowbit_video import Recipe, apply  # noqa: E402
 from lowbit_video.app.cli import build_parser, main  # noqa: E402
 from lowbit_video.eval.calibrate import measure as measuring  # noqa: E402
@@ -106,7 +107,14 @@ def test_a_recipe_is_written_checked_and_made_again_alike(pipe, tmp_path, monkey
     about = recipe.about
     assert about["predicted_cost"] <= 1.03 and about["prompts"] == ["a red ball", "b"] and about["steps"] == 4
     assert abs(about["found_error_db"][0] - about["predicted_error_db"]) < 12 and "kernels.json" in about["cost_table"]
+    least, most = about["predicted_spread_db"]
+    assert least < about["predicted_error_db"] < most  # of two prompts' errors the mean
+    assert db((10 ** (-least / 10) + 10 ** (-most / 10)) / 2) == pytest.approx(about["predicted_error_db"], abs=0.01)
+    assert any(f"each by itself: {least:.1f} to {most:.1f} dB predicted" in line for line in lines)
+    within = int(about["found_error_db"][0] >= least)
+    assert f"{within} of 1 held-out prompts err no more than the worst of these" in lines
     assert len(set(recipe.resolve(pipe).shares())) > 1
+    assert f"lowbit-video {lowbit_video.__version__}" in about["versions"]
     first = out.read_text()
     assert len(list((tmp_path / "new" / "r_measured").iterdir())) == 2
 
