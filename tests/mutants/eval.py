@@ -545,7 +545,7 @@ MUTANTS = [
     *faults("eval/compare/paired.py", COMPARE + "test_all_videos_of_a_folder_have_one_order_of_tokens",
             ('run.get("order", "raster")) != order', 'run.get("order", "raster")) == "no"')),
     *faults("eval/cli.py", "tests/eval/report/test_report.py::test_a_whole_evaluation_of_a_random_model_by_command",
-            ("        order_tokens(pipe, args.order)\n    try", "        pass\n    try")),
+            ("    put_in_order(pipe, args)\n    try", "    pass\n    try")),
     *faults("eval/compare/paired.py", COMPARE + "test_captions_are_read_in_the_world_of_the_models_folder",
             ("Context(prompt, weights, {}, models, of)", "Context(prompt, weights, {}, models)"),
             ("world_of(settings.model) or SMALL.name", "world_of(settings.model)")),

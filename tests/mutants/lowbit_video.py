@@ -305,7 +305,7 @@ MUTANTS = [
             ("self.attend(q, keys, values, causal, scale, True)", "self.attend(q, keys, values, causal, None, True)")),
     *faults(DISTRIBUTED + "ring.py", RING + "test_bytes_by_hand",
             ("in_16_bit=in_16_bit[source])", "in_16_bit=in_16_bit[rank])")),
-    *faults(DISTRIBUTED + "mesh.py", EVERY_SPLIT, ("range(place, wire.size, u * r)", "range(place, wire.size, u)"),
+    *faults(DISTRIBUTED + "mesh.py", EVERY_SPLIT,
             ("range(first + place % u, first + u * r, u)", "range(first, first + u * r, u)")),
     *faults(DISTRIBUTED + "mesh.py", GROUPS.removesuffix("::"),
             ("self.vae > self.ranks", "self.vae >= self.ranks"), ("degree <= heads and", "degree < heads and"),
