@@ -201,7 +201,7 @@ def beside_a_gpu(code, monkeypatch, framework="torch"):
 @pytest.mark.parametrize("framework, workers", [("torch", "2"), ("paddle", "1")])
 def test_a_device_compares_the_videos_with_the_figures_of_the_workers(framework, workers, code, model, whole, tmp_path,
                                                                      monkeypatch):
-    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    pytest.importorskip(framework, reason=f"of torch and Paddle, {framework} is not installed")
     beside_a_gpu(code, monkeypatch, framework)
     compared, seen = [], code.scoring.measured
     monkeypatch.setattr(code.evaluate, "compared", lambda *pair: compared.append(pair) or code.scoring.compared(*pair))

@@ -34,7 +34,7 @@ def weights(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("put", [False, True], ids=["arrays", "put"])
 def test_figures_are_those_of_numpy(device, kind, put, weights):
-    pytest.importorskip(device.framework, reason=f"{device.framework} is not installed")
+    pytest.importorskip(device.framework, reason=f"of torch and Paddle, {device.framework} is not installed")
     pair = [KINDS[kind](frames) for frames in maker.seeded_pair((BLOCK + 3, 65, 83), 0.1)]
     metrics = [registry.metric(name) for name in COMPARED]
     wanted = figures(*pair, metrics, Context(weights=weights))
@@ -64,7 +64,7 @@ def test_frames_are_taken_together_on_a_gpu_and_one_by_one_on_a_processor():
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.framework)
 def test_bad_videos_are_named_before_they_go_to_a_device(device):
-    pytest.importorskip(device.framework, reason=f"{device.framework} is not installed")
+    pytest.importorskip(device.framework, reason=f"of torch and Paddle, {device.framework} is not installed")
     video = maker.seeded_pair((2, 16, 17), 0.1)[0]
     with pytest.raises(BadVideoError, match="NaN"):
         device.put(np.where(np.arange(3) == 1, np.nan, video))

@@ -49,7 +49,7 @@ def test_lpips_agrees_with_pytorch(tmp_path):
 @pytest.mark.torch
 @pytest.mark.parametrize("framework, other", [("torch", "paddle"), ("paddle", "torch")])
 def test_lpips_does_with_one_framework_alone(framework, other, tmp_path, monkeypatch):
-    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    pytest.importorskip(framework, reason=f"of torch and Paddle, {framework} is not installed")
     np.savez(tmp_path / "weights.npz", **maker.seeded_alexnet())
     find = importlib.util.find_spec
     monkeypatch.setattr(lpips_file.importlib.util, "find_spec", lambda name: None if name == other else find(name))
