@@ -55,6 +55,13 @@ def recorded(monkeypatch):
     return doubled(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def unregistered():
+    """A recipe of a model that asks diffusers' dispatcher registers itself there."""
+    yield
+    lv.unregister_diffusers()
+
+
 # --- What is given and what comes out
 
 
