@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crashes import once_more
+
 from quick_start import sitecustomize  # noqa: F401
 from skips import skip_lines
 
@@ -23,6 +25,19 @@ def pytest_terminal_summary(terminalreporter):
     if lines:
         terminalreporter.section("what was skipped")
         terminalreporter.write_line("\n".join(lines))
+    if CRASHES:
+        terminalreporter.section("what a process died in")
+        terminalreporter.write_line("\n".join(CRASHES))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, report, sched):
+    """Of pytest-xdist: where a process died in a test that may do that, by no fault of this tree, it runs once more."""
+    if (told := once_more(crashitem, report)) is not None:
+        CRASHES.append(told)
+
+
+CRASHES = []
 
 
 @pytest.hookimpl(tryfirst=True)

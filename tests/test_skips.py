@@ -66,7 +66,7 @@ def test_reasons_are_found(source, found):
 def test_a_run_that_skips_for_another_reason_fails(pytester, reason, failed, monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makeconftest((TESTS / "conftest.py").read_text())
-    beside = {name: (TESTS / f"{name}.py").read_text() for name in ("skips", "quick_start/sitecustomize")}
+    beside = {name: (TESTS / f"{name}.py").read_text() for name in ("crashes", "skips", "quick_start/sitecustomize")}
     pytester.makepyfile(**beside, test_it=f"""
         import pytest
 
