@@ -426,3 +426,19 @@ def test_a_curve_is_drawn_over_what_pooled_runs_and_recipes_keep(code, model, tm
     assert drawn[0] == (pytest.approx([500 / 6, 100]), [psnr[rung], psnr["int8+fp8"]], "int8+fp8 everywhere")
     with pytest.raises(ValueError, match="was begun with order hilbert; give another --out"):
         code.main([*(word for word in begun if word not in ("--order", "hilbert")), rung])
+
+
+def test_how_far_runs_are_below_the_one_that_pools_nothing(code):
+    """By caption: means of differences, of PSNR and of what a video shows."""
+    video = lambda run, prompt, psnr, right, **more: {"run": run, "prompt": prompt, "figures": {
+        "psnr": psnr, "ssim": 0.5, "adherence.shape": right, **more}}
+    videos = [video("int8+fp8", "a", 40.0, 1.0), video("int8+fp8", "b", 30.0, 1.0), video("r.toml", "b", 24.0, 0.0),
+              video("r.toml", "a", 36.0, 1.0), video("floor", "a", 50.0, 1.0), video("floor", "b", 41.0, 1.0),
+              {"run": "broken", "prompt": "a", "error": "NaN"},
+              {"run": "exact", "prompt": "a", "figures": {"adherence.shape": 1.0}}]
+    kept = {"exact": 1.0, "floor": 1.0, "r.toml": 0.5, "int8+fp8": 1.0}
+    found = code.curve.below_of(videos, ["a", "b"], kept)
+    assert set(found) == {"r.toml", "floor"} and set(found["r.toml"]) == {"psnr", "adherence.shape"}
+    assert found["r.toml"]["psnr"] == {"value": 5.0, "low": 4.0, "high": 6.0} and found["floor"]["psnr"]["value"] == -10.5
+    assert found["r.toml"]["adherence.shape"] == {"value": 0.5, "low": 0.0, "high": 1.0}
+    assert code.curve.below_of(videos, ["a", "b"], {**kept, "int8+fp8": 0.9}) == {}
