@@ -8,7 +8,7 @@ from typing import Any
 
 from ..distributed.cost.figures import MEASURED, USUAL, Figures, load_figures
 from ..distributed.cost.models import MODELS, find_model
-from ..distributed.cost.split import MAX_GPUS, Cost, free_host, predict, splits, task_of
+from ..distributed.cost.split import MAX_GPUS, Cost, predict, splits, task_of
 from ..distributed.cost.task import Task
 from ..distributed.exchange import EXCHANGES, OUTPUTS
 from ..files import write_json
@@ -17,6 +17,8 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of GPUs of the scaling."""
 WHOLE = ("layer", "transformer", "step", "decode")
 """What is shown of the measured beside the modelled; the parts are only tested."""
+SAME = ("model", "precision", "framework", "size", "link", "cuda_graph")
+"""In what a measured thing is that which is planned."""
 HEADER = ("GPUs", "cfg", "ulysses", "ring", "vae", "step ms", "speed-up", "efficiency", "MB sent", "GiB a GPU", "decode s",
           "video s", "")
 
@@ -54,11 +56,10 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; writes what was asked for."""
     figures = load_figures(*args.measured)
-    figures = free_host(figures) if args.cuda_graph else figures
-    same = {name: getattr(args, name) for name in ("precision", "exchange", "output", "link", "framework", "steps", "frames",
-                                                   "height", "width")}
+    same = {name: getattr(args, name) for name in ("precision", "exchange", "output", "link", "framework", "cuda_graph",
+                                                   "steps", "frames", "height", "width")}
     task = Task(find_model(args.model), figures, **same, text_encoder=not args.no_text_encoder)
-    if args.cuda_graph and task.framework != "torch":
+    if task.cuda_graph and task.framework != "torch":
         raise ValueError(f"--cuda-graph records PyTorch's launches, and the framework is {task.framework}; add --framework "
                          "torch, or leave it out")
     if args.plot:
@@ -68,21 +69,20 @@ def run(args: argparse.Namespace) -> int:
     costs, refused = splits(task, args.gpus) if args.gpus is not None else ([], [])
     scaling = best_by_count(task) if args.plot or args.json or args.gpus is None else []
     alone = splits(task, 1)[0][0]
-    print("\n".join([*heading(task, args.cuda_graph), "", *table(costs or scaling, alone), ""]))
+    print("\n".join([*heading(task), "", *table(costs or scaling, alone), ""]))
     for degrees, reason in refused:
         print(f"cannot be: {degrees}: {reason}")
-    compared = compare(task, figures, args.cuda_graph)
+    compared = compare(task, figures)
     print("\n".join(comparison(compared) + notes(task, args.gpus or MAX_GPUS, costs or scaling)))
     if args.json:
         write_json(args.json, {
             "about": {"model": task.model.name, "gpu": figures.gpu.name, "tokens": task.tokens, "size": list(task.size), **same,
-                      "cuda_graph": args.cuda_graph,
                       "precision": task.precision, "wire": str(task.wire), "framework": task.framework},
             "splits": [as_dict(cost, alone) for cost in costs],
             "refused": [{**asdict(degrees), "reason": reason} for degrees, reason in refused],
             "scaling": [as_dict(cost, alone) for cost in scaling], "measured": compared})
     if args.plot:
-        plot_scaling(task, scaling, compared, args.plot, args.cuda_graph)
+        plot_scaling(task, scaling, compared, args.plot)
     return 0
 
 
@@ -103,13 +103,13 @@ def as_dict(cost: Cost, alone: Cost) -> dict[str, Any]:
             "efficiency": speed_up(cost, alone) / cost.degrees.ranks}
 
 
-def heading(task: Task, cuda_graph: bool = False) -> list[str]:
+def heading(task: Task) -> list[str]:
     """What is planned."""
     frames, height, width = task.size
     return [f"{task.model.name}, {frames} frames of {height}x{width}: {task.tokens} tokens, {task.steps} steps with guidance; "
             f"{task.figures.gpu.name}, {task.link}",
             f"attention {task.precision}; Q, K and V travel as {task.wire}, the output as {task.output}; the rest as "
-            f"{task.framework} runs it" + ", as a CUDA graph" * cuda_graph]
+            f"{task.framework} runs it" + ", as a CUDA graph" * task.cuda_graph]
 
 
 def table(costs: Sequence[Cost], alone: Cost) -> list[str]:
@@ -124,17 +124,15 @@ def table(costs: Sequence[Cost], alone: Cost) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def compare(task: Task, figures: Figures, cuda_graph: bool = False) -> list[dict[str, Any]]:
-    """Whole things that were measured of this model at this precision, with what the model of cost says of them.
-
-    cuda_graph: those of CUDA graphs, or those of all else."""
+def compare(task: Task, figures: Figures) -> list[dict[str, Any]]:
+    """Whole things that were measured of this model at this precision, as a CUDA graph or not as the task is, with what the
+    model of cost says of them."""
     found = []
     for row in figures.rows:
-        if row.get("what") not in WHOLE or bool(row.get("cuda_graph")) != cuda_graph:
+        if row.get("what") not in WHOLE:
             continue
         measured, degrees = task_of(row, figures)
-        if (measured.model, measured.precision, measured.framework, measured.size, measured.link) == (
-                task.model, task.precision, task.framework, task.size, task.link):
+        if all(getattr(measured, name) == getattr(task, name) for name in SAME):
             found.append({**row, "gpus": degrees.ranks, "split": str(degrees), "modelled_ms": predict(row, figures)})
     return found
 

@@ -23,8 +23,7 @@ def check_plot(path: str | Path) -> None:
         raise ImportError("--plot draws with matplotlib: pip install 'lowbit_video[eval]', or leave out --plot")
 
 
-def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping[str, Any]], path: str | Path,
-                 cuda_graph: bool = False) -> None:
+def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws ms a step, and efficiency, over the number of GPUs; the best split by each number."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -77,7 +76,8 @@ def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, loc="lower left")
     figure.suptitle(f"{Path(task.model.name).name}, {task.tokens} tokens, {task.precision}; "
-                    f"{task.figures.gpu.name}, {task.link}, {task.framework}" + ", as a CUDA graph" * cuda_graph, fontsize=10)
+                    f"{task.figures.gpu.name}, {task.link}, {task.framework}" + ", as a CUDA graph" * task.cuda_graph,
+                    fontsize=10)
     with write_whole(path) as temporary:
         figure.savefig(temporary, dpi=130)
 

@@ -113,7 +113,7 @@ guidance and scheduler; the VAE's decoding; and APART."""
 
 def task_of(row: Mapping[str, Any], figures: Figures) -> tuple[Task, Degrees]:
     """What a measured row was a measurement of. Raises ValueError where it says what cannot be."""
-    names = ("precision", "exchange", "output", "keys", "link", "framework", "frames", "height", "width")
+    names = ("precision", "exchange", "output", "keys", "link", "framework", "cuda_graph", "frames", "height", "width")
     try:
         given = {"keys": "round"} | {name: row[name] for name in names if row.get(name) is not None}
         task = Task(find_model(row["model"]), figures, **given)
@@ -139,13 +139,6 @@ def free_gpu(figures: Figures) -> Figures:
         programs={name: Program(math.inf, 0, 0, 0, 0, {}) for name in figures.programs})
 
 
-def free_host(figures: Figures) -> Figures:
-    """With a host that launches everything at once, as a CUDA graph is launched."""
-    free = lambda program: replace(program, layer_host_us=0, models={
-        name: {key: value for key, value in own.items() if key != "layer_host_us"} for name, own in program.models.items()})
-    return replace(figures, programs={name: free(program) for name, program in figures.programs.items()})
-
-
 def predict(row: Mapping[str, Any], figures: Figures) -> float:
     """The ms that the model of cost says of a measured row.
 
@@ -153,7 +146,6 @@ def predict(row: Mapping[str, Any], figures: Figures) -> float:
     frames, height, width, cfg, ulysses, ring, vae; cuda_graph, whether the step was one. Others are left alone. keys:
     "gathered", or "round", as in rows without it.
     """
-    figures = free_host(figures) if row.get("cuda_graph") else figures
     what, (task, degrees) = row["what"], task_of(row, figures)
     if what.endswith(APART):
         figures = free_wire(figures) if what.endswith(APART[0]) else free_gpu(figures)

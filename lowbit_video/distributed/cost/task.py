@@ -1,7 +1,7 @@
 """`Task`: one video to make and on what; `Share`: what the busiest rank of a split has of it."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowbit_video.kernels.formats import BLOCK_K
 
@@ -21,7 +21,8 @@ class Task:
 
     precision: of attention; an exchange of int8 or int4 puts K into that format. exchange, output: as the wrappers take them.
     keys: how those that a ring shares reach each rank: "gathered" where `ring` can, or "round".
-    link, framework: of the figures. text_encoder: whether it stays on the GPU.
+    link, framework: of the figures. cuda_graph: whether the transformer is launched as one, whatever the host takes.
+    text_encoder: whether it stays on the GPU.
     Raises ValueError for what there is not, saying what there is.
     """
 
@@ -33,6 +34,7 @@ class Task:
     keys: str = "gathered"
     link: str = "nvlink"
     framework: str | None = None
+    cuda_graph: bool = False
     steps: int = 50
     frames: int | None = None
     height: int | None = None
@@ -81,7 +83,8 @@ class Task:
     @property
     def program(self) -> Program:
         """The framework's figures for this model."""
-        return self.figures.programs[self.framework].of(self.model.name)
+        program = self.figures.programs[self.framework].of(self.model.name)
+        return replace(program, layer_host_us=0) if self.cuda_graph else program
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -163,7 +164,7 @@ def test_the_plot_tells_the_measured_from_the_modelled(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: (drawn.append(figure), path.write_bytes(b"png")))
     plan_plot.plot_scaling(task, plan.best_by_count(task), compared, tmp_path / "plan.png")
-    plan_plot.plot_scaling(task, plan.best_by_count(task), compared, tmp_path / "plan.png", True)
+    plan_plot.plot_scaling(replace(task, cuda_graph=True), plan.best_by_count(task), compared, tmp_path / "plan.png")
     assert ["as a CUDA graph" in figure.get_suptitle() for figure in drawn] == [False, True]
     times, shares = drawn[0].axes
     lines = {line.get_label(): line for line in times.lines}
