@@ -25,7 +25,7 @@ from .exchange import check_exchange, on_the_wire
 from .group import ITEM_SIZES, Group, as_bytes, part_of
 from .keys_part import KeysPart, can_gather
 from .pieces import gathered_waves, head_pieces, rows_in_tiles
-from .statistics import shared_statistics, token_counts
+from .statistics import computed, shared_statistics, token_counts
 
 
 def ring(attend: Attend, group: Group, exchange: str = "auto", shares: Sequence[int] | None = None,
@@ -79,12 +79,7 @@ class Ring:
         parts = [KeysPart(self.inner, self.group, piece, (q, k, v), counts[1], options, out, runtime)
                  for piece in head_pieces(heads, 1, rows_in_tiles(batch, max(counts[0]), head_dim), runtime.processors(q),
                                           gathered_waves(batch, self.group.size))]
-        if found is not None:
-            found = shared_statistics(found, counts, self.group, self.inner, options, runtime,
-                                      meanwhile=lambda: [part.quantise_q() for part in parts])
-        for part in parts:
-            part.send(found)
-        lses = [part.compute(options.return_lse) for part in parts]
+        lses = computed(parts, found, counts, self.group, self.inner, options, runtime, options.return_lse)
         return out, runtime.contiguous(runtime.concat(lses, 1)) if options.return_lse else None
 
     def _by_codes(self, q, k, v, counts, options: AttentionOptions, is_causal: bool, runtime: Runtime) -> tuple[Any, Any]:

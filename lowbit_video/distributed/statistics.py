@@ -43,3 +43,17 @@ def shared_statistics(found: Any, counts: tuple[list[int], list[int]], group: Gr
     if hasattr(inner, "share_statistics"):
         found = inner.share_statistics(found, sum(counts[0]), sum(counts[1]), options, runtime)
     return found
+
+
+def computed(parts: Sequence[Any], found: Any, counts: tuple[list[int], list[int]], group: Group, inner: Any,
+             options: AttentionOptions, runtime: Runtime, *choices: bool) -> list[Any]:
+    """Pieces of heads (`HeadsPart`, `KeysPart`) quantised, sent and computed: what each one's `compute(*choices)` gives.
+
+    found: statistics of this rank's tokens, or None; Q is quantised while those of all are gathered, where it needs none.
+    """
+    if found is not None:
+        found = shared_statistics(found, counts, group, inner, options, runtime,
+                                  meanwhile=lambda: [part.quantise_q() for part in parts])
+    for part in parts:
+        part.send(found)
+    return [part.compute(*choices) for part in parts]

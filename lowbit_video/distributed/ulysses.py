@@ -22,7 +22,7 @@ from .group import Group
 from .heads_part import HeadsPart
 from .pieces import head_pieces, rows_in_tiles
 from .shares import begins
-from .statistics import shared_statistics, token_counts
+from .statistics import computed, shared_statistics, token_counts
 
 
 def ulysses(attend: Attend, group: Group, exchange: str = "auto", output: str = "16bit", shares: Sequence[int] | None = None,
@@ -99,12 +99,7 @@ class Ulysses:
         joined = is_causal or hasattr(self.inner, "share_statistics")
         parts = [HeadsPart(self.inner, self.group, self.output, piece, (q, k, v), counts, options, out, joined, runtime)
                  for piece in head_pieces(heads, self.group.size, tiles, runtime.processors(q))]
-        if found is not None:
-            found = shared_statistics(found, counts, self.group, self.inner, options, runtime,
-                                      meanwhile=lambda: [part.quantise_q() for part in parts])
-        for part in parts:
-            part.send(found)
-        lses = [part.compute(is_causal, return_lse) for part in parts]
+        lses = computed(parts, found, counts, self.group, self.inner, options, runtime, is_causal, return_lse)
         for part in parts:
             part.rows.place(out)
         return (out, runtime.contiguous(runtime.concat(lses, 1))) if return_lse else out
