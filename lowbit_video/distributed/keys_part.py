@@ -6,9 +6,10 @@ what is computed is what one GPU computes. It holds the codes of all keys, one b
 """
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from lowbit_video.kernels.exchange.layout import Kind, joins, layout_of
+from lowbit_video.kernels.exchange.layout import Copy, Kind, Layout, joins, layout_of
 from lowbit_video.kernels.formats import BLOCK_K
 
 from ..engine import codes as engine
@@ -37,6 +38,19 @@ def can_gather(kind: Kind, batch: int, heads: int, kv_counts: list[int], inner: 
     return len(hosts) == 1 and layout_of(kind, batch, heads, 0, sum(kv_counts)).size <= MOST_BYTES
 
 
+@functools.lru_cache(maxsize=1024)
+def copies_of(layouts: tuple[Layout, ...], whole: Layout, arrived: tuple[int, ...], rank: int) -> tuple[Copy, ...]:
+    """Those that put the codes of each rank, by place, to where they belong among all; this one's are in a second source.
+
+    arrived: the byte that each rank's codes begin at.
+    """
+    copies = []
+    for place, (layout, first) in enumerate(zip(layouts, begins([layout.kv_len for layout in layouts]))):
+        own = place == rank
+        copies += joins(layout, 0 if own else arrived[place], whole, 0, first, second=own)
+    return tuple(copies)
+
+
 class KeysPart:
     """One piece of heads on its way, by `quantise_q`, `send` and `compute`.
 
@@ -51,9 +65,8 @@ class KeysPart:
         batch, tokens, _, _ = runtime.shape(out)
         kind = engine.kind_of(tensors[0], options, runtime)
         self.q_layout = layout_of(kind, batch, piece.count, tokens, 0)
-        self.layouts = [layout_of(kind, batch, piece.count, 0, count) for count in kv_counts]
+        self.layouts = tuple(layout_of(kind, batch, piece.count, 0, count) for count in kv_counts)
         self.kv_layout = layout_of(kind, batch, piece.count, 0, sum(kv_counts))
-        self.firsts = begins(kv_counts)
         self.q_memory = None
 
     def quantise_q(self) -> None:
@@ -81,10 +94,7 @@ class KeysPart:
         batch, tokens, heads, head_dim = runtime.shape(out)
         memory = runtime.empty((self.kv_layout.size,), "uint8", out)
         self.work.wait()
-        copies = []
-        for place, layout in enumerate(self.layouts):
-            own = place == self.group.rank
-            copies += joins(layout, 0 if own else self.begins[place], self.kv_layout, 0, self.firsts[place], second=own)
+        copies = copies_of(self.layouts, self.kv_layout, tuple(self.begins), self.group.rank)
         engine.copy_parts((self.received, self.sent), memory, copies, batch, piece.count, runtime)
         scale = engine.v_scale_of(self.found, self.options, slice(piece.first, piece.first + piece.count))
         dtype = runtime.dtype_name(out)

@@ -278,7 +278,7 @@ MUTANTS = [
             ("Target(out, piece.first * head_dim * ITEM_SIZES[dtype]", "Target(out, 0"),
             ("if not engine.q_needs_statistics(self.options):", "if True:")),
     *faults(DISTRIBUTED + "keys_part.py", RING + "test_gathered_keys_give_what_one_rank_gives",
-            ("0 if own else self.begins[place]", "self.begins[place]"), ("self.firsts[place], second=own)", "0, second=own)"),
+            ("0 if own else arrived[place]", "arrived[place]"), ("whole, 0, first, second=own)", "whole, 0, 0, second=own)"),
             ("second=own)", "second=False)")),
     *faults(DISTRIBUTED + "keys_part.py", RING + "test_bytes_by_hand", ("values = 2 * 2 * own", "values = 2 * own")),
     *faults(DISTRIBUTED + "group.py", RING + "test_bytes_by_hand", ("in_16_bit * (self.size - 1))", "in_16_bit)")),
