@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from makers import DTYPES, OTHERS, PaddleMaker, TorchMaker, hooked, runs_of
+from makers import DTYPES, OTHERS, PaddleMaker, TorchMaker, hooked, latent_shape, runs_of
 from parts import join, otherwise, part
 from precision_curve import below_of, curve_of, kept_shares, plot_curve
 from precision_table import is_exact, markdown, record_of
@@ -113,7 +113,7 @@ class Evaluation:
             for number, caption in captions.items():
                 if not (in_time := time.time() <= deadline):
                     break
-                noise = noise_of(1, self.latent_shape(), self.args.seed + number)
+                noise = noise_of(1, latent_shape(self.maker), self.args.seed + number)
                 line = {"kind": "video", "prompt": caption, "seed": self.args.seed, "run": run.label,
                         "group": self.kinds[caption]}
                 try:
@@ -171,13 +171,6 @@ class Evaluation:
             text = line.get("error") or (f"{decibels:.2f} dB" if decibels is not None else "the reference")
             print(f"{self.done:>4} {line['run']:<26} {line['seconds']:.3f} s  {text}  {line['prompt'][:60]}", flush=True)
         self.pending = []
-
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        asked = self.generation
-        return (asked["num_frames"] - 1) // 4 + 1, self.channels(), asked["height"] // 8, asked["width"] // 8
-
-    def channels(self) -> int:
-        return self.maker.pipe.transformer.config.in_channels
 
 
 def first_of_kinds(kinds: dict[str, str], count: int) -> set[str]:
@@ -299,7 +292,7 @@ def main(argv=None) -> int:
         size = generation["height"], generation["width"]
         device = trusted(gpu_of(maker), metrics, weights, *size) if args.compare_on == "auto" else None
         evaluation = Evaluation(args, store, maker, workers, device, generation, metrics, weights, kinds, of)
-        kept = kept_shares(maker, runs, next(iter(kinds)), noise_of(1, evaluation.latent_shape(), args.seed),
+        kept = kept_shares(maker, runs, next(iter(kinds)), noise_of(1, latent_shape(maker), args.seed),
                            generation["num_inference_steps"])
         store.append({"kind": "run", "settings": settings.as_dict(), "prompts": list(kinds), "seeds": [args.seed],
                       "runs": [run.label for run in runs], "metrics": metrics, "missing": {**lacking, **absent}, **about,

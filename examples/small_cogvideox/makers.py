@@ -188,6 +188,13 @@ class PaddleMaker:
             return postprocess(self.pipe.decode_latents(latents), "np")[0]
 
 
+def latent_shape(maker) -> tuple[int, int, int, int]:
+    """[frames, channels, height, width] of a video's latents, of the size that a maker makes."""
+    asked = maker.generation
+    return ((asked["num_frames"] - 1) // 4 + 1, maker.pipe.transformer.config.in_channels, asked["height"] // 8,
+            asked["width"] // 8)
+
+
 def runs_of(maker, precisions: list[str], others_asked=OTHERS) -> tuple[list[Candidate], dict[str, str]]:
     """Every run: the reference, this project's exact kernel, the other exact kernels that are asked for, precisions; and which
     of these kernels do not run, why."""

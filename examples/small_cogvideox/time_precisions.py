@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluate_precisions import CAPTION_SEED
-from makers import DTYPES, OTHERS, TorchMaker, hooked, runs_of
-from precision_table import as_dict, is_exact
+from makers import DTYPES, OTHERS, TorchMaker, hooked, latent_shape, runs_of
+from precision_table import as_dict, cell, is_exact
 from sampling import held_out_captions, noise_of
 
 from lowbit_video.eval import world
@@ -77,9 +77,7 @@ def markdown(record: dict) -> str:
     lines = [f"Denoising, {record['steps']} steps, {record['dtype']}, on {where['device']}{how}, commit {where['commit']}: "
              f"{record['captions']} captions in {record['rounds']} rounds; speed-up: over {record['best_exact']}, in pairs.",
              "", "| attention | seconds | speed-up |", "|---|---|---|"]
-    said = lambda x, form: form.format(x["value"]) + ("" if x["low"] is None else f" ({form.format(x['low'])}.."
-                                                      f"{form.format(x['high'])})")
-    lines += [f"| {label} | {said(row['seconds'], '{:.4f}')} | {said(row['speed_up'], '{:.3f}')}x |"
+    lines += [f"| {label} | {cell(row, 'seconds', '{:.4f}'.format)} | {cell(row, 'speed_up', '{:.3f}'.format)}x |"
               for label, row in record["rows"].items()]
     return "\n".join(lines) + "\n"
 
@@ -115,9 +113,7 @@ def main(argv=None) -> int:
     captions = held_out_captions(args.captions, args.seed, generation.get("world", world.SMALL.name))
     maker = TorchMaker(args.model, args.dtype, args.device, generation)
     runs, absent = runs_of(maker, args.precisions, args.other_exact)
-    shape = ((generation["num_frames"] - 1) // 4 + 1, maker.pipe.transformer.config.in_channels, generation["height"] // 8,
-             generation["width"] // 8)
-    noises = [noise_of(1, shape, args.seed + number) for number in range(len(captions))]
+    noises = [noise_of(1, latent_shape(maker), args.seed + number) for number in range(len(captions))]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     with contextlib.ExitStack() as around:
         makers = {}
