@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from makers import DTYPES, OTHERS, PaddleMaker, TorchMaker, hooked, latent_shape, runs_of
 from parts import join, otherwise, part
-from precision_curve import below_of, curve_of, kept_shares, plot_curve
+from precision_curve import curve_of, kept_shares, plot_curve
 from precision_table import is_exact, markdown, record_of
 from sampling import held_out_captions, noise_of
 from scoring import Workers, compared, gpu_of, trusted
@@ -52,7 +52,6 @@ from lowbit_video.eval.metrics import registry
 from lowbit_video.eval.metrics.psnr import psnr
 from lowbit_video.eval.metrics.shared.context import Context
 from lowbit_video.eval.metrics.shared.device import Device
-from lowbit_video.eval.report.summary import summarise
 from lowbit_video.eval.report.write import write_report
 from lowbit_video.eval.video import as_uint8, read_video
 from lowbit_video.files import write_json
@@ -209,8 +208,6 @@ def write_tables(args) -> None:
         record["beside"] = beside(args.out, args.beside)
     if any(share < 1 for share in record["kept"].values()):
         record["curve"] = curve_of(record)
-        prompts = summarise(store.videos(), list(record["rows"])).prompts
-        record["below"] = below_of(store.videos(), prompts, record["kept"])
         if not args.no_page:
             plot_curve(args.out / "curve.png", record["curve"], f"{record['captions']} captions, {record['dtype']}, "
                        f"{record['environment']['device']}, commit {record['environment']['commit']}")

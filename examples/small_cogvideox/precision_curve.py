@@ -4,11 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from precision_table import as_dict, is_exact
 
 from lowbit_video.eval.calibrate.pooled import Look
 from lowbit_video.eval.compare.candidates import Candidate
-from lowbit_video.eval.report.bootstrap import bootstrap, mean
 from lowbit_video.files import write_whole
 from lowbit_video.hook.apply import apply
 from lowbit_video.hook.recipe.recipe import Recipe
@@ -16,7 +14,6 @@ from lowbit_video.precision import names_recipe
 from lowbit_video.rung import as_rung
 
 FIGURES = ("psnr", "ssim")
-ADHERENCE = "adherence."
 EVERYTHING = "all"
 
 
@@ -63,24 +60,6 @@ def curve_of(record: dict) -> dict[str, dict[str, list[dict]]]:
             figures = {figure: rows[run][figure] for figure in FIGURES if figure in rows[run]}
             curve[name].setdefault(series, []).append({"run": run, "kept": kept[run], **figures})
     return curve
-
-
-def below_of(videos: list[dict], prompts: list[str], kept: dict[str, float]) -> dict[str, dict[str, dict]]:
-    """By how much each run's PSNR and adherence are below those of the first precision that pools nothing, caption by caption:
-    means with intervals, by figure; a run above it is below by less than nothing. {} where every precision pools."""
-    by_run = {}
-    for video in videos:
-        by_run.setdefault(video["run"], {})[video["prompt"]] = video.get("figures", {})
-    dense = next((run for run, share in kept.items() if share == 1 and not is_exact(run)), None)
-    found = {}
-    for run, own in by_run.items() if dense else ():
-        for name in by_run[dense][prompts[0]] if run != dense else ():
-            if name == "psnr" or name.startswith(ADHERENCE):
-                pairs = [(by_run[dense][prompt].get(name), own.get(prompt, {}).get(name)) for prompt in prompts]
-                if all(value is not None for pair in pairs for value in pair):
-                    less = as_dict(bootstrap(mean, [full - value for full, value in pairs]))
-                    found.setdefault(run, {})[name] = less
-    return found
 
 
 def plot_curve(path: Path, curve: dict, title: str) -> None:

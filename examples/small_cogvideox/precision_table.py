@@ -10,12 +10,13 @@ from parts import ABOUT
 from lowbit_video.eval.compare.candidates import EXACT, FLOOR
 from lowbit_video.eval.compare.store import Store
 from lowbit_video.eval.metrics import registry
-from lowbit_video.eval.report.bootstrap import Interval, bootstrap
+from lowbit_video.eval.report.bootstrap import Interval, bootstrap, mean
 from lowbit_video.eval.report.groups import by_group
 from lowbit_video.eval.report.summary import Row, Summary, summarise
 from lowbit_video.eval.report.text import label_of
 
 KEPT = "kept"  # share of all pairs of a query tile and a key tile
+ADHERENCE = "adherence."
 OVER_FLOOR = "psnr_over_floor_db"  # root mean square error over that of the floor, in dB
 
 
@@ -57,6 +58,24 @@ def times_of(summary: Summary, videos: list[dict]) -> tuple[dict[str, dict], str
             for run, own in seconds.items()}, best
 
 
+def below_of(videos: list[dict], prompts: list[str], kept: dict[str, float]) -> dict[str, dict[str, dict]]:
+    """By how much each run's PSNR and adherence are below those of the first precision that pools nothing, caption by caption:
+    means with intervals, by figure; a run above it is below by less than nothing. {} where every precision pools."""
+    by_run = {}
+    for video in videos:
+        by_run.setdefault(video["run"], {})[video["prompt"]] = video.get("figures", {})
+    dense = next((run for run, share in kept.items() if share == 1 and not is_exact(run)), None)
+    found = {}
+    for run, own in by_run.items() if dense else ():
+        for name in by_run[dense][prompts[0]] if run != dense else ():
+            if name == "psnr" or name.startswith(ADHERENCE):
+                pairs = [(by_run[dense][prompt].get(name), own.get(prompt, {}).get(name)) for prompt in prompts]
+                if all(value is not None for pair in pairs for value in pair):
+                    less = as_dict(bootstrap(mean, [full - value for full, value in pairs]))
+                    found.setdefault(run, {})[name] = less
+    return found
+
+
 def record_of(store: Store) -> dict:
     """The whole table as plain values.
 
@@ -82,6 +101,8 @@ def record_of(store: Store) -> dict:
             record["rows"][run][KEPT] = {"value": share, "low": None, "high": None}
     record["groups"] = {name: {"captions": len(group.prompts), "rows": {row.run: quality_of(row) for row in group.rows}}
                         for name, group in by_group(videos, order).items()}
+    if any(share < 1 for share in record["kept"].values()):
+        record["below"] = below_of(videos, summary.prompts, record["kept"])
     return record
 
 

@@ -416,6 +416,7 @@ def test_a_curve_is_drawn_over_what_pooled_runs_and_recipes_keep(code, model, tm
         assert series["int8+fp8"][0]["psnr"] == rows[rung]["psnr"] and series["recipes"][0]["kept"] == record["kept"][recipe]
     psnr = {run: record["rows"][run]["psnr"]["value"] for run in kept}
     assert psnr[rung] < psnr[recipe] < psnr["int8+fp8"], psnr
+    assert record["below"][rung]["psnr"]["value"] == pytest.approx(psnr["int8+fp8"] - psnr[rung])
     table = (out / "precisions.md").read_text()
     assert "| tiles kept, % |" in table and "tokens in the order hilbert" in table
     drawn = []
@@ -437,8 +438,8 @@ def test_how_far_runs_are_below_the_one_that_pools_nothing(code):
               {"run": "broken", "prompt": "a", "error": "NaN"},
               {"run": "exact", "prompt": "a", "figures": {"adherence.shape": 1.0}}]
     kept = {"exact": 1.0, "floor": 1.0, "r.toml": 0.5, "int8+fp8": 1.0}
-    found = code.curve.below_of(videos, ["a", "b"], kept)
+    found = code.table.below_of(videos, ["a", "b"], kept)
     assert set(found) == {"r.toml", "floor"} and set(found["r.toml"]) == {"psnr", "adherence.shape"}
     assert found["r.toml"]["psnr"] == {"value": 5.0, "low": 4.0, "high": 6.0} and found["floor"]["psnr"]["value"] == -10.5
     assert found["r.toml"]["adherence.shape"] == {"value": 0.5, "low": 0.0, "high": 1.0}
-    assert code.curve.below_of(videos, ["a", "b"], {**kept, "int8+fp8": 0.9}) == {}
+    assert code.table.below_of(videos, ["a", "b"], {**kept, "int8+fp8": 0.9}) == {}

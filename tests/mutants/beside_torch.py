@@ -615,7 +615,7 @@ MUTANTS = [
             ("if value.device != device), None)", "if False), None)"),
             ("any(parameter.requires_grad for parameter in self._model.parameters())", "False"),
             ("(*range(len(args)), *given)", "(*given, *range(len(args)))")),
-    *faults("examples/small_cogvideox/precision_curve.py",
+    *faults("examples/small_cogvideox/precision_table.py",
             PARTS + "test_how_far_runs_are_below_the_one_that_pools_nothing",
             ("full - value for full", "value - full for full"), ("share == 1 and not is_exact(run)", "share == 1"),
             ("own.get(prompt, {}).get(name))", "own[prompts[0]].get(name))")),
