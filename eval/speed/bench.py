@@ -99,7 +99,8 @@ def request_for(shape: Shape, precision: Precision, dtype: str, arch: tuple[int,
     q, k, pv = (exact, exact, exact) if precision.exact else (precision.q, precision.k, precision.pv)
     return Request(device="cuda", arch=arch, q=q, k=k, pv=pv, granularity=precision.granularity, dtype=dtype,
                    head_dim=shape.head_dim, q_len=shape.tokens, kv_len=shape.tokens, heads=shape.heads,
-                   kv_heads=kv_heads or shape.heads, smooth_q=precision.smooth_q, causal=shape.causal)
+                   kv_heads=kv_heads or shape.heads, smooth_q=precision.smooth_q, rotate=precision.rotate,
+                   causal=shape.causal)
 
 
 def fitting(shape: Shape, precision: Precision, dtype: str, arch: tuple[int, int]) -> list[KernelVariant]:

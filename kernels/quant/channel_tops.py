@@ -1,28 +1,29 @@
-"""The mean of each channel over the tokens and its largest magnitude without that mean, in one reading of Q or K.
+"""The statistics of a call that rotates, in two deterministic passes as `token_stats` has them.
 
-What rotation needs of all tokens before it quantises. Each program reduces a chunk of tokens to a row of sums, one of largest
-and one of smallest values, then one small program per (batch, head) folds these in a fixed order.
+Of each channel of Q and K the mean over the tokens and the largest magnitude without it, of V the scale. First each program
+reduces a chunk of tokens to a row of sums, one of largest and one of smallest values, then one small program per (batch, head)
+folds these in a fixed order. Q first, then K and V, which the next kernels still find in the L2 cache.
 """
 from __future__ import annotations
 
 from ..buffers import Buffer
 from ..language import tl, triton
 from ..launch import launch
-from ..operands import Operand, Sequences
+from ..operands import Operand, Packed
 from .shapes import STATS_CHUNK, ceil_div
-from .token_stats import FOLD, STATS_TILE, STATS_WARPS
+from .token_stats import FOLD, FP8_MAX, STATS_TILE, STATS_WARPS, TINY
 
 
-@triton.jit(do_not_specialize=["H", "N"])
-def channel_ranges_kernel(x, ranges, cu_seqlens, stride_b, stride_h, stride_n, H, N, D: tl.constexpr, CHUNK: tl.constexpr,
-                          TILE: tl.constexpr, VARLEN: tl.constexpr):
-    """The [3, D] of one chunk: sums, largest and smallest values; of no tokens 0, -inf and inf."""
-    i_c, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+@triton.jit
+def _chunk_ranges(p_x, p_out, cu_seqlens, i_row, H, N, i_c, stride_b, stride_h, stride_n, D: tl.constexpr, CHUNK: tl.constexpr,
+                  TILE: tl.constexpr, VARLEN: tl.constexpr):
+    """The [3, D] of chunk i_c of (batch, head) i_row: sums, largest and smallest values; of no tokens 0, -inf and inf."""
+    i_b, i_h = i_row // H, i_row % H
     start, n = 0, N
     if VARLEN:
         start = tl.load(cu_seqlens + i_b)
         n = tl.load(cu_seqlens + i_b + 1) - start
-    p_x = x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    p_x += i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
     o_d = tl.arange(0, D)
     b_sum = tl.zeros([TILE, D], tl.float32)
     b_most = tl.full([TILE, D], float("-inf"), tl.float32)
@@ -35,21 +36,40 @@ def channel_ranges_kernel(x, ranges, cu_seqlens, stride_b, stride_h, stride_n, H
         b_sum += b_x
         b_most = tl.maximum(b_most, tl.where(m_n, b_x, float("-inf")))
         b_least = tl.minimum(b_least, tl.where(m_n, b_x, float("inf")))
-    p_out = ranges + ((i_b * H + i_h).to(tl.int64) * tl.num_programs(0) + i_c) * 3 * D + o_d
-    tl.store(p_out, tl.sum(b_sum, 0))
-    tl.store(p_out + D, tl.max(b_most, 0))
-    tl.store(p_out + 2 * D, tl.min(b_least, 0))
+    tl.store(p_out + o_d, tl.sum(b_sum, 0))
+    tl.store(p_out + D + o_d, tl.max(b_most, 0))
+    tl.store(p_out + 2 * D + o_d, tl.min(b_least, 0))
 
 
-@triton.jit(do_not_specialize=["H", "N", "chunks"])
-def fold_ranges_kernel(ranges, mean, top, cu_seqlens, H, N, chunks, D: tl.constexpr, FOLD: tl.constexpr, SMOOTH: tl.constexpr,
-                       VARLEN: tl.constexpr):
-    """mean [B, H, D] where SMOOTH, and top [B, H, D], from ranges [B, H, chunks, 3, D]."""
-    i_h, i_b = tl.program_id(0), tl.program_id(1)
+@triton.jit(do_not_specialize=["q_programs", "k_programs", "Hq", "Hk", "Nq", "Nk", "q_chunks", "k_chunks"])
+def channel_ranges_kernel(q, k, v, ranges, cu_q, cu_k, q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n,
+                          v_stride_b, v_stride_h, v_stride_n, q_programs, k_programs, Hq, Hk, Nq, Nk, q_chunks, k_chunks,
+                          D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, VARLEN: tl.constexpr):
+    """Ranges of Q [B, Hq, q_chunks, 3, D], then of K and, if the grid has them, of V [B, Hk, k_chunks, 3, D]."""
+    i_p = tl.program_id(0)
+    p_out = ranges + i_p.to(tl.int64) * 3 * D
+    if i_p < q_programs:
+        _chunk_ranges(q, p_out, cu_q, i_p // q_chunks, Hq, Nq, i_p % q_chunks, q_stride_b, q_stride_h, q_stride_n, D, CHUNK,
+                      TILE, VARLEN)
+    elif i_p < q_programs + k_programs:
+        i_p -= q_programs
+        _chunk_ranges(k, p_out, cu_k, i_p // k_chunks, Hk, Nk, i_p % k_chunks, k_stride_b, k_stride_h, k_stride_n, D, CHUNK,
+                      TILE, VARLEN)
+    else:
+        i_p -= q_programs + k_programs
+        _chunk_ranges(v, p_out, cu_k, i_p // k_chunks, Hk, Nk, i_p % k_chunks, v_stride_b, v_stride_h, v_stride_n, D, CHUNK,
+                      TILE, VARLEN)
+
+
+@triton.jit
+def _fold(p_ranges, p_mean, p_top, cu_seqlens, i_row, H, N, chunks, D: tl.constexpr, FOLD: tl.constexpr, SMOOTH: tl.constexpr,
+          SCALE: tl.constexpr, VARLEN: tl.constexpr):
+    """Row i_row of top [rows, D], and of mean where SMOOTH, from ranges [rows, chunks, 3, D]; for SCALE top / 448."""
     n = N
     if VARLEN:
+        i_b = i_row // H
         n = tl.load(cu_seqlens + i_b + 1) - tl.load(cu_seqlens + i_b)
-    p_ranges = ranges + (i_b * H + i_h).to(tl.int64) * chunks * 3 * D
+    p_ranges += i_row.to(tl.int64) * chunks * 3 * D
     o_d = tl.arange(0, D)
     b_sum = tl.zeros([FOLD, D], tl.float32)
     b_most = tl.full([FOLD, D], float("-inf"), tl.float32)
@@ -61,25 +81,55 @@ def fold_ranges_kernel(ranges, mean, top, cu_seqlens, H, N, chunks, D: tl.conste
         b_sum += tl.load(p_c, mask=m_c, other=0.0)
         b_most = tl.maximum(b_most, tl.load(p_c + D, mask=m_c, other=float("-inf")))
         b_least = tl.minimum(b_least, tl.load(p_c + 2 * D, mask=m_c, other=float("inf")))
-    p_row = (i_b * H + i_h).to(tl.int64) * D + o_d
+    p_row = i_row.to(tl.int64) * D + o_d
     b_mean = tl.zeros([D], tl.float32)
     if SMOOTH:
         b_mean = tl.sum(b_sum, 0) / tl.maximum(n, 1).to(tl.float32)
-        tl.store(mean + p_row, b_mean)
-    b_top = tl.maximum(tl.max(b_most, 0) - b_mean, b_mean - tl.min(b_least, 0))
-    tl.store(top + p_row, tl.where(n > 0, b_top, 0.0))
+        tl.store(p_mean + p_row, b_mean)
+    b_top = tl.where(n > 0, tl.maximum(tl.max(b_most, 0) - b_mean, b_mean - tl.min(b_least, 0)), 0.0)
+    if SCALE:
+        b_top = tl.maximum(b_top, TINY) / FP8_MAX
+    tl.store(p_top + p_row, b_top)
 
 
-def launch_channel_tops(x: Operand, ranges: Buffer, top: Buffer, mean: Buffer | None = None,
-                        sequences: Sequences | None = None) -> None:
-    """top [B, H, D] and, where given, mean [B, H, D] of x over its tokens, float32; without mean, top is of x itself.
+@triton.jit(do_not_specialize=["q_rows", "k_rows", "Hq", "Hk", "Nq", "Nk", "q_chunks", "k_chunks"])
+def fold_ranges_kernel(ranges, q_mean, k_mean, q_top, k_top, v_scale, cu_q, cu_k, q_rows, k_rows, Hq, Hk, Nq, Nk, q_chunks,
+                       k_chunks, D: tl.constexpr, FOLD: tl.constexpr, SMOOTH_Q: tl.constexpr, SMOOTH_K: tl.constexpr,
+                       VARLEN: tl.constexpr):
+    """q_top [B, Hq, D], k_top and, if the grid has it, v_scale [B, Hk, D], with the means asked for; one program a row."""
+    i_p = tl.program_id(0)
+    p_keys = ranges + q_rows.to(tl.int64) * q_chunks * 3 * D
+    if i_p < q_rows:
+        _fold(ranges, q_mean, q_top, cu_q, i_p, Hq, Nq, q_chunks, D, FOLD, SMOOTH_Q, False, VARLEN)
+    elif i_p < q_rows + k_rows:
+        _fold(p_keys, k_mean, k_top, cu_k, i_p - q_rows, Hk, Nk, k_chunks, D, FOLD, SMOOTH_K, False, VARLEN)
+    else:
+        p_values = p_keys + k_rows.to(tl.int64) * k_chunks * 3 * D
+        _fold(p_values, v_scale, v_scale, cu_k, i_p - q_rows - k_rows, Hk, Nk, k_chunks, D, FOLD, False, True, VARLEN)
 
-    ranges: float32 scratch, three times the elements of `shapes.partial_shape`. sequences: x's shape is (S, H, T, D).
+
+def launch_channel_tops(ranges: Buffer, q: Operand, k: Operand, *, q_top: Buffer, k_top: Buffer, q_mean: Buffer | None = None,
+                        k_mean: Buffer | None = None, v: Operand | None = None, v_scale: Buffer | None = None,
+                        packed: Packed | None = None) -> None:
+    """q_top [B, Hq, D] and k_top [B, Hkv, D], and the means and v_scale [B, Hkv, D] that are given, float32.
+
+    A top is the largest magnitude of x without its mean, or of x itself where no mean is given; v_scale is as `launch_stats`'.
+    ranges: float32 scratch, three times the elements of `shapes.partial_shape` of each given operand together. packed: of
+    operands of shape (S, H, T, D). An empty sequence has mean and tops 0.
     """
-    batch, heads, tokens, head_dim = x.shape
-    chunks, packed = ceil_div(sequences.longest if sequences else tokens, STATS_CHUNK), sequences is not None
-    cu = sequences.cu if packed else None
-    launch(channel_ranges_kernel, (chunks, heads, batch), x.buffer, ranges, cu, *x.strides, heads, tokens, D=head_dim,
-           CHUNK=STATS_CHUNK, TILE=STATS_TILE // head_dim, VARLEN=packed, num_warps=STATS_WARPS)
-    launch(fold_ranges_kernel, (heads, batch), ranges, mean, top, cu, heads, tokens, chunks, D=head_dim, FOLD=FOLD,
-           SMOOTH=mean is not None, VARLEN=packed, num_warps=4)
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    q_chunks = ceil_div(packed.q.longest if packed else q_len, STATS_CHUNK)
+    k_chunks = ceil_div(packed.k.longest if packed else kv_len, STATS_CHUNK)
+    q_rows, k_rows, kv_count = batch * q_heads, batch * kv_heads, 1 if v is None else 2
+    cu_q, cu_k = (packed.q.cu, packed.k.cu) if packed else (None, None)
+    values = v or k  # one that is left out is never read
+    launch(
+        channel_ranges_kernel, (q_rows * q_chunks + kv_count * k_rows * k_chunks,), q.buffer, k.buffer, values.buffer, ranges,
+        cu_q, cu_k, *q.strides, *k.strides, *values.strides, q_rows * q_chunks, k_rows * k_chunks, q_heads, kv_heads, q_len,
+        kv_len, q_chunks, k_chunks, D=head_dim, CHUNK=STATS_CHUNK, TILE=STATS_TILE // head_dim, VARLEN=packed is not None,
+        num_warps=STATS_WARPS)
+    launch(
+        fold_ranges_kernel, (q_rows + kv_count * k_rows,), ranges, q_mean, k_mean, q_top, k_top, v_scale, cu_q, cu_k, q_rows,
+        k_rows, q_heads, kv_heads, q_len, kv_len, q_chunks, k_chunks, D=head_dim, FOLD=FOLD, SMOOTH_Q=q_mean is not None,
+        SMOOTH_K=k_mean is not None, VARLEN=packed is not None, num_warps=4)

@@ -86,20 +86,20 @@ class Call:
         k_mean, q_mean, shift = part("k_mean"), part("q_mean"), part("lse_shift")
         wanted: dict[str, Any] = {}
         quant_q = quant_k = quant_qk.launch_quant_qk
-        if precision.rotate:  # one reading finds the means too
-            tops = quant_rotated.Tops(part("q_top"), part("k_top"))
-            channel_tops.launch_channel_tops(self.q, part("ranges"), tops.q, q_mean, packed and packed.q)
-            channel_tops.launch_channel_tops(self.k, part("ranges"), tops.k, k_mean, packed and packed.k)
-            quant_q, quant_k = (functools.partial(quant_rotated.launch_quant_rotated, tops=tops, of=of) for of in "qk")
-        if precision.smooth_q and not precision.rotate:
+        if precision.smooth_q:
             wanted.update(q=self.q, q_mean=q_mean)
         if self.options.pools:
             self._key_tiles()
-        elif precision.smooth_k and not precision.rotate:
+        elif precision.smooth_k:
             wanted.update(k=self.k, k_mean=k_mean)
         if precision.pv == "fp8" and not self.options.pools:
             wanted.update(v=self.v, v_scale=self.v_codes.scale)
-        if wanted:
+        if precision.rotate:
+            tops = quant_rotated.Tops(part("q_top"), part("k_top"))
+            wanted.update(q=self.q, k=self.k, q_top=tops.q, k_top=tops.k)
+            channel_tops.launch_channel_tops(part("ranges"), **wanted, packed=packed)
+            quant_q, quant_k = (functools.partial(quant_rotated.launch_quant_rotated, tops=tops, of=of) for of in "qk")
+        elif wanted:
             token_stats.launch_stats(part("partial"), **wanted, packed=packed)
         if precision.pv == "fp8":  # first, and K next: the statistics' last reads are still in the L2 cache
             quant_v.launch_quant_v(self.v, self.v_codes, packed and packed.k)

@@ -72,8 +72,9 @@ def layout_workspace(q_shape: tuple[int, int, int, int], kv_shape: tuple[int, in
     if precision.rotate:
         wanted["q_top"] = ("float32", (batch, q_heads, head_dim))
         wanted["k_top"] = ("float32", (batch, kv_heads, head_dim))
-        longest = max(_elements(partial_shape(q_shape, max_q)), _elements(partial_shape(kv_shape, max_k)))
-        wanted["ranges"] = ("float32", (3 * longest,))
+        keys = 1 + (precision.pv == "fp8")  # and values
+        rows_of_ranges = _elements(partial_shape(q_shape, max_q)) + keys * _elements(partial_shape(kv_shape, max_k))
+        wanted["ranges"], scratch = ("float32", (3 * rows_of_ranges,)), 0
     if fused:
         scratch = (precision.smooth_q + precision.smooth_k + (precision.pv == "fp8")) * partial_count(kv_shape)
     if scratch:

@@ -68,6 +68,11 @@ def test_every_gpu_variant_is_a_benchmark_case():
     assert all(v.pv != ("fp8",) for v in bench.fitting(shape, Precision("int8+fp16"), "float16", (8, 0)))
 
 
+def test_what_cannot_rotate_is_not_timed():
+    at = lambda dim: bench.fitting(shapes.Shape("", 1, 1, 1000, dim), Precision("int8+fp8 rotate"), "float16", (9, 0))
+    assert at(64) and not at(96)
+
+
 def test_quantisation_bytes_count_every_pass():
     shape = shapes.Shape("", 1, 1, 1000, 64)
     n = 64_000

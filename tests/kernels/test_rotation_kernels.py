@@ -27,7 +27,8 @@ def test_it_compiles_fits_and_multiplies_on_tensor_cores(arch, shared_kib, head_
     x, float32 = operand((2, 4, 17776, head_dim), "bfloat16"), buffer("float32")
     block = 128 if format in ("int8", "fp8") else None
     with compiling(arch) as kernels:
-        launch_channel_tops(x, float32, float32, float32, packed().k)
+        launch_channel_tops(float32, x, x, q_top=float32, k_top=float32, q_mean=float32, k_mean=float32, v=x, v_scale=float32,
+                            packed=packed())
         launch_quant_rotated(x, codes_of(x, format, buffer("uint8"), float32, block), tops=Tops(float32, float32), of="k",
                              mean=float32, bias=float32, q_mean=float32, group=2)
     names = [kernel.metadata.name for kernel in kernels]

@@ -27,6 +27,8 @@ TENSOR = "tests/eval/metrics/test_tensor_metrics.py::"
 VIDEO = "tests/eval/speed/test_video.py::"
 
 MUTANTS = [
+    *faults("eval/speed/bench.py", "tests/eval/test_bench.py::test_what_cannot_rotate_is_not_timed",
+            ("rotate=precision.rotate,", "rotate=False,")),
     *faults("eval/speed/step/names.py", PADDLE_STEP + "test_which_methods_fuse_norms_and_positions",
             ("(names_recipe(method) or not pools(method))", "not pools(method)"),
             ("(names_recipe(method) or not pools(method))", "True")),

@@ -188,6 +188,14 @@ def test_workspace_holds_the_quantised_copies_and_nothing_else_of_their_size(spe
     assert int(np.prod(plan.parts["partial"][2])) == reduced * int(np.prod(partial_shape(shape)))
 
 
+@pytest.mark.parametrize("spec, tensors", [("int4+fp16 rotate", "qk"), ("int8+fp8 rotate", "qkv")])
+def test_a_rotating_call_has_scratch_for_the_ranges_of_each_tensor_that_it_reduces(spec, tensors):
+    shapes = dict(q=(2, 4, 1000, 64), k=(2, 2, 3000, 64), v=(2, 2, 3000, 64))
+    parts = layout_workspace(shapes["q"], shapes["k"], Precision(spec), False).parts
+    wanted = 3 * sum(int(np.prod(partial_shape(shapes[name]))) for name in tensors)
+    assert parts["ranges"][1:] == ("float32", (wanted,)) and "partial" not in parts
+
+
 def test_values_too_small_for_float16_become_zero(framework):
     """Paddle's own cast on a CPU makes 1e-7 to 1e-4 of some."""
     runtime, like = detect.runtime_of(framework.tensor(0.0)), framework.tensor(0.0)
