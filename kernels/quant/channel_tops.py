@@ -123,13 +123,13 @@ def launch_channel_tops(ranges: Buffer, q: Operand, k: Operand, *, q_top: Buffer
     k_chunks = ceil_div(packed.k.longest if packed else kv_len, STATS_CHUNK)
     q_rows, k_rows, kv_count = batch * q_heads, batch * kv_heads, 1 if v is None else 2
     cu_q, cu_k = (packed.q.cu, packed.k.cu) if packed else (None, None)
-    values = v or k  # one that is left out is never read
+    values, scale = v or k, v_scale or k_top  # what is left out is neither read nor written
     launch(
         channel_ranges_kernel, (q_rows * q_chunks + kv_count * k_rows * k_chunks,), q.buffer, k.buffer, values.buffer, ranges,
         cu_q, cu_k, *q.strides, *k.strides, *values.strides, q_rows * q_chunks, k_rows * k_chunks, q_heads, kv_heads, q_len,
         kv_len, q_chunks, k_chunks, D=head_dim, CHUNK=STATS_CHUNK, TILE=STATS_TILE // head_dim, VARLEN=packed is not None,
         num_warps=STATS_WARPS)
     launch(
-        fold_ranges_kernel, (q_rows + kv_count * k_rows,), ranges, q_mean, k_mean, q_top, k_top, v_scale, cu_q, cu_k, q_rows,
+        fold_ranges_kernel, (q_rows + kv_count * k_rows,), ranges, q_mean, k_mean, q_top, k_top, scale, cu_q, cu_k, q_rows,
         k_rows, q_heads, kv_heads, q_len, kv_len, q_chunks, k_chunks, D=head_dim, FOLD=FOLD, SMOOTH_Q=q_mean is not None,
         SMOOTH_K=k_mean is not None, VARLEN=packed is not None, num_warps=4)

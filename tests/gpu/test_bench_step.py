@@ -64,7 +64,7 @@ def test_a_video_is_timed_by_stage(gpu, side, low_memory):
     from lowbit_video.eval.speed.video import run
 
     args = argparse.Namespace(model="2b", precisions=["exact", "int8+fp8"], steps=2, frames=None, height=None, width=None,
-                              low_memory=low_memory, tiles=False, tiny=True)
+                              low_memory=low_memory, tiles=False, tiny=True, recipe=[])
     result = run.measure(args, side.device, print, lambda result: None)
     assert [one.get("failed") for one in result["videos"]] == [None, None] and result["dtype"] == "float16"
     assert all(seconds > 0 for one in result["videos"] for seconds in one["seconds"].values())

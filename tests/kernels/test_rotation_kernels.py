@@ -29,10 +29,11 @@ def test_it_compiles_fits_and_multiplies_on_tensor_cores(arch, shared_kib, head_
     with compiling(arch) as kernels:
         launch_channel_tops(float32, x, x, q_top=float32, k_top=float32, q_mean=float32, k_mean=float32, v=x, v_scale=float32,
                             packed=packed())
+        launch_channel_tops(float32, x, x, q_top=float32, k_top=float32)
         launch_quant_rotated(x, codes_of(x, format, buffer("uint8"), float32, block), tops=Tops(float32, float32), of="k",
                              mean=float32, bias=float32, q_mean=float32, group=2)
     names = [kernel.metadata.name for kernel in kernels]
-    assert names == ["channel_ranges_kernel", "fold_ranges_kernel", "quant_rotated_kernel"]
+    assert names == ["channel_ranges_kernel", "fold_ranges_kernel"] * 2 + ["quant_rotated_kernel"]
     for name, used in zip(names, map(resources, kernels)):
         assert used["shared"] <= 1024 * shared_kib and used["stack"] <= (64 if arch < (9, 0) else 0), (name, used)
-    assert ("wgmma.mma_async" if arch == (9, 0) else "mma.sync") in kernels[2].asm["ptx"]
+    assert ("wgmma.mma_async" if arch == (9, 0) else "mma.sync") in kernels[-1].asm["ptx"]

@@ -314,5 +314,5 @@ def _compare(rows: list[dict], say: Callable[[str], None]) -> None:
     for row in rows:
         row["speedup_over_exact"] = best / row["median_ms"] if best else None
         row["attention_share"] = 1 - without / row["median_ms"] if without else None
-        say(f"{title(row['method']):<18}{row['mode']:<8}{row['median_ms']:10.2f} ms"
+        say(f"{title(row['method']):<17} {row['mode']:<8}{row['median_ms']:10.2f} ms"
             + (f"  {row['speedup_over_exact']:.3f}x of the best exact" if best else ""))
