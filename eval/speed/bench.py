@@ -13,7 +13,7 @@ import importlib.util
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,17 @@ PACKAGES = {"triton": ["triton"], "torch": ["torch"], "paddle": ["paddlepaddle-g
             "diffusers": ["diffusers"], "sageattention": ["sageattention"], "flash-attn-4": ["flash-attn-4"]}
 """What is recorded of a run's environment, and the distributions that have it."""
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+HOST_CALLS = 400
+"""Warm calls, at most, over which the host's part is the median; as many times its allocations are made alone."""
 
 
 @dataclasses.dataclass
 class Row:
-    """One method on one shape. Times in ms (median; low, high: 10th and 90th percentile); None where it does not apply."""
+    """One method on one shape. Times in ms (median; low, high: 10th and 90th percentile); None where it does not apply.
+
+    host_us: the host's part of a warm call. allocations: tensors that such a call asks its framework for; alloc_us: what the
+    host takes for these alone, which is a part of host_us.
+    """
 
     shape: str
     batch: int
@@ -75,6 +81,8 @@ class Row:
     relative_l1_v_plus_1: float | None = None
     extra_mib: float | None = None
     host_us: float | None = None
+    allocations: int | None = None
+    alloc_us: float | None = None
     first_call_ms: float | None = None
     runs: int = 0
     error: str | None = None
@@ -130,6 +138,25 @@ def _call_counting_memory(method: _Method, out_bytes: int) -> tuple[Any, float |
     torch.cuda.reset_peak_memory_stats()
     out = method.call()
     return out, max(0, torch.cuda.max_memory_allocated() - before - out_bytes) / 2**20
+
+
+def allocations_of(call: Callable[[], Any], runtime: Any) -> list[tuple[tuple[int, ...], str, Any]]:
+    """What a call allocates by `runtime.empty`, in its order: shape, dtype name, and the tensor beside which it lies.
+
+    Of attention that is its output, its LSE where it is asked for, and but for exact attention its workspace.
+    """
+    asked, empty = [], runtime.empty
+
+    def noted(shape: Sequence[int], dtype: str, like: Any) -> Any:
+        asked.append((tuple(shape), dtype, like))
+        return empty(shape, dtype, like)
+
+    runtime.empty = noted
+    try:
+        call()
+    finally:
+        runtime.empty = empty
+    return asked
 
 
 def _methods(shape: Shape, dtype: str, runtime: Any, like: Any, specs: Iterable[str], wanted: Callable[[str, str], bool],
@@ -248,11 +275,15 @@ def bench_shape(shape: Shape, *, framework: str, dtype: str = "float16", specs: 
     for method, row in good:
         total = times[method.name]
         row.total_ms, row.total_low_ms, row.total_high_ms, row.runs = total.median_ms, total.low_ms, total.high_ms, total.runs
-        row.host_us, row.tflops = total.host_us, shape.flops / total.median_ms / 1e9
+        row.host_us, row.tflops = timer.host_us(method.call, HOST_CALLS), shape.flops / total.median_ms / 1e9
         if method.attend:
             row.kernel_ms, row.quant_ms = times[method.name + "|kernel"].median_ms, times[method.name + "|quant"].median_ms
             row.kernel_tflops = shape.flops / row.kernel_ms / 1e9
             row.quant_gb_s = quantisation_bytes(shape, Precision(method.spec), dtype) / row.quant_ms / 1e6
+        if method.variant:
+            made = allocations_of(method.call, runtime)
+            row.allocations = len(made)
+            row.alloc_us = timer.host_us(lambda made=made: [runtime.empty(*one) for one in made], HOST_CALLS)
         log("  " + describe(row))
     base = next((r.total_ms for r in rows if r.method == baselines.FLASH_ATTENTION_2), None)
     for row in rows:
@@ -296,7 +327,8 @@ def describe(row: Row) -> str:
         parts.append(f"kernel {row.kernel_ms:.3f} ms {row.kernel_tflops:.0f}, "
                      f"quantisation {row.quant_ms:.3f} ms {row.quant_gb_s:.0f} GB/s")
     parts.append(f"L1 {row.relative_l1:.4f}" + (f" (V+1 {row.relative_l1_v_plus_1:.4f})" if row.relative_l1_v_plus_1 else ""))
-    parts.append(f"host {row.host_us:.0f} us, first call {row.first_call_ms:.0f} ms")
+    apart = "" if row.alloc_us is None else f" ({row.allocations} allocations {row.alloc_us:.1f})"
+    parts.append(f"host {row.host_us:.0f} us{apart}, first call {row.first_call_ms:.0f} ms")
     return ", ".join(parts)
 
 
@@ -331,7 +363,8 @@ COLUMNS = (("method", "method", "{}"), ("total ms", "total_ms", "{:.3f}"), ("ker
            ("quant GB/s", "quant_gb_s", "{:.0f}"), ("TFLOP/s", "tflops", "{:.0f}"),
            ("kernel TFLOP/s", "kernel_tflops", "{:.0f}"), ("over FA-2", "speedup", "{:.2f}x"), ("SQNR dB", "sqnr_db", "{:.1f}"),
            ("rel. L1", "relative_l1", "{:.4f}"), ("rel. L1, V+1", "relative_l1_v_plus_1", "{:.4f}"),
-           ("extra MiB", "extra_mib", "{:.0f}"), ("host us", "host_us", "{:.0f}"))
+           ("extra MiB", "extra_mib", "{:.0f}"), ("host us", "host_us", "{:.0f}"),
+           ("alloc us", "alloc_us", "{:.1f}"))
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
@@ -340,7 +373,8 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     lines = [f"# Attention kernels on {about['gpu']}", "",
              f"Tensors: {about['framework']}. {versions}; driver {about['driver']}; commit {about['commit']}.", "",
              "Total counts quantisation. TFLOP/s = 4BHN²D / time. Medians from a cold L2 cache, methods timed in turns; the "
-             "JSON beside this has the 10th and 90th percentiles. Errors are against float32 on sampled rows."]
+             "JSON beside this has the 10th and 90th percentiles. Errors are against float32 on sampled rows. Host: the host's "
+             "part of a warm call; alloc: what allocating its output and workspace takes of that."]
     for key in dict.fromkeys((r.shape, r.batch, r.heads, r.tokens, r.head_dim, r.causal, r.dtype) for r in rows):
         name, *dims, causal, dtype = key
         lines += ["", f"## ({', '.join(map(str, dims))}) {name}{' causal' if causal else ''}, {dtype}", "",

@@ -2,12 +2,14 @@
 import contextlib
 import dataclasses
 import json
+import math
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lowbit_video import attention
 from lowbit_video.app import cli
 from lowbit_video.eval.speed import accuracy, bench, shapes, timing, tune
 from lowbit_video.eval.speed.experiments import hopper_builds, portable_tiles
@@ -26,7 +28,7 @@ def row(**fields):
                   method="int8+fp8 (triton-int-fp8)", precision="int8+fp8", variant="triton-int-fp8", total_ms=15.5,
                   total_low_ms=15.4, total_high_ms=15.7, kernel_ms=15.0, quant_ms=0.5, quant_gb_s=2900.0, tflops=851.0,
                   kernel_tflops=879.0, speedup=2.49, sqnr_db=27.5, relative_l1=0.0397, relative_l1_v_plus_1=0.0381,
-                  extra_mib=288.0, host_us=140.0, first_call_ms=2100.0, runs=19)
+                  extra_mib=288.0, host_us=140.0, allocations=2, alloc_us=24.6, first_call_ms=2100.0, runs=19)
     return bench.Row(**values | fields)
 
 
@@ -99,7 +101,17 @@ def test_table_and_json(tmp_path):
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
     assert widths == {len(bench.COLUMNS) + 1}
     assert paths[2].stat().st_size > 10_000
-    assert "851 TFLOP/s" in bench.describe(rows[0])
+    assert "| 288 | 140 | 24.6 |" in table
+    assert "851 TFLOP/s" in bench.describe(rows[0]) and "host 140 us (2 allocations 24.6), first" in bench.describe(rows[0])
+    assert "host 140 us, first" in bench.describe(row(allocations=None, alloc_us=None))
+
+
+def test_results_from_before_allocations_were_told_apart_are_shown_without():
+    content = json.loads((Path(bench.__file__).parent / "results" / "kernels.json").read_text())
+    rows = [bench.Row(**{name: value for name, value in one.items() if not name.startswith("alloc")})
+            for one in content["rows"]]
+    cells = [line.split(" | ") for line in bench.markdown(rows, content["about"]).splitlines() if "(triton-int-fp8)" in line]
+    assert cells and all(len(line) == len(bench.COLUMNS) and float(line[-2]) > 0 and line[-1] == " |" for line in cells)
 
 
 def test_median_and_spread():
@@ -207,6 +219,40 @@ def test_a_run_that_depends_on_the_one_before_it_biases_neither_call(monkeypatch
 
     times = timing.time_together(timing.Timer(runtime, None), {name: call(name) for name in "abc"})
     assert {round(ms, 6) for t in times.values() for ms in (t.median_ms, t.high_ms)} == {10.0}
+
+
+def test_a_calls_own_allocations_are_timed_apart_from_its_host_time(framework, monkeypatch):
+    """On a clock: a tensor takes 1 us and 1 us more for each KiB, and the rest of a call 100 us."""
+    shape = Shape("", 1, 2, 64, 64)
+    q, k, v = (framework.tensor(a.transpose(0, 2, 1, 3), "float16") for a in qkv(q_len=64))
+    runtime, device = detect.runtime_of(q), FakeDevice(monkeypatch)
+    empty, right, seconds = runtime.empty, attention(q, k, v, "exact", tensor_layout="HND"), [0.0]
+
+    def timed_empty(dims, dtype, like):
+        seconds[0] += 1e-6 * (1 + math.prod(dims) * np.dtype(dtype).itemsize / 2**10)
+        return empty(dims, dtype, like)
+
+    def call():
+        runtime.empty(shape.dims, "float16", q)
+        runtime.empty((1000, 3), "uint8", q)
+        seconds[0] += 100e-6
+        device.call("ours", 2.0)()
+        return right
+
+    variant = next(v for v in VARIANTS if v.name == "triton-exact")
+    methods = [bench._Method("exact (triton-exact)", call, runtime, "exact", variant),
+               bench._Method("another library's", call, runtime)]
+    monkeypatch.setattr(bench, "_methods", lambda *_: (methods, [], (q, k, v, v)))
+    monkeypatch.setattr(bench, "_call_counting_memory", lambda method, out_bytes: (method.call(), 0.0))
+    monkeypatch.setattr(detect, "anchor", lambda framework: q)
+    monkeypatch.setattr(runtime, "stream", lambda like: 0)
+    monkeypatch.setattr(runtime, "empty", timed_empty)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: seconds[0])
+    ours, other = bench.bench_shape(shape, framework=framework.name, dtype="float16", specs=())
+    assert runtime.empty is timed_empty
+    assert (ours.allocations, other.allocations, other.alloc_us) == (2, None, None)
+    of_both = 2 + (1 * 2 * 64 * 64 * 2 + 3000) / 2**10
+    assert ours.alloc_us == pytest.approx(of_both) and ours.host_us == other.host_us == pytest.approx(100 + of_both)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -15,6 +15,7 @@ SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
 MOTIONS = JUDGE + "test_motions_on_either_side_of_every_limit"
 KERNELS = "tests/eval/speed/test_kernel_parts.py::"
 PARTS = "tests/eval/speed/test_step_parts.py::"
+PLANS = "tests/lowbit_video/engine/test_replay.py::"
 PADDLE_STEP = "tests/eval/speed/test_step_paddle.py::"
 POOLED = "tests/eval/calibrate/test_pooled_rungs.py::"
 PAIRED = "tests/eval/metrics/test_paired.py::"
@@ -72,6 +73,18 @@ MUTANTS = [
             ('if result["framework"] not in frameworks]', "if False]"),
             ('"rounds", "limit_s", "go_on",', '"rounds", "limit_s",'),
             ('if args.go_on and file.is_file() else', "if False else")),
+    *faults("eval/speed/bench.py", BENCH + "test_a_calls_own_allocations_are_timed_apart_from_its_host_time",
+            ("for one in made], HOST_CALLS)", "for one in made[1:]], HOST_CALLS)"),
+            ("lambda made=made: [runtime.empty(*one) for one in made]", "method.call"),
+            ("        if method.variant:\n            made", "        if True:\n            made")),
+    *faults("eval/speed/bench.py", PLANS + "test_what_the_benchmark_says_a_repeated_call_allocates",
+            ("asked.append((tuple(shape), dtype, like))", 'asked.append((tuple(shape), "uint8", like))'),
+            ("asked.append((tuple(shape), dtype, like))", "asked[:] = [(tuple(shape), dtype, like)]"),
+            ("    try:\n        call()\n    finally:\n        runtime.empty = empty\n",
+             "    call()\n    runtime.empty = empty\n")),
+    *faults("eval/speed/bench.py", BENCH + "test_table_and_json", ('"" if row.alloc_us is None else', '"" if True else')),
+    *faults("eval/speed/bench.py", BENCH + "test_results_from_before_allocations_were_told_apart_are_shown_without",
+            ('"" if cell is None else form', "form")),
     *faults("eval/speed/timing.py", BENCH + "test_of_slow_calls_every_run_counts_and_is_told",
             ("        samples[name] = [once[name]]\n", "        samples[name] = []\n"),
             ("range(int(slow), rounds)", "range(rounds)"),

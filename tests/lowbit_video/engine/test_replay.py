@@ -20,6 +20,7 @@ from lowbit_video.engine.prologue import tensors_of
 from lowbit_video.engine.run import run
 from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.errors import NonFiniteError, SlowerThanExactWarning
+from lowbit_video.eval.speed.bench import allocations_of
 from lowbit_video.kernels import compiled, launch
 from lowbit_video.kernels.buffers import Buffer
 from lowbit_video.kernels.formats import LOG2_E
@@ -232,6 +233,29 @@ def test_a_repeated_call_launches_the_same_on_its_own_tensors(device, precision,
     assert again == first and len(device.long) == ways, "the second call went through Triton"
     assert same is variant and out_2.shape == out.shape and out_2.dtype == out.dtype and out_2.data_ptr() != out.data_ptr()
     assert (lse_2 is not None) == lse
+
+
+@pytest.mark.parametrize("precision,lse", [("int8+fp8", False), ("int4+fp16", True), ("exact", False), ("exact", True)])
+def test_what_the_benchmark_says_a_repeated_call_allocates(device, precision, lse):
+    """Output, LSE where asked for, and workspace, of their own sizes, beside q; from a plan as the first time."""
+    given = tensors()
+    once = lambda: run(*given, AttentionOptions(precision, return_lse=lse))
+    wanted = [((1, 200, 2, 64), "float16"), *[((1, 2, 200), "float32")] * lse]
+    if precision != "exact":
+        shape = (1, 2, 200, 64)
+        wanted.append(((layout_workspace(shape, shape, Precision(precision), lse).size,), "uint8"))
+    empty = device.runtime.empty
+    for _ in range(2):
+        before, ways = len(device.kept), len(device.long)
+        asked = allocations_of(once, device.runtime)
+        assert [one[:2] for one in asked] == wanted == [(t.shape, t.dtype.name) for t in device.kept[before:]]
+        assert all(like is given[0] for *_, like in asked) and device.runtime.empty is empty
+    assert len(device.long) == ways, "the second call went through Triton"
+    assert list(filter(None, next(iter(plans._PLANS.values())).fresh)) == wanted
+    given = None
+    with pytest.raises(TypeError):
+        allocations_of(once, device.runtime)
+    assert device.runtime.empty is empty
 
 
 @pytest.mark.parametrize("backend", ["triton", "hopper"])
