@@ -23,6 +23,15 @@ def test_the_shipped_recipe_fits_the_small_model():
     assert recipe.about["predicted_cost"] == pytest.approx(shares["int8+fp8"] + 1.0523 * shares["int8+fp16"], abs=1e-3)
 
 
+def test_the_readme_says_what_the_recipe_does():
+    about = Recipe.load(FOLDER / "recipe.toml").about
+    row = next(line for line in (FOLDER / "README.md").read_text().splitlines() if line.startswith("| the recipe |"))
+    (found,) = about["found_error_db"]
+    cells = [float(cell) for cell in row.split("|")[2:-1]]
+    assert cells == pytest.approx([about["predicted_cost"], about["predicted_error_db"], found], abs=0.051)
+    assert about["predicted_spread_db"][0] <= about["predicted_error_db"] <= about["predicted_spread_db"][1]
+
+
 def test_each_recipe_that_is_shipped_is_listed_and_says_where_it_comes_from():
     page, readme = (ROOT / "docs" / "recipes.md").read_text(), (ROOT / "README.md").read_text()
     shipped = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.toml"))
@@ -30,7 +39,8 @@ def test_each_recipe_that_is_shipped_is_listed_and_says_where_it_comes_from():
     for path in shipped:
         about = Recipe.load(ROOT / path).about
         assert f"(../{path})" in page, f"docs/recipes.md does not link {path}"
-        assert {"model", "prompts", "order", "budget", "predicted_error_db", "found_error_db", "commit"} <= set(about)
+        assert {"model", "prompts", "order", "budget", "predicted_error_db", "found_error_db", "cost_table",
+                "rungs", "versions", "commit"} <= set(about), f"{path} lacks what calibrate writes"
         assert (ROOT / about["model"]).is_dir()
     presets = {path.stem for path in (ROOT / "lowbit_video" / "hook" / "recipe").glob("*.toml")}
     assert presets == set(PRESETS) and all(f"`{name}`" in page and f'"{name}"' in readme for name in presets)
