@@ -31,7 +31,7 @@ def names_recipe(text: str) -> bool:
 def no_recipe(named: str) -> str:
     """What is said where a recipe is given and one precision is meant."""
     return (f"{named} is a recipe, and one precision is wanted here; recipes go into models: lowbit_video.apply(pipe, "
-            "Recipe.load(...)), and `generate`, `bench step`, `bench video` and `bench parallel` take --recipe FILE")
+            "Recipe.load(...)), and into warmup; `generate`, `plan` and every `bench` take --recipe FILE")
 
 
 @dataclass(frozen=True)

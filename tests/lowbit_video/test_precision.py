@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowbit_video import LowBitAttnProcessor, Precision, Recipe, warmup
+from lowbit_video import LowBitAttnProcessor, Precision, Recipe
 from lowbit_video.precision import as_precision, precision_specs
 from lowbit_video.rung import as_rung
 
@@ -58,7 +58,7 @@ def test_rotation_is_said_by_text_or_by_argument():
 
 @pytest.mark.parametrize("given, error", [("safe", ValueError), ("mine.toml", ValueError), (Recipe.load("fast"), TypeError)])
 def test_a_recipe_is_told_where_it_goes(given, error):
-    for take in (as_precision, as_rung, LowBitAttnProcessor, lambda given: warmup([(1, 8, 2, 64)], given)):
+    for take in (as_precision, as_rung, LowBitAttnProcessor):
         with pytest.raises(error, match="is a recipe, and one precision is wanted here; .*Recipe.load.* take --recipe FILE"):
             take(given)
 

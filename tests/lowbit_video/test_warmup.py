@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowbit_video import Pooled
+from lowbit_video import Pooled, Recipe
 from lowbit_video import warming as module
 from lowbit_video.engine.options import options_of
 from lowbit_video.errors import UnsupportedError
@@ -55,6 +55,30 @@ def test_pooled_calls_are_made_as_they_are_asked_for(framework, monkeypatch):
     with pytest.raises(ValueError, match="does too; give one of them"):
         warmup([], "int8+fp8 pooled 0.3", pooled=Pooled(0.3), **where)
     assert len(seen) == 4
+
+
+def test_of_a_recipe_every_rung_is_warmed_once_at_every_shape(framework, monkeypatch):
+    like = module.detect.anchor(framework.name, "cpu")
+    runtime = module.detect.runtime_of(like)
+    seen, walls = [], iter(range(100, 0, -1))
+    monkeypatch.setattr(runtime, "is_cpu", lambda t: False)
+    monkeypatch.setattr(runtime, "stream", lambda t: 0)
+    monkeypatch.setattr(module, "_wall_ms", lambda call, stream: seen.append(call.keywords["options"]) or next(walls) ** 2)
+    recipe = Recipe([{"rung": "int8+fp8 pooled 0.3"}, {"heads": [1], "rung": "exact"}, {"steps": "0-0.2", "rung": "int8+fp16"},
+                     {"layers": "b.*", "rung": "exact"}], source="mine.toml")
+    where = dict(framework=framework.name, device="cpu")
+    shapes = [(1, 10, 4, 64), (1, 12, 4, 64)]
+    assert warmup(shapes, recipe, **where) == {shapes[0]: 199 + 195 + 191, shapes[1]: 187 + 183 + 179}
+    options = lambda precision, *pooled: options_of(precision, "NHD", False, None, False, "auto", None, False, *pooled)
+    each = [options("int8+fp8", Pooled(0.3)), options("exact"), options("int8+fp16")]
+    assert seen[::2] == seen[1::2] == each * 2
+    with pytest.raises(UnsupportedError, match="packed sequences; warm those up without pooled"):
+        warmup([((10, 3), 4, 64)], recipe, **where)
+    with pytest.raises(ValueError, match=r"mine.toml \(4 rules\) says how keys are pooled, and pooled=pooled 0.5 does too"):
+        warmup(shapes, recipe, pooled=Pooled(0.5), **where)
+    with pytest.raises(ValueError, match="'safe' is a recipe, .*Recipe.load.* and into warmup"):
+        warmup(shapes, "safe", **where)
+    assert len(seen) == 12
 
 
 def test_packed_sequences_are_called_as_a_model_calls_them(framework, monkeypatch):

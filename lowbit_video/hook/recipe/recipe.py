@@ -94,6 +94,11 @@ class Recipe:
             raise ValueError(f"{source} has format {shown(held.get('format'))}; this version reads format = {FORMAT}")
         return cls(held.get("rules", []), held.get("about", {}), source)
 
+    @property
+    def rungs(self) -> tuple[str, ...]:
+        """The rungs that its rules give, in their order, each once."""
+        return tuple(dict.fromkeys(rule.rung for rule in self.rules))
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a file that `load` reads, whole or not at all."""
         about = {key: self.about[key] for key in ABOUT if key in self.about}

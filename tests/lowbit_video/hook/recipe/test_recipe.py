@@ -44,6 +44,12 @@ def test_the_last_rule_that_meets_a_cell_wins():
     assert recipe.resolve(Model()).has_steps and not Recipe([{"rung": "exact"}]).resolve(Model()).has_steps
 
 
+def test_its_rungs_are_each_named_once_in_the_order_of_its_rules():
+    rules = [{"rung": "int8+fp8"}, {"steps": "0-0.2", "rung": "exact"}, {"heads": [0], "rung": "int8+fp8 pooled 0.3"},
+             {"layers": "a.*", "rung": "exact"}]
+    assert Recipe(rules).rungs == ("int8+fp8", "exact", "int8+fp8 pooled 0.3")
+
+
 def test_spans_that_are_alike_are_one():
     recipe = Recipe([{"rung": "int8+fp8"}, {"steps": "0-0.5", "rung": "exact"}, {"steps": "0.3-0.7", "rung": "exact"}])
     assert spans(recipe) == [(0.0, 0.7, ("exact",) * 4), (0.7, 1.0, ("int8+fp8",) * 4)]
