@@ -21,9 +21,11 @@ from lowbit_video.engine.gpu import Call
 from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.workspace import layout_workspace
 from lowbit_video.files import write_json, write_whole
+from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE, get_format
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import EXACT_SPECS, Precision, names_recipe
+from lowbit_video.rung import parts_of_rung
 from lowbit_video.runtime import cuda_driver
 
 from ..compare import settings
@@ -336,6 +338,21 @@ def specs_for(filters: list[str] | None) -> tuple[str, ...]:
     """The precisions to run under `--variants`: those it names, else all."""
     named = tuple(text for text in filters or () if "+" in text)
     return named or SPECS
+
+
+def specs_of(recipe: Recipe, log: Callable[[str], None]) -> tuple[str, ...]:
+    """The low-bit precisions that a recipe's rungs are; exact ones are always timed, and those with pooled keys are told.
+
+    Raises ValueError where all have pooled keys.
+    """
+    pooled = [rung for rung in recipe.rungs if parts_of_rung(rung)[1] is not None]
+    how = ("of a kernel all keys are timed here: `lowbit-video bench step --recipe` times these in a model, and python -m "
+           "lowbit_video.eval.speed.experiments.recipe_attention a recipe's attention by itself")
+    if len(pooled) == len(recipe.rungs):
+        raise ValueError(f"{recipe.source} keeps a share of the keys everywhere ({', '.join(pooled)}), and {how}")
+    if pooled:
+        log(f"{recipe.source}: left out {', '.join(pooled)}; {how}")
+    return tuple(rung for rung in recipe.rungs if rung not in pooled and not Precision(rung).exact)
 
 
 def environment(framework: str) -> dict[str, Any]:

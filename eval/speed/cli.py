@@ -2,7 +2,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+
+from lowbit_video.hook.recipe.recipe import Recipe
+from lowbit_video.precision import EXACT_SPECS, PRESETS
 
 
 def add_parsers(subparsers) -> None:
@@ -15,6 +19,7 @@ def add_parsers(subparsers) -> None:
     _common(kernels)
     kernels.add_argument("--variants", nargs="+", metavar="NAME",
                          help="precisions (int8+fp8), variants (triton-int-fp8) or backends (triton, hopper); default: all")
+    _recipe(kernels, "time")
     kernels.add_argument("--quick", action="store_true", help="three shapes and int8+fp16, int8+fp8 only")
     kernels.add_argument("--no-baselines", action="store_true", help="leave the other libraries' attention out")
     kernels.add_argument("--budget-ms", type=float, default=400.0, metavar="MS",
@@ -33,6 +38,7 @@ def add_parsers(subparsers) -> None:
     _common(tune, ("float16", "bfloat16", "float32"))
     tune.add_argument("--variants", nargs="+", metavar="PRECISION",
                       help="precisions to tune; default: one per family (float32: exact)")
+    _recipe(tune, "tune")
     tune.add_argument("--jobs", type=int, default=0, metavar="N", help="compile the candidates in N processes first")
     only = tune.add_mutually_exclusive_group()
     only.add_argument("--no-lengths", action="store_true", help="leave the shortest useful lengths out")
@@ -83,6 +89,29 @@ def _common(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = ("float16
     parser.add_argument("--dtype", choices=dtypes, default="float16")
 
 
+def _recipe(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--recipe", metavar="FILE", help=f"{what} the precisions of a recipe's rungs in place of those: its "
+                        f"file, or {' or '.join(PRESETS)} (docs/recipes.md)")
+
+
+def specs_of(args: argparse.Namespace, specs_of_recipe: Callable[..., tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The precisions of --recipe; None without one. specs_of_recipe: takes a recipe and what prints.
+
+    Raises ValueError where --variants names precisions too, and for a recipe that cannot be read.
+    """
+    if args.recipe is None:
+        return None
+    recipe = Recipe.load(args.recipe)
+    if named := [text for text in args.variants or () if "+" in text or text in EXACT_SPECS]:
+        raise ValueError(f"--recipe {args.recipe} and --variants {' '.join(named)} both name precisions; give one of them")
+    return specs_of_recipe(recipe, say)
+
+
+def say(text: str) -> None:
+    """Prints at once."""
+    print(text, flush=True)
+
+
 def pick_framework(name: str) -> str:
     """The framework to run on; ValueError where it, or with "auto" any, has no NVIDIA GPU."""
     import importlib.util
@@ -103,14 +132,14 @@ def pick_framework(name: str) -> str:
 def run_kernels(args: argparse.Namespace) -> int:
     from lowbit_video.pipelines.shared.video_files import check_writable
 
-    from . import shapes
+    from . import bench, shapes
 
     chosen_shapes = shapes.parse_shapes(args.shapes, args.quick)
+    specs = specs_of(args, bench.specs_of)
     check_writable(args.out / f"{args.name}.json")
     framework = pick_framework(args.framework)
-    from . import bench
-
-    specs = bench.QUICK_SPECS if args.quick and not args.variants else bench.specs_for(args.variants)
+    if specs is None:
+        specs = bench.QUICK_SPECS if args.quick and not args.variants else bench.specs_for(args.variants)
     wanted = bench.chosen(args.variants)
     if args.jobs:
         print(f"compiled in {bench.precompile(chosen_shapes, framework, args.dtype, specs, args.jobs):.0f} s", flush=True)
@@ -119,7 +148,7 @@ def run_kernels(args: argparse.Namespace) -> int:
         print(f"{shape} {shape.name}", flush=True)
         rows += bench.bench_shape(shape, framework=framework, dtype=args.dtype, specs=specs, wanted=wanted,
                                   with_baselines=not args.no_baselines, budget_ms=args.budget_ms, totals_only=args.totals_only,
-                                  log=lambda text: print(text, flush=True))
+                                  log=say)
         about = bench.environment(framework)
         bench.save(rows, about, args.out, args.name, plots=False)  # what is measured so far outlives an interruption
     print(bench.markdown(rows, about))
@@ -148,14 +177,13 @@ def run_video(args: argparse.Namespace) -> int:
 def run_tune(args: argparse.Namespace) -> int:
     from lowbit_video.pipelines.shared.video_files import check_writable
 
-    from . import shapes
+    from . import shapes, tune
 
     chosen_shapes = shapes.parse_shapes(args.shapes or "2,30,17776,64;1,24,32768,128")
+    specs = specs_of(args, tune.specs_of) or args.variants
     check_writable(args.out)
     framework = pick_framework(args.framework)
-    from . import tune
-
-    path = tune.tune(chosen_shapes, framework=framework, dtype=args.dtype, specs=args.variants, out=args.out, jobs=args.jobs,
-                     lengths=not args.no_lengths, tiles=not args.lengths_only, log=lambda text: print(text, flush=True))
+    path = tune.tune(chosen_shapes, framework=framework, dtype=args.dtype, specs=specs, out=args.out, jobs=args.jobs,
+                     lengths=not args.no_lengths, tiles=not args.lengths_only, log=say)
     print(f"written: {path}; use it with LOWBIT_VIDEO_TUNING={path}")
     return 0

@@ -13,11 +13,13 @@ from typing import Any
 
 from lowbit_video.engine.gpu import Call
 from lowbit_video.files import write_whole
+from lowbit_video.hook.recipe.recipe import Recipe
 from lowbit_video.kernels import tuning
 from lowbit_video.kernels.formats import FORMAT_OF_DTYPE
 from lowbit_video.kernels.tuning import TileConfig
 from lowbit_video.kernels.variants import KernelVariant
 from lowbit_video.precision import Precision
+from lowbit_video.rung import parts_of_rung
 from lowbit_video.runtime import cuda_driver, detect
 
 from . import accuracy, bench, inputs, timing
@@ -62,6 +64,15 @@ def chosen_specs(specs: Sequence[str] | None, dtype: str) -> tuple[str, ...]:
             raise ValueError(f"{spec} cannot be tuned with float32 tensors: its rows are those of 16-bit tensors, which "
                              "float32 ones share; pass float16 or bfloat16, or tune 'exact'")
     return chosen
+
+
+def specs_of(recipe: Recipe, log: Callable[[str], None]) -> tuple[str, ...]:
+    """The precisions of a recipe's rungs, each once; of those with pooled keys it is told whose tiles they take."""
+    parts = {rung: parts_of_rung(rung) for rung in recipe.rungs}
+    for rung, (spec, pooled) in parts.items():
+        if pooled is not None:
+            log(f"{recipe.source}: {rung} has no tiles or lengths of its own; those of {spec} serve it")
+    return tuple(dict.fromkeys(spec for spec, _ in parts.values()))
 
 
 def family_of(precision: Precision, dtype: str) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowbit_video import attention
+from lowbit_video import Recipe, attention
 from lowbit_video.app import cli
 from lowbit_video.eval.speed import accuracy, bench, shapes, timing, tune
+from lowbit_video.eval.speed import cli as speed
 from lowbit_video.eval.speed.experiments import hopper_builds, portable_tiles
 from lowbit_video.eval.speed.shapes import Shape
 from lowbit_video.kernels import tuning
@@ -59,6 +60,40 @@ def test_filters_name_precisions_variants_and_backends():
         bench.chosen(["int9"])
     with pytest.raises(ValueError, match="'mine.toml' is a recipe, and one precision is wanted here"):
         bench.chosen(["mine.toml"])
+
+
+def test_of_a_recipe_its_low_bit_precisions_are_timed_and_all_are_tuned():
+    rules = [{"rung": "int8+fp8"}, {"steps": "0-0.2", "rung": "exact"}, {"heads": [0], "rung": "int4+fp8 pooled 0.3"},
+             {"layers": "a.*", "rung": "int8+fp8"}, {"layers": "b.*", "rung": "int4+fp16 rotate"}]
+    recipe, said = Recipe(rules, source="mine.toml"), []
+    assert bench.specs_of(recipe, said.append) == ("int8+fp8", "int4+fp16 rotate")
+    assert said[0].startswith("mine.toml: left out int4+fp8 pooled 0.3; ") and "bench step --recipe" in said[0]
+    assert tune.specs_of(recipe, said.append) == ("int8+fp8", "exact", "int4+fp8", "int4+fp16 rotate")
+    assert said[1:] == ["mine.toml: int4+fp8 pooled 0.3 has no tiles or lengths of its own; those of int4+fp8 serve it"]
+    with pytest.raises(ValueError, match=r"the keys everywhere \(int4\+fp8 pooled 0.3\), and .*recipe_attention"):
+        bench.specs_of(Recipe([rules[2]]), said.append)
+    assert bench.specs_of(Recipe.load("safe"), said.append) == ("int8+fp16",) and len(said) == 2
+
+
+@pytest.mark.parametrize("command", ["kernels", "tune"])
+def test_a_recipes_precisions_take_the_place_of_the_others(command, tmp_path, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(speed, "pick_framework", lambda name: "torch")
+    monkeypatch.setattr(bench, "bench_shape", lambda shape, **choices: given.append(choices) or [row(shape=shape.name)])
+    monkeypatch.setattr(bench, "environment", lambda framework: ABOUT)
+    monkeypatch.setattr(bench, "save", lambda *what, **how: [])
+    monkeypatch.setattr(tune, "tune", lambda shapes, **choices: given.append(choices))
+    run = lambda *more: cli.main(["bench", command, "--shapes", "1,2,300,64", "--out", str(tmp_path / "out"), *more])
+    assert run("--recipe", "safe", "--variants", "triton") == run("--recipe", "safe") == 0
+    assert [tuple(choices["specs"]) for choices in given] == [("int8+fp16", "exact")[:2 if command == "tune" else 1]] * 2
+    assert run() == run("--variants", "int8+fp8") == 0
+    assert given[2]["specs"] == {"kernels": bench.SPECS, "tune": None}[command] and tuple(given[3]["specs"]) == ("int8+fp8",)
+    capsys.readouterr()
+    for more, words in ((["--recipe", "none.toml"], "no such file: none.toml"),
+                        (["--recipe", "safe", "--variants", "triton", "int8+fp8"],
+                         "--recipe safe and --variants int8+fp8 both name precisions; give one of them")):
+        assert run(*more) == 2 and words in capsys.readouterr().err
+    assert len(given) == 4
 
 
 def test_every_gpu_variant_is_a_benchmark_case():
