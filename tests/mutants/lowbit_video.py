@@ -407,7 +407,7 @@ MUTANTS = [
             (".exact or share.rows", ".exact and share.rows"), ("share.rows < task.tokens", "share.batch < 2"),
             ("apart * task.program.prologue_ps", "task.program.prologue_ps")),
     *faults("lowbit_video/distributed/cost/figures.py", "tests/lowbit_video/distributed/test_cost.py",
-            (' if not step.get("compiled")):', "):")),
+            ('not step.get("compiled") and not', "not"), (' and not names_recipe(step["precision"]))', ")")),
     *faults("lowbit_video/distributed/cost/figures.py", COST + "test_what_the_benchmark_wrote_becomes_rows",
             ('            if step.get("cuda_graph"):\n', "            if False:\n"),
             ('if one == "int8 output":', 'if one == "16bit":'), ('elif one != "codes":', 'elif one == "16bit":'),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_json
+from ...precision import names_recipe
 from .models import MODELS
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -149,8 +150,8 @@ def load_figures(*paths: str | Path) -> Figures:
 def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
     """Rows of what `bench parallel` wrote: attention on one GPU and layers, steps as the whole transformer, decoding.
 
-    Exact methods are the framework's own and are left out, as are shapes of no known model, steps of compiled blocks, decoding
-    by tiles and other sizes.
+    Exact methods are the framework's own and are left out, as are shapes of no known model, steps of compiled blocks and by
+    recipes, decoding by tiles and other sizes.
     Raises ValueError where the file lacks something of it.
     """
     rows = []
@@ -164,7 +165,8 @@ def _rows_of_benchmark(report: Mapping, path: str) -> list[dict]:
                     rows.append({"what": "attention", **same, "ms": measured["ms"]})
                 elif "exact" not in method:
                     rows += _apart("layer", {**same, **USUAL, **keys}, split, how, measured)
-        for step in (step for step in report.get("steps") or () if not step.get("compiled")):
+        steps = (step for step in report.get("steps") or () if not step.get("compiled") and not names_recipe(step["precision"]))
+        for step in steps:
             same = {"what": "transformer", "model": f"CogVideoX-{step['model']}", "framework": framework, **keys}
             same.update({name: step[name] for name in ("precision", "exchange", "output")})
             if step.get("cuda_graph"):

@@ -650,6 +650,9 @@ def test_what_the_benchmark_wrote_becomes_rows(tmp_path):
                                for exchange, output in (("16bit", "16bit"), ("auto", "int8")))
     path.write_text(json.dumps({**report, "attention": [], "decode": None, "steps": [{**step, "compiled": True}]}))
     assert new_rows() == (), "compiled blocks are not what is modelled"
+    for recipe in ("safe", "folder/mine.toml"):
+        path.write_text(json.dumps({**report, "attention": [], "decode": None, "steps": [{**step, "precision": recipe}]}))
+        assert new_rows() == (), "nor is one step of a recipe's"
     path.write_text(json.dumps({**report, "keys": "gathered"}))
     assert [row.get("keys") for row in new_rows()] == [None, *["gathered"] * 8, None, None]
     assert predict({**layers[4], "exchange": "auto", "keys": "gathered"}, FIGURES) < predict(
