@@ -12,6 +12,8 @@ from ..distributed.cost.split import MAX_GPUS, Cost, predict, splits, task_of
 from ..distributed.cost.task import Task
 from ..distributed.exchange import EXCHANGES, OUTPUTS
 from ..files import write_json
+from ..hook.recipe.recipe import Recipe
+from ..precision import PRESETS
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of GPUs of the scaling."""
@@ -34,7 +36,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
                         f"each of {', '.join(map(str, COUNTS))})")
     parser.add_argument("--link", default="nvlink", help="nvlink, pcie4, ib400: between the GPUs of a host; hosts of 8 "
                         "are linked by ib400 (default: %(default)s)")
-    parser.add_argument("--precision", default="int8+fp8", help="of attention (default: %(default)s)")
+    parser.add_argument("--precision", help=f"of attention (default: {Task.precision})")
+    parser.add_argument("--recipe", metavar="FILE", help="precisions by layer and step in place of one, without pooled keys: a "
+                        f"recipe's file, or {' or '.join(PRESETS)}; a step is then the mean of all (docs/recipes.md)")
     parser.add_argument("--exchange", default="auto", choices=EXCHANGES, help="what Q, K and V travel as (default: "
                         "the precision's codes)")
     parser.add_argument("--output", default="16bit", choices=OUTPUTS, help="what attention's output travels as "
@@ -55,10 +59,14 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; writes what was asked for."""
+    if args.recipe is not None and args.precision is not None:
+        raise ValueError(f"--precision {args.precision} and --recipe {args.recipe} are both given; give one of them")
     figures = load_figures(*args.measured)
-    same = {name: getattr(args, name) for name in ("precision", "exchange", "output", "link", "framework", "cuda_graph",
+    same = {name: getattr(args, name) for name in ("exchange", "output", "link", "framework", "cuda_graph",
                                                    "steps", "frames", "height", "width")}
-    task = Task(find_model(args.model), figures, **same, text_encoder=not args.no_text_encoder)
+    task = Task(find_model(args.model), figures, **same, text_encoder=not args.no_text_encoder,
+                precision=Task.precision if args.precision is None else args.precision,
+                recipe=None if args.recipe is None else Recipe.load(args.recipe))
     if task.cuda_graph and task.framework != "torch":
         raise ValueError(f"--cuda-graph records PyTorch's launches, and the framework is {task.framework}; add --framework "
                          "torch, or leave it out")
@@ -77,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {
             "about": {"model": task.model.name, "gpu": figures.gpu.name, "tokens": task.tokens, "size": list(task.size), **same,
-                      "precision": task.precision, "wire": str(task.wire), "framework": task.framework},
+                      "precision": task.precision, "layers": task.layers, "wire": travels(task), "framework": task.framework},
             "splits": [as_dict(cost, alone) for cost in costs],
             "refused": [{**asdict(degrees), "reason": reason} for degrees, reason in refused],
             "scaling": [as_dict(cost, alone) for cost in scaling], "measured": compared})
@@ -106,10 +114,18 @@ def as_dict(cost: Cost, alone: Cost) -> dict[str, Any]:
 def heading(task: Task) -> list[str]:
     """What is planned."""
     frames, height, width = task.size
+    layers = ""
+    if task.recipe is not None:
+        layers = f" ({', '.join(f'{name} in {count / task.model.layers:.0%}' for name, count in task.layers.items())})"
     return [f"{task.model.name}, {frames} frames of {height}x{width}: {task.tokens} tokens, {task.steps} steps with guidance; "
             f"{task.figures.gpu.name}, {task.link}",
-            f"attention {task.precision}; Q, K and V travel as {task.wire}, the output as {task.output}; the rest as "
-            f"{task.framework} runs it" + ", as a CUDA graph" * task.cuda_graph]
+            f"attention {task.precision}{layers}; Q, K and V travel as {travels(task)}, the output as {task.output}; the rest "
+            f"as {task.framework} runs it" + ", as a CUDA graph" * task.cuda_graph]
+
+
+def travels(task: Task) -> str:
+    """What Q, K and V travel as, of each precision."""
+    return " or ".join(dict.fromkeys(str(part.wire) for part in task.parts.values()))
 
 
 def table(costs: Sequence[Cost], alone: Cost) -> list[str]:
@@ -149,6 +165,8 @@ def notes(task: Task, gpus: int, costs: Sequence[Cost]) -> list[str]:
     """What must be known to read the table."""
     host = task.figures.gpu.host_ranks
     said = ["MB sent: by the busiest rank, a step. GiB: of the busiest GPU. Speed-up and efficiency: of a step, over one GPU."]
+    if len(task.alike) > 1:
+        said.append(f"Steps differ: step ms and MB sent are means of the {task.steps}.")
     if gpus > host and task.link != "ib400":
         said.append(f"Hosts have {host} GPUs: what crosses them goes over ib400, or {task.link} where that is slower.")
     if any(cost.step["host"] > 0 for cost in costs):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..mesh import Degrees
 from ..shares import even_shares, joint_shares
-from .attention import call_ms, layer, pieces_of
+from .attention import Layer, call_ms, layer, pieces_of
 from .figures import Figures, Link, Program, Tile
 from .models import find_model
 from .rest import best_vae, decode_ms, linear_ms, memory_gib
@@ -25,8 +25,9 @@ NOISE_BYTES = 2
 class Cost:
     """What a split costs.
 
-    step: ms of one step by part, on the busiest rank. sent: bytes that the busiest rank sends a step, by purpose. memory: GiB
-    of a GPU by part. decode_ms: of the VAE. video_s: all of a video, seconds. fits: whether the GPU has the memory.
+    step: ms of one step by part, on the busiest rank. sent: bytes that the busiest rank sends a step, by purpose. By a recipe
+    both are means of all steps. memory: GiB of a GPU by part. decode_ms: of the VAE. video_s: all of a video, seconds. fits:
+    whether the GPU has the memory.
     """
 
     degrees: Degrees
@@ -52,33 +53,51 @@ class Cost:
 
 def sent_bytes(task: Task, degrees: Degrees, share: Share) -> dict[str, int]:
     """Bytes that the busiest rank sends in one step, by purpose; only what is sent at all."""
-    u, r, size, layers = degrees.ulysses, degrees.ring, degrees.ulysses * degrees.ring, task.model.layers
+    u, r, size = degrees.ulysses, degrees.ring, degrees.ulysses * degrees.ring
     values = task.video_tokens * task.model.token_values * NOISE_BYTES
-    there, back = ulysses_bytes(task, degrees, share.batch, pieces_of(task, degrees, share)) if u > 1 else (0, 0)
     rows = max(joint_shares(task.model.text_tokens, task.video_tokens, size)[1]) if size > 1 else 0
-    sent = {"attention in": layers * there, "attention out": layers * back,
-            "statistics": layers * statistics_bytes(task, degrees, share.batch),
-            "ring": layers * (r - 1) * ring_bytes(task, share, share.heads),
-            "output tokens": (size - 1) * share.batch * rows * task.model.token_values * NOISE_BYTES,
-            "guidance": values if degrees.cfg == 2 else 0}
-    return {purpose: count for purpose, count in sent.items() if count}
+    sent = dict.fromkeys(("attention in", "attention out", "statistics", "ring"), 0.0)
+    for precision, layers in task.layers.items():
+        part = task.parts[precision]
+        there, back = ulysses_bytes(part, degrees, share.batch, pieces_of(part, degrees, share)) if u > 1 else (0, 0)
+        for purpose, count in (("attention in", there), ("attention out", back),
+                               ("statistics", statistics_bytes(part, degrees, share.batch)),
+                               ("ring", (r - 1) * ring_bytes(part, share, share.heads))):
+            sent[purpose] += layers * count
+    sent |= {"output tokens": (size - 1) * share.batch * rows * task.model.token_values * NOISE_BYTES,
+             "guidance": values if degrees.cfg == 2 else 0}
+    return {purpose: round(count) for purpose, count in sent.items() if count}
 
 
 def cost_of(task: Task, degrees: Degrees) -> Cost:
     """What a split costs. Raises ValueError where it cannot be, with the reason."""
-    share, model = share_of(task, degrees), task.model
-    attention, transfers = layer(task, degrees), Transfers(task, degrees)
+    share = share_of(task, degrees)
     sent = sent_bytes(task, degrees, share)
-    step = {"linear": model.layers * linear_ms(task, share) + task.program.step_ms,
-            "attention": model.layers * attention.attention_ms, "exchange": model.layers * attention.exchange_ms}
+    each = {precision: (linear_ms(part, share), layer(part, degrees)) for precision, part in task.parts.items()}
+    step: dict[str, float] = {}
+    for kind in task.alike:
+        for name, ms in _step(task, degrees, kind.layers, each, sent).items():
+            step[name] = step.get(name, 0.0) + kind.share * ms
+    memory = max((memory_gib(part, degrees, share) for part in task.parts.values()), key=lambda one: sum(one.values()))
+    decode = decode_ms(task, degrees)
+    seconds = (task.steps * sum(step.values()) + task.figures.video.text_ms + decode) / 1e3
+    return Cost(degrees, step, sent, memory, decode, seconds, sum(memory.values()) <= task.figures.gpu.memory_gib)
+
+
+def _step(task: Task, degrees: Degrees, layers: Mapping[str, int], each: Mapping[str, tuple[float, Layer]],
+          sent: Mapping[str, int]) -> dict[str, float]:
+    """ms of one step by part. layers: how many have each precision. each: what a layer of a precision costs, ms without
+    attention, and attention."""
+    transfers, total = Transfers(task, degrees), lambda of: sum(count * of(*each[name]) for name, count in layers.items())
+    step = {"linear": total(lambda linear, attention: linear) + task.program.step_ms,
+            "attention": total(lambda linear, attention: attention.attention_ms),
+            "exchange": total(lambda linear, attention: attention.exchange_ms)}
     if "output tokens" in sent:
         step["exchange"] += transfers.exchange_ms(sent["output tokens"], "sequence")
     step["guidance"] = transfers.exchange_ms(sent["guidance"], "cfg") if "guidance" in sent else 0.0
-    step["host"] = max(0.0, model.layers * task.program.layer_host_us / 1e3 - sum(step.values()))
+    step["host"] = max(0.0, task.model.layers * task.program.layer_host_us / 1e3 - sum(step.values()))
     step["scheduler"] = task.figures.video.scheduler_ms
-    memory, decode = memory_gib(task, degrees, share), decode_ms(task, degrees)
-    seconds = (task.steps * sum(step.values()) + task.figures.video.text_ms + decode) / 1e3
-    return Cost(degrees, step, sent, memory, decode, seconds, sum(memory.values()) <= task.figures.gpu.memory_gib)
+    return step
 
 
 def splits(task: Task, gpus: int) -> tuple[list[Cost], list[tuple[Degrees, str]]]:

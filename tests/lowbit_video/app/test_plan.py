@@ -68,6 +68,24 @@ def test_options_change_what_is_planned(tmp_path, capsys):
     assert memory("--no-text-encoder") == pytest.approx(memory() - 8.9, abs=0.2)
 
 
+def test_a_recipe_is_planned_as_the_mean_of_its_steps(tmp_path, capsys):
+    (mine := tmp_path / "mine.toml").write_text('format = 1\n[[rules]]\nrung = "int8+fp8"\n[[rules]]\nsteps = "0-0.25"\n'
+                                                'rung = "exact"\n')
+    (half := tmp_path / "half.toml").write_text('format = 1\n[[rules]]\nrung = "int8+fp8"\n')
+    lines = lambda *argv: lines_of(capsys, "--gpus", "1", "--framework", "torch", *argv)
+    step = lambda *argv: float(rows_of(lines(*argv))[0]["step ms"])
+    low, exact = step("--precision", "int8+fp8"), step("--precision", "exact")
+    assert step("--recipe", str(mine), "--steps", "4") == pytest.approx(0.75 * low + 0.25 * exact, abs=0.1)
+    assert step("--recipe", str(mine), "--steps", "50") == pytest.approx((37 * low + 13 * exact) / 50, abs=0.1)
+    text = "\n".join(lines("--recipe", str(mine), "--steps", "4", "--json", str(tmp_path / "plan.json")))
+    assert f"attention {mine} (int8+fp8 in 75%, exact in 25%); Q, K and V travel as codes of int8+fp8 or 16 bit, the" in text
+    assert "Steps differ: step ms and MB sent are means of the 4." in text and "measured:" not in text
+    about = json.loads((tmp_path / "plan.json").read_text())["about"]
+    assert about["precision"] == str(mine) and about["layers"] == {"int8+fp8": 22.5, "exact": 7.5}
+    assert "Steps differ" not in "\n".join(lines("--recipe", str(half)))
+    assert "attention the preset safe (int8+fp16 in 87%, exact in 13%)" in "\n".join(lines("--recipe", "safe"))
+
+
 def test_what_cannot_be_is_named_with_its_reason(capsys):
     text = "\n".join(lines_of(capsys, "--model", SMALL, "--gpus", "8"))
     assert "cannot be: ulysses 8: 4 heads are fewer than 8 ranks" in text and "fewer blocks of 128 than 8 ranks" in text
@@ -136,6 +154,10 @@ def test_of_cuda_graphs_no_host_sets_the_pace(tmp_path, capsys):
     (["--link", "rope"], "unknown link 'rope'; there are: nvlink, pcie4, ib400"), (["--gpus", "65"], "65 GPUs; from 1 to 64"),
     (["--gpus", "0"], "0 GPUs"), (["--precision", "int9"], "unknown precision 'int9'; there are: fp16"),
     (["--precision", "int2+fp8"], "attention at int2+fp8 is not measured; there are: int8+fp8"),
+    (["--precision", "mine.toml"], "'mine.toml' is a recipe, and one precision is wanted here"),
+    (["--recipe", "none.toml"], "no such file: none.toml"),
+    (["--recipe", "safe", "--precision", "exact"], "--precision exact and --recipe safe are both given; give one of them"),
+    (["--recipe", str(pathlib.Path(SMALL).parent / "long" / "recipe.toml")], "pooled keys on several GPUs are not measured"),
     (["--framework", "jax"], "there are: paddle, torch"), (["--steps", "0"], "0 steps"),
     (["--height", "100"], "multiples of 16"), (["--measured", "none.json"], "no such file: none.json"),
     (["--plot", "plan.jpg"], "ends in .png")])

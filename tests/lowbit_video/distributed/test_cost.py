@@ -8,6 +8,7 @@ import numpy as np
 import paddle
 import pytest
 
+from lowbit_video import Recipe
 from lowbit_video.distributed.cost import attention, rest
 from lowbit_video.distributed.cost.figures import MEASURED, load_figures
 from lowbit_video.distributed.cost.formats import wire_format
@@ -447,6 +448,89 @@ def test_a_step_is_the_sum_of_its_parts():
     assert cost.step["guidance"] == pytest.approx(ms(17550 * 64 * 2)) and cost.step["host"] == 0
     assert cost.sent["output tokens"] == (8960 - 113) * 64 * 2
     assert cost.step_ms == pytest.approx(sum(cost.step.values())) and cost.sent_bytes == sum(cost.sent.values())
+
+
+# --- Recipes
+
+
+def test_steps_that_are_alike_are_counted_by_where_they_begin():
+    """Of 5 steps those from 0 and 0.2 begin before 0.25."""
+    recipe = Recipe([{"rung": "int8+fp8"}, {"layers": "transformer_blocks.1.*", "rung": "exact"},
+                     {"steps": "0-0.25", "rung": "int8+fp16"}, {"layers": "transformer_blocks.0.*", "rung": "exact"}])
+    mixed = task("tiny", recipe=recipe, steps=5)
+    assert mixed.alike == ((0.4, {"exact": 1, "int8+fp16": 2}), (0.6, {"exact": 2, "int8+fp8": 1}))
+    assert mixed.layers == pytest.approx({"exact": 1.6, "int8+fp16": 0.8, "int8+fp8": 0.6}) and mixed.precision == "the recipe"
+    assert {name: part.precision for name, part in mixed.parts.items()} == {name: name for name in mixed.layers}
+    assert task("tiny").alike == ((1.0, {"int8+fp8": 3}),)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(cfg=2), Degrees(ulysses=2), Degrees(ring=2), Degrees(2, 2, 2)], ids=str)
+@pytest.mark.parametrize("precision, exchange", [("int8+fp8", "auto"), ("exact", "auto"), ("int8+fp8", "int4")])
+def test_a_recipe_of_one_precision_costs_what_that_does(degrees, precision, exchange):
+    usual = dict(framework="torch", exchange=exchange)
+    assert cost_of(task(recipe=Recipe([{"rung": precision}]), **usual), degrees) == cost_of(
+        task(precision=precision, **usual), degrees)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(cfg=2), Degrees(ulysses=2), Degrees(ring=2)], ids=str)
+def test_a_step_by_a_recipe_is_the_mean_of_its_steps_each_the_sum_of_its_layers(degrees):
+    """In a fifth of the steps all 30 layers are exact, else 12 of them; exact tensors travel in 16 bits."""
+    usual = dict(framework="torch", cuda_graph=True, exchange="int8")
+    recipe = Recipe([{"rung": "int8+fp8"}, {"layers": ["transformer_blocks.1*", "transformer_blocks.2.*"], "rung": "exact"},
+                     {"steps": "0-0.2", "rung": "exact"}])
+    mixed, low, exact = (task(**how, **usual) for how in (dict(recipe=recipe), {}, dict(precision="exact")))
+    costs = [cost_of(one, degrees) for one in (mixed, low, exact)]
+    of_exact = 0.2 + 0.8 * 12 / 30
+    assert mixed.layers == pytest.approx({"exact": 30 * of_exact, "int8+fp8": 30 * (1 - of_exact)})
+    for part in costs[0].step:
+        ms = [cost.step[part] for cost in costs]
+        assert ms[0] == pytest.approx((1 - of_exact) * ms[1] + of_exact * ms[2]), part
+    assert costs[1].step["attention"] < costs[0].step["attention"] < costs[2].step["attention"]
+    sent = [cost.sent for cost in costs]
+    for purpose in sent[0]:
+        told = [one.get(purpose, 0) for one in sent]
+        assert told[0] == pytest.approx((1 - of_exact) * told[1] + of_exact * told[2], abs=1), purpose
+    assert costs[0].video_s == pytest.approx((50 * costs[0].step_ms + FIGURES.video.text_ms + costs[0].decode_ms) / 1e3)
+
+
+def test_memory_is_that_of_the_steps_that_need_the_most():
+    recipe = Recipe([{"rung": "int8+fp8"}, {"steps": "0-0.1", "rung": "exact"}])
+    small = replace(FIGURES, video=replace(FIGURES.video, decode_bytes=0))
+    needs = [cost_of(Task(TINY, small, precision, **how), Degrees(ulysses=2)).memory for precision, how in (
+        ("int8+fp8", {}), ("exact", {}), ("int8+fp8", {"recipe": recipe}))]
+    assert needs[0]["working"] < needs[1]["working"] and needs[2] == needs[1]
+
+
+def test_the_host_sets_the_pace_of_the_steps_that_are_shorter():
+    """Not of their mean: a step that takes long makes up for none that waits."""
+    recipe = Recipe([{"rung": "int8+fp8"}, {"steps": "0-0.5", "rung": "exact"}])
+    low, exact = (cost_of(task(precision=precision), Degrees(cfg=2)).step for precision in ("int8+fp8", "exact"))
+    floor = (sum(low.values()) + sum(exact.values())) / 2 / 30 * 1e3
+    slow = replace(FIGURES, programs={"paddle": replace(FIGURES.programs["paddle"], layer_host_us=floor, models={})})
+    steps = [cost_of(Task(MODELS["CogVideoX-2b"], slow, precision, **how), Degrees(cfg=2)).step["host"]
+             for precision, how in (("int8+fp8", {}), ("exact", {}), ("int8+fp8", {"recipe": recipe}))]
+    assert steps[0] > 0 == steps[1] and steps[2] == pytest.approx(steps[0] / 2)
+
+
+@pytest.mark.parametrize("rules, words", [
+    ([{"rung": "int8+fp8"}, {"layers": "*.2.*", "rung": "int8+fp8 pooled 0.3"}],
+     r"the recipe has int8\+fp8 pooled 0.3 in transformer_blocks.2.attn1, and pooled keys on several GPUs are not measured; "
+     "recipes of precisions with all keys are planned, and `bench parallel --recipe` times"),
+    ([{"rung": "int8+fp8"}, {"heads": "1-2", "rung": "exact"}],
+     r"gives int8\+fp8 to heads 0,3, exact to heads 1-2 of transformer_blocks.0.attn1, whose cost is not measured; .*bench p"),
+    ([{"rung": "int2+fp8"}], r"attention at int2\+fp8 is not measured"),
+    ([{"rung": "exact"}, {"layers": "blocks.0.*", "rung": "int8+fp8"}], "names no attention module; there are: transformer_b")])
+def test_recipes_whose_cost_nobody_measured_are_refused(rules, words):
+    with pytest.raises(ValueError, match=words):
+        task("tiny", recipe=Recipe(rules))
+
+
+def test_a_recipe_with_codes_somewhere_needs_a_block_for_each_rank():
+    recipe = Recipe([{"rung": "exact"}, {"steps": "0-0.1", "rung": "int8+fp8"}])
+    share_of(task("tiny", precision="exact", frames=5), Degrees(ulysses=4))
+    with pytest.raises(ValueError, match="fewer blocks of 128 than 8 ranks"):
+        share_of(task("tiny", recipe=recipe), Degrees(ulysses=4, ring=2))
+    share_of(task("tiny", precision="exact"), Degrees(ulysses=4, ring=2))
 
 
 # --- Decoding, memory, sizes
