@@ -61,7 +61,8 @@ MUTANTS = [
             ("tl.where(n > 0, tl.maximum(", "tl.where(n > -1, tl.maximum("),
             ("packed.q.longest if packed else q_len", "q_len"),
             ("cu_q, cu_k = (packed.q.cu, packed.k.cu)", "cu_q, cu_k = (packed.k.cu, packed.k.cu)")),
-    *faults("kernels/quant/channel_tops.py", "tests/kernels/test_rotation_kernels.py::test_it_compiles_fits_and_multiplies_on_tensor_cores",
+    *faults("kernels/quant/channel_tops.py", "tests/kernels/test_rotation_kernels.py::"
+            "test_it_compiles_fits_and_multiplies_on_tensor_cores",
             ("v or k, v_scale or k_top", "v or k, v_scale")),
     *faults("kernels/quant/channel_tops.py", ROTATED + "test_ranges_of_more_chunks_than_are_folded_at_once",
             ("m_c = (o_c < chunks)[:, None]", "m_c = (o_c < FOLD)[:, None]")),
