@@ -15,6 +15,10 @@ BESIDE = 2.0
 """How many times as long an exchange takes beside attention, which leaves it few multiprocessors."""
 PIECE_WAVES = 0.15
 """What a piece costs by itself, likewise: launches and waits."""
+WHOLE_BELOW = {"paddle": 15.0}
+"""Waves of tiles of all heads below which they go in one piece, by framework: what the host does for a second one takes longer
+there than that one hides. On four H100s through a custom device 11 waves (CogVideoX-2b) are faster in one piece by 12 to 29 %,
+17 (5b) reach 90 % of an even share in two (eval/speed/NOTES.md)."""
 
 
 class Piece(NamedTuple):
@@ -37,15 +41,18 @@ def gathered_waves(batch: int, size: int) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def head_pieces(heads: int, size: int, rows: int, processors: int | None, wire_waves: float = WIRE_WAVES) -> tuple[Piece, ...]:
+def head_pieces(heads: int, size: int, rows: int, processors: int | None, framework: str, wire_waves: float = WIRE_WAVES
+                ) -> tuple[Piece, ...]:
     """`heads` heads for `size` ranks, in one piece or two: a small first one, during which the codes of the others arrive.
 
     rows: query rows of one head of one rank's tokens, batch counted, in tiles; every rank's are computed by themselves.
-    processors: of the GPU, which run a tile each at a time; None: a CPU, which hides nothing. wire_waves: as WIRE_WAVES.
+    processors: of the GPU, which run a tile each at a time; None: a CPU, which hides nothing. framework: whose host launches,
+    as WHOLE_BELOW names it. wire_waves: as WIRE_WAVES.
     """
     least = heads // size
     splits = [(least,), *((first, least - first) for first in range(1, least))]
-    best = splits[0] if processors is None else min(splits, key=lambda split: _waves(split, size, rows, processors, wire_waves))
+    whole = processors is None or heads * rows / processors < WHOLE_BELOW.get(framework, 0.0)
+    best = splits[0] if whole else min(splits, key=lambda split: _waves(split, size, rows, processors, wire_waves))
     pieces, begin = [], 0
     for number, each in enumerate(best):
         count = heads - begin if number == len(best) - 1 else each * size

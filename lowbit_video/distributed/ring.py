@@ -78,7 +78,7 @@ class Ring:
         out = runtime.empty((batch, tokens, heads, head_dim), runtime.dtype_name(q), q)
         parts = [KeysPart(self.inner, self.group, piece, (q, k, v), counts[1], options, out, runtime)
                  for piece in head_pieces(heads, 1, rows_in_tiles(batch, max(counts[0]), head_dim), runtime.processors(q),
-                                          gathered_waves(batch, self.group.size))]
+                                          runtime.NAME, gathered_waves(batch, self.group.size))]
         lses = computed(parts, found, counts, self.group, self.inner, options, runtime, options.return_lse)
         return out, runtime.contiguous(runtime.concat(lses, 1)) if options.return_lse else None
 

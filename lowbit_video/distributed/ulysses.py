@@ -98,7 +98,7 @@ class Ulysses:
         # a ring within, and a causal mask, want the queries of all ranks in one
         joined = is_causal or hasattr(self.inner, "share_statistics")
         parts = [HeadsPart(self.inner, self.group, self.output, piece, (q, k, v), counts, options, out, joined, runtime)
-                 for piece in head_pieces(heads, self.group.size, tiles, runtime.processors(q))]
+                 for piece in head_pieces(heads, self.group.size, tiles, runtime.processors(q), runtime.NAME)]
         lses = computed(parts, found, counts, self.group, self.inner, options, runtime, is_causal, return_lse)
         for part in parts:
             part.rows.place(out)

@@ -344,6 +344,7 @@ class CogVideoXTransformer3DModel(Model):
         self.split: Any = None  # a TokenSplit, where several ranks share the tokens or the guidance
         self.token_order = "raster"  # one of token_order.ORDERS, in which the blocks see the video; order_tokens() sets it
         self.places: tuple = (None, None)
+        self.frequencies: dict[tuple[int, str], paddle.Tensor] = {}
 
     def rotary_tables(self, frames: int, height: int, width: int) -> tuple[paddle.Tensor, paddle.Tensor] | None:
         """Returns `image_rotary_emb` for latents of this size; None where the model has no rotary positions.
@@ -444,15 +445,25 @@ class CogVideoXTransformer3DModel(Model):
         """Returns the sine-cosine embedding [B, dim] of timesteps, float32."""
         if not isinstance(number, (int, float)):
             number = number.astype("float32").reshape([-1, 1])
-        half = dim // 2
-        # exactly rounded, not by the device's exp: an angle is up to 999 times as wrong as its frequency
-        exponents = np.float32(-math.log(THETA)) * np.arange(half, dtype=np.float32) / np.float32(half - self.config.freq_shift)
-        frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-        angles = number * paddle.to_tensor(frequencies).unsqueeze(0)
+        angles = number * self._frequencies(dim)
         parts = [paddle.sin(angles), paddle.cos(angles)]
         if self.config.flip_sin_to_cos:
             parts = parts[::-1]
         return paddle.concat(parts, axis=-1)
+
+    def _frequencies(self, dim: int) -> paddle.Tensor:
+        """Those of `_embed_number`, float32 [1, dim / 2]; kept for the next step as `_table` is, where the host would wait for
+        the device to copy them."""
+        key = (dim, paddle.get_device())
+        if paddle.in_dynamic_mode() and key in self.frequencies:
+            return self.frequencies[key]
+        half = dim // 2
+        # exactly rounded, not by the device's exp: an angle is up to 999 times as wrong as its frequency
+        exponents = np.float32(-math.log(THETA)) * np.arange(half, dtype=np.float32) / np.float32(half - self.config.freq_shift)
+        frequencies = paddle.to_tensor(np.exp(exponents.astype(np.float64)).astype(np.float32)).unsqueeze(0)
+        if paddle.in_dynamic_mode():
+            self.frequencies[key] = frequencies
+        return frequencies
 
     def _check(self, hidden_states, encoder_hidden_states, timestep_cond, ofs, image_rotary_emb) -> None:
         """Raises ValueError for inputs that do not fit, before any work."""

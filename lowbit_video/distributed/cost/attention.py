@@ -81,7 +81,7 @@ def pieces_of(task: Task, degrees: Degrees, share: Share) -> list[tuple[int, ...
     if task.wire.kind is None:
         return [tuple(even_shares(heads, degrees.ulysses))]
     tiles = rows_in_tiles(share.batch, share.rows, dim)
-    return [piece.shares for piece in head_pieces(heads, degrees.ulysses, tiles, task.figures.gpu.sms)]
+    return [piece.shares for piece in head_pieces(heads, degrees.ulysses, tiles, task.figures.gpu.sms, task.framework)]
 
 
 class Piece(NamedTuple):
@@ -122,7 +122,7 @@ def gathered_pieces(task: Task, degrees: Degrees, share: Share) -> list[Piece]:
     heads, ring, batch = task.model.heads, degrees.ring, share.batch
     tiles = rows_in_tiles(batch, share.rows, task.model.head_dim)
     made = []
-    for piece in head_pieces(heads, 1, tiles, task.figures.gpu.sms, gathered_waves(batch, ring)):
+    for piece in head_pieces(heads, 1, tiles, task.figures.gpu.sms, task.framework, gathered_waves(batch, ring)):
         there = Transfers(task, degrees).exchange_ms((ring - 1) * ring_bytes(task, share, piece.count), "ring")
         made.append(Piece(quantise_ms(task, batch * piece.count, 3 * share.rows), there,
                           copy_ms(task, task.wire.ring_bytes(batch, piece.count, task.tokens)),

@@ -229,7 +229,7 @@ def test_a_layer_by_heads_and_ring_is_cut_as_the_wrapper_cuts_it(monkeypatch):
     monkeypatch.setattr(attention, "pipelined_ms", lambda pieces, hidden: pipelined.extend(pieces) or 0.0)
     usual, degrees = task(), Degrees(ulysses=2, ring=2)
     attention.layer(usual, degrees)
-    assert asked == [(30, 2, 2 * 24, 132)]  # 4480 rows of a rank are 24 tiles of 192, for both halves of guidance
+    assert asked == [(30, 2, 2 * 24, 132, "paddle")]  # 4480 rows of a rank are 24 tiles of 192, for both halves of guidance
     quantised = attention.quantise_ms(usual, 60, 3 * 4480)
     assert [piece.before for piece in pipelined] == pytest.approx([quantised * 2 / 3, quantised / 3])
     for piece, heads in zip(pipelined, (10, 5)):
@@ -255,10 +255,10 @@ def test_a_ring_waits_only_for_what_takes_longer_than_attention():
 
 
 def test_keys_that_come_together_are_attended_at_once_by_heads():
-    degrees, one = Degrees(cfg=2, ring=2), task()
+    degrees, one = Degrees(cfg=2, ring=2), task(framework="torch")
     share = share_of(one, degrees)
     first, rest_of_it = attention.gathered_pieces(one, degrees, share)
-    cut = head_pieces(30, 1, 47, 132, gathered_waves(1, 2))
+    cut = head_pieces(30, 1, 47, 132, "torch", gathered_waves(1, 2))
     assert [piece.count for piece in cut] == [5, 25]
     assert first.attend == pytest.approx(attention.kernel_ms(one, 5, 8960, 17776))
     assert rest_of_it.attend == pytest.approx(attention.kernel_ms(one, 25, 8960, 17776))
@@ -266,14 +266,16 @@ def test_keys_that_come_together_are_attended_at_once_by_heads():
     assert first.before == pytest.approx(attention.quantise_ms(one, 5, 3 * 8960))
     assert first.join == pytest.approx(2 * one.wire.ring_bytes(1, 5, 17776) / FIGURES.around.copy_gb_s / 1e6)
     assert first.back == first.place == 0
-    layer, around = attention.layer(one, degrees), attention.layer(task(keys="round"), degrees)
+    layer, around = attention.layer(one, degrees), attention.layer(task(keys="round", framework="torch"), degrees)
+    (whole,) = attention.gathered_pieces(task(framework="paddle"), degrees, share)
+    assert whole.attend == pytest.approx(attention.kernel_ms(one, 30, 8960, 17776)), "Paddle's host has them in one"
     told = FIGURES.links["nvlink"].small_us / 1e3
     assert layer.total_ms == pytest.approx(told + attention.pipelined_ms([first, rest_of_it], FIGURES.around.hidden_share))
     assert layer.attention_ms < around.attention_ms and layer.total_ms < around.total_ms
     four = Degrees(ring=4)
     assert attention.gathered_pieces(one, four, share_of(one, four))[-1].there == pytest.approx(
         Transfers(one, four).exchange_ms(3 * ring_bytes(one, share_of(one, four), head_pieces(
-            30, 1, 48, 132, gathered_waves(2, 4))[-1].count), "ring"))
+            30, 1, 48, 132, "torch", gathered_waves(2, 4))[-1].count), "ring"))
 
 
 @pytest.mark.parametrize("changes, degrees", [

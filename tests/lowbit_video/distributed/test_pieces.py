@@ -2,7 +2,7 @@
 import pytest
 
 from lowbit_video.distributed import pieces as module
-from lowbit_video.distributed.pieces import BESIDE, PIECE_WAVES, QUERY_ROWS, WIRE_WAVES, Piece, head_pieces
+from lowbit_video.distributed.pieces import BESIDE, PIECE_WAVES, QUERY_ROWS, WHOLE_BELOW, WIRE_WAVES, Piece, head_pieces
 from lowbit_video.distributed.shares import even_shares
 
 
@@ -11,7 +11,7 @@ from lowbit_video.distributed.shares import even_shares
 def test_pieces_make_up_all_heads_and_every_rank_has_some_of_each(rows, processors):
     for heads in (1, 2, 5, 7, 12, 24, 30, 48):
         for size in (size for size in (1, 2, 3, 4, 8, 16) if size <= heads):
-            pieces, begin = head_pieces(heads, size, rows, processors), 0
+            pieces, begin = head_pieces(heads, size, rows, processors, "torch"), 0
             assert len(pieces) in (1, 2)
             for piece in pieces:
                 assert piece.first == begin and sum(piece.shares) == piece.count and len(piece.shares) == size
@@ -22,7 +22,7 @@ def test_pieces_make_up_all_heads_and_every_rank_has_some_of_each(rows, processo
 
 def test_a_cpu_hides_nothing():
     for heads, size in ((30, 2), (7, 3), (48, 1)):
-        (piece,) = head_pieces(heads, size, 186, None)
+        (piece,) = head_pieces(heads, size, 186, None, "torch")
         assert piece == (0, heads, tuple(even_shares(heads, size)))
 
 
@@ -39,7 +39,7 @@ def cost(pieces, size, rows, processors):
 
 @pytest.mark.parametrize("heads, size, rows", [(30, 2, 94), (30, 4, 47), (48, 2, 278), (12, 2, 93), (48, 8, 30)])
 def test_the_first_piece_is_as_small_as_hides_the_second(heads, size, rows):
-    chosen = head_pieces(heads, size, rows, 132)
+    chosen = head_pieces(heads, size, rows, 132, "torch")
     each = heads // size
     splits = [[each], *([first, each - first] for first in range(1, each))]
     costs = {}
@@ -54,9 +54,9 @@ def test_the_first_piece_is_as_small_as_hides_the_second(heads, size, rows):
 def test_the_pieces_of_the_2b_model_on_two_gpus():
     """17776 tokens, 8960 of them on one rank, batch 2, head dim 64: 94 tiles a head."""
     assert 2 * -(-8960 // QUERY_ROWS[64]) == 94
-    assert head_pieces(30, 2, 94, 132) == (Piece(0, 8, (4, 4)), Piece(8, 22, (11, 11)))
-    assert head_pieces(30, 2, 94, None) == (Piece(0, 30, (15, 15)),)
-    assert len(head_pieces(7, 3, 4, 132)) == 1, "a piece costs more than it hides where there is little to compute"
+    assert head_pieces(30, 2, 94, 132, "torch") == (Piece(0, 8, (4, 4)), Piece(8, 22, (11, 11)))
+    assert head_pieces(30, 2, 94, None, "torch") == (Piece(0, 30, (15, 15)),)
+    assert len(head_pieces(7, 3, 4, 132, "torch")) == 1, "a piece costs more than it hides where there is little to compute"
 
 
 def test_keys_of_a_ring_of_two_of_the_2b_model():
@@ -65,5 +65,17 @@ def test_keys_of_a_ring_of_two_of_the_2b_model():
     assert module.gathered_waves(2, 4) == pytest.approx(WIRE_WAVES)  # three times a quarter of the tokens
     tiles = module.rows_in_tiles
     assert tiles(1, 8960, 64) == 47 and tiles(2, 8961, 64) == 94 and tiles(1, 193, 128) == tiles(1, 193, 96) == 2
-    assert head_pieces(30, 1, 47, 132, module.gathered_waves(1, 2)) == (Piece(0, 5, (5,)), Piece(5, 25, (25,)))
-    assert head_pieces(30, 1, 47, 132, 0.0) == (Piece(0, 30, (30,)),)
+    assert head_pieces(30, 1, 47, 132, "torch", module.gathered_waves(1, 2)) == (Piece(0, 5, (5,)), Piece(5, 25, (25,)))
+    assert head_pieces(30, 1, 47, 132, "torch", 0.0) == (Piece(0, 30, (30,)),)
+
+
+def test_where_the_host_takes_long_little_work_goes_in_one_piece():
+    """What counts is all heads' tiles on this rank's rows, whoever computes which: 48 rows of tiles of the 2b model's 30 heads
+    on four GPUs, and of the 5b model's 48."""
+    waves = WHOLE_BELOW["paddle"]
+    assert 30 * 48 / 132 < waves < 48 * 48 / 132
+    for size in (1, 2, 4):
+        for heads, count in ((30, 1), (48, 2)):
+            assert len(head_pieces(heads, size, 48, 132, "paddle", WIRE_WAVES)) == count
+            assert len(head_pieces(heads, size, 48, 132, "torch", WIRE_WAVES)) == 2
+    assert len(head_pieces(15, 1, 132, 132, "paddle")) == 2, "just as many"

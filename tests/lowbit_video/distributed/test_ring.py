@@ -105,7 +105,7 @@ def test_pieces_are_chosen_by_the_tiles_of_the_longest_share_and_by_what_travels
     asked, real = set(), ring_module.head_pieces
     monkeypatch.setattr(ring_module, "head_pieces", lambda *given: asked.add(given) or real(*given))
     together(framework, Case(arrays(tokens=450, heads=2, dim=dim), "int8+fp8", lse=False), 1, 2, shares=[384, 66])
-    assert asked == {(2, 1, 2 * tiles, None, gathered_waves(2, 2))}
+    assert asked == {(2, 1, 2 * tiles, None, framework.name, gathered_waves(2, 2))}
 
 
 def test_what_can_be_gathered(framework, monkeypatch):

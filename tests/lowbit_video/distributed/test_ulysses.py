@@ -296,7 +296,7 @@ def test_pieces_are_chosen_by_the_tiles_of_the_longest_share(framework, dim, til
     asked, real = set(), module.head_pieces
     monkeypatch.setattr(module, "head_pieces", lambda *given: asked.add(given) or real(*given))
     together(framework, Case(arrays(tokens=450, heads=2, dim=dim), "int8+fp8", lse=False), 2, shares=[384, 66])
-    assert asked == {(2, 2, 2 * tiles, None)}
+    assert asked == {(2, 2, 2 * tiles, None, framework.name)}
 
 
 @pytest.mark.parametrize("wrap", [ulysses, ring])

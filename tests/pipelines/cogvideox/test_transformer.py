@@ -87,6 +87,21 @@ def test_one_timestep_for_all():
         np.testing.assert_allclose(model(**given).numpy(), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ("transformer_2b", "transformer_15"))
+def test_a_later_step_copies_nothing_from_the_host_for_which_it_would_wait(kind, monkeypatch):
+    """`ofs` is embedded by frequencies of its own."""
+    model, arrays = load(kind)
+    given, copied = {**inputs(arrays), **extras(model)}, []
+    with paddle.no_grad():
+        first = model(**given).numpy()
+        real = paddle.to_tensor
+        monkeypatch.setattr(module.paddle, "to_tensor", lambda *args, **more: copied.append(args) or real(*args, **more))
+        again = model(**given).numpy()
+        other = model(**{**given, "timestep": given["timestep"] + 7}).numpy()
+    assert not copied and np.array_equal(first, again) and not np.array_equal(first, other)
+    assert len(model.frequencies) == 1 + (kind == "transformer_15")
+
+
 def test_shorter_text():
     """A text shorter than max_text_seq_length runs with sine-cosine positions; each sample is independent of the batch."""
     model, arrays = load("transformer_2b")
