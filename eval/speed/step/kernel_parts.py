@@ -29,10 +29,11 @@ _DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
 """Categories of events. Source: libkineto's ActivityType, whose names a trace of `torch.profiler` has."""
 _OPERATORS = re.compile(r"lowbit_video_bench::|aten::_?scaled_dot_product")
+_OURS = re.compile(r"(attn_fwd|pooled_part|merge)_kernel")
 _NAMES = (
     (re.compile(r"triton_(poi|red|per|for)_"), OTHER),  # inductor's, whose names go on with the operators that they fuse
     (re.compile(r"triton_tem_(?!.*attention)"), PRODUCTS),
-    (re.compile(r"(attn_fwd|pooled_part|merge)_kernel"), ATTENTION),
+    (_OURS, ATTENTION),
     (re.compile(r"(prologue_\w+|quant_\w+|token_stats|fold_\w+|channel_ranges|score|list|(key|query)_tiles)_kernel"), PROLOGUE),
     (re.compile(r"(?i).*(quant|per_block_int8)"), PROLOGUE),  # SageAttention's
     (re.compile(r"(?i).*(flash|fmha|sdpa|attn|attention)"), ATTENTION),
@@ -72,7 +73,7 @@ def found(events: Iterable[Mapping[str, Any]], step_ms: float, eager: bool) -> d
     busy_ms = sum(parts_ms.values())
     parts_ms[IDLE] = max(0.0, step_ms - busy_ms)
     count = lambda pattern: sum(bool(re.match(pattern, kernel.name)) for kernel in kernels)
-    attended = count("attn_fwd_kernel")
+    attended = count("attn_fwd_kernel") + sum(kernel.part == ATTENTION and not _OURS.match(kernel.name) for kernel in kernels)
     fused = 0 < attended <= count("prologue_(quant|apart)_kernel")
     return dict(parts_ms=parts_ms, prologue_share=parts_ms[PROLOGUE] / max(step_ms, busy_ms), prologue_whole=eager or fused)
 

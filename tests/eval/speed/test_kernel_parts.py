@@ -154,6 +154,10 @@ def test_compiled_norms_are_not_told_apart_but_where_they_are_fused_with_quantis
     for fused in ("prologue_quant_kernel", "prologue_apart_kernel"):
         assert compiled(GEMM, "prologue_stats_kernel", fused, "attn_fwd_kernel")[1]["prologue_whole"]
         assert not compiled(GEMM, fused, "attn_fwd_kernel", "attn_fwd_kernel")[1]["prologue_whole"]
+    # below 4096 keys our processors' exact attention is another library's, behind our kernel for norms and positions
+    assert compiled("prologue_apart_kernel", FLASH)[1]["prologue_whole"]
+    assert not compiled("prologue_apart_kernel", FLASH, FLASH)[1]["prologue_whole"]
+    assert compiled("prologue_quant_kernel", "pooled_part_kernel", "attn_fwd_kernel", "merge_kernel")[1]["prologue_whole"]
 
 
 def test_what_is_left_of_the_step_is_idle():
