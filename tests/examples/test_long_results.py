@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lowbit_video import Recipe
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "small_cogvideox" / "long" / "results"
 PAGES = {"README": ROOT / "README.md", "card": ROOT / "examples" / "small_cogvideox" / "README.md"}
@@ -88,6 +90,35 @@ def test_what_float16_gives_is_its_graphs(page):
         middle, low, high = interval(rows[run]["speed_up"])
         assert re.search(rf"{middle:.2f}x [(\[]{low:.2f}(, |\.\.){high:.2f}[)\]]", text)
         assert re.search(rf"{re.escape(run)}`?[^.]* at {rows[run]['psnr']['value']:.1f}", text)
+
+
+def test_seconds_are_those_that_were_timed_for_themselves():
+    timed = {dtype: read(f"seconds_{dtype}.json") for dtype in ("bfloat16", "float16")}
+    told = table_of("card", "attention | bfloat16, seconds")
+    assert len(told) == len(timed["float16"]["rows"]) == 6
+    for label, cells in told.items():
+        run = next(run for name, run in ({"PyTorch": "exact", "this project": "floor"} | RUNS).items() if name in label)
+        for dtype, seconds, speed_up in zip(timed, cells[::2], cells[1::2]):
+            same(seconds, [timed[dtype]["rows"][run]["seconds"]["value"]], 4)
+            same(speed_up, interval(timed[dtype]["rows"][run]["speed_up"]), 3)
+    text = " ".join(PAGES["README"].read_text(encoding="utf-8").split())
+    for run in ("int8+fp8", "int8+fp16"):
+        for dtype in timed:
+            assert "{:.3f}x [{:.3f}, {:.3f}]".format(*interval(timed[dtype]["rows"][run]["speed_up"])) in text
+    assert all(record["rows"]["int8+fp8"]["speed_up"]["low"] > 1 for record in timed.values()), "faster than the best exact one"
+    assert {record["best_exact"] for record in timed.values()} == {"exact (FlashAttention-4)"}
+
+
+def test_what_the_long_models_recipes_were_predicted_and_found_to_err_is_told():
+    text = " ".join((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split())
+    for name in ("recipe.toml", "recipe_fast.toml"):
+        about = Recipe.load(RESULTS.parent / name).about
+        low, high = about["predicted_spread_db"]
+        found = "{:.1f}, {:.1f} and {:.1f}".format(*about["found_error_db"])
+        own = text.split(f"long/{name})", 1)[1]
+        assert re.search(rf"predicted {about['predicted_error_db']:.1f}( dB)?, {low:.1f} to {high:.1f} by caption, "
+                         rf"found( on three held-out ones:)? {found}", own[:260]), name
+        assert min(about["found_error_db"]) > low, "held-out captions err no more than the worst that was measured"
 
 
 def test_what_recipes_lose_to_dense_int8_fp8_is_told():
