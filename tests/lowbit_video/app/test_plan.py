@@ -54,7 +54,7 @@ def test_options_change_what_is_planned(tmp_path, capsys):
     shared = lambda *argv: next(row for row in rows_of(lines(*argv)) if row["ulysses"] == "4")
     step = lambda *argv: float(shared(*argv)["step ms"])
     usual = step()
-    assert "The host launches a layer in 4.9 ms" in "\n".join(lines_of(capsys, "--gpus", "8"))
+    assert "The host launches a layer in 4.4 ms" in "\n".join(lines_of(capsys, "--gpus", "8"))
     assert "The host launches" not in "\n".join(lines())
     assert step("--link", "pcie4") > 1.2 * usual and step("--precision", "exact") > 1.1 * usual
     assert step("--exchange", "16bit") > usual and step("--frames", "25") < 0.6 * usual
