@@ -44,9 +44,9 @@ NAMES = ("what", "model", "framework", "precision", "exchange", "cfg", "ulysses"
 
 
 def host_sets_the_pace(row):
-    """On the machine of four GPUs, whose processor is slow: codes by heads of 2b, in Paddle of 5b too, and there whatever of these
-    codes is computed apart; in one run, in PyTorch, 2b's step in a ring of four. Times differ from run to run there, and no
-    figure of a GPU tells of them. As a CUDA graph nothing waits for the host."""
+    """On the machine of four GPUs, whose processor is slow: codes by heads of 2b, in Paddle of 5b too, and there what of these
+    models' codes is computed apart; in one run, in PyTorch, 2b's step in a ring of four. Times differ from run to run there,
+    and no figure of a GPU tells of them. As a CUDA graph nothing waits for the host."""
     if row.get("cuda_graph"):
         return False
     if row["source"].endswith("parallel4_torch_round.json") and row["what"] == "transformer":
