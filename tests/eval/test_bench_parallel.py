@@ -814,3 +814,32 @@ def test_the_readme_shows_what_was_measured():
     files = sorted((root / "eval" / "speed" / "results").glob("parallel_*.json"))
     assert shown == table.short([json.loads(file.read_text()) for file in files]), (
         "put what `python -m lowbit_video.eval.speed.parallel.table eval/speed/results/parallel_*.json --short` prints there")
+
+
+# --- What the README says of four GPUs
+
+FOUR = Path(table.__file__).parents[1] / "results"
+COLUMNS = {"2b": ("paddle", "torch", "torch_compiled", "torch_graph", "torch_graph_compiled"),
+           "5b": ("paddle_5b", "torch", "torch_compiled_5b", "torch_graph_5b", None),
+           "1.5-5b": ("paddle_1.5-5b", "torch_1.5-5b", None, None, None)}
+"""Of each model the files of the table's columns."""
+WAYS = {"guidance and a ring of two": "cfg2 x ring2", "guidance and heads": "cfg2 x ulysses2"}
+
+
+def test_the_readmes_steps_on_four_gpus_are_what_was_measured():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = text.split("\n| ms a step, one GPU -> four |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    assert len(lines) == 5
+    for line in lines:
+        title, *cells, memory_cell = (cell.strip().replace("**", "") for cell in line.strip("|").split("|"))
+        model, way = title.split(" ", 1)[0].rstrip(","), WAYS[title.rsplit(", ", 1)[1]]
+        for cell, name in zip(cells, COLUMNS[model], strict=True):
+            if name is None:
+                assert cell == "", title
+                continue
+            steps = json.loads((FOUR / f"parallel4_{name}.json").read_text())["steps"]
+            ways = next(one["ways"] for one in steps if one["model"] == model and one["precision"] == "int8+fp8")
+            one, four = ways["one"], ways[way]
+            assert cell == f"{one['ms']:.0f} -> {four['ms']:.0f} ({100 * four['of_ideal']:.1f} %)", (title, name)
+            if name.startswith("paddle"):
+                assert memory_cell == " -> ".join(f"{max(row['memory_gib']):.1f}" for row in (one, four)), title
