@@ -22,11 +22,12 @@ from .scene import (
     WIDTH,
     WORLDS,
     Meaning,
+    More,
     World,
     draw_meanings,
     held_out,
 )
 
 __all__ = ["CAMERAS", "COLOURS", "FPS", "FRAMES", "HEIGHT", "LONG", "MOTIONS", "SHAPES", "SIZES", "SMALL", "TEXTURES", "WIDTH",
-           "WORLDS", "Meaning", "Plan", "World", "backgrounds", "caption_of", "draw_meanings", "held_out", "hint",
+           "WORLDS", "Meaning", "More", "Plan", "World", "backgrounds", "caption_of", "draw_meanings", "held_out", "hint",
            "paint_ground", "parse", "plan", "render"]

@@ -169,7 +169,21 @@ def draw_meaning(rng: np.random.Generator, pair_share: float = 0.2) -> Meaning:
             return Meaning(tuple(things), texture, background)
 
 
-def draw_scene(rng: np.random.Generator, counts: dict[int, float] | None = None) -> Meaning:
+@dataclass(frozen=True)
+class More:
+    """What a thing of the long world does more often than the world has it: the probabilities that it spins, or is small,
+    whatever would be drawn otherwise."""
+
+    spin: float = 0.0
+    small: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, share in vars(self).items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}; give a probability, 0 to 1")
+
+
+def draw_scene(rng: np.random.Generator, counts: dict[int, float] | None = None, more: More | None = None) -> Meaning:
     """A random meaning of the long world, every part by its share; `counts` instead of the world's own number of things."""
     world, names = LONG, list(COLOURS)
     count = _by_share(rng, counts or world.counts)
@@ -180,9 +194,11 @@ def draw_scene(rng: np.random.Generator, counts: dict[int, float] | None = None)
             camera = CAMERAS[rng.integers(1, len(CAMERAS))]
         things = []
         for _ in range(count):
-            motion = world.motions[rng.integers(len(world.motions))]
+            motion = "spin" if more and rng.random() < more.spin else world.motions[rng.integers(len(world.motions))]
             shapes = [s for s in SHAPES if s not in ROUND] if motion == "spin" else SHAPES
             sizes = ("",) if motion in ("grow", "shrink") else tuple(SIZES)
+            if more and len(sizes) > 1 and rng.random() < more.small:
+                sizes = ("small",)
             things.append(Thing(names[rng.integers(len(names))], shapes[rng.integers(len(shapes))], motion,
                                 sizes[rng.integers(len(sizes))]))
         if all(contrast(t.colour, background, world) >= MIN_CONTRAST for t in things) and all(
@@ -200,12 +216,13 @@ def _by_share(rng: np.random.Generator, shares: dict):
 
 
 def draw_meanings(count: int, seed: int, held: bool = False, pair_share: float = 0.2, world: World = SMALL,
-                  counts: dict[int, float] | None = None) -> list[Meaning]:
-    """`count` meanings, all held out of training (`held`) or none; `pair_share` is the small world's, `counts` the long's."""
+                  counts: dict[int, float] | None = None, more: More | None = None) -> list[Meaning]:
+    """`count` meanings, all held out of training (`held`) or none; `pair_share` is the small world's, `counts` and `more` the
+    long's."""
     rng = np.random.default_rng(seed)
     found: list[Meaning] = []
     while len(found) < count:
-        meaning = draw_meaning(rng, pair_share) if world is SMALL else draw_scene(rng, counts)
+        meaning = draw_meaning(rng, pair_share) if world is SMALL else draw_scene(rng, counts, more)
         if held_out(meaning) == held:
             found.append(meaning)
     return found

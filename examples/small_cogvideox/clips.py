@@ -17,11 +17,12 @@ class ClipPool:
         seed: the same seed gives the same clips.
         device: where `paint` puts the frames.
         of: the world's name.
+        more: of what there is more than the long world has.
     """
 
-    def __init__(self, count: int, seed: int, device, held: bool = False, of: str = "shapes"):
+    def __init__(self, count: int, seed: int, device, held: bool = False, of: str = "shapes", more: world.More | None = None):
         self.world = world.WORLDS[of]
-        self.meanings = world.draw_meanings(count, seed, held, world=self.world)
+        self.meanings = world.draw_meanings(count, seed, held, world=self.world, more=more)
         self.plan = world.plan(self.meanings, seed, world=self.world)
         self.device = torch.device(device)
         self.seed = seed

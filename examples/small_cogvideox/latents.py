@@ -15,6 +15,7 @@ from curriculum import Phase, curriculum
 from run import Run
 from tokens import Tokens
 
+from lowbit_video.eval.world import More
 from lowbit_video.files import write_whole
 
 CLIP_SEED = 1001
@@ -32,9 +33,10 @@ class Encoded(NamedTuple):
     ids: torch.Tensor
 
 
-def plan_ahead(tokenizer: Path, clips: int, seed: int, of: str = "shapes") -> tuple[ClipPool, np.ndarray]:
+def plan_ahead(tokenizer: Path, clips: int, seed: int, of: str = "shapes", more: More | None = None
+               ) -> tuple[ClipPool, np.ndarray]:
     """The clips to encode and their token ids `[clips, WORDINGS, L]` int16: a worker's task while others train."""
-    pool = ClipPool(clips, seed, "cpu", of=of)
+    pool = ClipPool(clips, seed, "cpu", of=of, more=more)
     ids = Tokens(tokenizer)(pool.captions(WORDINGS))
     return pool, ids.reshape(len(pool), WORDINGS, -1).astype(np.int16)
 
@@ -51,7 +53,14 @@ def planned(run: Run, shrink: int) -> list[tuple]:
     if run.sizes.world == "shapes":
         return [(run.tokenizer, clips, seed)]
     seed += 10**6 * shrink
-    return [(run.tokenizer, min(CHUNK, clips - start), seed + start, run.sizes.world) for start in range(0, clips, CHUNK)]
+    return [(run.tokenizer, min(CHUNK, clips - start), seed + start, run.sizes.world, more_of(run.args))
+            for start in range(0, clips, CHUNK)]
+
+
+def more_of(args) -> More | None:
+    """Of what the run's clips have more than the long world; None where that is nothing."""
+    more = More(args.more_spin, args.more_small)
+    return None if more == More() else more
 
 
 def share_of_clips(run: Run, shrink: int = 1) -> int:
@@ -165,7 +174,7 @@ class Cache:
 
         def asked():
             self.seed += 1
-            task = (self.run.tokenizer, size, self.seed, of)
+            task = (self.run.tokenizer, size, self.seed, of, more_of(self.run.args))
             return workers.apply_async(plan_ahead, task) if workers else task
 
         coming = self.coming or asked()

@@ -23,7 +23,7 @@ from clips import ClipPool
 from curriculum import curriculum
 from diffusion import train_diffusion
 from evaluation import evaluate
-from latents import files_of, make_latents, plan_ahead, planned, shrinks_of
+from latents import files_of, make_latents, more_of, plan_ahead, planned, shrinks_of
 from models import CONFIGURATIONS
 from outputs import pack, plot
 from run import Run, device_name
@@ -62,6 +62,10 @@ def arguments(argv=None):
     parser.add_argument("--refresh-every", type=int, default=20, help="steps after which new clips are encoded (0: never)")
     parser.add_argument("--refresh-clips", type=int, default=32, help="how many each time; four times as many "
                         "single frames, and twice as many of half the size")
+    parser.add_argument("--more-spin", type=float, default=0.0, metavar="P", help="probability that a thing of a training clip "
+                        "spins, beside the world's own one in 18 (--config long)")
+    parser.add_argument("--more-small", type=float, default=0.0, metavar="P", help="likewise that it is small, beside one in "
+                        "three")
     parser.add_argument("--unfinished", action="store_true",
                         help="more runs follow: the learning rate falls over all of --diffusion-minutes, not this run's share")
     parser.add_argument("--words-seconds", type=float, default=14.0, help="of the text encoder alone (0: none)")
@@ -113,6 +117,12 @@ def arguments(argv=None):
         curriculum(args.curriculum, most)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        more = more_of(args)
+    except ValueError as error:
+        parser.error(f"--more-spin {args.more_spin}, --more-small {args.more_small}: {error}")
+    if more and args.config != "long":
+        parser.error("--more-spin and --more-small are of the long model's world; add --config long")
     if args.tiny:
         args.clips, args.word_captions = min(args.clips, 96), min(args.word_captions, 500)
     return args

@@ -28,6 +28,10 @@ TENSOR = "tests/eval/metrics/test_tensor_metrics.py::"
 VIDEO = "tests/eval/speed/test_video.py::"
 
 MUTANTS = [
+    *faults("eval/world/scene.py", "tests/eval/world/test_long_world.py::test_more_of_what_is_hard",
+            ("rng.random() < more.spin", "rng.random() < more.small"),
+            ("len(sizes) > 1 and rng.random() < more.small", "False"),
+            ("if more and len(sizes) > 1 and", "if more and"), ("if not 0 <= share <= 1:", "if not 0 <= share:")),
     *faults("eval/speed/bench.py", "tests/eval/test_bench.py::test_what_cannot_rotate_is_not_timed",
             ("rotate=precision.rotate,", "rotate=False,")),
     *faults("eval/speed/step/names.py", PADDLE_STEP + "test_which_methods_fuse_norms_and_positions",

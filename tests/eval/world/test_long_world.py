@@ -87,6 +87,21 @@ def test_every_kind_comes_as_often_as_it_should():
             assert all(np.linalg.norm(tone - np.array(world.COLOURS[t.colour])) >= scene.MIN_CONTRAST - 1e-3 for t in m.things)
 
 
+def test_more_of_what_is_hard():
+    things = [t for m in world.draw_meanings(1500, 1, world=LONG, more=world.More(spin=0.3, small=0.5)) for t in m.things]
+    sized = [t for t in things if t.motion not in ("grow", "shrink")]
+    assert abs(np.mean([t.motion == "spin" for t in things]) - (0.3 + 0.7 / len(LONG.motions))) < 0.03
+    assert abs(np.mean([t.size == "small" for t in sized]) - (0.5 + 0.5 / 3)) < 0.03
+    assert {t.motion for t in things} == set(LONG.motions) and {t.size for t in sized} == set(world.SIZES)
+    assert not any(t.shape in scene.ROUND for t in things if t.motion == "spin")
+    assert not any(t.size for t in things if t.motion in ("grow", "shrink"))
+    always = world.draw_meanings(50, 1, world=LONG, more=world.More(spin=1.0))
+    assert all(t.motion == "spin" for m in always for t in m.things)
+    for more in ({"spin": -0.1}, {"small": 1.1}):
+        with pytest.raises(ValueError, match="give a probability, 0 to 1"):
+            world.More(**more)
+
+
 def test_things_keep_inside_unless_they_cross_the_edge(meanings, plan):
     rows = [(row, meanings[clip].things[row - int(np.searchsorted(plan.clip, clip))].motion)
             for row, clip in enumerate(plan.clip)]
