@@ -20,7 +20,7 @@ from lowbit_video.files import write_whole
 
 CLIP_SEED = 1001
 WORDINGS = 4  # captions a clip
-ENCODED = 26_000_000  # pixels, of all frames, that the autoencoder takes at once
+ENCODED = 80_000_000  # pixels, of all frames, that the autoencoder takes at once: its norms want many rows
 CHUNK = 512  # clips of the long world, whose plans take milliseconds each, that one worker plans at a time
 
 
