@@ -118,7 +118,9 @@ def test_what_the_long_models_recipes_were_predicted_and_found_to_err_is_told():
         own = text.split(f"long/{name})", 1)[1]
         assert re.search(rf"predicted {about['predicted_error_db']:.1f}( dB)?, {low:.1f} to {high:.1f} by caption, "
                          rf"found( on three held-out ones:)? {found}", own[:260]), name
-        assert min(about["found_error_db"]) > low, "held-out captions err no more than the worst that was measured"
+        worse = sum(decibels < low for decibels in about["found_error_db"])
+        assert worse in (0, 1), "the text counts them"
+        assert ("of which one errs more than the worst that was measured" in own[:260]) == bool(worse), name
 
 
 def test_what_recipes_lose_to_dense_int8_fp8_is_told():
