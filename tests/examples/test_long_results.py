@@ -3,9 +3,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lowbit_video import Recipe
+from lowbit_video.eval import world
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "small_cogvideox" / "long" / "results"
@@ -14,6 +16,7 @@ KINDS = ("striped", "checkered", "cloudy", "shaded", "plain")
 ASKED = tuple(f"adherence.{name}" for name in ("colour", "shape", "motion"))
 RUNS = {"the reference": "exact", "noise floor": "floor", "cuDNN": "exact (cuDNN)",
         "FlashAttention-4": "exact (FlashAttention-4)", "int8+fp8": "int8+fp8", "int8+fp16": "int8+fp16"}
+TEST_SEED = 4000  # of evaluation.py
 NUMBER = r"-?\d+(?:\.\d+)?"
 
 
@@ -21,9 +24,14 @@ def read(name):
     return json.loads((RESULTS / name).read_text())
 
 
-def table_of(page, head):
-    """{first cell: its other cells} of the table whose head begins so."""
-    lines = PAGES[page].read_text(encoding="utf-8").split(f"\n| {head} |", 1)[1].splitlines()[2:]
+def plain(page):
+    """A page's text, on one line."""
+    return " ".join(PAGES[page].read_text(encoding="utf-8").split())
+
+
+def table_of(page, head, which=1):
+    """{first cell: its other cells} of the table whose head begins so, of several the `which`-th."""
+    lines = PAGES[page].read_text(encoding="utf-8").split(f"\n| {head} |")[which].splitlines()[2:]
     rows = {}
     for line in lines:
         if not line.startswith("|"):
@@ -83,9 +91,49 @@ def test_the_exact_kernels_and_precisions_are_the_graphs(page, head, digits):
         same(speed_up, interval(rows[run]["speed_up"])[:3 if run.startswith("int8") else 1], 2)
 
 
+def test_what_the_long_model_gets_right_is_its_evaluation():
+    found, card = read("evaluation.json"), table_of("card", "| measured | wanted", which=2)
+    steps, guidance = (found["generation"][name] for name in ("num_inference_steps", "guidance_scale"))
+    assert (found["captions"], found["dtype"]) == (200, "bfloat16")
+    rows = {f"colour, 200 held-out captions, {steps} steps, guidance {guidance:g}, bfloat16": ["colour"], "shape": ["shape"],
+            "motion": ["motion"], "background, camera": ["background", "camera"]}
+    for row, parts in rows.items():
+        same(card[row][0], [100 * found["adherence"][part] for part in parts], 1)
+    same(card["autoencoder, 24 held-out clips"][0], [found["vae_psnr_db"]], 1)
+    same(re.search(r"of 200 that it never saw (.*?) and all backgrounds", plain("README"))[1],
+         [100 * found["adherence"][part] for part in ("colour", "shape", "motion")], 1)
+    assert found["adherence"]["background"] == 1
+
+
+def test_what_the_long_model_misses_is_counted_from_its_evaluation():
+    rng = np.random.default_rng(TEST_SEED + 1)
+    captions = [world.caption_of(meaning, rng) for meaning in world.draw_meanings(200, TEST_SEED, True, world=world.LONG)]
+    missed = {miss["caption"]: miss["parts"] for miss in read("evaluation.json")["missed"]}
+    assert set(missed) <= set(captions)
+
+    def right(part, of):
+        """(how many of these captions are right in a part, how many there are)"""
+        chosen = [caption for caption in captions if of(world.parse(caption, world.LONG).things)]
+        return sum(part not in missed.get(caption, ()) for caption in chosen), len(chosen)
+
+    bounces = right("motion", lambda things: any(thing.motion.startswith("bounce") for thing in things))
+    three = right("motion", lambda things: len(things) == 3)
+    spins, small = ([right(part, lambda things, of=of: any(map(of, things))) for part in ("shape", "motion")]
+                    for of in (lambda thing: thing.motion == "spin", lambda thing: thing.size == "small"))
+    in_all, text = sum("motion" in parts for parts in missed.values()), plain("card")
+    assert (f"Of the {in_all} captions that miss it, {bounces[1] - bounces[0]} have something that bounces ({bounces[1]} do) "
+            f"and {three[1] - three[0]} have three things ({three[1]} do)") in text
+    assert (f"Of the {spins[0][1]} with something that spins {spins[0][0]} have their shapes right and {spins[1][0]} "
+            f"their motion, of the {small[0][1]} with something small {small[0][0]} and {small[1][0]}.") in text
+    first = captions[:50]
+    with_25 = read("precisions_graph_bfloat16.json")["rows"]["exact"]["adherence.motion"]["value"]
+    with_50 = sum("motion" not in missed.get(caption, ()) for caption in first) / 50
+    assert f"have {100 * with_25:.0f} % of their motions right (below), with 50 steps {100 * with_50:.0f} %" in text
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_what_float16_gives_is_its_graphs(page):
-    rows, text = read("precisions_graph_float16.json")["rows"], " ".join(PAGES[page].read_text(encoding="utf-8").split())
+    rows, text = read("precisions_graph_float16.json")["rows"], plain(page)
     for run in ("int8+fp8", "int8+fp16"):
         middle, low, high = interval(rows[run]["speed_up"])
         assert re.search(rf"{middle:.2f}x [(\[]{low:.2f}(, |\.\.){high:.2f}[)\]]", text)
@@ -101,7 +149,7 @@ def test_seconds_are_those_that_were_timed_for_themselves():
         for dtype, seconds, speed_up in zip(timed, cells[::2], cells[1::2]):
             same(seconds, [timed[dtype]["rows"][run]["seconds"]["value"]], 4)
             same(speed_up, interval(timed[dtype]["rows"][run]["speed_up"]), 3)
-    text = " ".join(PAGES["README"].read_text(encoding="utf-8").split())
+    text = plain("README")
     for run in ("int8+fp8", "int8+fp16"):
         for dtype in timed:
             assert "{:.3f}x [{:.3f}, {:.3f}]".format(*interval(timed[dtype]["rows"][run]["speed_up"])) in text
@@ -124,7 +172,7 @@ def test_what_the_long_models_recipes_were_predicted_and_found_to_err_is_told():
 
 
 def test_what_recipes_lose_to_dense_int8_fp8_is_told():
-    below, text = read("curve.json")["below"], " ".join(PAGES["README"].read_text(encoding="utf-8").split())
+    below, text = read("curve.json")["below"], plain("README")
     for run, told in (("recipe.toml", "lies "), ("recipe_fast.toml", "")):
         assert f"{run} {told}" + "{:.1f} dB [{:.1f}, {:.1f}]".format(*interval(below[run]["psnr"])) in text
     shapes = "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * x for x in interval(below["recipe_fast.toml"]["adherence.shape"])))
