@@ -123,7 +123,7 @@ def contact_sheet(videos, captions, verdicts, path, columns: int = 6, rows: int 
         if verdicts:
             lines += [f"seen: {verdicts[row].scene}"[:92], f"missed: {', '.join(missed)}" if missed else "as asked"]
         draw.multiline_text((left, row * (height + 2) + 2), "\n".join(lines), fill="red" if missed else "black", spacing=1)
-    sheet.save(path, optimize=True)
+    sheet.save(path)
 
 
 def save_gif(frames: np.ndarray, path, fps: int = world.FPS) -> None:
