@@ -44,7 +44,7 @@ from scoring import Workers, compared, gpu_of, trusted
 
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.eval import world
-from lowbit_video.eval.compare.candidates import EXACT
+from lowbit_video.eval.compare.candidates import EXACT, FLOOR
 from lowbit_video.eval.compare.paired import check_settings, clip_name
 from lowbit_video.eval.compare.settings import Settings, environment
 from lowbit_video.eval.compare.store import Store
@@ -181,19 +181,23 @@ def first_of_kinds(kinds: dict[str, str], count: int) -> set[str]:
 
 
 def beside(folder: Path, other: Path) -> dict:
-    """How far the exact videos of two folders are apart, of the captions whose clips both keep: PSNR of each, in dB.
+    """How far the exact videos of two folders are apart, of the captions whose clips both keep: PSNR of each, in dB, and the
+    noise floors of the same captions, in both folders.
 
     Raises:
         ValueError: they keep no clip of the same caption and seed."""
-    clips = []
+    clips, floors = [], []
     for place in (folder, other):
         lines = Store(place, write=False).videos()
         clips.append({(v["prompt"], v["seed"]): place / v["clip"] for v in lines if v["run"] == EXACT and "clip" in v})
+        floors.append({(v["prompt"], v["seed"]): v["figures"]["psnr"] for v in lines if v["run"] == FLOOR and "figures" in v})
     both = [pair for pair in clips[0] if pair in clips[1]]
     if not both:
         raise ValueError(f"{folder} and {other} keep no clip of the same caption; run both with the same --clips")
     decibels = {pair[0]: float(psnr(*(read_video(own[pair]) for own in clips)).mean()) for pair in both}
-    return {"folder": other.name, "psnr_db": decibels}
+    known = [pair for pair in both if all(pair in floor for floor in floors)]
+    own, theirs = ({pair[0]: floor[pair] for pair in known} for floor in floors)
+    return {"folder": other.name, "psnr_db": decibels, "floor_db": own, "floor_there_db": theirs}
 
 
 def write_tables(args) -> None:

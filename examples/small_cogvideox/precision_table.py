@@ -168,6 +168,9 @@ def markdown(record: dict) -> str:
         values = list(other["psnr_db"].values())
         lines.append(f"\nThe exact videos of {len(values)} captions are {np.mean(values):.1f} dB from those in "
                      f"{other['folder']} (worst {min(values):.1f}).")
+        if other["floor_db"]:
+            here, there = (np.mean(list(other[name].values())) for name in ("floor_db", "floor_there_db"))
+            lines[-1] += f" Of the same {len(other['floor_db'])} the noise floor is at {here:.1f} dB here and {there:.1f} there."
     for name, group in record["groups"].items():
         lines += ["", f"{name} background, {group['captions']} captions:", "", *lines_of(group["rows"])]
     return "\n".join(lines) + "\n"

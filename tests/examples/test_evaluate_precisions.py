@@ -188,6 +188,12 @@ def test_paddle_makes_the_same_videos_of_the_same_noise(code, model, whole, tmp_
     record = json.loads((tmp_path / "precisions.json").read_text())
     apart = record["beside"]["psnr_db"]
     assert len(apart) == len(record["groups"]) and min(apart.values()) > 55  # of 8-bit clips
+    for name, folder in (("floor_db", tmp_path), ("floor_there_db", whole)):
+        floors = {v["prompt"]: v["figures"]["psnr"] for v in lines(folder) if v["run"] == "floor"}
+        assert record["beside"][name] == {caption: floors[caption] for caption in apart}
+    here, there = (np.mean(list(record["beside"][name].values())) for name in ("floor_db", "floor_there_db"))
+    told = f"Of the same {len(apart)} the noise floor is at {here:.1f} dB here and {there:.1f} there."
+    assert told in (tmp_path / "precisions.md").read_text() and f"{here:.1f}" != f"{there:.1f}"
     theirs = json.loads((whole / "precisions.json").read_text())["rows"]["int2+fp16"]["psnr"]["value"]
     assert record["rows"]["int2+fp16"]["psnr"]["value"] == pytest.approx(theirs, abs=0.1)
     assert record["framework"] == "paddle" and "captions are" in (tmp_path / "precisions.md").read_text()
