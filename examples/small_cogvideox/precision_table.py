@@ -170,7 +170,8 @@ def markdown(record: dict) -> str:
                      f"{other['folder']} (worst {min(values):.1f}).")
         if other["floor_db"]:
             here, there = (np.mean(list(other[name].values())) for name in ("floor_db", "floor_there_db"))
-            lines[-1] += f" Of the same {len(other['floor_db'])} the noise floor is at {here:.1f} dB here and {there:.1f} there."
+            lines[-1] += (f" Of the same {len(other['floor_db'])} the noise floor is at {here:.1f} dB here and {there:.1f} "
+                          "there.")
     for name, group in record["groups"].items():
         lines += ["", f"{name} background, {group['captions']} captions:", "", *lines_of(group["rows"])]
     return "\n".join(lines) + "\n"

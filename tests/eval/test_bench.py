@@ -488,6 +488,32 @@ def test_the_readmes_steps_are_what_was_measured():
         assert (int(tokens), cells) == (result["video_tokens"], step_cells(rows, STEP_METHODS)), title
 
 
+def test_where_the_readme_says_it_loses_is_what_was_measured():
+    results = ROOT / "eval" / "speed" / "results"
+    swept, rows = (json.loads((results / f"{name}.json").read_text())["rows"] for name in ("sweep", "kernels"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("Where it loses:", 1)[1].split())
+    tflops = {(r["shape"], r["tokens"], r["method"]): r["tflops"] for r in swept if r["head_dim"] == 128 and not r["causal"]}
+    ours = [f"int8+fp16 ({variant})" for variant in ("hopper-int8", "triton-int-fp16")]
+    over = {(shape, tokens): [tflops[shape, tokens, method] / tflops[shape, tokens, "cuDNN"] for method in ours]
+            for shape, tokens, _ in tflops}
+    longer = [ratios for (shape, tokens), ratios in over.items() if shape == "sweep" and tokens >= 4096]
+    (least, portable_least), (most, portable_most) = (map(pick, zip(*longer)) for pick in (min, max))
+    assert (f"From 4K to 128K tokens `int8+fp16` at head dim 128 is at {least:.2f} to {most:.2f} times cuDNN on Hopper's "
+            f"kernel and at {portable_least:.2f} to {portable_most:.2f} times on the portable one "
+            "({:.2f} and {:.2f} at Wan 2.1's 75600 tokens".format(*over["Wan 2.1", 75600])) in text
+
+    by_precision = {name: {r["shape"]: r for r in rows if r["tokens"] >= 8192 and r["method"] == method}
+                    for name, method in (("exact", "exact (triton-exact)"), ("int4+fp16", "int4+fp16 (triton-int-fp16)"),
+                                         ("int2+fp16", "int2+fp16 (triton-int-fp16)"))}
+    ranges = {name: [pick(r["speedup"] for r in own.values()) for pick in (min, max)] for name, own in by_precision.items()}
+    assert ("from 8K tokens on `int4+fp16` is at {:.2f} to {:.2f} times FlashAttention-2, ".format(*ranges["int4+fp16"])
+            + "`int2+fp16` at {:.2f} to {:.2f}, ".format(*ranges["int2+fp16"])
+            + "exact at {:.2f} to {:.2f} (PyTorch tensors".format(*ranges["exact"])) in text
+    faster = {shape for name in ("int4+fp16", "int2+fp16") for shape, row in by_precision[name].items()
+              if row["tflops"] > by_precision["exact"][shape]["tflops"]}
+    assert faster == {"HunyuanVideo"} and "slower than our own exact kernel but for HunyuanVideo's 118806 tokens" in text
+
+
 def test_the_largest_steps_of_diffusers_dispatcher_are_what_was_measured():
     shown = table_of("docs/diffusers.md", "| ms a step, one H100 |")
     for (_, tokens, *cells), model in zip(shown, ("wan2.1-14b-720p", "hunyuanvideo-720p"), strict=True):
