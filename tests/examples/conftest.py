@@ -1,4 +1,5 @@
-"""The small model's scripts as modules, and a toy model of random weights, for those who make videos of it with PyTorch."""
+"""The small model's scripts as modules, those that train it and those that make videos of it with PyTorch, and a toy model of
+random weights."""
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,3 +48,22 @@ def model(code, tmp_path_factory):
     models.save(folder, models.build_vae(models.TINY), words, models.build_transformer(models.TINY), models.TINY,
                 models.generation_defaults(models.TINY))
     return folder
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """The modules of the training by name, fresh for each test; found as its scripts find them, beside each other."""
+    import torch
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    import train  # imports its neighbours
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # toy sizes gain nothing from more
+    yield SimpleNamespace(train=train, **{path.stem: sys.modules[path.stem] for path in FOLDER.glob("*.py")
+                                          if path.stem in sys.modules and path.stem != "train"})
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
