@@ -89,7 +89,7 @@ def train_diffusion(run: Run) -> None:
     optimisers = build_optimisers(model, args, run.device.type == "cuda")
     scheduler = build_scheduler(sizes)
     alphas = scheduler.alphas_cumprod.to(run.device, torch.float32)
-    spent, step, restarted, earlier = 0.0, 0, 0, 0.0
+    spent, step, earlier = 0.0, 0, 0.0
     if path.exists():
         held = torch.load(path, map_location=run.device, weights_only=True)
         model.load_state_dict(held["model"])
@@ -108,7 +108,6 @@ def train_diffusion(run: Run) -> None:
         if "transformer" in args.init_parts and progress_file.exists():
             before = json.loads(progress_file.read_text())
             earlier, step = before["seconds"], before["steps"]
-        restarted = step
         log.say(f"diffusion starts with {', '.join(args.init_parts)} of {args.init}: step {step}, {earlier:.0f} s before")
     if args.compile and run.device.type == "cuda":
         for block in model.transformer.transformer_blocks:
@@ -231,11 +230,6 @@ def train_diffusion(run: Run) -> None:
                 progress, over = clock()
             if over:
                 break
-            warm = min(1.0, (step - restarted + 1) / args.warmup)
-            lr = rate * warm * max(0.005, 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.15) / 0.85))))
-            for optimiser in optimisers:
-                for group in optimiser.param_groups:
-                    group["lr"] = lr * group["scale"]
             phase = next((p for p in phases if progress < p.end), phases[-1])
             frames = phase.frames
             if cache is None or cache.phase != phase:
@@ -250,6 +244,11 @@ def train_diffusion(run: Run) -> None:
                 log.say(f"diffusion: {frames} latent frames{f' of 1/{phase.shrink} size' if phase.shrink > 1 else ''} from "
                         f"{100 * progress:.0f} % on, batch {batch_of(batch, phase, sizes)}; {fresh} clips were encoded on the "
                         "way before")
+            warm = min(1.0, (step - restarted + 1) / args.warmup)
+            lr = rate * warm * max(0.005, 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.15) / 0.85))))
+            for optimiser in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = lr * group["scale"]
             try:
                 if predict is None:
                     predict = graphed(run, plain, draw()[:3])
