@@ -125,6 +125,11 @@ def test_muon_takes_the_inner_matrices_only(code):
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     assert len(taken) == code.models.TINY.layers * 6 and all(".attn1.to_" in n or ".ff.net." in n for n in taken)
     rest = [names[id(p)] for group in adam.param_groups for p in group["params"]]
+    groups = [*adam.param_groups, *muon.param_groups]
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert taken < decayed and {group["weight_decay"] for group in groups} == {0.0, 0.01}
+    assert decayed == {name for name, p in model.named_parameters() if p.ndim > 1 and "shared" not in name
+                       and "relative" not in name}
     assert sorted(rest + list(taken)) == sorted(names.values())
 
 
@@ -231,6 +236,8 @@ def test_stages_run_from_nothing_and_go_on_from_the_folder(code, tmp_path, capfd
     assert config["sample_frames"] == code.models.TINY.frames
     with open(tmp_path / "a" / "log.csv", newline="") as file:
         assert {"vae", "words", "diffusion"} <= {row["stage"] for row in csv.DictReader(file)}
+    spread = np.load(tmp_path / "a" / "latents.npy").astype(np.float32).std((0, 1, 3, 4))
+    assert 0.8 < spread.min() and spread.max() < 1.25, "latents are to be of unit spread"
     # the encoder beside the transformer is the words stage's own
     taught = torch.load(tmp_path / "a" / "words.pt", weights_only=True)["model"]
     from safetensors.torch import load_file
@@ -250,6 +257,7 @@ def test_stages_run_from_nothing_and_go_on_from_the_folder(code, tmp_path, capfd
     again = load_file(tmp_path / "b" / "model" / "vae" / "diffusion_pytorch_model.safetensors")
     before = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(again[name], before[name]) for name in before)
+    assert str(tmp_path) not in (tmp_path / "b" / "model" / "vae" / "config.json").read_text()
 
 
 def test_the_long_configuration_runs_every_stage_and_goes_on(code, tmp_path, capfd):
@@ -319,12 +327,33 @@ def test_more_of_what_is_hard_is_a_probability_of_the_long_world(code, given, wo
     assert words in capsys.readouterr().err
 
 
+TOLD = """
+import sys
+import torch
+import diffusion
+import train
+
+times, seeds, models = [], [], []
+draw, cache, build = diffusion.draw_times, diffusion.Cache, diffusion.build_optimisers
+diffusion.draw_times = lambda *how: times.append(draw(*how)) or times[-1]
+diffusion.Cache = lambda run, phase, seed, read: seeds.append(seed) or cache(run, phase, seed, read)
+diffusion.build_optimisers = lambda model, *how: models.append(model) or build(model, *how)
+code = train.main(sys.argv[2:])
+if code == 0:
+    import os
+    torch.save([dict(models[0].named_parameters()), times[0], seeds[0]], f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+raise SystemExit(code)
+"""  # a training that tells of each process: its weights at the end, the times of its first batch, its clips' seed
+
+
 def test_two_processes_train_one_model(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(FOLDER / "train.py"),
-               "--tiny", "--vae-minutes", "0.02", "--max-steps", "21", "--refresh-every", "4",
-               "--guidance", "2", "4", "--sampling-steps", "1", "3",
+    (tmp_path / "told.py").write_text(TOLD)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(tmp_path / "told.py"), str(tmp_path), "--tiny", "--vae-minutes", "0.02", "--max-steps", "21",
+               "--refresh-every", "4", "--guidance", "2", "4", "--sampling-steps", "1", "3",
                "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
+        [str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("finished with 0") == 1  # one of them speaks
@@ -336,3 +365,6 @@ def test_two_processes_train_one_model(tmp_path):
     assert (evaluation["generation"]["num_inference_steps"], evaluation["generation"]["guidance_scale"]) in tried
     own, other = (np.load(tmp_path / "state" / name) for name in ("ids.npy", "1-ids.npy"))
     assert not np.array_equal(own, other)  # each has clips of its own
+    (weights, times, seed), (others, other_times, other_seed) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)  # from clips of both
+    assert not torch.equal(times, other_times) and abs(seed - other_seed) > 10**7
