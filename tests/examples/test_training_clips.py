@@ -44,6 +44,18 @@ def test_the_processes_and_sizes_share_the_clips_and_no_seed_serves_twice(traini
     assert len(pool) == 10 and not any(world.held_out(meaning) for meaning in pool.meanings)
 
 
+@pytest.mark.parametrize("of", ["shapes", "scenes"])
+def test_each_clip_has_its_own_captions(training, monkeypatch, of):
+    read = lambda captions: np.array([[hash(world.parse(caption, world.WORLDS[of])) % 30_011] for caption in captions])
+    monkeypatch.setattr(training.latents, "Tokens", lambda folder: read)
+    pool, ids = training.latents.plan_ahead(Path("tokenizer"), 30, 5, of)
+    assert ids.shape == (30, training.latents.WORDINGS, 1) and ids.dtype == np.int16
+    wanted = np.array([hash(meaning) % 30_011 for meaning in pool.meanings])
+    np.testing.assert_array_equal(ids[..., 0], wanted[:, None].repeat(training.latents.WORDINGS, 1))
+    captions = pool.captions(training.latents.WORDINGS)
+    assert len(set(captions)) > len(set(captions[::training.latents.WORDINGS])), "the wordings of a clip are all one"
+
+
 class Answer:
     """A worker's, who begins when asked for it."""
 
