@@ -37,12 +37,20 @@ STAGES = ("vae", "latents", "words", "diffusion", "evaluate")
 LONG_DEFAULTS = dict(
     curriculum="1/4:0.06:512,{most}/4:0.3:192,{most}/2:0.3:64,{most}:0.34:8", clips=24_000, batch=8, refresh_clips=8,
     latent_seconds=60.0, vae_batch=4, vae_lr=8e-4, words_seconds=40.0, warmup=150)
+CURRICULUM = "1:0.13,{most}:0.87"
 LONG_TINY_CURRICULUM = "1/2:0.2,{most}/2:0.4,{most}:0.4"  # a quarter of a toy's height is no whole number of patches
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is, and each option's default where it has one, that of the configuration that is asked for."""
+
+    def _get_help_string(self, action):
+        return action.help if isinstance(action.default, (bool, type(None))) else super()._get_help_string(action)
+
+
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=list(CONFIGURATIONS), default="small", help="which model (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("--config", choices=list(CONFIGURATIONS), default="small", help="which model")
     parser.add_argument("--stages", default=",".join(STAGES), help="which to run, of " + ",".join(STAGES))
     parser.add_argument("--minutes", type=float, default=9.0, help="wall clock of this run")
     parser.add_argument("--vae-minutes", type=float, default=3.0, help="of the autoencoder, over all runs")
@@ -53,9 +61,9 @@ def arguments(argv=None):
     parser.add_argument("--out", default="outputs/small", help="folder of results")
     parser.add_argument("--init", help="model folder to go on from where the state folder is empty")
     parser.add_argument("--init-parts", default="vae,transformer", help="what to take from it, of vae, transformer, "
-                        "text_encoder; the rest is trained from nothing (default: %(default)s)")
-    parser.add_argument("--curriculum", help="latent frames and shares of the diffusion time, the last of them a whole clip's "
-                        "(default: 1:0.13,9:0.87); 9/2 are clips of half the height and width, 9/4 of a quarter; 9:0.5:64 "
+                        "text_encoder; the rest is trained from nothing")
+    parser.add_argument("--curriculum", default=CURRICULUM, help="latent frames and shares of the diffusion time, the last of "
+                        "them a whole clip's, {most}; 9/2 are clips of half the height and width, 9/4 of a quarter; 9:0.5:64 "
                         "takes 64 clips a step")
     parser.add_argument("--text-rate", type=float, default=0.0, help="the text encoder's learning rate beside the transformer, "
                         "as a share of --lr (0: it stays as the words stage left it)")
@@ -69,36 +77,39 @@ def arguments(argv=None):
     parser.add_argument("--unfinished", action="store_true",
                         help="more runs follow: the learning rate falls over all of --diffusion-minutes, not this run's share")
     parser.add_argument("--words-seconds", type=float, default=14.0, help="of the text encoder alone (0: none)")
-    parser.add_argument("--words-lr", type=float, default=2e-3)
-    parser.add_argument("--word-captions", type=int, default=120_000)
-    parser.add_argument("--word-batch", type=int, default=1024)
-    parser.add_argument("--clips", type=int, default=40_000)
+    parser.add_argument("--words-lr", type=float, default=2e-3, help="the rate of that")
+    parser.add_argument("--word-captions", type=int, default=120_000, help="to teach it on")
+    parser.add_argument("--word-batch", type=int, default=1024, help="captions a step")
+    parser.add_argument("--clips", type=int, default=40_000, help="at most, at hand at once, of all processes")
     parser.add_argument("--fresh-clips", action="store_true", help="encode other clips than the run before")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--batch", type=int, default=128, help="clips a step and process where the curriculum says none")
+    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate of the transformer, after the warm-up")
     parser.add_argument("--no-muon", dest="muon", action="store_false", help="AdamW for the transformer's inner matrices too")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch every kernel by itself")
     parser.add_argument("--shape-weight", type=float, default=3.0, help="weight of the latents on shapes where noise is little")
     parser.add_argument("--time-shift", type=float, default=1.0, help="above 1, more training steps at much noise: SD3's shift "
-                        "of the time, for large frames, whose layout shows through more noise (default: all times alike)")
-    parser.add_argument("--warmup", type=int, default=300)
+                        "of the time, for large frames, whose layout shows through more noise; 1: all times alike")
+    parser.add_argument("--warmup", type=int, default=300, help="steps, in each part of the curriculum")
     parser.add_argument("--average", type=float, default=0.999, help="decay of the weight average")
     parser.add_argument("--vae-goes-on", action="store_true", help="train the autoencoder of --init further, for --vae-minutes")
-    parser.add_argument("--vae-batch", type=int, default=32)
-    parser.add_argument("--vae-lr", type=float, default=1.5e-3)
-    parser.add_argument("--kl-weight", type=float, default=2e-4)
-    parser.add_argument("--check-seconds", type=float, default=140.0)
-    parser.add_argument("--save-seconds", type=float, default=180.0)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2.5, 4.0, 6.0])
-    parser.add_argument("--sampling-steps", type=int, nargs="+", help="of the evaluation; several are swept with the guidance "
-                        "(default: the model's own)")
-    parser.add_argument("--sweep-captions", type=int, default=64)
-    parser.add_argument("--test-captions", type=int, default=200)
+    parser.add_argument("--vae-batch", type=int, default=32, help="clips a step of the autoencoder")
+    parser.add_argument("--vae-lr", type=float, default=1.5e-3, help="its learning rate")
+    parser.add_argument("--kl-weight", type=float, default=2e-4, help="of its KL term")
+    parser.add_argument("--check-seconds", type=float, default=140.0, help="between quick looks at what the model makes")
+    parser.add_argument("--save-seconds", type=float, default=180.0, help="between saves")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2.5, 4.0, 6.0], help="of the evaluation, which "
+                        "chooses")
+    parser.add_argument("--sampling-steps", type=int, nargs="+", help="of the evaluation; several "
+                        "are swept with the guidance (default: the model's own)")
+    parser.add_argument("--sweep-captions", type=int, default=64, help="to choose on")
+    parser.add_argument("--test-captions", type=int, default=200, help="to measure on")
     parser.add_argument("--max-steps", type=int, default=0, help="of each training stage in this run (0: time decides)")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--pack", action="store_true", help="leave the results as a few files of under 16 MB")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that everything runs")
-    if parser.parse_known_args(argv)[0].config == "long":
+    which = argparse.ArgumentParser(add_help=False)  # so that --help tells the defaults of --config
+    which.add_argument("--config")
+    if which.parse_known_args(argv)[0].config == "long":
         parser.set_defaults(**LONG_DEFAULTS)
     args = parser.parse_args(argv)
     args.stages = args.stages.split(",")
@@ -112,7 +123,7 @@ def arguments(argv=None):
     if args.tiny and args.curriculum == LONG_DEFAULTS["curriculum"]:
         args.curriculum = LONG_TINY_CURRICULUM
     most = CONFIGURATIONS[args.config][args.tiny].latent_frames
-    args.curriculum = (args.curriculum or "1:0.13,{most}:0.87").replace("{most}", str(most))
+    args.curriculum = args.curriculum.replace("{most}", str(most))
     try:
         curriculum(args.curriculum, most)
     except ValueError as error:

@@ -318,6 +318,23 @@ def test_more_of_what_is_hard_reaches_the_clips_that_are_trained_on(code, monkey
     assert [task[-1] for task in code.latents.planned(run_of(), 1)] == [None]
 
 
+@pytest.mark.parametrize("given, curriculum, batch", [
+    ([], "1:0.13,{most}:0.87", 128), (["--config", "long"], "1/4:0.06:512,{most}/4:0.3:192,{most}/2:0.3:64,{most}:0.34:8", 8)])
+def test_the_help_tells_the_defaults_of_the_configuration(code, given, curriculum, batch, capsys):
+    with pytest.raises(SystemExit) as end:
+        code.train.arguments([*given, "--help"])
+    told = capsys.readouterr().out
+    options = {words.split()[0]: " ".join(words.split()) for words in told.split("\n  --")[1:]}
+    assert end.value.code == 0
+    assert options["curriculum"].replace(" ", "").endswith(f"(default:{curriculum})")
+    assert options["batch"].endswith(f"(default: {batch})") and options["text-rate"].endswith("(default: 0.0)")
+    assert [name for name, words in options.items() if "default" not in words] == [
+        "init", "unfinished", "fresh-clips", "no-muon", "no-graphs", "vae-goes-on", "no-compile", "pack", "tiny"]
+    args = code.train.arguments(given)
+    most = code.models.CONFIGURATIONS[args.config][False].latent_frames
+    assert (args.curriculum, args.batch) == (curriculum.replace("{most}", str(most)), batch)
+
+
 @pytest.mark.parametrize("given, words", [
     (["--more-spin", "0.2"], "--more-spin and --more-small are of the long model's world; add --config long"),
     (["--config", "long", "--more-small", "2"], "--more-small 2.0: small is 2.0; give a probability, 0 to 1")], ids=str)
