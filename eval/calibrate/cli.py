@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from .costs import TABLE, UNIT, bits_of, costs_of
     from .pooled import PooledPlan
     from .run import RUNGS, Plan, calibrate, check_budget
-    from .solve import Budget
+    from .solve import Budget, check_cost
 
     budget = None if args.budget is None else Budget.parse(args.budget)
     check_budget(budget, args.scheme)
@@ -102,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
         parts_of_rung(rung)
     speed = args.speed or TABLE
     if by_bits:
-        bits_of(rungs)
+        bits = bits_of(rungs)
+        if budget is not None:
+            check_cost(budget, list(bits.of.values()))
     else:
         costs_of([UNIT], 1, 64, speed)
     pooled = {"shares": args.pooled, "least": args.pooled_from}

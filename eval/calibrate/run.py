@@ -27,7 +27,7 @@ from . import scales
 from .costs import TABLE, Costs, bits_of, costs_of
 from .measure import Measured, latents_of, look, measure, relative_error
 from .pooled import PooledPlan
-from .solve import Allocation, Budget, db, solve
+from .solve import Allocation, Budget, check_cost, db, solve
 
 RUNGS = ("exact", "int8+fp16", "int8+fp8")
 """What may pay: INT4 and INT2 take longer than exact attention on the GPUs that were measured (README), and FP8 scores are no
@@ -74,8 +74,8 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
         Where bits are counted, rungs with pooled keys, which have none, are left out.
     settings: steps, size and guidance; steps must be known. speed: the JSON of a kernel benchmark, which prices the rungs.
     kept: folder of what is measured of prompts, beside `out` by default; a second start goes on from there.
-    Raises ValueError for no prompts or one that is held out too, for a budget that cannot be met or that the scheme does not
-    take, and as `costs_of` and `bits_of`.
+    Raises ValueError for no prompts or one that is held out too, for a budget that the scheme does not take or that cannot be
+    met (one of time or of bits before anything is measured), and as `costs_of` and `bits_of`.
     """
     settings, plan = settings or Settings(), plan or Plan()
     check_budget(budget, plan.scheme)
@@ -86,6 +86,8 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
     ranges = step_groups(settings.steps, plan.ranges)
     by_bits = plan.scheme == "seed" or budget.bits is not None
     rungs, costs, left_out = _rungs(pipe, prompts[0], settings, seed, plan, by_bits, speed, say)
+    if budget is not None:
+        check_cost(budget, list(costs.of.values()))
     measured_rungs = [rung for rung in dict.fromkeys((*rungs, plan.probe)) if rung != "exact"]
     order = order_of(pipe)
     kept = kept or out.parent / f"{out.stem}_measured"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,14 @@ def db(error: float) -> float:
     return MOST_DB if error <= 0 else min(MOST_DB, -10 * math.log10(error))
 
 
+def check_cost(budget: Budget, costs: Sequence[float] | np.ndarray) -> None:
+    """Raises ValueError for a budget that the cheapest rung exceeds, so that no choice meets it. costs: [R], of a rung."""
+    least = float(min(costs))
+    if budget.most is not None and not _meets(budget, least, 0.0):
+        raise ValueError(f"a budget of {budget} cannot be met: these rungs give at least {least:.3g}{budget.unit}, the cheapest "
+                         "of them everywhere; name cheaper ones, or raise the budget")
+
+
 def solve(errors: np.ndarray, costs: np.ndarray, shares: np.ndarray, budget: Budget) -> Allocation:
     """The allocation for a budget.
 
@@ -72,6 +81,7 @@ def solve(errors: np.ndarray, costs: np.ndarray, shares: np.ndarray, budget: Bud
         they sum to 1. The same input gives the same allocation.
     Raises ValueError for a budget that cannot be met, with what can.
     """
+    check_cost(budget, costs)
     hulls = [_hull(costs, errors[:, cell]) for cell in range(errors.shape[1])]
     rungs = np.array([hull[0] for hull in hulls])
     cost, error = float(shares @ costs[rungs]), float(errors[rungs, np.arange(len(rungs))].sum())
@@ -91,9 +101,8 @@ def solve(errors: np.ndarray, costs: np.ndarray, shares: np.ndarray, budget: Bud
         if _meets(budget, cost, error):
             done, at = rungs.copy(), len(curve) - 1
     if done is None:
-        can = f"at most {db(curve[-1][1]):.1f} dB" if budget.most is None else \
-            f"at least {curve[0][0]:.3g}{budget.unit}"
-        raise ValueError(f"a budget of {budget} cannot be met: these rungs give {can}; name others, or change the budget")
+        raise ValueError(f"a budget of {budget} cannot be met: these rungs give at most {db(curve[-1][1]):.1f} dB; name finer "
+                         "ones, or lower the budget")
     for _, _, _, _, gained, paid in sorted(steps)[len(curve) - 1:]:
         curve.append((curve[-1][0] + paid, max(curve[-1][1] - gained, 0.0)))
     return Allocation(done, float(curve[at][0]), float(curve[at][1]), curve)

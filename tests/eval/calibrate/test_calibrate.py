@@ -152,6 +152,19 @@ def test_rungs_without_a_price_are_told_before_any_is_measured(pipe, tmp_path, m
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("scheme, budget, least", [("measured", Budget(cost=0.1), "0.1x cannot be met: .* at least 1x"),
+                                                   ("measured", Budget(bits=3), "3bit cannot be met: .* at least 8bit"),
+                                                   ("seed", Budget(bits=3), "3bit cannot be met: .* at least 4bit")])
+def test_a_budget_below_the_cheapest_rung_is_refused_before_any_is_measured(pipe, tmp_path, monkeypatch, scheme, budget, least):
+    def never(*given, **named):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(running, "measure", never)
+    plan = PLAN if scheme == "measured" else Plan(("exact", "int8+fp16", "int4+fp16"), scheme=scheme, ranges=2)
+    with pytest.raises(ValueError, match=f"a budget of {least}, the cheapest of them everywhere; name cheaper ones, or raise"):
+        calibrate(pipe, ["a"], budget, tmp_path / "r.toml", settings=SETTINGS, plan=plan)
+
+
 def test_a_layer_that_errs_more_is_given_more(pipe, tmp_path):
     planted = ToyPipeline()
     for name in ("to_q", "to_k"):
@@ -233,6 +246,7 @@ def test_bad_requests_are_named_before_any_work(pipe, tmp_path, capsys):
                        (right[:-2], "p.txt has 2 prompts; 2 are to be measured and 1 held out"),
                        ([*right, "--rungs", "pooled"], "there is no rung 'pooled'"),
                        (["--budget", "6bit", *right[2:], "--rungs", "int8+fp8 pooled 0.3"], "pooled keys have no bits"),
+                       (["--budget", "3bit", *right[2:]], "3bit cannot be met: these rungs give at least 4bit"),
                        ([*right, "--speed", "none.json"], "no such file: none.json")):
         assert main([*command, *more]) == 2 and says in capsys.readouterr().err
     assert not apply(pipe, None).remove()
