@@ -1,7 +1,9 @@
 """`Precision`: the bit widths of one attention call, written "q[/k]+pv"."""
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from lowbit_video.kernels.formats import EXACT_FORMATS, FORMATS, QK_FORMATS
 
@@ -11,6 +13,9 @@ PV_FORMATS = ("fp16", "fp8")
 EXACT_SPECS = (*EXACT_FORMATS, "exact")
 ROTATED = " rotate"
 """What stands behind the text of a precision whose Q and K are rotated."""
+POOLED = " pooled"
+"""What stands behind the text of a precision in a rung whose keys are pooled (rung.py)."""
+_RUNG = re.compile(rf"(\S+(?:{ROTATED})?)(?:{POOLED} (\d*\.?\d+)(?: always (\d{{1,9}}))?)?")
 MIXED_QK = (("int8", "int4"), ("int8", "int2"))
 GRANULARITIES = ("block", "token")
 PRESETS = ("safe", "fast")
@@ -34,6 +39,29 @@ def no_recipe(named: str) -> str:
             "Recipe.load(...)), and into warmup; `generate`, `plan` and every `bench` take --recipe FILE")
 
 
+def split_rung(rung: Any) -> tuple[str, tuple[float, int] | None]:
+    """The precision in a rung's text, and of pooled keys the share that is kept and the tokens that always are.
+
+    Raises ValueError for a rung that does not exist.
+    """
+    if isinstance(rung, str) and POOLED in rung and ROTATED in rung:
+        raise ValueError(f"there is no rung {shown(rung)}: keys that are rotated are not pooled; leave out one of both")
+    found = _RUNG.fullmatch(rung) if isinstance(rung, str) else None
+    plain = found and found[1].removesuffix(ROTATED)
+    if found is None or plain not in precision_specs() or (found[2] and plain in EXACT_SPECS):
+        raise ValueError(f"there is no rung {shown(rung)}; there are: {', '.join(precision_specs())}; and low-bit ones with "
+                         "pooled keys, such as 'int8+fp8 pooled 0.3' or 'int8+fp8 pooled 0.3 always 226'")
+    return found[1], (float(found[2]), int(found[3] or 0)) if found[2] else None
+
+
+def no_pooled(text: str) -> str:
+    """What is said where a rung with pooled keys is given and one precision is meant. ValueError for no such rung either."""
+    precision, (keep, always) = split_rung(text)
+    return (f"{text!r} says how keys are pooled, and one precision is wanted here; lowbit_video.attention takes the two apart: "
+            f"{precision!r}, pooled=lowbit_video.Pooled({keep:g}, {always}) (the text itself goes into apply, warmup, recipes "
+            "and `generate --precision`)")
+
+
 @dataclass(frozen=True)
 class Precision:
     """The number formats of one attention call, and how they are scaled and smoothed.
@@ -51,7 +79,7 @@ class Precision:
     "+fp16" means P and V in the tensors' own 16-bit type: bfloat16 tensors keep bfloat16's range.
 
     Raises ValueError for a spec or granularity that does not exist, listing those that do, and for a recipe's name; TypeError
-    for a smoothing or a rotation that is neither True nor False.
+    for a smoothing or a rotation that is neither True nor False. Pooled keys are no part of it: their text is a ValueError.
     Source: SageAttention (arXiv 2410.02367) for K smoothing, SageAttention2 (arXiv 2411.10958) for Q
     smoothing; there Q's mean is per block, here per head, so its correction is one vector per head. SmoothQuant
     (2211.10438) and QuaRot (2404.00456) for the two halves of rotation.
@@ -68,6 +96,8 @@ class Precision:
     exact: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.spec, str) and POOLED in self.spec and not names_recipe(self.spec):
+            raise ValueError(no_pooled(self.spec))
         if isinstance(self.spec, str) and self.spec.endswith(ROTATED):
             if self.rotate is not None and not self.rotate:
                 raise ValueError(f"precision {self.spec!r} and rotate={self.rotate} contradict each other; give one of them")

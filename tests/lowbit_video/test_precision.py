@@ -1,8 +1,10 @@
 """Precision strings."""
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+import lowbit_video
 from lowbit_video import LowBitAttnProcessor, Precision, Recipe
 from lowbit_video.precision import as_precision, precision_specs
 from lowbit_video.rung import as_rung
@@ -60,6 +62,19 @@ def test_rotation_is_said_by_text_or_by_argument():
 def test_a_recipe_is_told_where_it_goes(given, error):
     for take in (as_precision, as_rung, LowBitAttnProcessor):
         with pytest.raises(error, match="is a recipe, and one precision is wanted here; .*Recipe.load.* take --recipe FILE"):
+            take(given)
+
+
+@pytest.mark.parametrize("given, says", [
+    ("int8+fp8 pooled 0.3 always 64", r"takes the two apart: 'int8\+fp8', pooled=lowbit_video.Pooled\(0.3, 64\) .* warmup"),
+    ("int4+fp16 pooled 0.5", r"'int4\+fp16', pooled=lowbit_video.Pooled\(0.5, 0\)"), ("my pooled.toml", "is a recipe"),
+    ("int8+fp8 pooled 0.3 rotate", "no rung 'int8.fp8 pooled 0.3 rotate': keys that are rotated are not pooled; leave out one"),
+    ("int8+fp8 rotate pooled 0.3", "rotated are not pooled"), ("int8+fp9 pooled 0.3", "there is no rung 'int8.fp9 pooled 0.3'"),
+    ("int8+fp8 pooled", "no rung 'int8.fp8 pooled'; there are: .* such as 'int8.fp8 pooled 0.3'")])
+def test_pooled_keys_are_told_where_they_go(given, says):
+    q = np.zeros((1, 64, 1, 32), np.float32)
+    for take in (as_precision, Precision, lambda given: lowbit_video.attention(q, q, q, given)):
+        with pytest.raises(ValueError, match=says):
             take(given)
 
 

@@ -97,6 +97,7 @@ def test_a_table_of_every_kind_of_value_survives(tmp_path):
     ('rung = "exact pooled 0.3"', "there is no rung 'exact pooled 0.3'; .* low-bit ones with pooled keys"),
     ('rung = "int8+fp8 pooled 0.3 x"', "there is no rung"),
     ('rung = "int8+fp8 rotate pooled 0.3"', "there is no rung .* keys that are rotated are not pooled"),
+    ('rung = "int8+fp8 pooled 0.3 rotate"', "there is no rung 'int8.fp8 pooled 0.3 rotate': keys that are rotated are not"),
     ('rung = 8', "there is no rung 8"),
     ('layers = "a.*"', "it has no rung"),
     ('rung = "exact"\nhead = [0]', "unknown key 'head'; there are: layers, heads, steps, rung"),
