@@ -6,7 +6,7 @@ answers with a reason or None, and backend="auto" takes the first variant that h
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from .formats import EXACT_FORMATS, FORMATS, ROTATED
@@ -53,7 +53,8 @@ class Request:
 
     def __str__(self) -> str:
         where = f"sm_{self.arch[0]}{self.arch[1]}" if self.arch else self.device
-        return (f"{self.q}/{self.k}+{self.pv} ({self.dtype}, head_dim {self.head_dim}, {self.q_len}x{self.kv_len} tokens) "
+        what = spec_of(self.q, self.k, self.pv) + " rotate" * self.rotate + ", pooled" * self.pooled
+        return (f"{what} ({self.dtype}, head_dim {self.head_dim}, {self.q_len}x{self.kv_len} tokens) "
                 f"on {where}")
 
 
@@ -92,8 +93,12 @@ class KernelVariant:
     @property
     def specs(self) -> tuple[str, ...]:
         """The precision strings it serves."""
-        return tuple(pv if q in EXACT_FORMATS else f"{q if q == k else f'{q}/{k}'}+{pv}"
-                     for q, k in self.qk for pv in self.pv if q not in EXACT_FORMATS or pv == q)
+        return tuple(spec_of(*formats) for formats in self.formats)
+
+    @property
+    def formats(self) -> tuple[tuple[str, str, str], ...]:
+        """The formats of Q, K and P.V that it serves, in the order of `specs`."""
+        return tuple((q, k, pv) for q, k in self.qk for pv in self.pv if q not in EXACT_FORMATS or pv == q)
 
     def load(self) -> Callable:
         """The launcher."""
@@ -212,11 +217,16 @@ NEEDS: dict[str, Callable[[Request], str | None]] = {"gluon": _hopper_code, "tri
 """What a kernel may need beside formats, sizes and a GPU: each says why a request does not meet it, or None."""
 
 
+def spec_of(q: str, k: str, pv: str) -> str:
+    """The precision's string of these formats."""
+    return pv if q in EXACT_FORMATS else f"{_pairs(((q, k),))}+{pv}"
+
+
 def _sm(arch: Arch) -> str:
     return f"sm_{arch[0]}{arch[1]}"
 
 
-def _pairs(qk: tuple[tuple[str, str], ...]) -> str:
+def _pairs(qk: Iterable[tuple[str, str]]) -> str:
     return ", ".join(q if q == k else f"{q}/{k}" for q, k in qk)
 
 

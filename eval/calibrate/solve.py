@@ -70,8 +70,8 @@ def check_cost(budget: Budget, costs: Sequence[float] | np.ndarray) -> None:
     """Raises ValueError for a budget that the cheapest rung exceeds, so that no choice meets it. costs: [R], of a rung."""
     least = float(min(costs))
     if budget.most is not None and not _meets(budget, least, 0.0):
-        raise ValueError(f"a budget of {budget} cannot be met: these rungs give at least {least:.3g}{budget.unit}, the cheapest "
-                         "of them everywhere; name cheaper ones, or raise the budget")
+        raise ValueError(f"a budget of {budget} cannot be met: these rungs give at least {least:.3g}{budget.unit}, the "
+                         "cheapest of them everywhere; name cheaper ones, or raise the budget")
 
 
 def solve(errors: np.ndarray, costs: np.ndarray, shares: np.ndarray, budget: Budget) -> Allocation:

@@ -1,4 +1,5 @@
 """attention() on Paddle and torch tensors: layouts, dtypes, results and refusals."""
+import re
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ from lowbit_video.engine.options import AttentionOptions
 from lowbit_video.engine.run import run
 from lowbit_video.engine.select import select, warn_if_slower
 from lowbit_video.errors import SlowerThanExactWarning
-from lowbit_video.kernels import tuning
+from lowbit_video.kernels import tuning, variants
 from lowbit_video.kernels.variants import VARIANTS, KernelVariant, Request
 from lowbit_video.precision import precision_specs
 from lowbit_video.runtime.detect import runtime_of
@@ -205,6 +206,28 @@ def test_selection_takes_the_first_fit_and_names_every_refusal():
     assert select(gpu_request(arch=(10, 0)), variants=(a, b)) is a
     with pytest.raises(lv.UnsupportedError, match="new: it needs sm_100(.|\n)*old: it needs sm_80"):
         select(gpu_request(arch=(7, 5)), variants=(a, b))
+
+
+@pytest.mark.parametrize("change, backend, says", [
+    (dict(head_dim=30), "auto", r"serves int8\+fp8 \(float16, head_dim 30, .*\npad q, k and v with zeros to head_dim 32, give "
+     r"scale=30\*\*-0.5 unless you have one, and take the output's first 30 channels, or give the processor fallback='exact'"),
+    (dict(head_dim=30, q="int4", k="int4", rotate=True), "auto", r"serves int4\+fp8 rotate \(.*\npad .* to head_dim 64"),
+    (dict(head_dim=96, k="int4", rotate=True), "auto", r"serves int8/int4\+fp8 rotate \(.*\nleave out the rotation, or pad "),
+    (dict(pooled=True, causal=True), "auto", r"serves int8\+fp8, pooled \(.*\nleave out pooled, or leave out is_causal, or "
+     "give the processor fallback='exact'; `lowbit-video kernels` lists"),
+    (dict(q="fp16", k="fp16", pv="fp16", pooled=True), "auto", r"serves fp16, pooled \(.*\nleave out pooled, or give another "
+     r"precision, such as 'int8\+fp16', or give the processor"),
+    (dict(k="int4"), "hopper", r"give another precision, such as 'int8\+fp16', or give another backend, such as 'auto', or "),
+    (dict(arch=(8, 0)), "auto", r"give another precision, such as 'int8\+fp16', or give the processor"),
+    (dict(head_dim=300), "auto", r"\ngive the processor fallback='exact'; "),
+    (dict(head_dim=60, kv_len=100_000, only_if_faster=True), "auto", r"\ngive the processor fallback='exact'; ")])
+def test_a_refusal_says_what_would_be_served_instead(change, backend, says, monkeypatch):
+    monkeypatch.setitem(variants.NEEDS, "gluon", lambda request: None)
+    monkeypatch.setitem(variants.NEEDS, "triton", lambda request: None)
+    monkeypatch.setattr(variants, "_compiled", lambda request: None)
+    with pytest.raises(lv.UnsupportedError) as refused:
+        select(gpu_request(**change), backend)
+    assert re.search(says, re.sub(r"(?m)^  .*\n", "", str(refused.value)))
 
 
 def test_what_waits_for_its_measurement_is_taken_by_name_only():
