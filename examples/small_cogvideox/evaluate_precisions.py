@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from makers import DTYPES, OTHERS, PaddleMaker, TorchMaker, hooked, latent_shape, runs_of
+from makers import DTYPES, MODEL, OTHERS, PaddleMaker, TorchMaker, check_request, hooked, latent_shape, runs_of
 from parts import join, otherwise, part
 from precision_curve import curve_of, kept_shares, plot_curve
 from precision_table import is_exact, markdown, record_of
@@ -224,7 +224,7 @@ def write_tables(args) -> None:
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(__file__).parent / "model"))
+    parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--out", type=Path, default=Path("outputs/precisions"), help="the folder of results, gone on with")
     parser.add_argument("--framework", choices=("torch", "paddle"), default="torch")
     parser.add_argument("--dtype", choices=DTYPES, help="of the whole pipeline; default: bfloat16 with PyTorch on a GPU")
@@ -255,6 +255,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if unclear := [pair for pair in args.weights if "=" not in pair]:
         parser.error(f"--weights {unclear[0]}: write NAME=PATH, such as lpips=FOLDER")
+    if not (args.join or args.tables):
+        check_request(parser, args)
     args.device = args.device or ("auto" if args.framework == "paddle" else "cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args

@@ -6,10 +6,12 @@ this project's own exact kernel, so that what both differ by is what any two exa
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +24,11 @@ from lowbit_video.eval.compare.paired import coverage_note
 from lowbit_video.eval.speed.baselines import BASELINES
 from lowbit_video.hook.apply import apply
 from lowbit_video.hook.processors import ExactAttnProcessor, LowBitAttnProcessor
+from lowbit_video.pipelines.shared.generation import GENERATION_NAME, read_stored
 
+MODEL = Path(__file__).parent / "model"
+GENERATED = ("num_inference_steps", "guidance_scale", "num_frames", "height", "width", "fps")
+"""What a model's folder must say of how its videos are made."""
 DTYPES = ("float16", "bfloat16", "float32")
 OTHER_EXACT = "exact ({})"
 OTHERS = ("cuDNN", "FlashAttention-4")
@@ -204,6 +210,27 @@ def runs_of(maker, precisions: list[str], others_asked=OTHERS) -> tuple[list[Can
     lacking |= left_out
     ours = Candidate(FLOOR, lambda: LowBitAttnProcessor("exact"))
     return [Candidate(EXACT, lambda: None), ours, *others, *map(as_candidate, precisions)], lacking
+
+
+def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with the parser's message where nothing can be made of captions, rounds, steps, precisions or the model.
+
+    args.steps may be None, for the model's own; args.rounds may be absent."""
+    for name in ("captions", "rounds", "steps"):
+        if (count := getattr(args, name, None)) is not None and count < 1:
+            parser.error(f"--{name} {count}: at least one is needed")
+    for precision in args.precisions:
+        try:
+            as_candidate(precision)
+        except ValueError as error:
+            parser.error(f"--precisions {precision}: {error}")
+    try:
+        lacking = [name for name in GENERATED if name not in read_stored(args.model)]
+    except ValueError as error:
+        parser.error(f"--model {args.model}: {error}")
+    if lacking:
+        parser.error(f"--model {args.model}: no {GENERATION_NAME} there with {', '.join(lacking)}; give the folder of a model "
+                     f"as train.py writes it, such as {MODEL}")
 
 
 @contextlib.contextmanager

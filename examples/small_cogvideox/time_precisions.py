@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluate_precisions import CAPTION_SEED
-from makers import DTYPES, OTHERS, TorchMaker, hooked, latent_shape, runs_of
+from makers import DTYPES, MODEL, OTHERS, TorchMaker, check_request, hooked, latent_shape, runs_of
 from precision_table import as_dict, cell, is_exact
 from sampling import held_out_captions, noise_of
 
@@ -84,7 +84,7 @@ def markdown(record: dict) -> str:
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(__file__).parent / "model"))
+    parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--out", type=Path, default=Path("outputs/seconds.json"), metavar="FILE.json", help="beside it, a .md")
     parser.add_argument("--dtype", choices=DTYPES, help="of the whole pipeline; default: bfloat16 on a GPU")
     parser.add_argument("--precisions", nargs="+", default=["int8+fp8", "int8+fp16"], help="also with pooled keys, and recipes")
@@ -99,8 +99,7 @@ def arguments(argv=None):
     parser.add_argument("--seed", type=int, default=CAPTION_SEED, help="of the captions and of the noise")
     parser.add_argument("--device", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
-    if args.captions < 1 or args.rounds < 1:
-        parser.error(f"--captions {args.captions}, --rounds {args.rounds}: at least one of each is needed")
+    check_request(parser, args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args

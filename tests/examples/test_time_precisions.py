@@ -65,11 +65,29 @@ def test_a_speed_up_is_of_pairs_over_the_fastest_exact_attention(timing):
     assert "| int4+fp16 | 6.0000 (" in text and "| 0.500 (0.500..0.500)x |" in text
 
 
-@pytest.mark.parametrize("argv", [["--captions", "0"], ["--rounds", "0"]])
-def test_nothing_to_time_is_refused(timing, argv, capsys):
+@pytest.mark.parametrize("argv, says", [
+    (["--captions", "0"], "--captions 0: at least one is needed"), (["--steps", "0"], "--steps 0: at least one is needed"),
+    (["--precisions", "int8+fp8", "int8+fp9"], "--precisions int8+fp9: unknown precision 'int8+fp9'; there are: fp16"),
+    (["--precisions", "exact"], "--precisions exact: 'exact' always runs"),
+    (["--model", "/nonexistent"], "--model /nonexistent: no generation.json there with num_inference_steps, guidance_scale")])
+@pytest.mark.parametrize("script", ["timing", "evaluate"])
+def test_what_cannot_be_meant_is_refused_by_the_parser(code, script, argv, says, capsys):
     with pytest.raises(SystemExit):
-        timing.arguments(argv)
-    assert "at least one of each" in capsys.readouterr().err
+        getattr(code, script).arguments(argv)
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_neither_can_no_rounds_or_a_torn_model(timing, tmp_path, capsys):
+    (tmp_path / "generation.json").write_text("{")
+    for argv, says in ((["--rounds", "0"], "--rounds 0: at least one is needed"),
+                       (["--model", str(tmp_path)], "correct it or remove it")):
+        with pytest.raises(SystemExit):
+            timing.arguments(argv)
+        assert says in capsys.readouterr().err
+
+
+def test_tables_need_no_model(code, tmp_path):
+    assert code.evaluate.arguments(["--tables", "--model", "/nonexistent", "--out", str(tmp_path)]).tables
 
 
 def test_a_maker_of_its_own_shares_all_but_the_transformer(timing):
