@@ -30,16 +30,30 @@ from .settings import Settings, environment
 from .store import Store
 
 SAME = ("steps", "guidance", "frames", "height", "width")  # settings that all videos of a folder must share
+PROMPTS = Path(__file__).parents[1] / "prompts"
+"""The files of prompts of a checkout."""
+
+
+def come_with() -> str:
+    """The files of prompts that this checkout has, for a message; an installed package has none."""
+    here = Path.cwd()
+    found = [path.relative_to(here) if path.is_relative_to(here) else path for path in sorted(PROMPTS.glob("*.txt"))]
+    return f", such as {' or '.join(map(str, found))}" if found else ""
 
 
 def read_prompts(path) -> list[str]:
     """Prompts of a text file, one a line; blank lines and lines that begin with # are left out.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not UTF-8, no prompt in it, or one twice (named).
+        FileNotFoundError: no such file (names those of this checkout). ValueError: a folder, not UTF-8, no prompt in it, or
+            one twice (named).
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the first prompt
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no such file: {path}; give a text of one prompt a line{come_with()}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; give a text of one prompt a line{come_with()}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
     prompts = [line.strip() for line in text.splitlines()]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...arguments import shown
 from ...files import write_whole
+from ...precision import PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,11 +19,12 @@ else:
 
 
 def read_toml(path: str | os.PathLike) -> dict[str, Any]:
-    """What a file holds. ValueError, naming it, for no such file and for what is no TOML."""
+    """What a file holds. ValueError, naming it, for no such file (and what recipes there are) and for what is no TOML."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"no such file: {path}") from None
+        raise ValueError(f"no such file: {path}; give a recipe's .toml file, such as `lowbit-video calibrate` writes, or a "
+                         f"preset's name: {', '.join(PRESETS)}") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; give a recipe's file") from None
     except (ValueError, RecursionError) as reason:  # neither TOML nor UTF-8, or nested without end

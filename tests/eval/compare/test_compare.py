@@ -237,6 +237,23 @@ def test_prompt_files(tmp_path):
         read_prompts(path)
 
 
+def test_no_prompt_file_names_those_there_are(tmp_path, monkeypatch):
+    root = paired.PROMPTS.parents[1]
+    monkeypatch.chdir(root)
+    there = "give a text of one prompt a line, such as eval/prompts/long_world.txt or eval/prompts/small_world.txt$"
+    for given in ("nosuch.txt", "eval/cli.py/nosuch.txt"):
+        with pytest.raises(FileNotFoundError, match=f"^no such file: {given}; {there}"):
+            read_prompts(given)
+    with pytest.raises(ValueError, match=f"^eval is a folder; {there}"):
+        read_prompts("eval")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"such as {root}/eval/prompts/long_world.txt or "):
+        read_prompts("nosuch.txt")
+    monkeypatch.setattr(paired, "PROMPTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="give a text of one prompt a line$"):
+        read_prompts("nosuch.txt")
+
+
 def test_settings_come_from_the_model_folder_unless_asked(tmp_path):
     (tmp_path / "generation.json").write_text(json.dumps({"num_inference_steps": 25, "guidance_scale": 4.0, "fps": 10}))
     settings = for_model(tmp_path, steps=5)

@@ -181,6 +181,12 @@ def test_presets_are_there_by_name_and_fit_a_model_of_transformer_blocks(name):
     assert len(first.spans) == 1 and len(second.spans) == 2 and first.spans[0].rungs[0] == second.spans[0].rungs[0]
 
 
+@pytest.mark.parametrize("named", ["slow", "no/such.toml"])
+def test_no_such_recipe_names_those_there_are(named):
+    with pytest.raises(ValueError, match=f"^no such file: {named}; give a recipe's .toml file, .* preset's name: safe, fast$"):
+        Recipe.load(named)
+
+
 def test_python_3_10_reads_toml_too():
     pyproject = read_toml(__file__.partition("/tests/")[0] + "/pyproject.toml")
     assert any(line.startswith("tomli") and "python_version < '3.11'" in line for line in pyproject["project"]["dependencies"])
