@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lowbit_video.installing import pip_install
+
 
 class TorchPipeline:
     """pipe(prompt, seed=, output_type=, callback_on_step_end=, ...) -> .frames, by diffusers.
@@ -20,7 +22,7 @@ class TorchPipeline:
     def __init__(self, folder: str, dtype: str = "float32", device: str = "auto") -> None:
         missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
         if missing:
-            raise ImportError(f"--framework torch needs {' and '.join(missing)}: pip install 'lowbit_video[diffusers]'")
+            raise ImportError(f"--framework torch needs {' and '.join(missing)}: {pip_install('diffusers')}")
         import torch
         from diffusers import CogVideoXPipeline
 

@@ -33,6 +33,8 @@ from types import ModuleType
 
 import numpy as np
 
+from lowbit_video.installing import pip_install
+
 from .shared.context import absent
 
 KINDS = ("paired", "alone", "set", "tensor")
@@ -62,7 +64,7 @@ class Metric:
     def missing(self, weights: Mapping[str, str]) -> str | None:
         """Why it cannot run here, or None."""
         if lacking := absent(self.needs):
-            return f"needs the package{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}: pip install 'lowbit-video[eval]'"
+            return f"needs the package{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}: {pip_install('eval')}"
         check = getattr(self.module, "missing", None)
         return check(weights) if check else None
 

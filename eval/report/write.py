@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lowbit_video.files import write_whole
+from lowbit_video.installing import pip_install
 
 from .data import MARKDOWN, PAGE, PICTURE, load
 from .films import TILE_SIDE, make_reels
@@ -20,7 +21,7 @@ from .picture import draw_picture
 def check_packages() -> None:
     """Raises ImportError, which names what to install, where the picture cannot be drawn: to be asked before long work."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("a report has a picture, which matplotlib draws: pip install 'lowbit_video[eval]' (`eval compare` "
+        raise ImportError(f"a report has a picture, which matplotlib draws: {pip_install('eval')} (`eval compare` "
                           "does without by --no-report)")
 
 

@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from typing import Any
 
+from ..installing import pip_install
 from .kernel_table import shipped_line
 
 PACKAGES = (
@@ -24,10 +25,10 @@ PACKAGES = (
     ("imageio", "imageio", "needed to write mp4", ""),
     ("imageio_ffmpeg", "imageio-ffmpeg", "needed to write mp4", ""),
     ("triton", "triton", "compiles GPU kernels; those for sm_90 are shipped compiled", "Linux only"),
-    ("paddle", "paddlepaddle", "the pipelines' framework", "pip install 'lowbit_video[cpu]'; for a GPU see Paddle's own index"),
-    ("torch", "torch", "optional: attention on torch tensors", "pip install 'lowbit_video[torch]'"),
-    ("skimage", "scikit-image", "optional: evaluation", "pip install 'lowbit_video[eval]'"),
-    ("matplotlib", "matplotlib", "optional: plots", "pip install 'lowbit_video[eval]'"),
+    ("paddle", "paddlepaddle", "the pipelines' framework", f"{pip_install('cpu')}; for a GPU see Paddle's own index"),
+    ("torch", "torch", "optional: attention on torch tensors", pip_install("torch")),
+    ("skimage", "scikit-image", "optional: evaluation", pip_install("eval")),
+    ("matplotlib", "matplotlib", "optional: plots", pip_install("eval")),
 )
 """Module, distribution, what it is for, how to get it."""
 
@@ -181,7 +182,7 @@ def advice(devices: list[dict[str, Any]]) -> list[str]:
     installed = {entry["package"] for entry in packages() if entry["installed"]}
     seen = frameworks()
     if "paddlepaddle" not in installed:
-        said.append("Pipelines need Paddle: pip install 'lowbit_video[cpu]', or paddlepaddle-gpu from Paddle's own index.")
+        said.append(f"Pipelines need Paddle: {pip_install('cpu')}, or paddlepaddle-gpu from Paddle's own index.")
     if not devices:
         said.append("No NVIDIA GPU: attention runs through the NumPy reference on the CPU. It is right, and slow.")
     elif "paddle" in seen and "CUDA" not in seen["paddle"].replace("no CUDA", "") and "custom" not in seen["paddle"]:

@@ -19,6 +19,7 @@ from lowbit_video.pipelines.shared.small_model import model_or_small
 
 from .. import Recipe, apply, order_tokens, remove
 from ..files import write_json
+from ..installing import pip_install
 from .compare_twin import compare_twin
 from .job import DEFAULT_FPS, EXACT, Job, add_arguments, fill, job_of
 from .ranks import check_launched, connected, describe, is_first, make_once, share
@@ -36,11 +37,9 @@ def check_before(job: Job) -> None:
     video that cannot be written.
     """
     if importlib.util.find_spec("paddle") is None:
-        raise ImportError("the pipeline needs PaddlePaddle: pip install 'lowbit_video[cpu]', or paddlepaddle-gpu from Paddle's "
-                          "own index")
+        raise ImportError(f"the pipeline needs PaddlePaddle: {pip_install('cpu')}, or paddlepaddle-gpu from Paddle's own index")
     if job.compare and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--compare draws a plot and needs matplotlib: pip install 'lowbit_video[eval]', or leave out "
-                          "--compare")
+        raise ImportError(f"--compare draws a plot and needs matplotlib: {pip_install('eval')}, or leave out --compare")
     fps = fill(job, job.model).fps if Path(job.model).is_dir() else job.fps
     pipelines.check_writable(Path(job.out) / "video.mp4", DEFAULT_FPS if fps is None else fps)
 

@@ -10,6 +10,7 @@ from ..distributed.cost.figures import USUAL
 from ..distributed.cost.split import Cost
 from ..distributed.cost.task import Task
 from ..files import write_whole
+from ..installing import pip_install
 
 STEPS = ("transformer", "step")
 """Of the things measured, those that are a step."""
@@ -20,7 +21,7 @@ def check_plot(path: str | Path) -> None:
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"--plot {path}: the picture is a PNG; give it a name that ends in .png")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot draws with matplotlib: pip install 'lowbit_video[eval]', or leave out --plot")
+        raise ImportError(f"--plot draws with matplotlib: {pip_install('eval')}, or leave out --plot")
 
 
 def plot_scaling(task: Task, scaling: Sequence[Cost], compared: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from ..arguments import shown
+from ..installing import pip_install
 from .protocol import Runtime
 
 
@@ -61,8 +62,8 @@ def default_framework() -> str:
         for name in ("paddle", "torch"):
             if found(name):
                 return name
-    raise ImportError("neither Paddle nor PyTorch is installed; pip install 'lowbit_video[cpu]', or paddlepaddle-gpu from "
-                      "Paddle's own index")
+    raise ImportError(f"neither Paddle nor PyTorch is installed; {pip_install('cpu')}, or paddlepaddle-gpu from Paddle's own "
+                      f"index; for PyTorch, {pip_install('torch')}")
 
 
 def runtime_named(framework: str) -> Runtime:

@@ -4,11 +4,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lowbit_video.installing import pip_install
+
 SMALL_MODEL = Path("examples", "small_cogvideox", "model")
 """The trained small model, below the checkout's root."""
 WHERE_MODELS_ARE = (
     "it is part of the source checkout: run this from its root or give the folder's path. Another way is a published model: "
-    "THUDM/CogVideoX-2b, fetched with pip install 'lowbit_video[hub]', or its folder"
+    f"THUDM/CogVideoX-2b, fetched after {pip_install('hub')}, or its folder"
 )
 
 

@@ -174,7 +174,7 @@ def test_compare_without_matplotlib_says_so_first(model, tmp_path, capsys, monke
     find = generate.importlib.util.find_spec
     monkeypatch.setattr(generate.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     assert command(model, tmp_path, "--compare") == 2
-    assert "pip install 'lowbit_video[eval]'" in capsys.readouterr().err
+    assert "pip install '.[eval]' from the checkout" in capsys.readouterr().err
 
 
 def test_sizes_that_do_not_divide_name_the_nearest(model, tmp_path, capsys):

@@ -8,6 +8,7 @@ COMPAT = "tests/lowbit_video/test_compat.py::"
 COVERAGE = "tests/lowbit_video/hook/test_coverage.py::"
 DISTRIBUTED = "lowbit_video/distributed/"
 ENGINE = "tests/lowbit_video/engine/test_attention.py::"
+INSTALLING = "tests/lowbit_video/test_installing.py::"
 EVERY_SPLIT = "tests/lowbit_video/distributed/test_every_split.py::test_every_split_predicts_what_one_rank_does[8]"
 FRAMES = "lowbit_video/hook/frames/"
 GROUPS = "tests/lowbit_video/distributed/test_groups.py::"
@@ -513,6 +514,10 @@ MUTANTS = [
             ("self._clock.uninstall(self._model())", "pass")),
     *faults("lowbit_video/hook/apply.py", RECIPES + "test_a_schedule_of_other_timesteps_is_asked",
             ('getattr(schedule, "num_train_timesteps", None)', "None")),
+    *faults("lowbit_video/installing.py", INSTALLING + "test_every_hint_is_of_an_extra_that_there_is",
+            ("'.[{extra}]' from", "'lowbit_video[{extra}]' from")),
+    *faults("lowbit_video/app/plan_plot.py", INSTALLING + "test_every_hint_is_of_an_extra_that_there_is",
+            ("pip_install('eval')", "pip_install('plots')")),
     *faults("lowbit_video/hook/recipe/toml.py",
             "tests/lowbit_video/hook/recipe/test_recipe.py::test_no_such_recipe_names_those_there_are",
             ("{', '.join(PRESETS)}", "...")),

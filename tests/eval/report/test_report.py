@@ -208,7 +208,7 @@ def test_without_matplotlib_a_report_is_refused_before_the_first_video(tmp_path,
     for arguments in (["compare", "--prompts", str(prompts)], ["report", str(tmp_path)]):
         assert main(["eval", *arguments]) == 2
         error = capsys.readouterr().err
-        assert "pip install 'lowbit_video[eval]'" in error and "--no-report" in error and error.count("\n") == 1
+        assert "pip install '.[eval]' from the checkout" in error and "--no-report" in error and error.count("\n") == 1
     assert not made
     monkeypatch.setattr("lowbit_video.eval.compare.paired.compare", lambda *given, **named: None)
     assert main(["eval", "compare", "--prompts", str(prompts), "--no-report", "--metrics", "psnr"]) == 0 and made

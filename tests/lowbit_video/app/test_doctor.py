@@ -120,7 +120,7 @@ def test_a_probe_that_raises_is_reported(monkeypatch, capsys):
 def test_missing_packages_say_how_to_get_them(monkeypatch):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     entries = {entry["package"]: entry["version"] for entry in doctor.packages()}
-    assert "pip install 'lowbit_video[eval]'" in entries["matplotlib"]
+    assert "pip install '.[eval]' from the checkout" in entries["matplotlib"]
     assert any("Pipelines need Paddle" in line for line in doctor.advice([]))
 
 

@@ -170,7 +170,7 @@ def test_mistakes_are_one_line(argv, words, capsys):
 def test_a_plot_without_matplotlib_is_refused_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["plan", "--plot", str(tmp_path / "plan.png")]) == 2
-    assert "pip install 'lowbit_video[eval]'" in capsys.readouterr().err
+    assert "pip install '.[eval]' from the checkout" in capsys.readouterr().err
 
 
 def test_the_plot_tells_the_measured_from_the_modelled(tmp_path, monkeypatch):
