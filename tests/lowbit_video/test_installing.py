@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from lowbit_video import register_diffusers
+from lowbit_video.hook.dispatcher import registry
 from lowbit_video.hook.recipe.toml import read_toml
 from lowbit_video.installing import pip_install
 from lowbit_video.runtime import detect
@@ -33,3 +35,10 @@ def test_without_a_framework_both_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install '\.\[cpu\]' from the checkout, .* pip install '\.\[torch\]' from the "):
         detect.default_framework()
+
+
+def test_without_diffusers_its_extra_is_named(monkeypatch):
+    monkeypatch.setattr(registry, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"_diffusers needs diffusers, .*: pip install '\.\[diffusers\]' from the checkout"):
+        register_diffusers()

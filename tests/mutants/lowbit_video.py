@@ -516,6 +516,8 @@ MUTANTS = [
             ('getattr(schedule, "num_train_timesteps", None)', "None")),
     *faults("lowbit_video/installing.py", INSTALLING + "test_every_hint_is_of_an_extra_that_there_is",
             ("'.[{extra}]' from", "'lowbit_video[{extra}]' from")),
+    *faults("lowbit_video/hook/dispatcher/registry.py", INSTALLING + "test_without_diffusers_its_extra_is_named",
+            ('if "diffusers" not in sys.modules and', "if False and")),
     *faults("lowbit_video/app/plan_plot.py", INSTALLING + "test_every_hint_is_of_an_extra_that_there_is",
             ("pip_install('eval')", "pip_install('plots')")),
     *faults("lowbit_video/hook/recipe/toml.py",

@@ -7,6 +7,7 @@ Source: huggingface/diffusers, models/attention_dispatch.py, 0.42.0 and 0.42.1.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import UnsupportedError
+from ...installing import pip_install
 
 DISPATCH = "diffusers.models.attention_dispatch"
 TABLES = {"_backends": dict, "_constraints": dict, "_supported_arg_names": dict, "_supports_context_parallel": (dict, set)}
@@ -28,8 +30,11 @@ ARGUMENTS = {
 def dispatch_module(names: Iterable[str]) -> ModuleType:
     """diffusers' dispatcher, imported though DIFFUSERS_ATTN_BACKEND may name one of `names`, which it does not know yet.
 
-    Raises ImportError without diffusers.
+    Raises ImportError without diffusers, which names what to install.
     """
+    if "diffusers" not in sys.modules and importlib.util.find_spec("diffusers") is None:
+        raise ImportError(f"register_diffusers needs diffusers, which is not installed: {pip_install('diffusers')}; "
+                          "lowbit_video.attention and lowbit_video.apply do without")
     if DISPATCH not in sys.modules:
         constants = importlib.import_module("diffusers.utils.constants")
         wanted = constants.DIFFUSERS_ATTN_BACKEND
