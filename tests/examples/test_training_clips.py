@@ -44,6 +44,22 @@ def test_the_processes_and_sizes_share_the_clips_and_no_seed_serves_twice(traini
     assert len(pool) == 10 and not any(world.held_out(meaning) for meaning in pool.meanings)
 
 
+def test_more_of_what_is_hard_reaches_the_clips_that_are_trained_on(training, monkeypatch):
+    """Those that are encoded first, and the fresh ones."""
+    latents = training.latents
+    run, spins = run_of(training, "--more-spin", "1", "--more-small", "0.5"), world.More(1.0, 0.5)
+    monkeypatch.setattr(latents, "Tokens", lambda folder: lambda captions: np.zeros((len(captions), 4), np.int64))
+    asked, real = [], latents.plan_ahead
+    monkeypatch.setattr(latents, "plan_ahead", lambda *task: asked.append(task) or real(*task))
+    assert [task[-1] for task in latents.planned(run, 1)] == [spins]
+    cache = latents.Cache.__new__(latents.Cache)
+    cache.run, cache.seed, cache.coming = run, 5, None
+    cache._next_plan()
+    assert [task[-1] for task in asked] == [spins]
+    assert all(thing.motion == "spin" for meaning in cache.plan[0].meanings for thing in meaning.things)
+    assert [task[-1] for task in latents.planned(run_of(training), 1)] == [None]
+
+
 @pytest.mark.parametrize("of", ["shapes", "scenes"])
 def test_each_clip_has_its_own_captions(training, monkeypatch, of):
     read = lambda captions: np.array([[hash(world.parse(caption, world.WORLDS[of])) % 30_011] for caption in captions])

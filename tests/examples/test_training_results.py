@@ -25,18 +25,6 @@ def verdict_of(caption, **parts):
                            scene=judge.Scene(meaning.things, meaning.texture, meaning.background), meaning=meaning)
 
 
-@pytest.fixture
-def folder(training, tmp_path):
-    """A toy model of random weights, whose transformer's gates and output are not at zero."""
-    models = training.models
-    models.build_vocabulary(tmp_path / "model" / "tokenizer")
-    torch.manual_seed(0)
-    words = models.build_text_encoder(models.TINY, len(models.Tokens(tmp_path / "model" / "tokenizer")))
-    models.save(tmp_path / "model", models.build_vae(models.TINY), words, models.build_transformer(models.TINY), models.TINY,
-                models.generation_defaults(models.TINY))
-    return tmp_path / "model"
-
-
 def test_the_quick_sampler_makes_what_diffusers_pipeline_makes(training, folder):
     sampling, models = training.sampling, training.models
     pipe = models.load_pipeline(folder, "cpu")

@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lowbit_video.eval import world
-
 torch = pytest.importorskip("torch", reason="the training code is written in PyTorch")
 pytest.importorskip("diffusers", reason="the model is made of diffusers' classes")
 pytest.importorskip("transformers", reason="the text encoder is transformers' T5EncoderModel")
@@ -296,26 +294,6 @@ def test_arguments_that_cannot_be_meant_are_refused(code, wrong, capsys):
     with pytest.raises(SystemExit):
         code.train.arguments(wrong)
     assert wrong[0].lstrip("-").split("-")[0] in capsys.readouterr().err
-
-
-def test_more_of_what_is_hard_reaches_the_clips_that_are_trained_on(code, monkeypatch):
-    """Those that are encoded first, and the fresh ones."""
-    long = ["--config", "long", "--tiny"]
-    run_of = lambda *more: SimpleNamespace(
-        args=code.train.arguments([*long, *more]), rank=0, ranks=1, tokenizer=Path("tokenizer"), device=torch.device("cpu"),
-        sizes=code.models.CONFIGURATIONS["long"][True], judges=SimpleNamespace(pool=None))
-    run, spins = run_of("--more-spin", "1", "--more-small", "0.5"), world.More(1.0, 0.5)
-    monkeypatch.setattr(code.latents, "Tokens", lambda folder: lambda captions: np.zeros((len(captions), 4), np.int64))
-    asked = []
-    real = code.latents.plan_ahead
-    monkeypatch.setattr(code.latents, "plan_ahead", lambda *task: asked.append(task) or real(*task))
-    assert [task[-1] for task in code.latents.planned(run, 1)] == [spins]
-    cache = code.latents.Cache.__new__(code.latents.Cache)
-    cache.run, cache.seed, cache.coming = run, 5, None
-    cache._next_plan()
-    assert [task[-1] for task in asked] == [spins]
-    assert all(thing.motion == "spin" for meaning in cache.plan[0].meanings for thing in meaning.things)
-    assert [task[-1] for task in code.latents.planned(run_of(), 1)] == [None]
 
 
 @pytest.mark.parametrize("given, curriculum, batch", [
