@@ -102,9 +102,7 @@ def run(args: argparse.Namespace) -> int:
         parts_of_rung(rung)
     speed = args.speed or TABLE
     if by_bits:
-        bits = bits_of(rungs)
-        if budget is not None:
-            check_cost(budget, list(bits.of.values()))
+        check_cost(budget, bits_of(rungs).of.values())
     else:
         costs_of([UNIT], 1, 64, speed)
     pooled = {"shares": args.pooled, "least": args.pooled_from}

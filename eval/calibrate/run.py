@@ -86,8 +86,7 @@ def calibrate(pipe: Any, prompts: Sequence[str], budget: Budget | None, out: Pat
     ranges = step_groups(settings.steps, plan.ranges)
     by_bits = plan.scheme == "seed" or budget.bits is not None
     rungs, costs, left_out = _rungs(pipe, prompts[0], settings, seed, plan, by_bits, speed, say)
-    if budget is not None:
-        check_cost(budget, list(costs.of.values()))
+    check_cost(budget, costs.of.values())
     measured_rungs = [rung for rung in dict.fromkeys((*rungs, plan.probe)) if rung != "exact"]
     order = order_of(pipe)
     kept = kept or out.parent / f"{out.stem}_measured"

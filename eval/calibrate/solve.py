@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,10 +66,10 @@ def db(error: float) -> float:
     return MOST_DB if error <= 0 else min(MOST_DB, -10 * math.log10(error))
 
 
-def check_cost(budget: Budget, costs: Sequence[float] | np.ndarray) -> None:
+def check_cost(budget: Budget | None, costs: Iterable[float]) -> None:
     """Raises ValueError for a budget that the cheapest rung exceeds, so that no choice meets it. costs: [R], of a rung."""
-    least = float(min(costs))
-    if budget.most is not None and not _meets(budget, least, 0.0):
+    least = min(costs)
+    if budget is not None and budget.most is not None and not _meets(budget, least, 0.0):
         raise ValueError(f"a budget of {budget} cannot be met: these rungs give at least {least:.3g}{budget.unit}, the "
                          "cheapest of them everywhere; name cheaper ones, or raise the budget")
 

@@ -184,7 +184,8 @@ class More:
 
 
 def draw_scene(rng: np.random.Generator, counts: dict[int, float] | None = None, more: More | None = None) -> Meaning:
-    """A random meaning of the long world, every part by its share; `counts` instead of the world's own number of things."""
+    """A random meaning of the long world, every part by its share; `counts` instead of the world's own number of things, `more`
+    of what a thing does oftener."""
     world, names = LONG, list(COLOURS)
     count = _by_share(rng, counts or world.counts)
     while True:

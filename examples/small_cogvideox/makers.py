@@ -225,10 +225,10 @@ def check_request(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         except ValueError as error:
             parser.error(f"--precisions {precision}: {error}")
     try:
-        lacking = [name for name in GENERATED if name not in read_stored(args.model)]
+        stored = read_stored(args.model)
     except ValueError as error:
         parser.error(f"--model {args.model}: {error}")
-    if lacking:
+    if lacking := [name for name in GENERATED if name not in stored]:
         parser.error(f"--model {args.model}: no {GENERATION_NAME} there with {', '.join(lacking)}; give the folder of a model "
                      f"as train.py writes it, such as {MODEL}")
 
