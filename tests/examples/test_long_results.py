@@ -171,6 +171,18 @@ def test_what_the_long_models_recipes_were_predicted_and_found_to_err_is_told():
         assert ("of which one errs more than the worst that was measured" in own[:260]) == bool(worse), name
 
 
+def test_what_recipes_take_and_gain_is_told():
+    curve, timed = read("curve.json"), read("recipe_attention.json")
+    taken = [timed["recipes"][f"{name}.toml"]["ms"] / timed["ms"]["int8+fp8"]
+             for name in ("recipe", "0.55x", "recipe_fast", "0.33x", "0.25x")]
+    text = " ".join((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split())
+    assert "take {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f} times int8+fp8's time in attention on an H100".format(*taken) in text
+    psnr = {run: curve["rows"][run]["psnr"]["value"] for run in curve["kept"]}
+    alike = sorted((curve["kept"][run], psnr[run]) for run in psnr if not run.endswith(".toml"))
+    gains = [psnr[run] - np.interp(curve["kept"][run], *zip(*alike)) for run in psnr if run.endswith(".toml")]
+    assert f"gain {min(gains):.0f} to {max(gains):.0f} dB at the same share" in plain("README")
+
+
 def test_what_recipes_lose_to_dense_int8_fp8_is_told():
     below, text = read("curve.json")["below"], plain("README")
     for run, told in (("recipe.toml", "lies "), ("recipe_fast.toml", "")):
