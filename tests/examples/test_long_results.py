@@ -192,6 +192,48 @@ def test_what_recipes_lose_to_dense_int8_fp8_is_told():
     assert min(run["psnr"]["value"] for name, run in below.items() if name != "floor") > 3, "None is within 3 dB"
 
 
+def test_what_other_guidance_gives_is_told():
+    found, told = read("guidance.json"), table_of("card", "guidance, the same 200 captions, 50 steps")
+    assert [f"{test['guidance_scale']:g}" for test in found["tests"]] == list(told) and len(told) == 3
+    parts = ("colour", "shape", "motion", "all")
+    for test, cells in zip(found["tests"], told.values()):
+        assert test["num_inference_steps"] == 50
+        for part, cell in zip(parts, cells, strict=True):
+            same(cell, [100 * test[part]], 1)
+    own = read("evaluation.json")
+    [default] = [test for test in found["tests"] if test["guidance_scale"] == own["generation"]["guidance_scale"]]
+    assert {part: default[part] for part in own["adherence"]} == own["adherence"]
+    right = {(row["num_inference_steps"], row["guidance_scale"]): 100 * row["all"] for row in found["sweep"]}
+    assert (f"with guidance 2 ({right[50, 2]:.1f} % of captions in all, for {right[25, 2]:.1f}) "
+            f"and 3 ({right[50, 3]:.1f} for {right[25, 3]:.1f})") in plain("card")
+    more = [100 * found["further_training"][part] for part in parts[:3]]
+    assert "brought colour to {:.0f}, shape to {:.0f} and motion to {:.0f} % with guidance 2".format(*more) in plain("card")
+    most = {part: 100 * share for part, share in found["tests"][-1].items()}
+    assert "with guidance 3 {:.1f} % of the colours and {:.0f} % of the motions".format(
+        most["colour"], most["motion"]) in plain("README")
+
+
+def test_the_page_with_clips_is_of_the_table_beside_it():
+    rows = read("precisions_guidance3.json")["rows"]
+    first = (RESULTS.parent / "report" / "report.md").read_text(encoding="utf-8")
+    for run in ("int8+fp8", "int8+fp16"):
+        assert "| `{}` | {:.1f} [{:.1f}, {:.1f}] |".format(run, *interval(rows[run]["psnr"])) in first
+    assert "guidance 3" in first
+    psnr = [rows[run]["psnr"]["value"] for run in ("int8+fp8", "floor")]
+    assert "`int8+fp8` at {:.1f} dB where the floor is at {:.1f}".format(*psnr) in plain("README")
+    assert "{:.2f}x [{:.2f}, {:.2f}] over FlashAttention-4.".format(*interval(rows["int8+fp8"]["speed_up"])) in plain("README")
+    assert "the floor at {:.1f} dB, int8+fp8 at {:.1f} and {:.3f} s, int8+fp16 at {:.1f} and {:.3f}".format(
+        psnr[1], psnr[0], rows["int8+fp8"]["seconds"]["value"], rows["int8+fp16"]["psnr"]["value"],
+        rows["int8+fp16"]["seconds"]["value"]) in plain("card")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_seconds_beside_other_work_are_told(dtype):
+    found = interval(read(f"seconds_busy_{dtype}.json")["rows"]["int8+fp8"]["speed_up"])
+    assert "{:.3f}x [{:.3f}, {:.3f}]".format(*found) in plain("README")
+    assert "{:.3f}x ({:.3f}..{:.3f})".format(*found) in plain("card")
+
+
 def test_no_file_of_results_names_a_place_of_the_machine_that_made_it():
     for path in sorted(RESULTS.glob("*")):
         if path.suffix in (".json", ".md"):
