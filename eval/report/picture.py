@@ -38,7 +38,7 @@ def draw_picture(report: Report) -> bytes:
     figure.text(0.015, 0.965, "Does the video stay the same?", fontsize=14, fontweight="bold", color=INK, va="center")
     if strip:
         prompt, shots = strip
-        figure.text(0.985, 0.965, f"“{prompt}”", fontsize=9.5, color=SOFT, ha="right", va="center")
+        figure.text(0.985, 0.965, wrapped(f"“{prompt}”", 92), fontsize=8.5, color=SOFT, ha="right", va="center")
         inner = outer[0].subgridspec(1, len(shots), wspace=0.04)
         size = min(9.5, 5 + 160 / len(shots) / max(len(run) for run, _ in shots))
         for i, (run, frame) in enumerate(shots):

@@ -19,6 +19,7 @@ from lowbit_video.eval.compare.candidates import Candidate  # noqa: E402
 from lowbit_video.eval.compare.layers import measure_layers  # noqa: E402
 from lowbit_video.eval.compare.paired import compare  # noqa: E402
 from lowbit_video.eval.compare.settings import Settings  # noqa: E402
+from lowbit_video.eval.report import picture  # noqa: E402
 from lowbit_video.eval.report.bootstrap import Interval  # noqa: E402
 from lowbit_video.eval.report.charts import frontier, ticks  # noqa: E402
 from lowbit_video.eval.report.data import load, read_speed  # noqa: E402
@@ -123,6 +124,22 @@ def test_the_picture_is_a_png_with_something_in_it(results):
 
     picture = iio.imread(results[1]["png"])
     assert picture.shape[1] == 1650 and picture[..., :3].std() > 20
+
+
+def test_a_long_prompt_stands_beside_the_pictures_title(results, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, frame = [], np.zeros((24, 32, 3), np.uint8)
+    monkeypatch.setattr(picture, "frames_of", lambda report: (("a rather long word " * 9).strip(), [("exact", frame)] * 2))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **named: drawn.append(figure))
+    picture.draw_picture(load(results[0]))
+    [figure] = drawn
+    title, prompt = (text.get_window_extent() for text in figure.texts[:2])
+    words = figure.texts[1].get_text()
+    assert words.count("rather") == 9 and words.count("\n") == 1
+    assert title.x1 < prompt.x0 and prompt.y1 <= figure.bbox.y1
+    above = min(axes.get_window_extent().y1 for axes in figure.axes[:2])
+    assert prompt.y0 > above
 
 
 def test_a_small_page_without_films(results, tmp_path):
