@@ -104,9 +104,6 @@ def evaluate(run: Run) -> None:
     log.say(f"vae as saved: {psnr:.2f} dB on held-out clips, {percent(seen)}; evaluation took {time.time() - started:.0f} s")
     if not args.tiny:
         write_generation(folder, generation)
-    contact_sheet(videos, captions, verdicts, run.out / "contact_sheet.png")
-    for i in range(min(6, test)):
-        save_gif(videos[i], run.out / f"sample_{i}.gif")
     record = {
         "captions": test, "generation": generation, "adherence": figures, "vae_psnr_db": psnr, "vae_adherence": seen,
         "colour_pairs": colour_pairs(verdicts),
@@ -116,3 +113,6 @@ def evaluate(run: Run) -> None:
         "missed": [{"caption": c, "seen": str(v.scene), "parts": [p for p in v.parts if not getattr(v, p)]}
                    for c, v in zip(captions, verdicts) if not v.all]}
     (run.out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+    contact_sheet(videos, captions, verdicts, run.out / "contact_sheet.png")
+    for i in range(min(6, test)):
+        save_gif(videos[i], run.out / f"sample_{i}.gif")

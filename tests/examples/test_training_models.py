@@ -23,6 +23,23 @@ def test_the_shipped_models_are_scheduled_as_they_were_trained(training):
         assert {k: v for k, v in kept.items() if k[0] != "_"} == {k: v for k, v in made.items() if k[0] != "_"}
 
 
+def test_a_saved_transformer_has_the_same_weights_in_both_half_types(training, tmp_path):
+    """Its fp16 files hold values that bfloat16 has too; the other parts keep all of fp16's digits."""
+    models = training.models
+    models.build_vocabulary(tmp_path / "tokenizer")
+    words = models.build_text_encoder(models.TINY, len(models.Tokens(tmp_path / "tokenizer")))
+    parts = dict(vae=models.build_vae(models.TINY), text_encoder=words, transformer=models.build_transformer(models.TINY))
+    before = {name: {key: value.clone() for key, value in part.state_dict().items()} for name, part in parts.items()}
+    models.save(tmp_path, *parts.values(), models.TINY, models.generation_defaults(models.TINY))
+    for name, part in parts.items():
+        kept = type(part).from_pretrained(tmp_path, subfolder=name).state_dict()
+        rounded = {key: value.bfloat16().half() for key, value in before[name].items()}
+        wanted = rounded if name == "transformer" else {key: value.half() for key, value in before[name].items()}
+        assert set(kept) == set(wanted)
+        assert all(torch.equal(kept[key].half(), wanted[key]) for key in wanted), name
+        assert any(not torch.equal(rounded[key], value.half()) for key, value in before[name].items()), "nothing to round"
+
+
 def test_an_untrained_transformer_is_the_identity_in_its_blocks_and_says_nothing(training):
     tiny = training.models.TINY
     torch.manual_seed(0)

@@ -111,6 +111,27 @@ def test_steps_and_guidance_are_chosen_by_the_parts_that_are_met(training, monke
     assert [(one["caption"], one["parts"]) for one in record["missed"]] == ([(c, missed) for c in captions] if missed else [])
 
 
+def test_what_was_measured_is_written_before_the_pictures_are_drawn(training, monkeypatch, tmp_path, folder):
+    """A run that is cut off while it draws has its figures and its guidance."""
+    evaluation = training.evaluation
+    args = training.train.arguments(["--guidance", "7", "--test-captions", "3"])
+    run = SimpleNamespace(args=args, state=folder.parent, out=tmp_path, sizes=training.models.TINY, first=True, ranks=2,
+                          device=torch.device("cpu"), log=SimpleNamespace(say=lambda text: None))
+
+    def cut_off(*asked, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "sample_and_judge", lambda run, pipe, captions, *more, **named: (
+        [verdict_of(caption) for caption in captions], np.zeros((3, 5, 8, 8, 3), np.uint8)))
+    monkeypatch.setattr(evaluation, "reconstruct", lambda run, vae, count: (30.0, {}))
+    for picture in ("contact_sheet", "save_gif"):
+        monkeypatch.setattr(evaluation, picture, cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(run)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["adherence"]["all"] == 1
+    assert json.loads((folder / "generation.json").read_text())["guidance_scale"] == 7
+
+
 def test_shares_and_colours_are_counted_as_they_are(training):
     shares, pairs = training.sampling.shares, training.sampling.colour_pairs
     caption = "a red circle moves left over a blue background"
