@@ -11,6 +11,7 @@ from ..metrics import registry
 from ..video import BadVideoError, read_video
 from .charts import frontier
 from .data import Report
+from .labels import Point, name_points
 
 PALETTE = ("#0b63ce", "#c2570c", "#0f8a6d", "#9c3fae", "#8a6d00", "#c0325b", "#3f6f8f", "#5b5bd6")
 INK, SOFT, LINE = "#1c1e21", "#5d636b", "#e2e0da"
@@ -83,18 +84,17 @@ def draw_picture(report: Report) -> bytes:
     if not report.on_reference:
         axes.plot([p[0] for p in best], [p[1] for p in best], "--", color="#0b63ce", lw=1, alpha=0.6)
     speeds = [speed for _, speed, _ in points]
-    middle = (min(speeds) + max(speeds)) / 2 if points else 0
     for row, speed, value in points:
         if not math.isnan(value.low):
             axes.plot([speed, speed], [value.low, value.high], color=colours[row.run], lw=2, solid_capstyle="round")
         axes.plot(speed, value.value, "o", color=colours[row.run], ms=7)
-        side = 1 if speed <= middle else -1  # of its point that a label stands on: the one with more room
-        axes.annotate(row.run, (speed, value.value), xytext=(8 * side, 5), textcoords="offset points", fontsize=8, color=INK,
-                      ha="left" if side > 0 else "right")
     axes.margins(y=0.2)
     if points:
         room = (max(speeds) - min(speeds)) or max(speeds)
         axes.set_xlim(min(speeds) - 0.15 * room, max(speeds) + (0.15 if len(points) > 1 else 0.42) * room)
+        ends = [(v.value, v.value) if math.isnan(v.low) else (v.low, v.high) for _, _, v in points]
+        name_points(axes, [Point(row.run, speed, v.value, *end) for (row, speed, v), end in zip(points, ends)], fontsize=8,
+                    color=INK)
     count = len(summary.prompts)
     settings = report.run["settings"]
     figure.text(

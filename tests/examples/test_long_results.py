@@ -107,7 +107,8 @@ def test_what_the_long_model_gets_right_is_its_evaluation():
     assert all(found["adherence"][part] >= least for part, least in wanted.items()), "what was wanted"
     assert f"Of the 200 captions {100 * found['adherence']['all']:.0f} % come out right in all." in plain("card")
     chosen = [100 * row["all"] for row in found["sweep"]]
-    assert "{:.1f} % came out all right with guidance 2, {:.1f} % with 2.5 and {:.1f} % with 3.)".format(*chosen) in plain("card")
+    assert ("{:.1f} % came out all right with guidance 2, {:.1f} % with 2.5 and {:.1f} % with 3.)".format(*chosen)
+            in plain("card"))
     assert [row["guidance_scale"] for row in found["sweep"]] == [2, 2.5, 3]
 
 
@@ -128,8 +129,8 @@ def test_what_the_long_model_misses_is_counted_from_its_evaluation():
     spins, small = ([right(part, lambda things, of=of: any(map(of, things))) for part in ("shape", "motion")]
                     for of in (lambda thing: thing.motion == "spin", lambda thing: thing.size == "small"))
     in_all, text = sum("motion" in parts for parts in missed.values()), plain("card")
-    assert (f"Of the {in_all} captions that miss their motion, {bounces[1] - bounces[0]} have something that bounces ({bounces[1]} do) "
-            f"and {three[1] - three[0]} have three things ({three[1]} do)") in text
+    assert (f"Of the {in_all} captions that miss their motion, {bounces[1] - bounces[0]} have something that bounces "
+            f"({bounces[1]} do) and {three[1] - three[0]} have three things ({three[1]} do)") in text
     assert (f"Of the {spins[0][1]} with something that spins {spins[0][0]} have their shapes right and {spins[1][0]} "
             f"their motion, of the {small[0][1]} with something small {small[0][0]} and {small[1][0]}.") in text
     colours = [re.findall(r"(\w+) (?:\w+) \(", miss["seen"]) for miss in misses if "colour" in miss["parts"]]

@@ -9,6 +9,7 @@ DRAWN = "tests/eval/report/test_drawn.py"
 FIT = "tests/eval/speed/test_parallel_fit.py::"
 FLOOR = "tests/eval/compare/test_floor.py::"
 JUDGE = "tests/eval/world/test_judge.py::"
+LABELS = "tests/eval/report/test_labels.py::"
 SCENES = "tests/eval/world/test_long_world.py::"
 LAYERS = "tests/eval/compare/test_layers.py::"
 SCENE_JUDGE = "tests/eval/world/test_scene_judge.py::"
@@ -350,6 +351,18 @@ MUTANTS = [
             ("world.WORLDS[context.world]", "world.SMALL"), ("for part in verdict.parts", "for part in judge.PARTS")),
     *faults("eval/report/groups.py", SUMMARY + "test_groups_stand_on_their_own_finished_prompts",
             ('line.get("group") == group', "True"), ("for there in made.values()", "for there in [runs]")),
+    *faults("eval/report/labels.py", LABELS + "test_a_name_with_room_stands_right_of_its_point_and_above",
+            ("(8, 5, \"left\", \"bottom\")", "(8, 5, \"right\", \"bottom\")"), ("(8, 5, \"left\", \"bottom\"), ", "")),
+    *faults("eval/report/labels.py", LABELS + "test_at_an_edge_it_stands_on_the_other_side",
+            (" + _outside(box, axes.get_window_extent())", ""), (" if inside is not None else 0.0", " if inside else 1e9"),
+            (", (-8, -5, \"right\", \"top\")", "")),
+    *faults("eval/report/labels.py", LABELS + "test_two_that_are_as_good_at_the_two_sides_do_not_lie_over_one_another",
+            ("        taken.append(box)\n", "")),
+    *faults("eval/report/labels.py", LABELS + "test_a_name_leaves_anothers_interval_free[order0]",
+            ("(point.x, point.low), (point.x, point.high)", "(point.x, point.y), (point.x, point.y)"),
+            ("taken = [_interval(axes, point) for point in points]", "taken = []")),
+    *faults("eval/report/labels.py", LABELS + "test_where_no_place_is_free_the_least_covered_is_taken",
+            ("min(tried, key", "max(tried, key"), ("sum(part.width * part.height for", "sum(1 for")),
     *faults("eval/report/picture.py", "tests/eval/report/test_report.py::test_a_long_prompt_stands_beside_the_pictures_title",
             ("wrapped(f\"“{prompt}”\", 92)", "wrapped(f\"“{prompt}”\", 128)"),
             ("figure.text(0.985, 0.965, wrapped", "figure.text(0.985, 0.9, wrapped")),
