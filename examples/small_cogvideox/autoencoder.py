@@ -72,7 +72,8 @@ def reconstruct(run: Run, vae, count: int = 48) -> tuple[float, dict[str, float]
         found += [10 * math.log10(255.0**2 / max(e, 1e-9)) for e in np.square(error).mean((1, 2, 3, 4))]
     for texture in pool.world.textures:
         rows = [i for i, meaning in enumerate(pool.meanings) if meaning.texture == texture]
-        run.log.say(f"vae on {len(rows)} {texture} backgrounds: {np.mean(np.array(found)[rows]) if rows else math.nan:.2f} dB")
+        if rows:
+            run.log.say(f"vae on {len(rows)} {texture} backgrounds: {np.mean(np.array(found)[rows]):.2f} dB")
     return float(np.mean(found)), shares(run.judges(np.concatenate(videos), pool.captions(1), run.sizes.world))
 
 

@@ -38,6 +38,8 @@ LONG_DEFAULTS = dict(
     curriculum="1/4:0.06:512,{most}/4:0.3:192,{most}/2:0.3:64,{most}:0.34:8", clips=24_000, batch=8, refresh_clips=8,
     latent_seconds=60.0, vae_batch=4, vae_lr=8e-4, words_seconds=40.0, warmup=150)
 CURRICULUM = "1:0.13,{most}:0.87"
+# What --tiny does in half a minute of a CPU unless told otherwise.
+TINY_DEFAULTS = dict(vae_minutes=0.1, words_seconds=2.0, diffusion_minutes=0.1, evaluate_seconds=5.0)
 LONG_TINY_CURRICULUM = "1/2:0.2,{most}/2:0.4,{most}:0.4"  # a quarter of a toy's height is no whole number of patches
 
 
@@ -107,10 +109,14 @@ def arguments(argv=None):
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--pack", action="store_true", help="leave the results as a few files of under 16 MB")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that everything runs")
-    which = argparse.ArgumentParser(add_help=False)  # so that --help tells the defaults of --config
+    which = argparse.ArgumentParser(add_help=False)  # so that --help tells the defaults of --config and --tiny
     which.add_argument("--config")
-    if which.parse_known_args(argv)[0].config == "long":
+    which.add_argument("--tiny", action="store_true")
+    known = which.parse_known_args(argv)[0]
+    if known.config == "long":
         parser.set_defaults(**LONG_DEFAULTS)
+    if known.tiny:
+        parser.set_defaults(**TINY_DEFAULTS)
     args = parser.parse_args(argv)
     args.stages = args.stages.split(",")
     if unknown := set(args.stages) - set(STAGES):

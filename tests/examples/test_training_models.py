@@ -1,4 +1,5 @@
 """The small model's parts before and beside the transformer's training: schedule, autoencoder, words, the run itself."""
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,19 +92,28 @@ def test_quarters_of_frames_lie_about_the_first_shape(training, monkeypatch):
     assert torch.equal(mask, video[:, :1] > 0), "the mask is of another quarter"
 
 
-def test_held_out_clips_are_compared_as_frames_of_eight_bits(training):
-    """An autoencoder that is 4 levels too bright everywhere: 20 log10(255 / 4) dB."""
-    said, judged = [], []
+@pytest.mark.parametrize("count", [9, 3], ids=["every kind", "not every kind"])
+def test_held_out_clips_are_compared_as_frames_of_eight_bits(training, count):
+    """An autoencoder that is 4 levels too bright in the first clip, 5 in the second ...: 20 log10(255 / 4) dB, ..."""
+    said, judged, levels = [], [], itertools.count(4)
     run = SimpleNamespace(sizes=training.models.TINY, device=torch.device("cpu"), log=SimpleNamespace(say=said.append),
                           vae_autocast=lambda: torch.autocast("cpu", enabled=False),
                           judges=lambda videos, captions, of: judged.append((videos, captions)) or [])
     vae = SimpleNamespace(encode=lambda video: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: video)),
-                          decode=lambda video: SimpleNamespace(sample=video + 4 / 127.5))
-    found, shares = training.autoencoder.reconstruct(run, vae, 9)
+                          decode=lambda video: SimpleNamespace(
+                              sample=torch.stack([one + next(levels) / 127.5 for one in video])))
+    found, shares = training.autoencoder.reconstruct(run, vae, count)
     (videos, captions), = judged
-    assert found == pytest.approx(20 * np.log10(255 / 4), abs=0.3) and shares == {}
-    assert len(videos) == len(captions) == 9 and all(world.held_out(world.parse(caption)) for caption in captions)
+    wanted = 20 * np.log10(255 / np.arange(4, 4 + count))
+    assert found == pytest.approx(wanted.mean(), abs=0.3) and shares == {}
+    assert len(videos) == len(captions) == count and all(world.held_out(world.parse(caption)) for caption in captions)
     assert videos.shape[1:] == (17, 32, 48, 3)
+    textures = [world.parse(caption).texture for caption in captions]
+    assert (len(set(textures)) < len(world.SMALL.textures)) == (count == 3)
+    told = {line.split()[3]: (int(line.split()[2]), float(line.split()[-2])) for line in said}
+    assert {texture: count for texture, (count, _) in told.items()} == {t: textures.count(t) for t in textures}
+    for texture, (_, decibels) in told.items():
+        assert decibels == pytest.approx(np.mean([db for db, own in zip(wanted, textures) if own == texture]), abs=0.3)
 
 
 def test_parts_that_are_not_there_are_not_read(training):

@@ -313,6 +313,16 @@ def test_the_help_tells_the_defaults_of_the_configuration(code, given, curriculu
     assert (args.curriculum, args.batch) == (curriculum.replace("{most}", str(most)), batch)
 
 
+@pytest.mark.parametrize("config", ["small", "long"])
+def test_toy_sizes_take_half_a_minute_unless_told_otherwise(code, config):
+    names = ("vae_minutes", "words_seconds", "diffusion_minutes", "evaluate_seconds")
+    usual, toy, told = (code.train.arguments(["--config", config, *more]) for more in (
+        [], ["--tiny"], ["--tiny", "--vae-minutes", "3", "--words-seconds", "14"]))
+    assert [getattr(toy, name) for name in names] == [0.1, 2, 0.1, 5]
+    assert [getattr(told, name) for name in names] == [3, 14, 0.1, 5]
+    assert [getattr(usual, name) for name in names] == [3, 40 if config == "long" else 14, 11, 60]
+
+
 @pytest.mark.parametrize("given, words", [
     (["--more-spin", "0.2"], "--more-spin and --more-small are of the long model's world; add --config long"),
     (["--config", "long", "--more-small", "2"], "--more-small 2.0: small is 2.0; give a probability, 0 to 1")], ids=str)
