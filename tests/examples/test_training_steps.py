@@ -42,8 +42,8 @@ class Trained:
 
         code = self.code
         args = code.train.arguments([
-            "--config", self.config, "--tiny", "--refresh-every", "0", "--check-seconds", "1e9", *arguments,
-            "--state", str(self.folder / "state"), "--out", str(self.folder / "out")])
+            "--config", self.config, "--tiny", "--diffusion-minutes", "11", "--evaluate-seconds", "60", "--refresh-every", "0",
+            "--check-seconds", "1e9", *arguments, "--state", str(self.folder / "state"), "--out", str(self.folder / "out")])
         self.run = run = code.run.Run(args, Accelerator(), SimpleNamespace(pool=None))
         args.tiny = tiny
         run.vae, run.vocabulary = code.models.build_vae(self.sizes), 3 + self.ids[..., 0].numel()
