@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import textwrap
 
 import numpy as np
 import torch
@@ -119,9 +120,10 @@ def contact_sheet(videos, captions, verdicts, path, columns: int = 6, rows: int 
             sheet.paste(tile, (column * (width + 2), row * (height + 2)))
         left = columns * (width + 2) + 4
         missed = [part for part in verdicts[row].parts if not getattr(verdicts[row], part)] if verdicts else []
-        lines = [captions[row][i:i + 90] for i in range(0, len(captions[row]), 90)][:3]
+        lines = textwrap.wrap(captions[row], 88)
         if verdicts:
-            lines += [f"seen: {verdicts[row].scene}"[:92], f"missed: {', '.join(missed)}" if missed else "as asked"]
+            lines += textwrap.wrap(f"seen: {verdicts[row].scene}", 88)
+            lines.append(f"missed: {', '.join(missed)}" if missed else "as asked")
         draw.multiline_text((left, row * (height + 2) + 2), "\n".join(lines), fill="red" if missed else "black", spacing=1)
     sheet.save(path)
 

@@ -132,6 +132,29 @@ def test_what_was_measured_is_written_before_the_pictures_are_drawn(training, mo
     assert json.loads((folder / "generation.json").read_text())["guidance_scale"] == 7
 
 
+def test_the_contact_sheet_says_all_that_was_asked_and_seen(training, monkeypatch, tmp_path):
+    from PIL import Image, ImageDraw
+
+    written = []
+    write = lambda draw, at, text, **look: written.append((at, text, look))
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", write)
+    captions = ["a clip of a little pink circle travels diagonally down-left, a purple plus sign moves downwards while an orange "
+                "box bounces left and right on a striped cyan background while the camera pulls back", "a red circle"]
+    verdicts = [SimpleNamespace(parts=("colour", "shape", "motion"), colour=True, shape=right, motion=right,
+                                scene="thing " * 40) for right in (False, True)]
+    videos = np.zeros((2, 5, 32, 48, 3), np.uint8)
+    videos[1, 2] = 200
+    training.sampling.contact_sheet(videos, captions, verdicts, tmp_path / "sheet.png", columns=3)
+    verdicts_in_words = (("missed: shape, motion", "red"), ("as asked", "black"))
+    for (_, text, look), caption, (ends, colour) in zip(written, captions, verdicts_in_words, strict=True):
+        assert " ".join(text.split()) == f"{caption} seen: {' '.join(['thing'] * 40)} {ends}" and look["fill"] == colour
+        assert max(map(len, text.splitlines())) <= 88 and text.splitlines()[-1] == ends
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert picture.shape == (2 * (16 + 2), 3 * (24 + 2) + 560, 3)
+    assert (picture[:16, :24] == 0).all() and (picture[18:34, 26:50] == 200).all() and (picture[18:34, 52:76] == 0).all()
+    assert [at for at, *_ in written] == [(3 * 26 + 4, 2), (3 * 26 + 4, 20)]
+
+
 def test_shares_and_colours_are_counted_as_they_are(training):
     shares, pairs = training.sampling.shares, training.sampling.colour_pairs
     caption = "a red circle moves left over a blue background"
