@@ -138,8 +138,8 @@ def test_the_contact_sheet_says_all_that_was_asked_and_seen(training, monkeypatc
     written = []
     write = lambda draw, at, text, **look: written.append((at, text, look))
     monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", write)
-    captions = ["a clip of a little pink circle travels diagonally down-left, a purple plus sign moves downwards while an orange "
-                "box bounces left and right on a striped cyan background while the camera pulls back", "a red circle"]
+    captions = ["a clip of a little pink circle travels diagonally down-left, a purple plus sign moves downwards while an "
+                "orange box bounces left and right on a striped cyan background while the camera pulls back", "a red circle"]
     verdicts = [SimpleNamespace(parts=("colour", "shape", "motion"), colour=True, shape=right, motion=right,
                                 scene="thing " * 40) for right in (False, True)]
     videos = np.zeros((2, 5, 32, 48, 3), np.uint8)
