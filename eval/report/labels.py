@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # matplotlib is no requirement of the package
     from matplotlib.axes import Axes
-    from matplotlib.text import Text
+    from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
 PLACES = ((8, 5, "left", "bottom"), (-8, 5, "right", "bottom"), (8, -5, "left", "top"), (-8, -5, "right", "top"))
@@ -24,7 +24,7 @@ class Point(NamedTuple):
     high: float
 
 
-def name_points(axes: Axes, points: Sequence[Point], **look) -> list[Text]:
+def name_points(axes: Axes, points: Sequence[Point], **look) -> list[Annotation]:
     """Write each point's name beside it, clear of all points, intervals and other names where that is possible.
 
     Args:
@@ -33,22 +33,22 @@ def name_points(axes: Axes, points: Sequence[Point], **look) -> list[Text]:
     Returns:
         The texts, in order.
     """
-    axes.get_figure().canvas.draw()  # limits, ticks and sizes are settled
-    taken = [_interval(axes, point) for point in points]
+    axes.get_figure().draw_without_rendering()  # limits, ticks and sizes are settled
+    taken, frame = [_interval(axes, point) for point in points], axes.get_window_extent()
     texts = []
     for point in points:
-        tried = []
-        for right, above, beside, under in PLACES:
-            text = axes.annotate(point.name, (point.x, point.y), xytext=(right, above), textcoords="offset points", ha=beside,
-                                 va=under, **look)
-            box = text.get_window_extent()
-            text.remove()
-            tried.append((_covered(box, taken) + _outside(box, axes.get_window_extent()), box, text))
-        _, box, text = min(tried, key=lambda place: place[0])  # of equals the first
-        axes.add_artist(text)
-        taken.append(box)
+        text = axes.annotate(point.name, (point.x, point.y), xytext=(0, 0), textcoords="offset points", **look)
+        best = min(PLACES, key=lambda place: _in_the_way(_put(text, place), taken, frame))  # of equals the first
+        taken.append(_put(text, best))
         texts.append(text)
     return texts
+
+
+def _put(text: Annotation, place: tuple[float, float, str, str]) -> Bbox:
+    """Move a name to one of the places of its point; gives what it covers there, in pixels."""
+    right, above, beside, under = place
+    text.set(position=(right, above), ha=beside, va=under)
+    return text.get_window_extent()
 
 
 def _interval(axes: Axes, point: Point) -> Bbox:
@@ -59,13 +59,12 @@ def _interval(axes: Axes, point: Point) -> Bbox:
     return Bbox([low, high]).padded(CLEAR)
 
 
-def _covered(box: Bbox, taken: list[Bbox]) -> float:
-    """Square pixels of a box that others cover."""
-    shared = (box.intersection(box, other) for other in taken)
-    return sum(part.width * part.height for part in shared if part is not None)
+def _in_the_way(box: Bbox, taken: list[Bbox], frame: Bbox) -> float:
+    """Square pixels of a box that others cover, each by itself, or that lie outside of the frame."""
+    return sum(_shared(box, other) for other in taken) + box.width * box.height - _shared(box, frame)
 
 
-def _outside(box: Bbox, frame: Bbox) -> float:
-    """Square pixels of a box outside of a frame."""
-    inside = box.intersection(box, frame)
-    return box.width * box.height - (inside.width * inside.height if inside is not None else 0.0)
+def _shared(one: Bbox, other: Bbox) -> float:
+    """Square pixels that lie in both."""
+    part = one.intersection(one, other)
+    return 0.0 if part is None else part.width * part.height

@@ -84,17 +84,17 @@ def draw_picture(report: Report) -> bytes:
     if not report.on_reference:
         axes.plot([p[0] for p in best], [p[1] for p in best], "--", color="#0b63ce", lw=1, alpha=0.6)
     speeds = [speed for _, speed, _ in points]
+    named = []
     for row, speed, value in points:
-        if not math.isnan(value.low):
-            axes.plot([speed, speed], [value.low, value.high], color=colours[row.run], lw=2, solid_capstyle="round")
+        low, high = (value.value, value.value) if math.isnan(value.low) else (value.low, value.high)
+        axes.plot([speed, speed], [low, high], color=colours[row.run], lw=2, solid_capstyle="round")
+        named.append(Point(row.run, speed, value.value, low, high))
         axes.plot(speed, value.value, "o", color=colours[row.run], ms=7)
     axes.margins(y=0.2)
     if points:
         room = (max(speeds) - min(speeds)) or max(speeds)
         axes.set_xlim(min(speeds) - 0.15 * room, max(speeds) + (0.15 if len(points) > 1 else 0.42) * room)
-        ends = [(v.value, v.value) if math.isnan(v.low) else (v.low, v.high) for _, _, v in points]
-        name_points(axes, [Point(row.run, speed, v.value, *end) for (row, speed, v), end in zip(points, ends)], fontsize=8,
-                    color=INK)
+        name_points(axes, named, fontsize=8, color=INK)
     count = len(summary.prompts)
     settings = report.run["settings"]
     figure.text(
