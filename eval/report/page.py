@@ -151,12 +151,13 @@ def note(name: str) -> str:
 
 def viewer(reels: Mapping) -> str:
     """The videos; without films the script still finds its elements, hidden."""
+    body = part("viewer.html").replace("{{levels}}", f"{max((reel.levels for reel in reels.values()), default=0):.1f}")
     if not reels:
-        hidden = f'<div hidden>{part("viewer.html")}<span id="modes"></span></div>'
+        hidden = f'<div hidden>{body}<span id="modes"></span></div>'
         return section("Look for yourself", note("no films") + hidden, "viewer")
     buttons = "".join(tag("button", text, type="button", data_mode=mode, aria_pressed="false") for mode, text in MODES)
     modes = tag("span", buttons, kind="segment", id="modes", role="group", aria_label="How to compare")
-    return section("Look for yourself", part("viewer.html"), "viewer", tag("div", modes, kind="tools"))
+    return section("Look for yourself", body, "viewer", tag("div", modes, kind="tools"))
 
 
 def by_prompt() -> str:

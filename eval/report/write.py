@@ -12,7 +12,7 @@ from lowbit_video.files import write_whole
 from lowbit_video.installing import pip_install
 
 from .data import MARKDOWN, PAGE, PICTURE, load
-from .films import TILE_SIDE, make_reels
+from .films import FILM_CRF, TILE_SIDE, make_reels
 from .markdown import markdown
 from .page import page
 from .picture import draw_picture
@@ -26,12 +26,14 @@ def check_packages() -> None:
 
 
 def write_report(folder, *, out=None, speed=None, speed_shape=None, layers=None, films: bool = True,
-                 tile_side: int = TILE_SIDE, say: Callable[[str], None] = print) -> dict[str, Path]:
+                 tile_side: int = TILE_SIDE, film_crf: int = FILM_CRF,
+                 say: Callable[[str], None] = print) -> dict[str, Path]:
     """Write report.html, report.md and report.png.
 
     Args:
         folder: results of `compare`. out: where to write; the same folder by default. films: embed the videos,
-            each at most `tile_side` pixels wide.
+            each at most `tile_side` pixels wide, as H.264 of
+            this constant rate factor (0 to 51; 6 more halve the page, about, and the page says what it costs).
         speed, speed_shape, layers: see `data.load`.
 
     Returns:
@@ -45,7 +47,7 @@ def write_report(folder, *, out=None, speed=None, speed_shape=None, layers=None,
     out = Path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
     paths = {"html": out / PAGE, "markdown": out / MARKDOWN, "png": out / PICTURE}
-    makers = {"html": lambda: page(report, make_reels(report, say, tile_side) if films else {}).encode(),
+    makers = {"html": lambda: page(report, make_reels(report, say, tile_side, film_crf) if films else {}).encode(),
               "markdown": lambda: markdown(report).encode(), "png": lambda: draw_picture(report)}
     for kind, path in paths.items():
         with write_whole(path) as part:

@@ -64,7 +64,7 @@ PRECISIONS = ("int8+fp16", "int8+fp8", "int4+fp16", "int4+fp8", "int2+fp16")
 METRICS = ("psnr", "ssim", "lpips", "adherence")
 CAPTION_SEED = 4000  # the first captions of the 200 that the card's adherence is measured on
 WARM_STEPS = 2
-TILE_SIDE = 256
+TILE_SIDE, FILM_CRF = 256, 20  # a page that a repository can hold
 
 
 def since(before: dict, now: dict) -> dict:
@@ -219,7 +219,7 @@ def write_tables(args) -> None:
     (args.out / "precisions.md").write_text(markdown(record))
     print(markdown(record), flush=True)
     if not args.no_page:
-        write_report(args.out, tile_side=args.tile_side)
+        write_report(args.out, tile_side=args.tile_side, film_crf=args.film_crf)
 
 
 def arguments(argv=None):
@@ -250,11 +250,17 @@ def arguments(argv=None):
     parser.add_argument("--tables", action="store_true", help="make no video: only the tables and the page of --out")
     parser.add_argument("--join", nargs="+", type=Path, metavar="DIR", help="likewise, of --out as these parts together")
     parser.add_argument("--tile-side", type=int, default=TILE_SIDE, help="widest a video is in the page (%(default)s pixels)")
+    parser.add_argument("--film-crf", type=int, default=FILM_CRF, metavar="0..51", help="of the page's films: more is smaller "
+                        "and worse (%(default)s)")
     parser.add_argument("--no-page", action="store_true", help="no report page, which takes matplotlib and ffmpeg")
     parser.add_argument("--device", help="as the framework names it; default: its GPU if there is one")
     args = parser.parse_args(argv)
     if unclear := [pair for pair in args.weights if "=" not in pair]:
         parser.error(f"--weights {unclear[0]}: write NAME=PATH, such as lpips=FOLDER")
+    if args.tile_side < 1:
+        parser.error(f"--tile-side {args.tile_side}: at least one pixel is needed")
+    if not 0 <= args.film_crf <= 51:
+        parser.error(f"--film-crf {args.film_crf}: x264 takes 0 (lossless) to 51")
     if not (args.join or args.tables):
         check_request(parser, args)
     args.device = args.device or ("auto" if args.framework == "paddle" else "cuda" if torch.cuda.is_available() else "cpu")

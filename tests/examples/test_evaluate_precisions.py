@@ -91,6 +91,24 @@ def test_the_tables_are_made_of_a_folder_alone(code, whole, monkeypatch):
         code.main(["--out", str(whole), "--weights", "lpips"])
 
 
+@pytest.mark.parametrize(("asked", "said"), [(["--tile-side", "0"], "--tile-side 0: at least one pixel"),
+                                             (["--film-crf", "-1"], "--film-crf -1"),
+                                             (["--film-crf", "52"], "0 (lossless) to 51")])
+def test_a_page_that_cannot_be_is_refused_at_once(code, whole, capsys, asked, said):
+    with pytest.raises(SystemExit):
+        code.main(["--out", str(whole), "--tables", *asked])
+    assert said in capsys.readouterr().err
+
+
+def test_the_page_is_made_as_asked(code, whole, monkeypatch):
+    asked = []
+    monkeypatch.setattr(code.evaluate, "write_report", lambda out, **how: asked.append((out, how)))
+    assert code.main(["--out", str(whole), "--tables", "--tile-side", "1", "--film-crf", "51"]) == 0
+    assert code.main(["--out", str(whole), "--tables", "--film-crf", "0"]) == 0
+    sizes = [(1, 51), (code.evaluate.TILE_SIDE, 0)]
+    assert asked == [(whole, {"tile_side": side, "film_crf": crf}) for side, crf in sizes]
+
+
 @pytest.fixture(scope="module")
 def parts(code, model, tmp_path_factory):
     """The same evaluation by two processes, the second caption in the other."""

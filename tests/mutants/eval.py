@@ -433,6 +433,8 @@ MUTANTS = [
             ("min(0.5, min(ends)", "min(0.05, min(ends)"), ('"--faint" if row.run == FLOOR', '"--faint" if row.run == EXACT')),
     *faults("eval/report/films.py", DRAWN,
             ("blocks.mean(axis=(2, 4))", "blocks[:, :, 0, :, 0]"),
+            ("write_reel(path, videos, fps, crf)", "write_reel(path, videos, fps)"),
+            ("i // columns * height", "i % columns * height"), ("np.sqrt(np.mean(squares))", "np.sqrt(np.max(squares))"),
             ("-(-next(iter(clips.values())).shape[2] // tile_side)",
              "max(1, next(iter(clips.values())).shape[2] // tile_side)"),
             ("clip.shape[1] // factor, clip.shape[2] // factor", "clip.shape[2] // factor, clip.shape[1] // factor")),

@@ -72,3 +72,20 @@ def test_a_smaller_clip_is_the_mean_of_its_pixels():
 def test_wide_videos_are_shown_at_a_whole_part_of_their_size(width, shown):
     reel = films.make_reel({"exact": np.zeros((3, 8, width, 3), np.uint8), "a": np.zeros((3, 8, width, 3), np.uint8)}, 8)
     assert (reel.width, reel.height, reel.frames, reel.runs) == (shown, 8 // (width // shown), 3, ["exact", "a"])
+
+
+def test_a_films_error_is_that_of_its_tiles():
+    tiles = [np.full((2, 4, 6, 3), 100, np.uint8) for _ in range(3)]
+    film = np.full((2, 8, 12, 3), 100, np.uint8)  # 2 x 2 places, the last one empty
+    film[:, 4:, 6:] = 0
+    assert films.film_error(film, tiles, 2) == 0
+    film[:, :4, 6:], film[:, 4:, :6] = 97, 104  # the second and the third
+    assert films.film_error(film, tiles, 2) == pytest.approx(math.sqrt((9 + 16) / 3))
+
+
+def test_a_films_rate_factor_is_the_one_that_was_asked_for():
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    clips = {"exact": noise, "a": noise[::-1]}
+    usual, small = films.make_reel(clips, 8), films.make_reel(clips, 8, crf=40)
+    assert films.make_reel(clips, 8, crf=films.FILM_CRF).film == usual.film
+    assert len(small.film) < len(usual.film) / 2 and small.levels > usual.levels > 0

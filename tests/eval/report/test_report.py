@@ -114,6 +114,18 @@ def test_smaller_films_where_asked(results):
     assert (half.width, half.height) == (whole.width // 2, whole.height // 2)
 
 
+def test_the_page_says_what_its_films_cost(results, tmp_path):
+    from lowbit_video.eval.report.films import make_reels
+
+    report = load(results[0])
+    for crf in (12, 45):
+        page = write_report(results[0], out=tmp_path / str(crf), film_crf=crf, say=QUIET)["html"].read_text()
+        worst = max(reel.levels for reel in make_reels(report, QUIET, crf=crf).values())
+        assert worst > 0 and f"differs by up to {worst:.1f} of 255 levels" in page
+    assert "{{" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    assert "{{levels}}" not in write_report(results[0], out=tmp_path, films=False, say=QUIET)["html"].read_text()
+
+
 def report_width(report):
     clip = next(v["clip"] for v in report.videos.values() if "clip" in v)
     return read_video(report.folder / clip).shape[2]
