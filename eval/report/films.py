@@ -16,7 +16,7 @@ from ..video import BadVideoError, read_video
 from .data import Report
 
 TILE_SIDE = 560  # pixels; wider videos are shown at half, a third, ... of their size
-FILM_CRF = 12  # x264's constant rate factor: 12 leaves one or two levels of 255, more is smaller and worse
+FILM_CRF = 12  # x264's constant rate factor: 12 leaves one or two levels of 255, more at coloured edges
 THUMBNAIL_SIDE = 144  # pixels
 
 

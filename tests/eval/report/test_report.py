@@ -121,7 +121,7 @@ def test_the_page_says_what_its_films_cost(results, tmp_path):
     for crf in (12, 45):
         page = write_report(results[0], out=tmp_path / str(crf), film_crf=crf, say=QUIET)["html"].read_text()
         worst = max(reel.levels for reel in make_reels(report, QUIET, crf=crf).values())
-        assert worst > 0 and f"differs by up to {worst:.1f} of 255 levels" in page
+        assert worst > 0 and f"differ by up to {worst:.1f} of 255 levels" in page
     assert "{{" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
     assert "{{levels}}" not in write_report(results[0], out=tmp_path, films=False, say=QUIET)["html"].read_text()
 
