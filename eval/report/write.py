@@ -32,8 +32,8 @@ def write_report(folder, *, out=None, speed=None, speed_shape=None, layers=None,
 
     Args:
         folder: results of `compare`. out: where to write; the same folder by default. films: embed the videos,
-            each at most `tile_side` pixels wide, as H.264 of
-            this constant rate factor (0 to 51; 6 more halve the page, about, and the page says what it costs).
+            each at most `tile_side` pixels wide, as H.264 of the constant rate factor `film_crf` (0 to 51; 6 more make the page
+            half as large or less, and it says what that costs).
         speed, speed_shape, layers: see `data.load`.
 
     Returns:
