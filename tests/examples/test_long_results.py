@@ -209,6 +209,17 @@ def test_what_recipes_lose_to_dense_int8_fp8_is_told():
     assert min(run["psnr"]["value"] for name, run in below.items() if name != "floor") > 3, "None is within 3 dB"
 
 
+def test_what_falls_out_of_int8_fp8s_adherence_is_told():
+    rows, timed = read("curve.json")["rows"], read("recipe_attention.json")
+    out = {run for run in rows for name in ASKED if rows[run][name]["value"] < rows["int8+fp8"][name]["low"]}
+    assert out == {"0.33x.toml", "0.25x.toml", "int8+fp8 pooled 0.1 always 64"}
+    assert "stays in `int8+fp8`'s intervals" in plain("README")
+    assert "the recipes of 0.33x and 0.25x and pooling to 0.1 fall out of them." in plain("README")
+    told = plain("README").split("Wanted was", 1)[1][:300]
+    for name in ("recipe.toml", "recipe_fast.toml"):
+        assert f"at {timed['ms']['int8+fp8'] / timed['recipes'][name]['ms']:.2f}" in told
+
+
 def judged(page="report/results.jsonl"):
     """{(caption, run): its figures} of the page with clips."""
     lines = map(json.loads, (RESULTS.parent / page).read_text(encoding="utf-8").splitlines())
