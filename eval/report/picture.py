@@ -31,7 +31,7 @@ def draw_picture(report: Report) -> bytes:
     figure = Figure(figsize=(11, 3.9 + (1.9 if strip else 0)), facecolor="white")
     FigureCanvasAgg(figure)
     heights = [1.25, 2.6] if strip else [1]
-    longest = min(24, max(len("noise floor"), *[len(row.run) for row in rows]))
+    longest = min(24, max(map(len, ["noise floor", *(row.run for row in rows)])))
     outer = figure.add_gridspec(
         len(heights), 1, height_ratios=heights, left=0.03 + 0.0078 * longest, right=0.985, top=0.9 if strip else 0.83,
         bottom=0.15, hspace=0.28,

@@ -114,6 +114,16 @@ def test_smaller_films_where_asked(results):
     assert (half.width, half.height) == (whole.width // 2, whole.height // 2)
 
 
+def test_an_evaluation_cut_off_behind_the_exact_videos_has_a_report(results, tmp_path):
+    lines = [json.loads(line) for line in (results[0] / "results.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line.get("run", "exact") == "exact"]
+    assert 1 < len(kept) < len(lines)
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    made = write_report(tmp_path, films=False, say=QUIET)
+    assert "No candidate has a PSNR yet." in made["html"].read_text()
+    assert made["png"].read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_page_says_what_its_films_cost(results, tmp_path):
     from lowbit_video.eval.report.films import make_reels
 
