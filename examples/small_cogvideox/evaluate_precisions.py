@@ -45,6 +45,7 @@ from scoring import Workers, compared, gpu_of, trusted
 from lowbit_video.errors import UnsupportedError
 from lowbit_video.eval import world
 from lowbit_video.eval.compare.candidates import EXACT, FLOOR
+from lowbit_video.eval.compare.clips import check_clips
 from lowbit_video.eval.compare.paired import check_settings, clip_name
 from lowbit_video.eval.compare.settings import Settings, environment
 from lowbit_video.eval.compare.store import Store
@@ -52,7 +53,7 @@ from lowbit_video.eval.metrics import registry
 from lowbit_video.eval.metrics.psnr import psnr
 from lowbit_video.eval.metrics.shared.context import Context
 from lowbit_video.eval.metrics.shared.device import Device
-from lowbit_video.eval.report.write import write_report
+from lowbit_video.eval.report.write import check_packages, write_report
 from lowbit_video.eval.video import as_uint8, read_video
 from lowbit_video.files import write_json
 from lowbit_video.hook.order import order_tokens
@@ -268,6 +269,20 @@ def arguments(argv=None):
     return args
 
 
+def check_output(args, fps: float) -> None:
+    """Ends the program where clips could not be kept, or the page not be drawn, before any video is made."""
+    try:
+        if args.clips:
+            check_clips(args.out, fps)
+    except (ImportError, OSError) as error:
+        raise SystemExit(f"no clip can be kept: {error}; --clips 0 keeps none") from error
+    try:
+        if not args.no_page:
+            check_packages()
+    except ImportError as error:
+        raise SystemExit(f"{error}; --no-page makes the tables alone") from error
+
+
 def main(argv=None) -> int:
     args = arguments(argv)
     if args.join:
@@ -281,6 +296,7 @@ def main(argv=None) -> int:
     metrics = [name for name in METRICS if name not in lacking]
     generation = read_stored(args.model)
     generation["num_inference_steps"] = args.steps or generation["num_inference_steps"]
+    check_output(args, generation["fps"])
     of = generation.get("world", world.SMALL.name)
     kinds = {caption: world.parse(caption, world.WORLDS[of]).texture
              for caption in held_out_captions(args.captions, args.seed, of)}

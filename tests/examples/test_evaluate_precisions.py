@@ -1,5 +1,6 @@
 """The evaluation by precision at toy size on a CPU: it goes on where it stopped, frameworks agree, its table is right."""
 import contextlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -89,6 +90,24 @@ def test_the_tables_are_made_of_a_folder_alone(code, whole, monkeypatch):
     assert {name: (whole / name).read_bytes() for name in written} == written
     with pytest.raises(SystemExit):
         code.main(["--out", str(whole), "--weights", "lpips"])
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    (["--clips", "1", "--no-page"], "no clip can be kept: .*does not start.*--clips 0 keeps none"),
+    (["--clips", "0"], "matplotlib draws: .*--no-page makes the tables alone"), (["--clips", "0", "--no-page"], None)])
+def test_what_cannot_be_kept_is_said_before_the_work(code, model, tmp_path, monkeypatch, asked, said):
+    class Reached(Exception):
+        pass
+
+    def begin(*_):
+        raise Reached
+
+    find = importlib.util.find_spec
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more))
+    monkeypatch.setattr(code.evaluate, "TorchMaker", begin)
+    with pytest.raises(SystemExit if said else Reached, match=said):
+        code.main(["--model", str(model), "--out", str(tmp_path), "--precisions", "int8+fp16", *asked])
 
 
 @pytest.mark.parametrize(("asked", "said"), [(["--tile-side", "0"], "--tile-side 0: at least one pixel"),
