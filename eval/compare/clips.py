@@ -10,6 +10,8 @@ from lowbit_video.pipelines.shared import video_files
 
 from ..video import as_uint8
 
+FILM_CRF = 12  # x264's constant rate factor: 12 leaves one or two levels of 255, more at coloured edges
+
 
 def write_lossless(path, video, fps: float) -> None:
     """Keep a video as it is, to the bit: lossless RGB H.264 (most players show it; some browsers do not)."""
@@ -34,11 +36,17 @@ def grid(count: int, height: int, width: int) -> tuple[int, int]:
     return -(-count // best), best
 
 
-def write_reel(path, videos: list[np.ndarray], fps: float, quality: int = 12) -> tuple[int, int]:
+def tile_of(sheet: np.ndarray, i: int, columns: int, height: int, width: int) -> np.ndarray:
+    """The i-th tile of a film [F, H, W, 3], in reading order; a view."""
+    row, column = divmod(i, columns)
+    return sheet[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
+
+
+def write_reel(path, videos: list[np.ndarray], fps: float, quality: int = FILM_CRF) -> tuple[int, int]:
     """Tile videos [F, H, W, 3] of one size into one H.264 film that every browser plays, all in step by construction.
 
     Args:
-        quality: x264's constant rate factor; 12 leaves errors of one or two levels.
+        quality: x264's constant rate factor.
 
     Returns:
         (rows, columns) of the tiling, in reading order.
@@ -48,8 +56,7 @@ def write_reel(path, videos: list[np.ndarray], fps: float, quality: int = 12) ->
     rows, columns = grid(len(videos), height, width)
     sheet = np.zeros((frames, rows * height, columns * width, 3), np.uint8)
     for i, video in enumerate(videos):
-        row, column = divmod(i, columns)
-        sheet[:, row * height : (row + 1) * height, column * width : (column + 1) * width] = video
+        tile_of(sheet, i, columns, height, width)[...] = video
     pad = [(0, 0), (0, sheet.shape[1] % 2), (0, sheet.shape[2] % 2), (0, 0)]  # 4:2:0 chroma wants even sides
     _write(path, np.pad(sheet, pad), fps, [*video_files.h264(quality), "-preset", "slow", "-movflags", "+faststart"])
     return rows, columns

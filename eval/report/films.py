@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from ..compare.candidates import FLOOR
-from ..compare.clips import write_reel
+from ..compare.clips import FILM_CRF, tile_of, write_reel
+from ..metrics import rmse
 from ..video import BadVideoError, read_video
 from .data import Report
 
 TILE_SIDE = 560  # pixels; wider videos are shown at half, a third, ... of their size
-FILM_CRF = 12  # x264's constant rate factor: 12 leaves one or two levels of 255, more at coloured edges
 THUMBNAIL_SIDE = 144  # pixels
 
 
@@ -70,12 +70,10 @@ def make_reel(clips: dict[str, np.ndarray], fps: float, tile_side: int = TILE_SI
 
 def film_error(film: np.ndarray, tiles: list[np.ndarray], columns: int) -> float:
     """Root mean square difference of a film from its tiles [F, H, W, 3], which lie in it in reading order."""
-    squares, (height, width) = [], tiles[0].shape[1:3]
-    for i, tile in enumerate(tiles):
-        top, left = i // columns * height, i % columns * width
-        shown = film[:, top : top + height, left : left + width]
-        squares.append(np.square(shown.astype(np.float32) - tile).mean())
-    return float(np.sqrt(np.mean(squares)))
+    height, width = tiles[0].shape[1:3]
+    by_frame = [rmse.measure(shown, made) for i, tile in enumerate(tiles)
+                for shown, made in zip(tile_of(film, i, columns, height, width), tile, strict=True)]
+    return float(np.sqrt(np.mean(np.square(by_frame))))
 
 
 def smaller(clip: np.ndarray, factor: int) -> np.ndarray:

@@ -38,6 +38,7 @@ def page(report: Report, reels: Mapping[tuple, Reel]) -> str:
     values = {"title": f"{TITLE} lowbit_video evaluation", "heading": TITLE, "css": part("page.css"), "js": part("page.js"),
               "lead": lead(report), "facts": "".join(tag("li", html.escape(fact)) for fact in facts(report)), "data": data,
               "reels": "\n".join(films), "sections": "\n".join(filter(None, sections)),
+              "levels": f"{max((reel.levels for reel in reels.values()), default=0):.1f}",  # stands in a section
               "footer": f"Made by <code>lowbit-video eval report</code> from {source}."}
     text = part("page.html")
     for name, value in values.items():
@@ -151,13 +152,12 @@ def note(name: str) -> str:
 
 def viewer(reels: Mapping) -> str:
     """The videos; without films the script still finds its elements, hidden."""
-    body = part("viewer.html").replace("{{levels}}", f"{max((reel.levels for reel in reels.values()), default=0):.1f}")
     if not reels:
-        hidden = f'<div hidden>{body}<span id="modes"></span></div>'
+        hidden = f'<div hidden>{part("viewer.html")}<span id="modes"></span></div>'
         return section("Look for yourself", note("no films") + hidden, "viewer")
     buttons = "".join(tag("button", text, type="button", data_mode=mode, aria_pressed="false") for mode, text in MODES)
     modes = tag("span", buttons, kind="segment", id="modes", role="group", aria_label="How to compare")
-    return section("Look for yourself", body, "viewer", tag("div", modes, kind="tools"))
+    return section("Look for yourself", part("viewer.html"), "viewer", tag("div", modes, kind="tools"))
 
 
 def by_prompt() -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from lowbit_video.files import write_whole
 from lowbit_video.installing import pip_install
 
+from ..compare.clips import FILM_CRF
 from .data import MARKDOWN, PAGE, PICTURE, load
-from .films import FILM_CRF, TILE_SIDE, make_reels
+from .films import TILE_SIDE, make_reels
 from .markdown import markdown
 from .page import page
 from .picture import draw_picture
