@@ -145,6 +145,7 @@ def test_what_float16_gives_is_its_graphs(page):
         middle, low, high = interval(rows[run]["speed_up"])
         assert re.search(rf"{middle:.2f}x [(\[]{low:.2f}(, |\.\.){high:.2f}[)\]]", text)
         assert re.search(rf"{re.escape(run)}`?[^.]* at {rows[run]['psnr']['value']:.1f}", text)
+    assert f"the floor is at {rows['floor']['psnr']['value']:.1f} dB" in text
 
 
 def test_seconds_are_those_that_were_timed_for_themselves():
@@ -165,6 +166,9 @@ def test_seconds_are_those_that_were_timed_for_themselves():
     assert {record["best_exact"] for record in every} == {"exact (FlashAttention-4)"}
     gains = {run: [100 * record["rows"][run]["speed_up"]["value"] - 100 for record in every]
              for run in ("int8+fp8", "int8+fp16")}
+    assert "{:.3f} and {:.3f} s for FlashAttention-4's {:.3f} and {:.3f} (".format(
+        *(timed[dtype]["rows"][run]["seconds"]["value"] for run in ("int8+fp8", "exact (FlashAttention-4)") for dtype in timed)
+    ) in text
     told = "gains [{:.0f} to {:.0f} %](#does-the-video-stay-the-same), and {:.0f} to {:.0f} % at `int8+fp16`."
     assert told.format(*(limit(gains[run]) for run in gains for limit in (min, max))) in text
     assert "by {:.0f} to {:.0f} %: on another".format(min(gains["int8+fp8"]), max(gains["int8+fp8"])) in plain("card")
@@ -186,6 +190,9 @@ def test_what_the_long_models_recipes_were_predicted_and_found_to_err_is_told():
 
 def test_what_recipes_take_and_gain_is_told():
     curve, timed = read("curve.json"), read("recipe_attention.json")
+    for page, words in (("README", "a call takes {:.2f} ms with `int8+fp8` and {:.2f} with Hopper's exact kernel"),
+                        ("card", "a call of its attention takes {:.2f} ms and Hopper's exact kernel {:.2f} (")):
+        assert words.format(timed["ms"]["int8+fp8"], timed["ms"]["exact"]) in plain(page)
     taken = [timed["recipes"][f"{name}.toml"]["ms"] / timed["ms"]["int8+fp8"]
              for name in ("recipe", "0.55x", "recipe_fast", "0.33x", "0.25x")]
     text = " ".join((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split())
@@ -220,9 +227,9 @@ def test_what_falls_out_of_int8_fp8s_adherence_is_told():
         assert f"at {timed['ms']['int8+fp8'] / timed['recipes'][name]['ms']:.2f}" in told
 
 
-def judged(page="report/results.jsonl"):
+def judged():
     """{(caption, run): its figures} of the page with clips."""
-    lines = map(json.loads, (RESULTS.parent / page).read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, (RESULTS.parent / "report" / "results.jsonl").read_text(encoding="utf-8").splitlines())
     return {(line["prompt"], line["run"]): line["figures"] for line in lines if "figures" in line}
 
 
@@ -260,6 +267,16 @@ def test_what_int8_fp8_loses_caption_by_caption_is_told():
     assert "white triangle is shrinking" in triangle
     own, floor = (made[star, run]["psnr"] for run in ("int8+fp8", "floor"))
     assert f"the clip is {own:.1f} dB from the exact one, the floor's {floor:.1f})" in plain("card")
+    tipping = read("near_tipping.json")
+    assert list(tipping) == [star, triangle] and all(len(tables) == 4 for tables in tipping.values())
+    for caption, tables in tipping.items():
+        for run, figures in tables["bfloat16"].items():
+            assert figures.items() <= made[caption, run].items()
+        theirs = [[tables["paddle"][run][name] for name in ASKED] for run in ("exact", "floor")]
+        assert theirs[0] != theirs[1], "Paddle's two exact kernels disagree on each"
+    lost = [[tables["float16"][run][name] for tables in tipping.values()] for name in ASKED for run in ("exact", "int8+fp8")]
+    assert [sum(before) - sum(after) for before, after in zip(lost[::2], lost[1::2])] == [1, 1, 1], "in float16 one of each"
+    assert f"PyTorch's two are {tipping[star]['curve']['floor']['psnr']:.1f} dB apart" in plain("card")
 
 
 def test_what_paddle_gives_is_told():
@@ -278,6 +295,8 @@ def test_what_paddle_gives_is_told():
     assert f"on these five the floor is {np.mean(here):.1f} dB in Paddle and {np.mean(there):.1f} in diffusers" in text
     assert len(apart) == 5 and rows["floor"]["psnr"]["low"] <= np.mean(apart) <= rows["floor"]["psnr"]["high"]
     floor, fp8 = (rows[run]["seconds"] for run in ("floor", "int8+fp8"))
+    assert ("Through Paddle `int8+fp8` is at {:.1f} dB and `int8+fp16` at {:.1f}, with the floor at {:.1f} (".format(
+        *(rows[run]["psnr"]["value"] for run in ("int8+fp8", "int8+fp16", "floor")))) in plain("README")
     assert ("{:.2f} s ({:.2f}..{:.2f}), int8+fp8 in ".format(*interval(floor))
             + "{:.2f} ({:.2f}..{:.2f}), ".format(*interval(fp8))) in text
 
